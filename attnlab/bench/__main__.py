@@ -1,0 +1,7 @@
+"""``python -m attnlab.bench``: the same as ``attnlab bench``."""
+
+import sys
+
+from attnlab.bench.cli import main
+
+sys.exit(main(["bench", *sys.argv[1:]]))

@@ -1,0 +1,176 @@
+"""Checks and times groups of contenders, one problem after another."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from attnlab.bench.cases import Case, Spec, build
+from attnlab.bench.contenders import Contender, Prepared
+from attnlab.bench.gate import Verdict, check, expectations, gate_case
+from attnlab.bench.pace import Pace
+from attnlab.bench.timing import Repeats, Timing, interleave
+
+
+class Group(NamedTuple):
+    """A problem and those who are compared on it.
+
+    Attributes:
+        spec: the problem.
+        contenders: whom it is about.
+        beside: dense ones and peers, left out where time is short.
+    """
+
+    spec: Spec
+    contenders: tuple[Contender, ...]
+    beside: tuple[Contender, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Numbers of one direction; times in seconds.
+
+    Attributes:
+        timing: of the run, compiling not counted.
+        compile_seconds: None where nothing is compiled ahead.
+        temporary_bytes: peak beside inputs and outputs, None if unknown.
+        useful_flops: operations on visible pairs.
+        tanh_count: function evaluations that cannot be avoided; 0 for most scores.
+    """
+
+    timing: Timing
+    compile_seconds: float | None
+    temporary_bytes: int | None
+    useful_flops: float
+    tanh_count: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One contender on one problem.
+
+    Attributes:
+        spec: the problem.
+        contender: who.
+        status: "ok", "failed", "refused" or "skipped"; all but "ok" have no times.
+        reason: why not; empty for "ok".
+        density: visible pairs over all.
+        error: greatest error over what is allowed; None where nothing was compared.
+        forward: None unless ok.
+        both: forward and backward together; None unless ok.
+    """
+
+    spec: Spec
+    contender: str
+    status: str
+    reason: str = ""
+    density: float | None = None
+    error: float | None = None
+    forward: Pass | None = None
+    both: Pass | None = None
+
+
+def run(
+    groups: Sequence[Group],
+    documents: Sequence[bytes],
+    repeats: Repeats,
+    *,
+    budget: float | None = None,
+    report: Callable[[str], None] = lambda doing: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of one group after another, as they are measured.
+
+    Args:
+        groups: what to compare.
+        documents: the text.
+        repeats: how often.
+        budget: seconds; what would pass it is skipped. None: no limit.
+        report: called with what is being done.
+    """
+    pace = Pace(budget, repeats, len(groups))
+    for spec, own, beside in groups:
+        start = time.perf_counter()
+        contenders, skipped = own + beside, ()
+        if not pace.allows():
+            contenders, skipped = (), contenders
+        elif not pace.allows_beside(len(beside)):
+            contenders, skipped = own, beside
+        rows = []
+        if contenders:
+            report(f"{spec.label}: reference")
+            case = build(spec, documents)
+            rows, prepared = prepare_checked(case, contenders, documents, report)
+            report(f"{spec.label}: timing")
+            passes = time_passes(case, prepared, pace.repeats())
+            rows = [
+                replace(
+                    row,
+                    forward=passes.get((row.contender, "forward")),
+                    both=passes.get((row.contender, "both")),
+                )
+                for row in rows
+            ]
+        why = "no time left; --full has no limit"
+        rows += [Row(spec, c.name, "skipped", why) for c in skipped]
+        pace.record(time.perf_counter() - start, len(contenders) - len(own))
+        yield rows
+
+
+def prepare_checked(
+    case: Case,
+    contenders: Sequence[Contender],
+    documents: Sequence[bytes],
+    report: Callable[[str], None],
+) -> tuple[list[Row], dict[tuple[str, str], Prepared]]:
+    """Compiles and checks everybody; those who fail are not among the prepared."""
+    rows: list[Row] = []
+    prepared: dict[tuple[str, str], Prepared] = {}
+    checked = gate_case(case, documents)
+    expected = None
+    for contender in contenders:
+        name = contender.name
+        row = Row(case.spec, name, "ok", density=case.density)
+        refusal = contender.refusal(case)
+        if refusal:
+            rows.append(replace(row, status="refused", reason=refusal))
+            continue
+        if expected is None:
+            expected = expectations(checked)
+        report(f"{case.spec.label}: {name}")
+        ready: dict[tuple[str, str], Prepared] = {}
+        try:
+            ready[name, "forward"] = contender.prepare(case, backward=False)
+            ready[name, "both"] = contender.prepare(case, backward=True)
+            judged = list(ready.values())
+            if checked is not case:
+                judged = [contender.prepare(checked, backward=True)]
+            verdict = check(judged, expected)
+        # A contender that breaks is a finding about it; the others still run.
+        except Exception as error:
+            said = str(error).strip().splitlines() or [""]
+            verdict = Verdict(False, None, f"{type(error).__name__}: {said[0]}")
+        status = "ok" if verdict.passed else "failed"
+        rows.append(
+            replace(row, status=status, reason=verdict.reason, error=verdict.error)
+        )
+        if verdict.passed:
+            prepared |= ready
+    return rows, prepared
+
+
+def time_passes(
+    case: Case, prepared: dict[tuple[str, str], Prepared], repeats: Repeats
+) -> dict[tuple[str, str], Pass]:
+    """Times all prepared calls in turn: passes by contender and direction."""
+    timings = interleave({key: p.call for key, p in prepared.items()}, repeats)
+    return {
+        (name, direction): Pass(
+            timing,
+            prepared[name, direction].compile_seconds,
+            prepared[name, direction].temporary_bytes,
+            case.useful_flops(direction == "both"),
+            case.tanh_count(direction == "both"),
+        )
+        for (name, direction), timing in timings.items()
+    }

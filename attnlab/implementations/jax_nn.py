@@ -1,0 +1,76 @@
+"""An adapter to ``jax.nn.dot_product_attention``, for what it does as our laws say."""
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.masks.base import Full, Mask
+from attnlab.masks.planning import dense_visible
+from attnlab.modifiers.bias import Bias
+from attnlab.types import Array, AttentionInputs, Implementation, Plan
+
+
+class JaxNn(Implementation):
+    """``jax.nn.dot_product_attention`` with a dense boolean mask where needed."""
+
+    name = "jax_nn"
+    differentiable = True
+
+    def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
+        """See :class:`attnlab.types.Implementation`."""
+        sizes = inputs.sizes
+        reasons = []
+        if not inputs.score.is_inner_product:
+            reasons.append("the score is not an inner product")
+        if any(not isinstance(m, Bias) for m in inputs.modifiers):
+            reasons.append("a modifier is not a bias")
+        if inputs.dropout_rate > 0:
+            reasons.append("it has no dropout")
+        if inputs.needs_lse:
+            reasons.append("its log-sum-exp carries no gradient")
+        if sizes.P != sizes.D:
+            reasons.append(
+                f"the value head size {sizes.D} differs from the key's {sizes.P}"
+            )
+        if inputs.query.dtype == jnp.float64:
+            reasons.append("its softmax is float32, for float64 inputs too")
+        if inputs.query.dtype in (jnp.float16, jnp.bfloat16):
+            reasons.append("it rounds the weights to 16 bits")
+        if inputs.precision is not None:
+            reasons.append("it takes no precision=")
+        return tuple(reasons)
+
+    def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
+        """It has no blocks; these are for description only."""
+        return max(inputs.sizes.T, 1), max(inputs.sizes.S, 1)
+
+    def forward(self, inputs: AttentionInputs, plan: Plan) -> tuple[Array, Array]:
+        """See :class:`attnlab.types.Implementation`."""
+        bias = None
+        for (operand,) in inputs.modifier_operands:
+            wide = operand.astype(inputs.accumulation_dtype)
+            bias = wide if bias is None else bias + wide
+        visible = dense_visible(
+            inputs.mask,
+            inputs.mask_operands,
+            inputs.query_positions,
+            inputs.key_positions,
+        )
+        if bias is not None:
+            visible = visible & ~jnp.isneginf(bias)
+        sees = visible.any(-1).swapaxes(1, 2)[..., None]
+        # Its mask is added: where a whole row is hidden it yields the mean of the
+        # values, and our laws want zero.
+        output = jax.nn.dot_product_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            bias,
+            None if _shows_all(inputs.mask) and bias is None else visible,
+            scale=1.0,
+        )
+        output = jnp.where(sees, output, 0)
+        return output, jnp.zeros(output.shape[:3], inputs.accumulation_dtype)
+
+
+def _shows_all(mask: Mask) -> bool:
+    return isinstance(mask, Full)

@@ -1,0 +1,86 @@
+"""The specification: dense, readable, differentiable to any order."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.implementations.tile import (
+    compare,
+    kept,
+    matmul,
+    modify,
+    squeeze_params,
+)
+from attnlab.masks.base import visible_pairs
+from attnlab.types import Array, AttentionInputs, Implementation, Plan, PyTree, Tile
+
+
+def _over(fn: Any, size: int, shared: tuple[PyTree, ...]) -> Any:
+    """Maps over the leading axis of every array, those of size 1 being shared."""
+    axes = jax.tree.map(lambda x: 0 if x.shape[0] > 1 else None, shared)
+    arrays = jax.tree.map(lambda x: x if x.shape[0] > 1 else x[0], shared)
+    return jax.vmap(fn, (0, axes), axis_size=size), arrays
+
+
+def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
+    """Output ``[B, T, N, D]``, log-sum-exp ``[B, T, N]``, weights ``[B, N, T, S]``."""
+    sizes = inputs.sizes
+    group = sizes.N // sizes.K
+
+    def one_head(arrays: Any, operands: Any) -> tuple[Array, Array, Array]:
+        q, k, v, head = arrays
+        params, modifiers, masks, q_pos, k_pos, words = operands
+        tile = Tile(q_pos, k_pos, head)
+        logits = compare(inputs, squeeze_params(params), q, k)
+        logits = modify(inputs, logits, tile, modifiers)
+        visible = visible_pairs(inputs.mask, tile, masks)
+        logits = jnp.where(visible, logits, -jnp.inf)
+
+        top = jax.lax.stop_gradient(logits.max(1, initial=-jnp.inf, keepdims=True))
+        top = jnp.where(jnp.isneginf(top), 0, top)
+        p = jnp.exp(logits - top)
+        total = p.sum(1, keepdims=True)
+        alive = total > 0
+        safe = jnp.where(alive, total, 1)
+        weights = p / safe
+        lse = jnp.where(alive, top + jnp.log(safe), -jnp.inf)[:, 0]
+        if words is not None:
+            scale = 1 / (1 - inputs.dropout_rate)
+            weights = jnp.where(kept(inputs, words), weights * scale, 0)
+        return matmul(inputs, weights, v, (1, 0)), lse, weights
+
+    def one_example(arrays: Any, operands: Any) -> tuple[Array, Array, Array]:
+        q, k, v = (x.swapaxes(0, 1) for x in arrays)
+        k, v = jnp.repeat(k, group, 0), jnp.repeat(v, group, 0)
+        heads = jnp.arange(sizes.N, dtype=jnp.int32)
+        run, operands = _over(one_head, sizes.N, operands)
+        return run((q, k, v, heads), operands)
+
+    operands = (
+        inputs.pair_params,
+        inputs.modifier_operands,
+        inputs.mask_operands,
+        inputs.query_positions,
+        inputs.key_positions,
+        inputs.dropout_words,
+    )
+    run, operands = _over(one_example, sizes.B, operands)
+    output, lse, weights = run((inputs.query, inputs.key, inputs.value), operands)
+    return output.swapaxes(1, 2), lse.swapaxes(1, 2), weights
+
+
+class Reference(Implementation):
+    """Dense einsum, ``[B, N, T, S]`` in memory; the specification."""
+
+    name = "reference"
+    differentiable = True
+
+    def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
+        """It has no blocks; these are for description only."""
+        return max(inputs.sizes.T, 1), max(inputs.sizes.S, 1)
+
+    def forward(self, inputs: AttentionInputs, plan: Plan) -> tuple[Array, Array]:
+        """See :class:`attnlab.types.Implementation`."""
+        output, lse, _ = attend(inputs)
+        return output, lse

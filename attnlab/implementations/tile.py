@@ -1,0 +1,52 @@
+"""The mathematics of one tile, shared by every implementation written in JAX."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnlab.types import Array, AttentionInputs, PyTree, Tile
+
+
+def matmul(inputs: AttentionInputs, a: Array, b: Array, axes: tuple[int, int]) -> Array:
+    """Contracts one axis of each, accumulating in the accumulation type."""
+    dtype = inputs.accumulation_dtype
+    return lax.dot_general(
+        a.astype(dtype),
+        b.astype(dtype),
+        (((axes[0],), (axes[1],)), ((), ())),
+        precision=inputs.precision,
+        preferred_element_type=dtype,
+    )
+
+
+def compare(inputs: AttentionInputs, params: PyTree, query: Array, key: Array) -> Array:
+    """Logits of one tile before modifiers: ``[q, P], [k, P] -> [q, k]``."""
+    if inputs.score.is_inner_product:
+        return matmul(inputs, query, key, (1, 1))
+    dtype = inputs.accumulation_dtype
+    return inputs.score.compare(params, query, key).astype(dtype)
+
+
+def modify(
+    inputs: AttentionInputs, logits: Array, tile: Tile, operands: PyTree
+) -> Array:
+    """Applies the modifiers in the order given."""
+    for modifier, own in zip(inputs.modifiers, operands, strict=True):
+        logits = modifier.apply(logits, tile, *own)
+    return logits
+
+
+def kept(inputs: AttentionInputs, words: tuple[Array, Array]) -> Array:
+    """Which entries survive dropout: words ``[q, 1], [1, k] -> bool [q, k]``."""
+    x = words[0] ^ words[1]
+    x ^= x >> 16
+    x *= jnp.uint32(0x7FEB352D)
+    x ^= x >> 15
+    x *= jnp.uint32(0x846CA68B)
+    x ^= x >> 16
+    return x >> 8 >= jnp.uint32(round(inputs.dropout_rate * 2**24))
+
+
+def squeeze_params(tree: PyTree) -> PyTree:
+    """Pair parameters of one tile, ``[1, 1, *payload] -> payload``."""
+    return jax.tree.map(lambda x: x[0, 0], tree)

@@ -1,0 +1,296 @@
+"""How an XLA program walks a plan: rows of blocks, chunks of live keys, tiles."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnlab.implementations.tile import squeeze_params
+from attnlab.types import Array, AttentionInputs, Plan, PyTree
+
+#: Keys in a chunk where nothing better is known: shorter ones leave a core idle.
+CHUNK = 512
+#: Keys in a chunk at most.
+LONGEST_CHUNK = 1024
+#: What a chunk costs beside its pairs, in pairs.
+_CHUNK_OVERHEAD = 2**15
+
+
+class Walk(NamedTuple):
+    """The plan, as the rows walk it.
+
+    Each row's live blocks have ranks: the full ones first, the partial ones behind.
+
+    Attributes:
+        lo: ``[Bp, Np, rows, m]``, first block of each interval.
+        end: ``[Bp, Np, rows, m]``, rank at which each interval ends.
+        full: ``[Bp, Np, rows]``, how many ranks are full blocks.
+        total: ``[Bp, Np, rows]``, how many there are.
+        chunk: blocks in a chunk.
+        one_chunk: every row is one chunk exactly.
+        any_full: some row may have a full chunk.
+        any_rest: some row may have a chunk that is not full.
+    """
+
+    lo: Any
+    end: Any
+    full: Any
+    total: Any
+    chunk: int
+    one_chunk: bool
+    any_full: bool
+    any_rest: bool
+
+
+def make_walk(plan: Plan) -> Walk:
+    """Ranks the live blocks of each row and chooses the chunk."""
+    full, partial = plan.rows
+    xp = np if plan.is_static else jnp
+    lo = xp.concatenate([full.lo, partial.lo], -1)
+    hi = xp.concatenate([full.hi, partial.hi], -1)
+    end = xp.maximum(hi - lo, 0).cumsum(-1).astype(np.int32)
+    fulls = full.per_row().astype(np.int32)
+    total = end[..., -1:].sum(-1).astype(np.int32)
+    chunk = max(CHUNK // plan.block_k, 1)
+    one_chunk, any_full, any_rest = False, full.lo.shape[-1] > 0, True
+    if plan.is_static:
+        most = int(total.max(initial=0))
+        longest = max(min(LONGEST_CHUNK // plan.block_k, most), 1)
+
+        def executed(chunk: int) -> int:
+            pairs = chunk * plan.block_k * plan.block_q
+            return int((-(-total // chunk)).sum()) * (pairs + _CHUNK_OVERHEAD)
+
+        chunk = min(range(1, longest + 1), key=executed)
+        if 0 < most <= chunk:
+            one_chunk, fulls = True, np.zeros_like(fulls)
+        any_full = bool((fulls >= chunk).any())
+        any_rest = bool((total > fulls // chunk * chunk).any())
+    chunk = min(chunk, -(-plan.key_length // plan.block_k))
+    return Walk(lo, end, fulls, total, chunk, one_chunk, any_full, any_rest)
+
+
+class Row(NamedTuple):
+    """A row of the walk: example, query head, block of queries."""
+
+    example: Array
+    head: Array
+    block: Array
+
+
+class Tiles:
+    """Cuts tiles out of the inputs, and adds tiles into accumulators."""
+
+    def __init__(self, inputs: AttentionInputs, plan: Plan):
+        self.inputs, self.plan = inputs, plan
+        self.sizes = inputs.sizes
+        self.bq, self.bk = plan.block_q, plan.block_k
+        self.nq = -(-self.sizes.T // self.bq)
+        self.nk = -(-self.sizes.S // self.bk)
+        self.walk = make_walk(plan)
+
+    def pad(self, x: Array, fill: Any = None) -> Array:
+        """An operand whose running axes are padded to whole blocks.
+
+        With copies of its edge where no ``fill`` is given: a modifier may divide by it.
+        """
+        s = self.sizes
+        widths = [(0, 0)] * x.ndim
+        widths[2] = (0, self.nq * self.bq - s.T if x.shape[2] == s.T > 1 else 0)
+        widths[3] = (0, self.nk * self.bk - s.S if x.shape[3] == s.S > 1 else 0)
+        if not any(map(any, widths)):
+            return x
+        if fill is None:
+            return jnp.pad(x, widths, mode="edge")
+        return jnp.pad(x, widths, constant_values=fill)
+
+    def blocks(self, x: Array, size: int, count: int) -> Array:
+        """``[B, L, heads, X] -> [B * heads, count, size, X]``, padded by zeros."""
+        b, length, heads, width = x.shape
+        x = jnp.pad(x, [(0, 0), (0, count * size - length), (0, 0), (0, 0)])
+        return x.swapaxes(1, 2).reshape(b * heads, count, size, width)
+
+    def rows(self, x: Array) -> Array:
+        """``[B, T, N, X] -> [B * N * nq, bq, X]``: a block for each row of the walk."""
+        return self.blocks(x, self.bq, self.nq).reshape(-1, self.bq, x.shape[-1])
+
+    def all_rows(self) -> Array:
+        """The numbers of the rows of the walk."""
+        return jnp.arange(self.sizes.B * self.sizes.N * self.nq, dtype=jnp.int32)
+
+    def row(self, r: Array) -> Row:
+        """Where row ``r`` is."""
+        heads = self.sizes.N
+        return Row(r // (heads * self.nq), r // self.nq % heads, r % self.nq)
+
+    def unrow(self, x: Array) -> Array:
+        """``[rows, bq, *] -> [B, T, N, *]``."""
+        s = self.sizes
+        x = x.reshape(s.B, s.N, self.nq * self.bq, *x.shape[2:])
+        return x[:, :, : s.T].swapaxes(1, 2)
+
+    def unblock(self, x: Array | None) -> Array | None:
+        """``[B * K, nk, X, bk] -> [B, S, K, X]``."""
+        if x is None:
+            return None
+        s = self.sizes
+        x = x.reshape(s.B, s.K, self.nk, -1, self.bk).transpose(0, 2, 4, 1, 3)
+        return x.reshape(s.B, self.nk * self.bk, s.K, -1)[:, : s.S]
+
+    def key_row(self, row: Row) -> Array:
+        """The row of ``blocks(key)`` that a row of queries reads."""
+        s = self.sizes
+        return row.example * s.K + row.head // (s.N // s.K)
+
+    def locate(self, row: Row, rank: Array) -> tuple[Array, Array]:
+        """Blocks at ``chunk`` ranks from ``rank`` on, and which of them exist."""
+        w = self.walk
+        lo, end, total = (pick(x, row) for x in (w.lo, w.end, w.total))
+        ranks = rank + jnp.arange(w.chunk, dtype=jnp.int32)
+        which = (end[None, :] <= ranks[:, None]).sum(1, dtype=jnp.int32)
+        which = jnp.minimum(which, end.shape[0] - 1)
+        start = jnp.where(which > 0, end[jnp.maximum(which - 1, 0)], 0)
+        ids = jnp.clip(lo[which] + ranks - start, 0, self.nk - 1)
+        return ids, ranks < total
+
+    def gather(self, x: Array, row: Array, ids: Array) -> Array:
+        """Blocks of ``x [rows, count, size, X]`` -> ``[chunk * size, X]``."""
+        shape = (1, 1, *x.shape[2:])
+        parts = [
+            lax.dynamic_slice(x, _starts(row, ids[c], 0, 0), shape).reshape(shape[2:])
+            for c in range(self.walk.chunk)
+        ]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+    def _corner(self, x: Array, row: Row, j: Array) -> tuple[list, list]:
+        """Start and shape of the cut of an operand at key block ``j``."""
+        place = (row.example, row.head, row.block * self.bq, j * self.bk)
+        start = _starts(*place, *[0] * (x.ndim - 4))
+        shape = [1, 1, self.bq, self.bk, *x.shape[4:]]
+        for axis in range(4):
+            if x.shape[axis] == 1:
+                start[axis], shape[axis] = jnp.int32(0), 1
+        return start, shape
+
+    def cut(self, x: Array, row: Row, ids: Array) -> Array:
+        """The tile ``[q or 1, k or 1, *payload]`` of a padded operand."""
+        count = self.walk.chunk if x.shape[3] > 1 else 1
+        parts = []
+        for c in range(count):
+            start, shape = self._corner(x, row, ids[c])
+            parts.append(lax.dynamic_slice(x, start, shape).reshape(shape[2:]))
+        return parts[0] if count == 1 else jnp.concatenate(parts, axis=1)
+
+    def add(self, x: Array, row: Row, ids: Array, tile: Array) -> Array:
+        """Adds a tile into a padded accumulator, in place.
+
+        Where a rank does not exist the tile is zero, so ``ids`` may repeat a block.
+        """
+        runs = x.shape[3] > 1
+
+        def block(c: Array, x: Array) -> Array:
+            start, shape = self._corner(x, row, ids[c])
+            part = lax.dynamic_slice_in_dim(tile, c * shape[3], shape[3], 1)
+            old = lax.dynamic_slice(x, start, shape)
+            return lax.dynamic_update_slice(x, old + part.reshape(shape), start)
+
+        return self._each_block(block, x, runs)
+
+    def add_transposed(self, x: Array, row: Array, ids: Array, tile: Array) -> Array:
+        """Adds ``[X, chunk * bk]`` into ``x [rows, nk, X, bk]``, as ``add`` does."""
+
+        def block(c: Array, x: Array) -> Array:
+            start = _starts(row, ids[c], 0, 0)
+            part = lax.dynamic_slice_in_dim(tile, c * self.bk, self.bk, 1)[None, None]
+            old = lax.dynamic_slice(x, start, part.shape)
+            return lax.dynamic_update_slice(x, old + part, start)
+
+        return self._each_block(block, x, True)
+
+    def _each_block(
+        self, block: Callable[[Array, Array], Array], x: Array, runs: bool
+    ) -> Array:
+        """One read and one write a step of a loop: else XLA copies all of ``x``."""
+        if not runs or self.walk.chunk == 1:
+            return block(jnp.int32(0), x)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(self.walk.chunk), block, x)
+
+    def over_chunks(
+        self, row: Row, step: Callable[[Array, Any, bool], Any], state: Any
+    ) -> Any:
+        """Runs ``step(rank, state, masked)`` over the chunks of a row."""
+        w = self.walk
+        if w.one_chunk:
+            # Called directly: in a loop that may run zero times, XLA would hoist it.
+            return step(jnp.int32(0), state, True)
+        full, total = pick(w.full, row), pick(w.total, row)
+        fulls = full // w.chunk
+        if w.any_full:
+            state = lax.fori_loop(
+                jnp.int32(0), fulls, lambda c, s: step(c * w.chunk, s, False), state
+            )
+        if w.any_rest:
+            state = lax.fori_loop(
+                fulls,
+                -(-total // w.chunk),
+                lambda c, s: step(c * w.chunk, s, True),
+                state,
+            )
+        return state
+
+
+def _starts(*starts: Any) -> list[Array]:
+    """Indices of one integer type: in x64 mode Python ints would be another."""
+    return [jnp.asarray(n, jnp.int32) for n in starts]
+
+
+def pick(x: Any, row: Row) -> Array:
+    """One row of a plan array ``[Bp, Np, rows, ...]``."""
+    x = jnp.asarray(x)
+    example = row.example if x.shape[0] > 1 else 0
+    return x[example, row.head if x.shape[1] > 1 else 0, row.block]
+
+
+class Operands(NamedTuple):
+    """The operands, padded."""
+
+    params: PyTree
+    modifiers: PyTree
+    mask: PyTree
+    query_positions: Array
+    key_positions: Array
+    words: tuple[Array, Array] | None
+
+    @classmethod
+    def of(cls, tiles: Tiles) -> "Operands":
+        """The operands of ``tiles.inputs``."""
+        inputs = tiles.inputs
+        pad = functools.partial(jax.tree.map, tiles.pad)
+        return cls(
+            inputs.pair_params,
+            pad(inputs.modifier_operands),
+            pad(inputs.mask_operands),
+            tiles.pad(inputs.query_positions, -1),
+            tiles.pad(inputs.key_positions, -1),
+            pad(inputs.dropout_words),
+        )
+
+    def at(self, tiles: Tiles, row: Row, ids: Array, valid: Array) -> "Operands":
+        """Their tiles; blocks that do not exist hold no key."""
+        cut = jax.tree.map(lambda x: tiles.cut(x, row, ids), self)
+        keys = cut.key_positions
+        if tiles.inputs.index_positions:
+            # Computed, not cut: fewer operations in the loop.
+            slots = ids[:, None] * tiles.bk + jnp.arange(tiles.bk, dtype=jnp.int32)
+            keys = jnp.where(slots < tiles.sizes.S, slots, -1).reshape(1, -1)
+            slots = jnp.arange(tiles.bq, dtype=jnp.int32)[:, None]
+            cut = cut._replace(query_positions=row.block * tiles.bq + slots)
+        exists = jnp.repeat(valid, keys.shape[1] // valid.shape[0])
+        return cut._replace(
+            params=squeeze_params(cut.params),
+            key_positions=jnp.where(exists, keys, -1),
+        )

@@ -1,0 +1,370 @@
+"""The mask protocol and its algebra: ``&``, ``|``, ``~``."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NoReturn
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnlab.masks.geometry import Blocks
+from attnlab.masks.intervals import FAR, complement, intersection, namespace, union
+from attnlab.types import Array, Intervals, Plan, PyTree, Tile, pytree
+
+Bounds = tuple[Intervals, Intervals]
+
+
+def visible_pairs(mask: "Mask", tile: Tile, operands: PyTree) -> Array:
+    """What the mask shows, less the slots that hold nothing: boolean ``[q, k]``."""
+    occupied = (tile.query_positions >= 0) & (tile.key_positions >= 0)
+    return mask.visible(tile, operands) & occupied
+
+
+class Mask:
+    """Who may attend to whom; True means attend.
+
+    A mask is lazy: it holds structure and data, never a ``[T, S]`` array unless that is
+    what you gave it. Combine masks with ``&``, ``|`` and ``~``.
+
+    To write one, subclass, decorate with ``attnlab.types.pytree``, and define
+    ``visible`` and ``bounds``. For a rule without its own block arithmetic,
+    :func:`attnlab.masks.predicate` is enough.
+    """
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """The arrays that ``visible`` needs, as a pytree of ``Operand``.
+
+        Raises:
+            ValueError: if the mask was built for other lengths.
+        """
+        return ()
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """Boolean ``[q, k]`` (or broadcasting to it) for one tile.
+
+        Empty slots (position -1) need no care: they are hidden whatever this says.
+
+        Args:
+            tile: the positions, and the head.
+            operands: arrays ``[q or 1, k or 1, *payload]`` in the structure that
+                ``operands`` returned.
+        """
+        raise NotImplementedError
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """(possibly live, surely full) blocks of ``cols`` for each block of ``rows``.
+
+        Args:
+            rows: the blocks of one side.
+            cols: the blocks of the other.
+            operands: arrays ``[B, N, T, S, *payload]``, axes full or 1.
+
+        Returns:
+            Two ``Intervals``: the first holds at least every block with a visible
+            pair, the second at most the blocks whose pairs are all visible.
+        """
+        raise NotImplementedError
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """A necessary condition for a slot to be visible: an operand, or None."""
+        return None
+
+    @property
+    def sees_itself(self) -> bool:
+        """Whether the structure surely lets each position see the same position."""
+        return False
+
+    def plan(
+        self,
+        query_length: int,
+        key_length: int | None = None,
+        *,
+        block_size: int | tuple[int, int] = 128,
+    ) -> Plan:
+        """The live blocks, in both orientations.
+
+        Args:
+            query_length: T.
+            key_length: S; T if not given.
+            block_size: slots in a block, or (of queries, of keys).
+
+        Returns:
+            NumPy arrays where the structure alone decides, else JAX arrays.
+        """
+        from attnlab.masks.planning import plan_mask
+
+        return plan_mask(self, query_length, key_length, block_size)
+
+    def to_dense(self, query_length: int, key_length: int | None = None) -> Array:
+        """Boolean ``[T, S]``, or ``[B or 1, N or 1, T, S]`` where data say so."""
+        from attnlab.masks.planning import dense_mask
+
+        return dense_mask(self, query_length, key_length)
+
+    def density(self, query_length: int, key_length: int | None = None) -> float:
+        """The fraction of query-key pairs that are visible, exactly."""
+        from attnlab.masks.liveness import mask_density
+
+        return mask_density(self, query_length, key_length)
+
+    #: NumPy leaves ``array & mask`` to the mask.
+    __array_ufunc__ = None
+
+    def __and__(self, other: Any) -> "Mask":
+        return And((self, _part(other)))
+
+    def __or__(self, other: Any) -> "Mask":
+        return Or((self, _part(other)))
+
+    __rand__ = __and__
+    __ror__ = __or__
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            "a mask has no truth value: combine masks with '&', '|' and '~', "
+            "not with 'and', 'or' and 'not'; test for None with 'mask is None'"
+        )
+
+
+def as_mask(mask: Any) -> Mask:
+    """None -> everything; a boolean array -> that array; a mask -> itself."""
+    from attnlab.masks.data import dense
+
+    if mask is None:
+        return Full()
+    if isinstance(mask, Mask):
+        return mask
+    if hasattr(mask, "dtype") or isinstance(mask, (list, tuple)):
+        return dense(mask)
+    raise TypeError(
+        f"mask: expected an attnlab mask, a boolean array or None, "
+        f"got {type(mask).__name__}"
+    )
+
+
+def _part(mask: Any) -> Mask:
+    if mask is None:
+        raise TypeError("a mask cannot be combined with None; for no mask use full()")
+    return as_mask(mask)
+
+
+@pytree
+class Full(Mask):
+    """Every query may attend to every key."""
+
+    @property
+    def sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return True
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        return jnp.ones((1, 1), bool)
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        where = np.ones((1, 1, rows.count), bool)
+        return cols.every(where), cols.every_complete(where)
+
+    def __repr__(self) -> str:
+        return "full()"
+
+
+@pytree
+class _Combination(Mask):
+    parts: tuple[Mask, ...]
+    symbol: ClassVar[str] = ""
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        return tuple(m.operands(query_length, key_length) for m in self.parts)
+
+    def _bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> list[Bounds]:
+        return [
+            m.bounds(rows, cols, o) for m, o in zip(self.parts, operands, strict=True)
+        ]
+
+    def _alive(self, side: str, operands: PyTree) -> list[Array | None]:
+        return [
+            m.may_be_alive(side, o) for m, o in zip(self.parts, operands, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        return "(" + f" {self.symbol} ".join(repr(m) for m in self.parts) + ")"
+
+
+@pytree
+class And(_Combination):
+    """Visible where every part says so."""
+
+    symbol: ClassVar[str] = "&"
+
+    @property
+    def sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return all(m.sees_itself for m in self.parts)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        result = self.parts[0].visible(tile, operands[0])
+        for mask, own in zip(self.parts[1:], operands[1:], strict=True):
+            result = result & mask.visible(tile, own)
+        return result
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        (possible, certain), *rest = self._bounds(rows, cols, operands)
+        for more_possible, more_certain in rest:
+            possible = intersection(possible, more_possible, cols.count)
+            certain = intersection(certain, more_certain, cols.count)
+        return possible, certain
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`Mask`."""
+        known = [a for a in self._alive(side, operands) if a is not None]
+        if not known:
+            return None
+        result = known[0]
+        for more in known[1:]:
+            result = result & more
+        return result
+
+
+@pytree
+class Or(_Combination):
+    """Visible where some part says so."""
+
+    symbol: ClassVar[str] = "|"
+
+    @property
+    def sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return any(m.sees_itself for m in self.parts)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        result = self.parts[0].visible(tile, operands[0])
+        for mask, own in zip(self.parts[1:], operands[1:], strict=True):
+            result = result | mask.visible(tile, own)
+        return result
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        (possible, certain), *rest = self._bounds(rows, cols, operands)
+        for more_possible, more_certain in rest:
+            possible = union(possible, more_possible)
+            certain = union(certain, more_certain)
+        return possible, certain
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`Mask`."""
+        parts = self._alive(side, operands)
+        result = parts[0]
+        for more in parts[1:]:
+            result = None if result is None or more is None else result | more
+        return result
+
+
+@pytree
+class Not(Mask):
+    """Visible where the other mask hides."""
+
+    part: Mask
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        return self.part.operands(query_length, key_length)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        return ~self.part.visible(tile, operands)
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        possible, certain = self.part.bounds(rows, cols, operands)
+        full = complement(possible, cols.count)
+        xp = namespace(*full)
+        # A complement reaches into an incomplete last block: that is never full.
+        full = Intervals(full.lo, xp.minimum(full.hi, cols.length // cols.size))
+        return complement(certain, cols.count), full
+
+    def __repr__(self) -> str:
+        return f"~{self.part!r}"
+
+
+@pytree
+class PerHead(Mask):
+    """Another mask for each query head."""
+
+    parts: tuple[Mask, ...]
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        return tuple(m.operands(query_length, key_length) for m in self.parts)
+
+    @property
+    def sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return all(m.sees_itself for m in self.parts)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        shape = jnp.broadcast_shapes(
+            tile.query_positions.shape, tile.key_positions.shape
+        )
+        branches = [
+            lambda ops, m=m, i=i: jnp.broadcast_to(m.visible(tile, ops[i]), shape)
+            for i, m in enumerate(self.parts)
+        ]
+        return lax.switch(tile.head, branches, operands)
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        each = [
+            m.bounds(rows, cols, o) for m, o in zip(self.parts, operands, strict=True)
+        ]
+        return _stack([p for p, _ in each]), _stack([c for _, c in each])
+
+    def __repr__(self) -> str:
+        return f"per_head({', '.join(repr(m) for m in self.parts)})"
+
+
+def _stack(heads: list[Intervals]) -> Intervals:
+    """Intervals ``[Bp, 1, rows, m]`` of each head -> ``[Bp, N, rows, max m]``."""
+    xp = namespace(*(x for h in heads for x in h))
+    most = max(h.lo.shape[-1] for h in heads)
+    lead = np.broadcast_shapes(*(h.lo.shape[:-1] for h in heads))
+    sides = []
+    for arrays in zip(*heads, strict=True):
+        padded = [
+            xp.pad(
+                xp.broadcast_to(a, lead + a.shape[-1:]),
+                [(0, 0)] * 3 + [(0, most - a.shape[-1])],
+                constant_values=FAR,
+            )
+            for a in arrays
+        ]
+        sides.append(xp.concatenate(padded, axis=1))
+    return Intervals(*sides)
+
+
+def full() -> Mask:
+    """Every query may attend to every key."""
+    return Full()
+
+
+def per_head(masks: Sequence[Mask]) -> Mask:
+    """Another mask for each query head.
+
+    Args:
+        masks: N masks, one a head, none of which varies by head itself.
+    """
+    if not masks:
+        raise ValueError("masks: expected one mask for each query head, got none")
+    parts = tuple(as_mask(m) for m in masks)
+    if any(isinstance(m, PerHead) for m in parts):
+        raise ValueError("masks: a mask within per_head cannot be per_head itself")
+    return PerHead(parts)

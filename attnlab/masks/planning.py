@@ -1,0 +1,236 @@
+"""From a mask to the blocks that it leaves alive, and to the slots that are alive."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab.masks.base import Mask, PerHead, visible_pairs
+from attnlab.masks.geometry import Blocks
+from attnlab.masks.intervals import FAR, difference, merge, namespace
+from attnlab.types import (
+    Array,
+    Intervals,
+    Live,
+    Operand,
+    Plan,
+    PyTree,
+    Tile,
+    skeleton,
+)
+
+
+def normalise(operand: Operand, batch: tuple[int, ...], name: str) -> Any:
+    """Brings an operand to ``[B or 1, N, T, S, *payload]``.
+
+    Args:
+        operand: as its owner gave it.
+        batch: the batch axes of the call, whose product is B.
+        name: what to call it in an error.
+
+    Raises:
+        ValueError: if its batch axes do not broadcast to ``batch``.
+    """
+    array, payload = operand
+    core = 3 + payload
+    if array.ndim < core:
+        array = array.reshape((1,) * (core - array.ndim) + array.shape)
+    lead, rest = array.shape[: array.ndim - core], array.shape[array.ndim - core :]
+    if all(n == 1 for n in lead):
+        return array.reshape((1, *rest))
+    try:
+        if np.broadcast_shapes(lead, batch) != batch:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"{name}: shape {tuple(array.shape)} does not fit batch axes {batch}"
+        ) from None
+    array = namespace(array).broadcast_to(array, batch + rest)
+    return array.reshape((math.prod(batch), *rest))
+
+
+def normalise_tree(tree: PyTree, batch: tuple[int, ...], name: str) -> PyTree:
+    """``normalise`` for every ``Operand`` of a pytree."""
+    return jax.tree.map(
+        lambda o: normalise(o, batch, name),
+        tree,
+        is_leaf=lambda x: isinstance(x, Operand),
+    )
+
+
+def index_blocks(side: str, length: int, size: int, offset: Any = 0) -> Blocks:
+    """Blocks of slots whose positions are ``offset + slot``; offset scalar or [B]."""
+    xp = namespace(offset)
+    offset = xp.asarray(offset, dtype=np.int32).reshape(-1)
+    starts = np.arange(0, length, size, dtype=np.int32)
+    stops = np.minimum(starts + size, length) - 1
+    lo, hi = offset[:, None] + starts, offset[:, None] + stops
+    return Blocks(side, size, length, lo, hi, offset)
+
+
+def position_blocks(side: str, positions: Array, size: int) -> Blocks:
+    """Blocks of slots whose positions are given, ``[B or 1, length]``; -1 = empty."""
+    length = positions.shape[-1]
+    blocks = Blocks(side, size, length, None, None, None)
+    known = jnp.where(positions < 0, FAR, positions)
+    lo = blocks.reduce(known, 1, "min", FAR)
+    hi = blocks.reduce(positions, 1, "max", -1)
+    return dataclasses.replace(blocks, lo=lo, hi=hi)
+
+
+def _live(mask: Mask, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
+    possible, certain = mask.bounds(rows, cols, operands)
+    possible, certain = merge(possible), merge(certain)
+    if rows.offset is None or cols.offset is None:
+        # Some slot may be empty: let the mask look at every block.
+        certain = Intervals(certain.lo[..., :0], certain.hi[..., :0])
+    elif not (rows.starts_at_zero and cols.starts_at_zero):
+        certain = _of_positions(certain, rows, cols)
+    xp = namespace(*possible, *certain)
+    arrays = (*possible, *certain)
+    lead = np.broadcast_shapes((1, 1, rows.count), *(x.shape[:-1] for x in arrays))
+    arrays = [xp.broadcast_to(x, lead + x.shape[-1:]).astype(np.int32) for x in arrays]
+    possible, certain = Intervals(*arrays[:2]), Intervals(*arrays[2:])
+    return Live(certain, difference(possible, certain, cols.count))
+
+
+def _of_positions(certain: Intervals, rows: Blocks, cols: Blocks) -> Intervals:
+    """Less the blocks in which an offset makes positions negative: empty slots."""
+    xp = namespace(*certain, rows.lo, cols.offset)
+    first = xp.maximum(-(cols.offset // cols.size), 0)[:, None, None, None]
+    lo = xp.maximum(certain.lo, first)
+    return Intervals(lo, xp.where(rows.rows_lo < 0, lo, certain.hi))
+
+
+def make_plan(
+    mask: Mask, operands: PyTree, query: Blocks, key: Blocks, cols: bool = True
+) -> Plan:
+    """The plan of a mask over given blocks.
+
+    Args:
+        mask: the mask (or its skeleton).
+        operands: its operands, normalised.
+        query: the blocks of queries.
+        key: the blocks of keys.
+        cols: whether the transpose is wanted, too.
+    """
+    if not jax.tree.leaves(operands) and namespace(query.lo, key.lo) is np:
+        offset = tuple(query.offset.tolist())
+        return _static_plan(
+            skeleton(mask),
+            query.length,
+            key.length,
+            query.size,
+            key.size,
+            offset,
+            cols,
+        )
+    return Plan(
+        _live(mask, query, key, operands),
+        _live(mask, key, query, operands) if cols else None,
+        block_q=query.size,
+        block_k=key.size,
+        query_length=query.length,
+        key_length=key.length,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _static_plan(
+    mask: Mask, t: int, s: int, block_q: int, block_k: int, offset: tuple, cols: bool
+) -> Plan:
+    operands = mask.operands(t, s)
+    query = index_blocks("query", t, block_q, np.asarray(offset, np.int32))
+    key = index_blocks("key", s, block_k)
+    return Plan(
+        _live(mask, query, key, operands),
+        _live(mask, key, query, operands) if cols else None,
+        block_q=block_q,
+        block_k=block_k,
+        query_length=t,
+        key_length=s,
+    )
+
+
+def alone(mask: Mask, t: int, s: int) -> tuple[PyTree, tuple[int, ...]]:
+    """Normalised operands of a mask that no call surrounds: it tells the batch."""
+    operands = mask.operands(t, s)
+    leaves = jax.tree.leaves(operands, is_leaf=lambda x: isinstance(x, Operand))
+    batch = np.broadcast_shapes(
+        *(o.array.shape[: max(o.array.ndim - 3 - o.payload, 0)] for o in leaves)
+    )
+    return normalise_tree(operands, batch, "mask"), batch
+
+
+def plan_mask(
+    mask: Mask, t: int, s: int | None, block_size: int | tuple[int, int]
+) -> Plan:
+    """See ``Mask.plan``."""
+    s = t if s is None else s
+    block_q, block_k = (
+        (block_size, block_size) if isinstance(block_size, int) else block_size
+    )
+    if min(block_q, block_k) < 1:
+        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    operands, _ = alone(mask, t, s)
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
+        operands = jax.tree.map(np.asarray, operands)
+    return make_plan(
+        mask,
+        operands,
+        index_blocks("query", t, block_q),
+        index_blocks("key", s, block_k),
+    )
+
+
+def dense_visible(
+    mask: Mask, operands: PyTree, query_positions: Array, key_positions: Array
+) -> Array:
+    """The whole mask, boolean ``[B or 1, N or 1, T, S]``: for the reference."""
+    leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
+    batch = max(x.shape[0] for x in leaves)
+    heads = max([x.shape[1] for x in leaves] + [head_count(mask)])
+
+    def one(operands: PyTree, q: Array, k: Array, head: Array) -> Array:
+        tile = Tile(q, k, head)
+        shape = (q.shape[0], k.shape[1])
+        return jnp.broadcast_to(visible_pairs(mask, tile, operands), shape)
+
+    def each(operands: PyTree, q: Array, k: Array, head: Array) -> Array:
+        axes = jax.tree.map(lambda x: 0 if x.shape[0] > 1 else None, operands)
+        operands = jax.tree.map(lambda x: x if x.shape[0] > 1 else x[0], operands)
+        return jax.vmap(one, (axes, None, None, 0), axis_size=heads)(
+            operands, q, k, head
+        )
+
+    arrays = (operands, query_positions[:, 0], key_positions[:, 0])
+    axes = jax.tree.map(lambda x: 0 if x.shape[0] > 1 else None, arrays)
+    arrays = jax.tree.map(lambda x: x if x.shape[0] > 1 else x[0], arrays)
+    index = jnp.arange(heads, dtype=jnp.int32)
+    run = jax.vmap(lambda a: each(a[0], a[1], a[2], index), (axes,), axis_size=batch)
+    return run(arrays)
+
+
+def head_count(mask: Mask) -> int:
+    """How many heads a mask tells apart by itself (1: it does not)."""
+    inner = jax.tree.leaves(mask, is_leaf=lambda m: isinstance(m, PerHead))
+    return max([len(m.parts) for m in inner if isinstance(m, PerHead)] + [1])
+
+
+def slot_operand(length: int, axis: int) -> Array:
+    """Slot numbers along axis 2 or 3 of an operand."""
+    slots = jnp.arange(length, dtype=jnp.int32)
+    return slots[None, None, :, None] if axis == 2 else slots[None, None, None, :]
+
+
+def dense_mask(mask: Mask, t: int, s: int | None) -> Array:
+    """See ``Mask.to_dense``."""
+    s = t if s is None else s
+    operands, _ = alone(mask, t, s)
+    result = dense_visible(mask, operands, slot_operand(t, 2), slot_operand(s, 3))
+    plain = not jax.tree.leaves(operands) and result.shape[:2] == (1, 1)
+    return result[0, 0] if plain else result

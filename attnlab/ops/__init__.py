@@ -1,0 +1,8 @@
+"""The one verb, its validation and dispatch, and what it will cost."""
+
+from attnlab.ops.attention import attention as attention
+from attnlab.ops.attention import attention_with_stats as attention_with_stats
+from attnlab.ops.cost import Cost as Cost
+from attnlab.ops.cost import cost as cost
+from attnlab.ops.explain import Explanation as Explanation
+from attnlab.ops.explain import explain as explain

@@ -1,0 +1,238 @@
+"""The one verb."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.implementations.reference import attend as reference_attend
+from attnlab.implementations.tiled import Tiled
+from attnlab.implementations.top import top_weights
+from attnlab.ops.dispatch import choose, run
+from attnlab.ops.prepare import plan_for, prepare
+from attnlab.ops.validate import Arguments, Options, check
+from attnlab.types import (
+    Array,
+    ArrayLike,
+    AttentionInputs,
+    AttentionResult,
+    Modifier,
+    Score,
+)
+
+
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    score: Score | None = None,
+    mask: Any = None,
+    modifiers: Sequence[Modifier] = (),
+    sinks: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    query_offset: int | ArrayLike = 0,
+    query_positions: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
+    precision: Any = None,
+    implementation: str | None = None,
+) -> Array:
+    """``softmax(modifiers(score(query, key)) where mask) . value``.
+
+    Args:
+        query: ``[*batch, T, N, H]``.
+        key: ``[*batch, S, K, H]``; N is a multiple of K.
+        value: ``[*batch, S, K, D]``.
+        score: what similarity is; default ``scores.scaled_dot()``.
+        mask: who may attend to whom: an attnlab mask, a boolean array that broadcasts
+            to ``[*batch, N, T, S]`` (True = attend), or None: everyone to everyone.
+        modifiers: applied to the logits in this order, before the mask.
+        sinks: ``[N]`` learnable logits of a key that everyone sees and whose value is
+            zero.
+        dropout_rate: the fraction of weights set to 0, in [0, 1); others are scaled by
+            ``1 / (1 - rate)``. The pattern is a pure function of (rng, example, head,
+            query position, key position).
+        dropout_rng: a PRNG key, needed where ``dropout_rate > 0``.
+        query_offset: position of the first query, a scalar or ``[*batch]``. Positions
+            of keys start at 0.
+        query_positions: ``[T]`` or ``[*batch, T]`` integers; -1 = empty slot.
+        key_positions: ``[S]`` or ``[*batch, S]`` integers; -1 = empty slot.
+        precision: of matrix products; None: JAX's own setting.
+        implementation: None for the automatic choice, or a name that
+            :func:`attnlab.explain` lists. A name never falls back.
+
+    Returns:
+        ``[*batch, T, N, D]`` in the query's dtype.
+
+    Raises:
+        TypeError, ValueError: on arguments that do not fit, naming the argument.
+        NotImplementedError: if the implementation asked for cannot take the inputs.
+
+    Numerics:
+        Logits, softmax and sums are float32 (float64 for float64). A query that may
+        attend to nothing yields 0 and gradient 0. What the mask hides from every query
+        reaches nothing, NaN included. Reverse mode to second order; for forward mode
+        use ``implementation="reference"`` (any score but additive and concat).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from attnlab import attention, masks
+        >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
+        >>> attention(x, x, x, mask=masks.causal() & masks.sliding_window(2, 2)).shape
+        (1, 6, 2, 4)
+
+    References:
+        Vaswani et al., "Attention Is All You Need", 2017, section 3.2; Dao et al.,
+        "FlashAttention", 2022, section 3.1 (the online softmax of the fast paths).
+    """
+    args = check(
+        query,
+        key,
+        value,
+        score=score,
+        mask=mask,
+        modifiers=modifiers,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        query_offset=query_offset,
+        query_positions=query_positions,
+        key_positions=key_positions,
+    )
+    return run_attention(
+        args,
+        dropout_rate=float(dropout_rate),
+        precision=precision,
+        implementation=implementation,
+        stats=False,
+        top_k=None,
+    ).output
+
+
+def attention_with_stats(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    top_k: int | Literal["all"] | None = None,
+    **options: Unpack[Options],
+) -> AttentionResult:
+    """As :func:`attention`, with log-sum-exp and, on request, the weights.
+
+    Args:
+        query: ``[*batch, T, N, H]``.
+        key: ``[*batch, S, K, H]``.
+        value: ``[*batch, S, K, D]``.
+        top_k: None: no weights; "all": ``[*batch, N, T, S]``, dense and
+            differentiable; k: the k greatest weights of each query with their key
+            slots, in O(T k + S) memory and without a gradient.
+        **options: every keyword argument of :func:`attention`.
+
+    Returns:
+        ``AttentionResult``; ``output`` is the same whatever ``top_k`` is, and ``lse``
+        ``[*batch, T, N]`` has a gradient.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab import attention_with_stats
+        >>> x = jnp.ones((1, 3, 1, 4))
+        >>> result = attention_with_stats(x, x, x, top_k=2)
+        >>> result.output.shape, result.lse.shape, result.weights.shape
+        ((1, 3, 1, 4), (1, 3, 1), (1, 1, 3, 2))
+    """
+    given: dict[str, Any] = dict(options)
+    implementation = given.pop("implementation", None)
+    precision = given.pop("precision", None)
+    args = check(query, key, value, **given)
+    if top_k is not None and top_k != "all":
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(
+                f"top_k: expected None, 'all' or an int of at least 1, got {top_k!r}"
+            )
+        if top_k > key.shape[-3]:
+            raise ValueError(f"top_k: got {top_k} of S={key.shape[-3]} keys")
+    return run_attention(
+        args,
+        dropout_rate=float(options.get("dropout_rate", 0.0)),
+        precision=precision,
+        implementation=implementation,
+        stats=True,
+        top_k=top_k,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("dropout_rate", "precision", "implementation", "stats", "top_k"),
+)
+def run_attention(
+    args: Arguments,
+    *,
+    dropout_rate: float,
+    precision: Any,
+    implementation: str | None,
+    stats: bool,
+    top_k: int | str | None,
+) -> AttentionResult:
+    """The whole computation on validated arguments, compiled once a structure."""
+    batch = args.query.shape[:-3]
+    t, heads = args.query.shape[-3:-1]
+    if 0 in (*batch, t, args.key.shape[-3]):
+        return _nothing(args, top_k)
+    inputs = prepare(
+        args,
+        dropout_rate=dropout_rate,
+        precision=precision,
+        needs_lse=stats or args.sinks is not None,
+    )
+    chosen, _ = choose(inputs, implementation)
+    plan = plan_for(args, inputs, chosen.block_sizes(inputs), chosen.needs_cols)
+    output, lse = run(chosen, inputs, plan)
+    # Whatever gradient comes from above to a query that sees nothing, it stops here.
+    sees = ~jnp.isneginf(lse)
+    output = jnp.where(sees[..., None], output, 0)
+    lse = jnp.where(sees, lse, -jnp.inf)
+    weights, indices = _weights(inputs, args, lse, top_k)
+    if args.sinks is not None:
+        total = jnp.logaddexp(lse, jnp.asarray(args.sinks).astype(lse.dtype))
+        finite = jnp.where(jnp.isneginf(total), 0, total)
+        share = jnp.where(sees, jnp.exp(jnp.where(sees, lse, 0) - finite), 0)
+        output = output * share[..., None]
+        if weights is not None:
+            weights = weights * share.swapaxes(1, 2)[..., None]
+        lse = total
+    output = output.astype(args.query.dtype)
+    found = AttentionResult(output, lse, weights, indices)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
+
+
+def _nothing(args: Arguments, top_k: int | str | None) -> AttentionResult:
+    """The result where there is no query, no key or no example."""
+    *batch, t, heads, _ = args.query.shape
+    s, size = args.key.shape[-3], args.value.shape[-1]
+    wide = jnp.promote_types(args.query.dtype, jnp.float32)
+    lse = jnp.full((*batch, t, heads), -jnp.inf, wide)
+    if args.sinks is not None:
+        lse = jnp.logaddexp(lse, jnp.asarray(args.sinks).astype(wide))
+    weights, indices = None, None
+    if top_k == "all":
+        weights = jnp.zeros((*batch, heads, t, s), wide)
+    elif top_k is not None:
+        shape = (*batch, heads, t, int(top_k))
+        weights, indices = jnp.zeros(shape, wide), jnp.full(shape, -1, jnp.int32)
+    output = jnp.zeros((*batch, t, heads, size), args.query.dtype)
+    return AttentionResult(output, lse, weights, indices)
+
+
+def _weights(
+    inputs: AttentionInputs, args: Arguments, lse: Array, top_k: int | str | None
+) -> tuple[Array | None, Array | None]:
+    if top_k is None:
+        return None, None
+    if top_k == "all":
+        return reference_attend(inputs)[2], None
+    plan = plan_for(args, inputs, Tiled().block_sizes(inputs), cols=False)
+    return top_weights(inputs, plan, lse, int(top_k))

@@ -1,0 +1,118 @@
+"""Which implementation the automatic choice takes, and why it passed over the rest."""
+
+from typing import Any, NamedTuple, Unpack
+
+import jax
+
+from attnlab.implementations import IMPLEMENTATIONS
+from attnlab.ops.dispatch import choose
+from attnlab.ops.prepare import prepare
+from attnlab.ops.validate import Arguments, Options, check
+from attnlab.types import AttentionInputs
+
+
+class Explanation(NamedTuple):
+    """The answer of :func:`explain`; ``str`` of it is readable text.
+
+    Attributes:
+        inputs: a line that describes them.
+        platform: where it would run.
+        implementation: the name of the one that runs.
+        block_sizes: (queries, keys) in a block of its plan.
+        passed_over: for each other implementation, every reason.
+    """
+
+    inputs: str
+    platform: str
+    implementation: str
+    block_sizes: tuple[int, int]
+    passed_over: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        lines = [
+            self.inputs,
+            f"on {self.platform}: {self.implementation}, blocks of "
+            f"{self.block_sizes[0]} queries x {self.block_sizes[1]} keys",
+        ]
+        for name, reasons in self.passed_over.items():
+            lines.append(f"  not {name}: {'; '.join(reasons)}")
+        return "\n".join(lines)
+
+
+def canonical(
+    query: Any, key: Any, value: Any, options: Options, needs_lse: bool = False
+) -> tuple[Arguments, AttentionInputs]:
+    """The validated arguments, and the shapes of what implementations would get."""
+    given: dict[str, Any] = dict(options)
+    given.pop("implementation", None)
+    precision = given.pop("precision", None)
+    args = check(query, key, value, **given)
+    rate = float(options.get("dropout_rate", 0.0))
+    needs_lse = needs_lse or args.sinks is not None
+    inputs = jax.eval_shape(
+        lambda a: prepare(
+            a, dropout_rate=rate, precision=precision, needs_lse=needs_lse
+        ),
+        args,
+    )
+    return args, inputs
+
+
+def describe(args: Arguments, inputs: AttentionInputs) -> str:
+    """One line that says what the inputs are."""
+    s = inputs.sizes
+    letters = ", ".join(f"{k}={v}" for k, v in s._asdict().items())
+    score = type(args.score).__name__
+    modifiers = [type(m).__name__ for m in args.modifiers]
+    parts = [f"{letters}; {inputs.query.dtype}; score {score}; mask {args.mask!r}"]
+    if modifiers:
+        parts.append(f"modifiers {', '.join(modifiers)}")
+    if args.sinks is not None:
+        parts.append("sinks")
+    if inputs.dropout_rate > 0:
+        parts.append(f"dropout {inputs.dropout_rate:g}")
+    if not inputs.index_positions:
+        parts.append("positions given")
+    return "; ".join(parts)
+
+
+def explain(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    platform: str | None = None,
+    **options: Unpack[Options],
+) -> Explanation:
+    """Which implementation :func:`attnlab.attention` would run, and why.
+
+    Args:
+        query: array or ``jax.ShapeDtypeStruct``, ``[*batch, T, N, H]``.
+        key: ``[*batch, S, K, H]``.
+        value: ``[*batch, S, K, D]``.
+        platform: "cpu", "cuda", "rocm" or "tpu"; the default backend's if not given.
+        **options: every keyword argument of :func:`attnlab.attention`.
+
+    Raises:
+        NotImplementedError: as :func:`attnlab.attention` would.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from attnlab import explain, masks
+        >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
+        >>> print(explain(x, x, x, mask=masks.sliding_window(256, 256), platform="cpu"))
+        B=1, T=4096, S=4096, N=8, K=8, P=64, D=64; float32; score ScaledDot; mask
+        sliding_window(256, 256)
+        on cpu: tiled, blocks of 256 queries x 128 keys
+          not jax_nn: it holds [T, S] in memory; it runs only when asked for
+          not reference: it holds [T, S] in memory; it runs only when asked for
+    """
+    args, inputs = canonical(query, key, value, options)
+    chosen, passed_over = choose(inputs, options.get("implementation"))
+    return Explanation(
+        describe(args, inputs),
+        jax.default_backend() if platform is None else platform,
+        chosen.name,
+        IMPLEMENTATIONS[chosen.name].block_sizes(inputs),
+        passed_over,
+    )

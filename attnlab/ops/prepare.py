@@ -1,0 +1,216 @@
+"""From validated arguments to the canonical record that implementations take."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.masks.geometry import Blocks
+from attnlab.masks.liveness import alive
+from attnlab.masks.planning import (
+    head_count,
+    index_blocks,
+    make_plan,
+    normalise,
+    normalise_tree,
+    position_blocks,
+)
+from attnlab.ops.validate import Arguments, check_operand_shapes
+from attnlab.types import (
+    Array,
+    AttentionInputs,
+    Operand,
+    Plan,
+    Score,
+    skeleton,
+)
+
+#: Blocks in which liveness of slots is decided.
+_ALIVE_BLOCK = 512
+
+
+def prepare(
+    args: Arguments, *, dropout_rate: float, precision: Any, needs_lse: bool
+) -> AttentionInputs:
+    """Canonical form: 4-D arrays, normalised operands, dead slots zeroed, projected."""
+    batch = args.query.shape[:-3]
+    query, key, value = (
+        x.reshape((math.prod(batch), *x.shape[-3:]))
+        for x in (args.query, args.key, args.value)
+    )
+    t, heads = query.shape[1:3]
+    s, key_heads = key.shape[1:3]
+    shape = (heads, t, s)
+
+    mask_operands = normalise_tree(args.mask.operands(t, s), batch, "mask")
+    check_operand_shapes(mask_operands, shape, "mask")
+    if head_count(args.mask) not in (1, heads):
+        raise ValueError(
+            f"mask: per_head got {head_count(args.mask)} masks for {heads} query heads"
+        )
+    mask_operands = jax.lax.stop_gradient(mask_operands)
+    modifier_operands = tuple(
+        normalise_tree(m.operands(), batch, type(m).__name__) for m in args.modifiers
+    )
+    check_operand_shapes(modifier_operands, shape, "modifiers")
+    query_positions, key_positions = positions_of(args, batch, t, s)
+    index = args.query_positions is None and args.key_positions is None
+    index = index and args.query_offset is None
+
+    query_alive, key_alive = alive(
+        args.mask,
+        mask_operands,
+        query_positions,
+        key_positions,
+        *blocks_of(args, (_ALIVE_BLOCK, _ALIVE_BLOCK), query_positions, key_positions),
+    )
+    query = _zero_dead(query, query_alive)
+    key, value = _zero_dead(key, key_alive), _zero_dead(value, key_alive)
+    query, key = _project(args.score, query, key)
+
+    words = None
+    if dropout_rate > 0:
+        words = _dropout_words(
+            args.dropout_rng, query.shape[0], heads, query_positions, key_positions
+        )
+    return AttentionInputs(
+        query,
+        key,
+        value,
+        jax.tree.map(lambda x: _pair_operand(x, heads), args.score.pair_params()),
+        modifier_operands,
+        mask_operands,
+        query_positions,
+        key_positions,
+        words,
+        score=skeleton(args.score),
+        modifiers=skeleton(args.modifiers),
+        mask=skeleton(args.mask),
+        dropout_rate=float(dropout_rate),
+        precision=precision,
+        needs_lse=needs_lse,
+        index_positions=index,
+    )
+
+
+def blocks_of(
+    args: Arguments,
+    sizes: tuple[int, int],
+    query_positions: Array,
+    key_positions: Array,
+) -> tuple[Blocks, Blocks]:
+    """The blocks of queries and of keys, of at most the given sizes."""
+    t, s = args.query.shape[-3], args.key.shape[-3]
+    size_q, size_k = max(min(sizes[0], t), 1), max(min(sizes[1], s), 1)
+    if args.query_positions is not None:
+        query = position_blocks("query", query_positions[:, 0, :, 0], size_q)
+    else:
+        query = index_blocks("query", t, size_q, _offset(args))
+    if args.key_positions is not None:
+        key = position_blocks("key", key_positions[:, 0, 0, :], size_k)
+    else:
+        key = index_blocks("key", s, size_k)
+    return query, key
+
+
+def plan_for(
+    args: Arguments, inputs: AttentionInputs, sizes: tuple[int, int], cols: bool
+) -> Plan:
+    """The plan of a call, at given block sizes."""
+    query, key = blocks_of(args, sizes, inputs.query_positions, inputs.key_positions)
+    return make_plan(args.mask, inputs.mask_operands, query, key, cols)
+
+
+def _offset(args: Arguments) -> Any:
+    return 0 if args.query_offset is None else args.query_offset
+
+
+def positions_of(
+    args: Arguments, batch: tuple[int, ...], t: int, s: int
+) -> tuple[Array, Array]:
+    """Positions as operands: ``[B or 1, 1, T, 1]`` and ``[B or 1, 1, 1, S]``."""
+    if args.query_positions is not None:
+        positions = args.query_positions.astype(jnp.int32)[..., None, :, None]
+    else:
+        offset = jnp.asarray(_offset(args), jnp.int32)
+        positions = (
+            jnp.arange(t, dtype=jnp.int32)[:, None] + offset[..., None, None, None]
+        )
+    query = normalise(Operand(positions), batch, "query_positions")
+    if args.key_positions is not None:
+        positions = args.key_positions.astype(jnp.int32)[..., None, None, :]
+    else:
+        positions = jnp.arange(s, dtype=jnp.int32)[None, None, :]
+    return query, normalise(Operand(positions), batch, "key_positions")
+
+
+def _zero_dead(x: Array, living: Array | None) -> Array:
+    """``[B, L, heads, X]`` with zeros in slots that ``[Bp, Np, L]`` calls dead."""
+    if living is None:
+        return x
+    heads, own = x.shape[2], living.shape[1]
+    if own > heads:  # query heads of one group share a key head
+        living = living.reshape(living.shape[0], heads, own // heads, -1).any(2)
+    return jnp.where(living.swapaxes(1, 2)[..., None], x, jnp.zeros((), x.dtype))
+
+
+def _project(score: Score, query: Array, key: Array) -> tuple[Array, Array]:
+    try:
+        projected = score.project_query(query), score.project_key(key)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"score: {type(score).__name__} cannot project query {query.shape} and "
+            f"key {key.shape}: {error}"
+        ) from error
+    if projected[0].dtype != projected[1].dtype:
+        raise TypeError(
+            f"score: {type(score).__name__} projects the query to "
+            f"{projected[0].dtype} and the key to {projected[1].dtype}; they must agree"
+        )
+    sizes = [x.shape[-1] for x in projected]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"score: {type(score).__name__} makes query head size {sizes[0]} and key "
+            f"head size {sizes[1]}, which must agree; a score that projects "
+            "(bilinear, additive) takes different sizes"
+        )
+    return projected
+
+
+def _pair_operand(x: Array, heads: int) -> Array:
+    x = jnp.asarray(x)
+    if x.ndim == 0 or x.shape[0] not in (1, heads):
+        raise ValueError(
+            f"score: pair_params must lead with {heads} heads or 1, got {x.shape}"
+        )
+    return x.reshape((1, x.shape[0], 1, 1, *x.shape[1:]))
+
+
+def _dropout_words(
+    rng: Array, batch: int, heads: int, query_positions: Array, key_positions: Array
+) -> tuple[Array, Array]:
+    """A 32-bit word for each row (batch, head, position) and column (position).
+
+    Returns:
+        uint32 operands ``[B, N, T, 1]`` and ``[B or 1, 1, 1, S]``.
+    """
+    if jnp.issubdtype(rng.dtype, jnp.uint32):
+        rng = jax.random.wrap_key_data(rng)
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    spread = jax.vmap(jax.random.fold_in, (0, 0))
+
+    def word(keys: Array) -> Array:
+        data = jax.random.key_data(keys)
+        return data[..., 0] ^ data[..., 1]
+
+    t, s = query_positions.shape[2], key_positions.shape[3]
+    cells = jnp.arange(batch * heads, dtype=jnp.uint32)
+    examples = fold(jax.random.fold_in(rng, 0), cells // heads)
+    rows = spread(examples, cells % heads)
+    positions = jnp.broadcast_to(query_positions[:, :, :, 0], (batch, heads, t))
+    positions = positions.reshape(batch * heads, t).astype(jnp.uint32)
+    row_words = word(jax.vmap(fold)(rows, positions)).reshape(batch, heads, t, 1)
+    columns = key_positions.reshape(-1).astype(jnp.uint32)
+    col_words = word(fold(jax.random.fold_in(rng, 1), columns))
+    return row_words, col_words.reshape(-1, 1, 1, s)

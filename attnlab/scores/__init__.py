@@ -1,0 +1,28 @@
+"""What similarity is: pure functions of a query and a key, with their parameters.
+
+Each name is a class: call it with its parameters, or make it by its ``init``.
+"""
+
+from attnlab.scores.cost import ScoreCost as ScoreCost
+from attnlab.scores.cost import cost as cost
+from attnlab.scores.inner import Bilinear as bilinear
+from attnlab.scores.inner import Cosine as cosine
+from attnlab.scores.inner import Dot as dot
+from attnlab.scores.inner import ScaledDot as scaled_dot
+from attnlab.scores.pairwise import Additive as additive
+from attnlab.scores.pairwise import Concat as concat
+from attnlab.scores.pairwise import Mlp as mlp
+from attnlab.types import Score as Score
+
+__all__ = [
+    "Score",
+    "ScoreCost",
+    "additive",
+    "bilinear",
+    "concat",
+    "cosine",
+    "cost",
+    "dot",
+    "mlp",
+    "scaled_dot",
+]

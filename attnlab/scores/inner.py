@@ -1,0 +1,159 @@
+"""Scores that are inner products of what they project: every kernel runs them."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.types import Array, Score, pytree
+
+
+@pytree
+class Dot(Score):
+    """``score(q, k) = q . k``, unscaled.
+
+    References:
+        Luong, Pham, Manning, "Effective Approaches to Attention-based Neural Machine
+        Translation", 2015, section 3.1 ("dot").
+    """
+
+    @classmethod
+    def init(cls, rng: Array) -> "Dot":
+        """It has no parameters; ``rng`` is not read."""
+        return cls()
+
+
+@pytree
+class ScaledDot(Score):
+    """``score(q, k) = scale * q . k``; ``scale`` defaults to ``1 / sqrt(H)``.
+
+    Args:
+        scale: a number or ``[N]``; may be traced and differentiated.
+
+    References:
+        Vaswani et al., "Attention Is All You Need", 2017, equation 1.
+    """
+
+    scale: Any = None
+
+    @classmethod
+    def init(cls, rng: Array) -> "ScaledDot":
+        """It has no parameters; ``rng`` is not read."""
+        return cls()
+
+    def project_query(self, query: Array) -> Array:
+        """See :class:`attnlab.Score`."""
+        if self.scale is None:
+            return query * (1 / math.sqrt(query.shape[-1]))
+        return (query * jnp.asarray(self.scale)[..., None]).astype(query.dtype)
+
+    def flops_per_query(self, head_size: int) -> int:
+        """See :class:`attnlab.Score`."""
+        return head_size
+
+
+@pytree
+class Bilinear(Score):
+    """``score(q, k) = q W k`` (Luong's "general").
+
+    Attributes:
+        weight: ``[N or 1, H of query, H of key]``.
+
+    References:
+        Luong, Pham, Manning, 2015, section 3.1 ("general").
+    """
+
+    weight: Any
+
+    @classmethod
+    def init(
+        cls,
+        rng: Array,
+        query_size: int,
+        key_size: int | None = None,
+        *,
+        num_heads: int = 1,
+        dtype: Any = jnp.float32,
+    ) -> "Bilinear":
+        """Normal weights of variance ``1 / (H of query * H of key)``.
+
+        Logits of unit-variance inputs then have variance 1, as scaled dot's have.
+
+        Args:
+            rng: a PRNG key.
+            query_size: H of the query.
+            key_size: H of the key; the query's if not given.
+            num_heads: N, or 1 to share one matrix.
+            dtype: of the parameters.
+        """
+        key_size = query_size if key_size is None else key_size
+        shape = (num_heads, query_size, key_size)
+        scale = 1 / math.sqrt(query_size * key_size)
+        return cls(jax.random.normal(rng, shape, dtype) * scale)
+
+    def project_query(self, query: Array) -> Array:
+        """``[B, T, N, H of query] -> [B, T, N, H of key]``."""
+        return project(query, self.weight)
+
+    def flops_per_query(self, head_size: int) -> int:
+        """See :class:`attnlab.Score`."""
+        return 2 * head_size * self.weight.shape[-1]
+
+
+@pytree
+class Cosine(Score):
+    """``score(q, k) = temperature * (q . k) / (|q| |k|)``: bounded by the temperature.
+
+    Attributes:
+        temperature: a number or ``[N]``; may be traced and differentiated.
+
+    Numerics:
+        Norms are taken in float32; a zero vector has cosine 0 with everything.
+
+    References:
+        Graves, Wayne, Danihelka, "Neural Turing Machines", 2014, equation 6;
+        Henry et al., "Query-Key Normalization for Transformers", 2020, section 3.
+    """
+
+    temperature: Any = 10.0
+
+    @classmethod
+    def init(
+        cls, rng: Array, *, num_heads: int = 1, temperature: float = 10.0
+    ) -> "Cosine":
+        """A learnable temperature for each head; ``rng`` is not read."""
+        return cls(jnp.full((num_heads,), temperature))
+
+    def project_query(self, query: Array) -> Array:
+        """See :class:`attnlab.Score`."""
+        temperature = jnp.asarray(self.temperature)[..., None]
+        return (_unit(query) * temperature).astype(query.dtype)
+
+    def project_key(self, key: Array) -> Array:
+        """See :class:`attnlab.Score`."""
+        return _unit(key).astype(key.dtype)
+
+    def flops_per_query(self, head_size: int) -> int:
+        """See :class:`attnlab.Score`."""
+        return 4 * head_size
+
+    def flops_per_key(self, head_size: int) -> int:
+        """See :class:`attnlab.Score`."""
+        return 3 * head_size
+
+
+def _unit(x: Array) -> Array:
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = (x * x).sum(-1, keepdims=True)
+    # The inner where keeps the gradient of a zero vector finite.
+    return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
+
+
+def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """``[B, L, heads, H] , [heads or 1, H, P] -> [B, L, heads, P]``."""
+    if weight.shape[0] == 1:
+        result = jnp.einsum("blnh,hp->blnp", x, weight[0].astype(x.dtype))
+    else:
+        result = jnp.einsum("blnh,nhp->blnp", x, weight.astype(x.dtype))
+    return result if bias is None else result + bias.astype(x.dtype)

@@ -1,0 +1,169 @@
+"""The command line: options, interruption, what is written."""
+
+import json
+
+import pytest
+
+from attnlab.bench import cli, machine, selection
+from attnlab.bench.contenders import Implementation
+from attnlab.bench.machine import Peaks
+from attnlab.bench.report import document, notes, table
+from attnlab.bench.runner import Group, run
+from attnlab.bench.timing import Repeats, interleave, summarise
+from tests.bench.conftest import SMALL, Wrong, _shifted
+
+PEAKS = Peaks({"float32": 1e9}, 1e9)
+
+
+@pytest.fixture
+def small_run(monkeypatch, tmp_path, text_folder):
+    """Runs ``attnlab bench`` on the groups it is given; returns code and JSON."""
+    monkeypatch.setattr(machine, "measure_peaks", lambda dtypes, size: PEAKS)
+    out = tmp_path / "out"
+
+    def start(*groups):
+        monkeypatch.setattr(selection, "select", lambda options: list(groups))
+        arguments = ["bench", "--text", str(text_folder), "--out", str(out)]
+        code = cli.main([*arguments, "--repeats", "1"])
+        path = out / "bench.json"
+        return code, json.loads(path.read_text()) if path.exists() else None, out
+
+    return start
+
+
+class Interrupting(Implementation):
+    def refusal(self, case):
+        raise KeyboardInterrupt
+
+
+REFERENCE = Group(SMALL, (Implementation("reference"),))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--length", "0"],
+            "--length: expected a whole number of at least 16, got '0'",
+        ),
+        (
+            ["--repeats", "x"],
+            "--repeats: expected a whole number of at least 1, got 'x'",
+        ),
+        (["--patterns", "full,foo"], "--patterns: expected names from full, causal"),
+        (["--scores", "foo"], "--scores: expected names from scaled_dot"),
+        (["--implementations", ""], "--implementations: expected names from tiled"),
+        (["--dtypes", "int8"], "float32, bfloat16, float16, separated by commas, got"),
+        (["--heads", "6", "--key-heads", "4"], "--key-heads: expected a divisor of"),
+        (["--text", "missing-folder"], "which is no folder"),
+        (["--text", "."], "which has none"),
+        (["--out", "file/below"], "--out: expected a folder that can be written to"),
+        (["--quick", "--full"], "not allowed with argument"),
+    ],
+)
+def test_bad_options(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_without_a_command(capsys):
+    assert cli.main([]) == 0
+    assert "bench" in capsys.readouterr().out
+
+
+def test_missing_extra_says_what_to_install(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "--out", str(tmp_path)])
+    assert ended.value.code == 1
+    assert 'pip install "attnlab[bench]"' in capsys.readouterr().err
+
+
+def test_run_writes_json_and_charts(small_run, capsys):
+    code, content, out = small_run(REFERENCE)
+    assert (code, content["complete"], content["format"]) == (0, True, 1)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "bench.json",
+        "memory.png",
+        "memory.svg",
+        "time.png",
+        "time.svg",
+    ]
+    assert set(content) >= {"command", "machine", "versions", "date", "peaks", "rows"}
+    assert content["command"].startswith("attnlab bench --text")
+    (row,) = content["rows"]
+    assert row["spec"]["length"] == SMALL.length
+    for direction in ("forward", "both"):
+        measured = row[direction]
+        assert measured["timing"]["repeats"] == 1
+        assert measured["compile_seconds"] > 0
+        assert measured["temporary_bytes"] > 0
+        assert measured["of_tanh_peak"] is None
+        expected = measured["useful_flops"] / measured["timing"]["median"] / 1e9
+        assert measured["of_matmul_peak"] == pytest.approx(expected)
+    assert "causal · scaled_dot" in capsys.readouterr().out
+
+
+def test_interrupted_run_keeps_its_rows(small_run, capsys):
+    code, content, out = small_run(REFERENCE, Group(SMALL, (Interrupting("tiled"),)))
+    assert (code, content["complete"]) == (130, False)
+    assert [row["contender"] for row in content["rows"]] == ["reference"]
+    assert (out / "time.svg").exists()
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_interrupted_before_anything_was_measured(small_run):
+    code, content, _ = small_run(Group(SMALL, (Interrupting("tiled"),)))
+    assert (code, content) == (130, None)
+
+
+def test_failure_is_shown_without_a_time(small_run, capsys):
+    code, content, out = small_run(Group(SMALL, (Wrong(_shifted),)))
+    assert code == 1
+    assert content["rows"][0]["status"] == "failed"
+    assert content["rows"][0]["both"] is None
+    assert "FAILED: wrong" in capsys.readouterr().out
+    assert not (out / "time.svg").exists()
+
+
+def test_document_is_plain_json(documents):
+    rows = [row for rows in run([REFERENCE], documents, Repeats(1, 1)) for row in rows]
+    content = document(rows, PEAKS, ["attnlab", "bench", "a b"], complete=True)
+    assert content["command"] == "attnlab bench 'a b'"
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    assert table(rows, PEAKS, "title").row_count == 1
+    assert any("50" in line or "visible" in line for line in notes(rows, PEAKS))
+
+
+def test_selection_covers_every_name():
+    from attnlab.bench.cases import PATTERNS, SCORES
+    from attnlab.bench.options import Options
+
+    groups = selection.select(Options())
+    names = {c.name for g in groups for c in g.contenders + g.beside}
+    assert {g.spec.pattern for g in groups} == set(PATTERNS)
+    assert {g.spec.score for g in groups} == set(SCORES) - {"concat"}
+    assert {"tiled", "jax_nn", "reference", "jax.nn", "flax.nnx"} <= names
+    full = selection.select(Options(full=True))
+    assert len(full) == len(PATTERNS) * len(SCORES)
+    assert all(
+        not g.beside
+        for g in selection.select(Options(implementations=("tiled",), peers=False))
+    )
+
+
+def test_interleaving_turns_the_order():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = interleave(calls, Repeats(3, 3), warm=True)
+    assert "".join(order) == "abcbcacab"
+    assert [t.repeats for t in timings.values()] == [3, 3, 3]
+
+
+def test_quantiles():
+    timing = summarise([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert timing == pytest.approx((3.5, 2.0, 5.0, 6))

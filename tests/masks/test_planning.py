@@ -1,0 +1,300 @@
+"""Plans are sound against the dense mask, small, and NumPy where structure decides."""
+
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnlab import masks
+from attnlab.masks import planning
+
+T, S = 37, 29
+BLOCKS = [(4, 4), (8, 3), (37, 29), (5, 16), (1, 1), (64, 2)]
+
+
+def third(t, s):
+    return (t * s) % 3 == 0
+
+
+def _all(t=T, s=S, seed=0):
+    rng = np.random.default_rng(seed)
+    return dict(
+        full=masks.full(),
+        causal=masks.causal(),
+        window=masks.sliding_window(3, 5),
+        one_sided=masks.sliding_window(2, None),
+        dilated=masks.dilated_window(6, 4, 2),
+        anchor=masks.anchor([0, 7, 8, 20]),
+        anchor_seen=masks.anchor([3, 11], see_all=False),
+        anchor_data=masks.anchor(np.array([3, -1, 30])),
+        chunked=masks.chunked(5),
+        prefix=masks.prefix(4),
+        documents=masks.documents(
+            np.sort(rng.integers(-1, 4, (2, t))), np.sort(rng.integers(-1, 4, (2, s)))
+        ),
+        unsorted=masks.documents(rng.integers(-1, 4, t), rng.integers(-1, 4, s)),
+        lengths=masks.lengths(query=np.array([5, t]), key=np.array([s, 11])),
+        dense=masks.dense(rng.random((t, s)) < 0.1),
+        dense_keys=masks.dense(rng.random((2, 1, 1, s)) < 0.5),
+        dense_queries=masks.dense(rng.random((3, t, 1)) < 0.5),
+        drawn=masks.random_blocks(1, 2, 4, max(t, s) // 4 + 2),
+        blocks=masks.blocks(rng.integers(-1, 5, (t // 4 + 1, 2)), 4),
+        per_head=masks.per_head([
+            masks.causal(),
+            masks.sliding_window(2, 2) | masks.anchor(2),
+            ~masks.full(),
+        ]),
+        predicate=masks.predicate(third),
+    )
+
+
+MASKS = _all()
+
+
+def check(mask, block_q, block_k, t=T, s=S):
+    """Dead blocks hide all, full blocks show all, no block is listed twice.
+
+    Returns:
+        The number of blocks that are partial for no need.
+    """
+    dense = np.asarray(mask.to_dense(t, s))
+    dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)
+    plan = mask.plan(t, s, block_size=(block_q, block_k))
+    assert (plan.block_q, plan.block_k) == (block_q, block_k)
+    assert plan.cols is not None
+    loose = 0
+    for live, wanted, size, other in (
+        (plan.rows, dense, block_q, block_k),
+        (plan.cols, dense.swapaxes(2, 3), block_k, block_q),
+    ):
+        full, partial = ([np.asarray(x) for x in intervals] for intervals in live)
+        lead = np.broadcast_shapes(wanted.shape[:2], full[0].shape[:2])
+        counts = -(-wanted.shape[2] // size), -(-wanted.shape[3] // other)
+        for b, h in itertools.product(range(lead[0]), range(lead[1])):
+            seen = wanted[b % wanted.shape[0], h % wanted.shape[1]]
+            for i in range(counts[0]):
+                listed = []
+                for lo, hi in (full, partial):
+                    blocks = np.zeros(counts[1], int)
+                    row = b % lo.shape[0], h % lo.shape[1], i
+                    for first, stop in zip(lo[row], hi[row], strict=True):
+                        assert first >= 0 or stop <= first
+                        assert stop <= max(counts[1], first)
+                        blocks[first:stop] += 1
+                    listed.append(blocks)
+                assert (listed[0] + listed[1] <= 1).all()
+                for j in range(counts[1]):
+                    block = seen[i * size : (i + 1) * size, j * other : (j + 1) * other]
+                    if listed[0][j]:
+                        assert block.all()
+                        assert block.shape[1] == other
+                    elif not listed[1][j]:
+                        assert not block.any()
+                    else:
+                        loose += not block.any() or block.all()
+    return loose
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_sound_and_the_complement_too(name):
+    for block_q, block_k in BLOCKS:
+        check(MASKS[name], block_q, block_k)
+        check(~MASKS[name], block_q, block_k)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_combinations_are_sound(name):
+    for other in MASKS.values():
+        check(MASKS[name] & other, 8, 4)
+        check(MASKS[name] | ~other, 8, 4)
+
+
+@pytest.mark.parametrize("sizes", BLOCKS)
+@pytest.mark.parametrize("name", ["full", "causal", "window", "chunked", "prefix"])
+def test_structural_plans_are_tight(name, sizes):
+    """No block is partial that could be dead or full."""
+    t, s = (sizes[0] * 5, sizes[1] * 6)
+    t, s = (t, s) if t * s < 4000 else sizes
+    assert check(MASKS[name], *sizes, t, s) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["full", "causal", "window", "dilated", "anchor", "chunked", "prefix"]
+)
+def test_static_plans_are_numpy(name):
+    plan = MASKS[name].plan(T, S, block_size=8)
+    assert plan.is_static
+    for leaf in jax.tree.leaves(plan):
+        assert type(leaf) is np.ndarray
+        assert leaf.dtype == np.int32
+    inside = []
+
+    @jax.jit
+    def traced(x):
+        inside.append(MASKS[name].plan(T, S, block_size=8).is_static)
+        return x
+
+    traced(jnp.zeros(()))
+    assert inside == [True]
+
+
+@pytest.mark.parametrize(
+    "name", ["documents", "lengths", "drawn", "dense", "anchor_data"]
+)
+def test_traced_plans_equal_those_of_the_host(name):
+    host = MASKS[name].plan(T, S, block_size=(8, 4))
+    traced = jax.jit(lambda m: m.plan(T, S, block_size=(8, 4)))(MASKS[name])
+    assert not traced.is_static
+    for one, other in ((host.rows, traced.rows), (host.cols, traced.cols)):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a.per_row(), b.per_row())
+
+
+@pytest.mark.parametrize("offset", [-9, -1, 0, 3, 11, 40])
+@pytest.mark.parametrize(
+    "name", ["full", "causal", "window", "anchor", "chunked", "drawn"]
+)
+def test_offsets_are_sound(name, offset):
+    """The plan of a shifted query equals rows of the dense mask; below 0 is nothing."""
+    mask, t, s, bq, bk = MASKS[name], 13, S, 4, 3
+    large = np.asarray(mask.to_dense(40 if name == "drawn" else 64, s))
+    large = large.reshape(large.shape[-2:])
+    rows = np.arange(t) + offset
+    if name == "drawn":
+        rows = np.where(rows < 40, rows, -1)
+    visible = np.where((rows >= 0)[:, None], large[np.maximum(rows, 0)], False)
+    operands = planning.normalise_tree(mask.operands(t, s), (), "mask")
+    plan = planning.make_plan(
+        mask,
+        operands,
+        planning.index_blocks("query", t, bq, jnp.int32(offset)),
+        planning.index_blocks("key", s, bk),
+    )
+    for live, wanted, size, other in (
+        (plan.rows, visible, bq, bk),
+        (plan.cols, visible.T, bk, bq),
+    ):
+        for i in range(-(-wanted.shape[0] // size)):
+            for j in range(-(-wanted.shape[1] // other)):
+                block = wanted[i * size : (i + 1) * size, j * other : (j + 1) * other]
+                inside = [
+                    bool(((lo[0, 0, i] <= j) & (j < hi[0, 0, i])).any())
+                    for lo, hi in live
+                ]
+                assert not all(inside)
+                assert block.all() or not inside[0]
+                assert any(inside) or not block.any()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["full", "causal", "window", "anchor", "chunked", "drawn", "blocks", "dilated"],
+)
+@pytest.mark.parametrize("order", ["far", "permuted", "empty"])
+def test_given_positions_are_sound(name, order):
+    """Positions far apart, in any order, with empty slots; on both sides."""
+    rng = np.random.default_rng(0)
+    full = np.asarray(MASKS[name].to_dense(36, 36)).reshape(36, 36)
+    positions = np.arange(0, 36, 3)
+    if order == "permuted":
+        positions = rng.permutation(36)
+    if order == "empty":
+        positions = np.where(rng.random(36) < 0.5, -1, np.arange(36))
+    other = rng.permutation(positions)
+    visible = full[positions[:, None], other[None, :]]
+    visible &= (positions >= 0)[:, None] & (other >= 0)[None, :]
+    plan = planning.make_plan(
+        MASKS[name],
+        planning.normalise_tree(MASKS[name].operands(36, 36), (), "mask"),
+        planning.position_blocks("query", jnp.asarray(positions[None]), 4),
+        planning.position_blocks("key", jnp.asarray(other[None]), 3),
+    )
+    for live, wanted, size, across in (
+        (plan.rows, visible, 4, 3),
+        (plan.cols, visible.T, 3, 4),
+    ):
+        for i in range(-(-wanted.shape[0] // size)):
+            for j in range(-(-wanted.shape[1] // across)):
+                block = wanted[i * size : (i + 1) * size, j * across : (j + 1) * across]
+                inside = [
+                    bool(((lo[0, 0, i] <= j) & (j < hi[0, 0, i])).any())
+                    for lo, hi in live
+                ]
+                assert block.all() or not inside[0]
+                assert any(inside) or not block.any()
+
+
+@st.composite
+def problems(draw):
+    t, s = draw(st.integers(1, 23)), draw(st.integers(1, 23))
+    leaves = _all(t, s, draw(st.integers(0, 5)))
+    names = st.sampled_from(sorted(leaves))
+
+    def tree(depth):
+        if depth == 0:
+            return leaves[draw(names)]
+        kind = draw(st.sampled_from(["leaf", "not", "and", "or"]))
+        if kind == "leaf":
+            return leaves[draw(names)]
+        if kind == "not":
+            return ~tree(depth - 1)
+        one, other = tree(depth - 1), tree(depth - 1)
+        return one & other if kind == "and" else one | other
+
+    sizes = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    return tree(draw(st.integers(1, 3))), sizes, t, s
+
+
+@given(problems())
+def test_trees_of_masks_are_sound(problem):
+    mask, (block_q, block_k), t, s = problem
+    check(mask, block_q, block_k, t, s)
+
+
+@pytest.mark.parametrize(
+    ("mask", "most"),
+    [
+        (masks.sliding_window(256, 256), 2),
+        (masks.causal(), 1),
+        (masks.longformer(window=256, anchors=[0, 5, 70_000]), 5),
+        (masks.streaming(anchors=4, window=1024), 3),
+        (masks.chunked(4096) & masks.causal(), 2),
+    ],
+)
+def test_planning_a_million_positions(mask, most):
+    """O(T/b + S/b + intervals), in both orientations."""
+    planning._static_plan.cache_clear()
+    start = time.perf_counter()
+    plan = mask.plan(2**20, block_size=512)
+    elapsed = time.perf_counter() - start
+    assert plan.is_static
+    for live in (plan.rows, plan.cols):
+        for intervals in live:
+            assert intervals.lo.shape[:3] == (1, 1, 2048)
+            assert intervals.lo.shape[3] <= most
+    # [T/b, S/b] booleans alone would be four million; this takes some milliseconds.
+    assert elapsed < 1
+
+
+def test_bigbird_at_a_million_positions():
+    mask = masks.big_bird(
+        window=256, anchors=128, random_blocks=3, rng=0, num_blocks=2**14
+    )
+    plan = mask.plan(2**20, block_size=512)
+    for live in (plan.rows, plan.cols):
+        assert live.full.lo.size + live.partial.lo.size < 2048 * 64
+
+
+def test_the_cache_of_plans_is_bounded():
+    info = planning._static_plan.cache_info()
+    assert info.maxsize is not None
+
+
+def test_block_sizes_are_checked():
+    with pytest.raises(ValueError, match=r"block_size: expected at least 1, got 0"):
+        masks.causal().plan(8, block_size=0)

@@ -1,0 +1,225 @@
+"""Bad input: each error names the argument, what it got, and what would do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import attention, attention_with_stats, masks, modifiers, scores
+
+Q = jnp.zeros((2, 7, 6, 8))
+K = jnp.zeros((2, 5, 3, 8))
+V = jnp.zeros((2, 5, 3, 4))
+
+
+def call(query=Q, key=K, value=V, **options):
+    return lambda: attention(query, key, value, **options)
+
+
+def like(x, **changes):
+    """The same array with another size along named axes."""
+    shape = list(x.shape)
+    for name, size in changes.items():
+        shape["BLNH".index(name)] = size
+    return jnp.zeros(shape, x.dtype)
+
+
+CASES = {
+    "query is no array": (call(query=[1.0]), TypeError, "query: expected an array"),
+    "rank": (call(query=Q[0, 0]), ValueError, r"query: .*three axes.*\(6, 8\)"),
+    "integers": (call(key=K.astype(int)), TypeError, "key: expected a floating dtype"),
+    "dtype": (
+        call(value=V.astype(jnp.bfloat16)),
+        TypeError,
+        "value: dtype bfloat16 differs from the query's float32; cast",
+    ),
+    "batch": (call(key=like(K, B=3)), ValueError, r"key: batch axes \(3,\) differ"),
+    "length": (call(value=like(V, L=6)), ValueError, "value: length S is 6.*5"),
+    "heads of value": (call(value=like(V, N=2)), ValueError, "value: heads K is 2.*3"),
+    "groups": (call(query=like(Q, N=4)), ValueError, "query: 4 heads .* 3 key/value"),
+    "head size": (call(key=like(K, H=6)), ValueError, "query head size 8 and key.*6"),
+    "score class": (call(score=scores.dot), TypeError, "score: .*class: call it"),
+    "score string": (call(score="dot"), TypeError, "score: expected an attnlab score"),
+    "score for other sizes": (
+        call(score=scores.bilinear.init(jax.random.key(0), 3)),
+        ValueError,
+        r"score: Bilinear cannot project query \(2, 7, 6, 8\)",
+    ),
+    "score for other heads": (
+        call(
+            score=scores.additive.init(jax.random.key(0), 8, hidden_size=4, num_heads=5)
+        ),
+        ValueError,
+        "score: Additive cannot project",
+    ),
+    "modifier alone": (
+        call(modifiers=modifiers.soft_cap(3.0)),
+        TypeError,
+        r"modifiers: expected a sequence; write modifiers=\[",
+    ),
+    "array as modifier": (
+        call(modifiers=[jnp.zeros((7, 5))]),
+        TypeError,
+        r"modifiers: .*modifiers.bias\(array\)",
+    ),
+    "bias of another length": (
+        call(modifiers=[modifiers.bias(jnp.zeros((7, 4)))]),
+        ValueError,
+        "modifiers: .* does not fit S=5",
+    ),
+    "boolean bias": (
+        lambda: modifiers.bias(np.ones((7, 5), bool)),
+        TypeError,
+        "bias: .*pass it as mask=",
+    ),
+    "slopes of other heads": (
+        call(modifiers=[modifiers.alibi(4)]),
+        ValueError,
+        "modifiers: .* does not fit N=6",
+    ),
+    "numeric mask": (call(mask=jnp.zeros((7, 5))), TypeError, "mask: .*modifiers.bias"),
+    "mask string": (call(mask="causal"), TypeError, "mask: expected an attnlab mask"),
+    "flat mask": (call(mask=np.ones(5, bool)), ValueError, r"mask: .*\[T, S\]"),
+    "mask of other lengths": (
+        call(mask=np.ones((7, 6), bool)),
+        ValueError,
+        "mask: .* does not fit S=5",
+    ),
+    "mask of other heads": (
+        call(mask=np.ones((4, 7, 5), bool)),
+        ValueError,
+        "mask: .* does not fit N=6",
+    ),
+    "mask of another batch": (
+        call(mask=np.ones((3, 1, 7, 5), bool)),
+        ValueError,
+        r"mask: .*batch axes \(2,\)",
+    ),
+    "documents of other lengths": (
+        call(mask=masks.documents(np.zeros(7, int))),
+        ValueError,
+        "key_ids=.*built for length 7, used with length 5",
+    ),
+    "floating ids": (
+        lambda: masks.documents(np.zeros(7)),
+        TypeError,
+        "query_ids: expected integers, got float64",
+    ),
+    "no lengths": (masks.lengths, ValueError, "lengths: give query=, key= or both"),
+    "layout of other lengths": (
+        call(mask=masks.random_blocks(0, 1, 2, 2)),
+        ValueError,
+        "built for 2 blocks, 4 positions, used with length 7; it needs 4 blocks",
+    ),
+    "too many random blocks": (
+        lambda: masks.random_blocks(0, 5, 2, 4),
+        ValueError,
+        "blocks_per_row: expected at most num_blocks=4, got 5",
+    ),
+    "masks for other heads": (
+        call(mask=masks.per_head([masks.causal()] * 2)),
+        ValueError,
+        "mask: per_head got 2 masks for 6 query heads",
+    ),
+    "no heads": (lambda: masks.per_head([]), ValueError, "masks: expected one mask"),
+    "negative window": (
+        lambda: masks.sliding_window(-1, 0),
+        ValueError,
+        "left: expected at least 0, got -1",
+    ),
+    "floating window": (
+        lambda: masks.sliding_window(1, 2.5),
+        TypeError,
+        "right: expected an int .* got float",
+    ),
+    "zero step": (lambda: masks.dilated_window(1, 1, 0), ValueError, "step: .* got 0"),
+    "zero chunk": (lambda: masks.chunked(0), ValueError, "size: .* got 0"),
+    "negative anchor": (lambda: masks.anchor([-1]), ValueError, "positions: .* got -1"),
+    "idle anchor": (
+        lambda: masks.anchor(1, visible_to_all=False, see_all=False),
+        ValueError,
+        "both False",
+    ),
+    "masks by and": (
+        lambda: masks.causal() and masks.full(),
+        TypeError,
+        "combine masks with '&', '|' and '~'",
+    ),
+    "block size": (
+        lambda: masks.causal().plan(8, block_size=0),
+        ValueError,
+        "block_size: expected at least 1, got 0",
+    ),
+    "sinks": (call(sinks=jnp.zeros(3)), ValueError, r"sinks: expected shape \(6,\)"),
+    "dropout rate": (call(dropout_rate=1.0), ValueError, r"dropout_rate: .*\[0, 1\)"),
+    "dropout without rng": (call(dropout_rate=0.1), ValueError, "dropout_rng: .* None"),
+    "offset": (call(query_offset=1.5), TypeError, "query_offset: .* got float"),
+    "offset shape": (
+        call(query_offset=jnp.zeros(3, int)),
+        ValueError,
+        r"query_offset: expected a scalar or shape \(2,\), got \(3,\)",
+    ),
+    "positions shape": (
+        call(key_positions=jnp.zeros(7, int)),
+        ValueError,
+        r"key_positions: expected shape \(5,\) or \(2, 5\), got \(7,\)",
+    ),
+    "floating positions": (
+        call(query_positions=jnp.zeros(7)),
+        TypeError,
+        "query_positions: expected integers",
+    ),
+    "two kinds of position": (
+        call(query_positions=jnp.arange(7), query_offset=2),
+        ValueError,
+        "give one of the two",
+    ),
+    "implementation": (
+        call(implementation="flash"),
+        ValueError,
+        "implementation: expected one of tiled, jax_nn, reference or None, got 'flash'",
+    ),
+    "refusal": (
+        call(
+            implementation="jax_nn",
+            score=scores.additive.init(jax.random.key(0), 8, hidden_size=9),
+            dropout_rate=0.1,
+            dropout_rng=jax.random.key(0),
+        ),
+        NotImplementedError,
+        "'jax_nn' cannot .*not an inner product; it has no dropout; .*head size",
+    ),
+    "top_k of what": (
+        lambda: attention_with_stats(Q, K, V, top_k="most"),
+        ValueError,
+        "top_k: expected None, 'all' or an int",
+    ),
+    "too great a top_k": (
+        lambda: attention_with_stats(Q, K, V, top_k=6),
+        ValueError,
+        "top_k: got 6 of S=5 keys",
+    ),
+    "soft cap": (lambda: modifiers.soft_cap(0.0), ValueError, "cap: .* got 0.0"),
+    "clipped table": (
+        lambda: modifiers.clipped_relative(np.zeros((1, 4)), left=1, right=1),
+        ValueError,
+        r"table: expected \[N or 1, 3\]",
+    ),
+    "bucket table": (
+        lambda: modifiers.relative_bias(np.zeros((1, 2))),
+        ValueError,
+        "table: 2 buckets do not fit max_distance=128",
+    ),
+    "hidden sizes": (
+        lambda: scores.mlp.init(jax.random.key(0), 8, hidden_sizes=()),
+        ValueError,
+        "hidden_sizes: expected at least one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(name):
+    run, kind, message = CASES[name]
+    with pytest.raises(kind, match=message):
+        run()

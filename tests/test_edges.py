@@ -1,0 +1,207 @@
+"""Edges where a fast path, a shortcut or a fold could go wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import attention, attention_with_stats, explain, masks, modifiers, scores
+from attnlab.types import Score, pytree
+
+IMPLEMENTATIONS = ("reference", "tiled")
+
+
+def arrays(t, s, n=2, k=1, h=4, d=3, b=1):
+    q, key, v = jax.random.split(jax.random.key(0), 3)
+    return (
+        jax.random.normal(q, (b, t, n, h)),
+        jax.random.normal(key, (b, s, k, h)),
+        jax.random.normal(v, (b, s, k, d)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    {
+        "lengths": lambda n: masks.lengths(query=n),
+        "anchor": lambda n: masks.anchor(n[None]) | masks.sliding_window(1, 0),
+        "random": lambda n: masks.random_blocks(jax.random.key(n), 1, 2, 4),
+    }.items(),
+)
+def test_vmap_over_the_data_of_a_mask(name, make, tile):
+    tile(4, 4)
+    x = arrays(7, 7)
+    data = jnp.array([1, 4, 6])
+
+    def run(n):
+        return attention(*x, mask=make(n) & masks.causal())
+
+    mapped = jax.vmap(run)(data)
+    looped = jnp.stack([run(n) for n in data])
+    np.testing.assert_allclose(mapped, looped, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_positions": jnp.array([0, -1, 2, 3])},
+        {"query_offset": 3, "mask": masks.sliding_window(0, 0)},
+        {"query_positions": jnp.array([1, 2, 3, 5]), "mask": ~masks.prefix(1)},
+    ],
+    ids=["empty slot", "offset", "positions"],
+)
+def test_hidden_slots_where_lengths_are_equal(options, implementation):
+    hidden = 1 if "key_positions" in options else 0
+    q, k, v = arrays(4, 4)
+
+    def loss(q, k, v):
+        return attention(q, k, v, implementation=implementation, **options).sum()
+
+    poisoned = [x.at[:, hidden].set(jnp.nan) for x in (k, v)]
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, *poisoned)
+    assert jnp.isfinite(value)
+    assert value == loss(q, k, v)
+    assert all(jnp.isfinite(g).all() for g in gradients)
+
+
+def test_rows_with_different_numbers_of_intervals():
+    shape = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
+    chosen = explain(shape, shape, shape, mask=~masks.sliding_window(100, 100))
+    assert chosen.implementation == "tiled"
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (1, 6)])
+def test_a_modifier_that_divides_by_an_array(shape, tile):
+    tile(4, 4)
+    x = arrays(6, 6)
+    cap = jnp.full(shape, 2.0)
+
+    def loss(q, k, v, cap, implementation):
+        capped = [modifiers.soft_cap(cap)]
+        return (
+            attention(q, k, v, modifiers=capped, implementation=implementation) ** 2
+        ).sum()
+
+    both = [jax.grad(loss, argnums=(0, 1, 2, 3))(*x, cap, i) for i in IMPLEMENTATIONS]
+    for a, b in zip(*both, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_from_above_stop_at_a_query_that_sees_nothing(implementation):
+    x = arrays(5, 5)
+    mask = masks.lengths(query=np.array([3]))
+
+    def loss(q, k, v):
+        found = attention_with_stats(q, k, v, mask=mask, implementation=implementation)
+        z = jnp.where(jnp.isfinite(found.lse), found.lse**2, 0).sum()
+        return z + jnp.linalg.norm(found.output, axis=-1).sum()
+
+    for gradient in jax.grad(loss, argnums=(0, 1, 2))(*x):
+        assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "jax_nn"])
+def test_a_bias_of_minus_infinity_hides(implementation):
+    q, k, v = arrays(3, 3, d=4)
+    bias = jnp.zeros((3, 3)).at[1].set(-jnp.inf)
+    output = attention(
+        q, k, v, modifiers=[modifiers.bias(bias)], implementation=implementation
+    )
+    assert (output[:, 1] == 0).all()
+    assert jnp.isfinite(output).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_bias_of_the_lowest_float_is_no_hiding(implementation):
+    q, k, v = arrays(2, 4)
+    bias = jnp.full((2, 4), jnp.finfo(jnp.float32).min)
+    output = attention(
+        q * 0, k, v, modifiers=[modifiers.bias(bias)], implementation=implementation
+    )
+    np.testing.assert_allclose(output[:, 0, 0], v.mean(1)[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("mask", [None, masks.lengths(key=np.array([1]))])
+def test_nothing_in_nothing_out(lengths, mask):
+    x = arrays(*lengths)
+    found = attention_with_stats(*x, mask=mask, sinks=jnp.ones(2))
+    assert found.output.shape == (1, lengths[0], 2, 3)
+    assert (found.output == 0).all()
+    assert (found.lse == 1).all()
+    gradients = jax.grad(lambda *x: attention(*x, mask=mask).sum(), (0, 1, 2))(*x)
+    assert all((g == 0).all() for g in gradients)
+
+
+def test_a_sink_of_minus_infinity_is_none():
+    q, k, v = arrays(4, 4)
+    mask = masks.lengths(query=np.array([3]))
+    sinks = jnp.full(2, -jnp.inf)
+    without = attention(q, k, v, mask=mask)
+    np.testing.assert_array_equal(attention(q, k, v, mask=mask, sinks=sinks), without)
+    gradient = jax.grad(lambda q: attention(q, k, v, mask=mask, sinks=sinks).sum())(q)
+    assert jnp.isfinite(gradient).all()
+
+
+@pytree
+class WideProjection(Score):
+    """Projects by a float32 matrix whatever the inputs are."""
+
+    weight: jax.Array
+
+    def project_query(self, query):
+        return query.astype(jnp.float32) @ self.weight
+
+    def project_key(self, key):
+        return key.astype(jnp.float32) @ self.weight
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_output_has_the_dtype_of_the_query(implementation):
+    x = [a.astype(jnp.bfloat16) for a in arrays(4, 4)]
+    score = WideProjection(jnp.eye(4))
+    assert (
+        attention(*x, score=score, implementation=implementation).dtype == jnp.bfloat16
+    )
+
+
+def test_gradients_pass_by_the_data_of_a_mask():
+    q, k, v = arrays(4, 4)
+
+    def loss(q):
+        above = masks.predicate(
+            lambda t, s, x: x > 0, q[..., 0].swapaxes(1, 2)[..., None]
+        )
+        return attention(q, k, v, mask=above).sum()
+
+    plain = jax.grad(loss)(q)
+    mapped = jax.vmap(jax.grad(loss))(jnp.stack([q, -q]))
+    np.testing.assert_allclose(mapped[0], plain, atol=1e-6)
+
+
+def test_widest_layer_sizes_the_tiles_of_a_perceptron():
+    score = scores.mlp.init(jax.random.key(0), 8, hidden_sizes=(4, 256))
+    shape = jax.ShapeDtypeStruct((1, 512, 1, 8), jnp.float32)
+    chosen = explain(shape, shape, shape, score=score)
+    assert np.prod(chosen.block_sizes) * 256 <= 2**21
+
+
+def test_a_scale_for_each_head():
+    q, k, v = arrays(5, 5, n=4, h=4)
+    scale = jnp.array([0.1, 1.0, 2.0, 3.0])
+    output = attention(q, k, v, score=scores.scaled_dot(scale=scale))
+    for head in range(4):
+        one = attention(
+            q[:, :, head : head + 1], k, v, score=scores.scaled_dot(scale[head])
+        )
+        np.testing.assert_allclose(output[:, :, head], one[:, :, 0], atol=1e-6)
+
+
+def test_numpy_array_on_the_left_of_a_mask():
+    array = np.tril(np.ones((4, 4), bool), 1)
+    left, right = array & masks.causal(), masks.causal() & array
+    np.testing.assert_array_equal(left.to_dense(4), right.to_dense(4))
+    with pytest.raises(TypeError, match="None"):
+        masks.causal() & None
