@@ -74,6 +74,11 @@ class Mask:
         """Whether the structure surely lets each position see the same position."""
         return False
 
+    @property
+    def alive_sees_itself(self) -> bool:
+        """Whether each slot that ``may_be_alive``, on either side, sees itself."""
+        return self.sees_itself
+
     def plan(
         self,
         query_length: int,
@@ -207,6 +212,11 @@ class And(_Combination):
         """See :class:`Mask`."""
         return all(m.sees_itself for m in self.parts)
 
+    @property
+    def alive_sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return all(m.alive_sees_itself for m in self.parts)
+
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""
         result = self.parts[0].visible(tile, operands[0])
@@ -243,6 +253,11 @@ class Or(_Combination):
     def sees_itself(self) -> bool:
         """See :class:`Mask`."""
         return any(m.sees_itself for m in self.parts)
+
+    @property
+    def alive_sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return self.sees_itself or all(m.alive_sees_itself for m in self.parts)
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""

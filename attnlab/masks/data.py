@@ -166,6 +166,11 @@ class Documents(Mask):
         same = row_pure & col_pure & (row_lo == col_lo) & complete
         return hull(touched), first_run(same)
 
+    @property
+    def alive_sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return self.key_ids is None
+
     def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
         """See :class:`Mask`."""
         return (operands[0] if side == "query" else operands[1]) >= 0

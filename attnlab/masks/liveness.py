@@ -66,7 +66,12 @@ def scan_partial(
         def pick(x: Array) -> Array:
             return x[b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0, i]
 
-        def block(j: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
+        lo, hi = pick(partial.lo), pick(partial.hi)
+        end = jnp.maximum(hi - lo, 0).cumsum(dtype=jnp.int32)
+
+        def block(rank: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
+            which = (end <= rank).sum(dtype=jnp.int32)
+            j = hi[which] - (end[which] - rank)
             tile = Tile(cut(q_pos, b, h, i, j), cut(k_pos, b, h, i, j), h)
             tiles = jax.tree.map(lambda x: cut(x, b, h, i, j), blank)
             seen = jnp.broadcast_to(visible_pairs(mask, tile, tiles), (bq, bk))
@@ -81,9 +86,8 @@ def scan_partial(
 
         counts = (jnp.zeros(bq, jnp.int32), jnp.zeros(nk * bk, jnp.int32))
         counts = jax.tree.map(lambda x: vary_like(x, leaves), counts)
-        lo, hi = pick(partial.lo), pick(partial.hi)
-        for m in range(partial.lo.shape[-1]):
-            counts = lax.fori_loop(lo[m], jnp.maximum(lo[m], hi[m]), block, counts)
+        if end.shape[0]:
+            counts = lax.fori_loop(jnp.int32(0), end[-1], block, counts)
         by_query, by_key = counts
         lo, hi = pick(full.lo), pick(full.hi)
         widths = jnp.where(hi > lo, (hi - lo) * bk, 0)
@@ -123,9 +127,11 @@ def alive(
         Booleans ``[Bp, Np, T]`` and ``[Bp, Np, S]``, exact; None, None where the
         structure shows that every slot is alive.
     """
-    plan = make_plan(mask, operands, query, key, cols=False)
     at_zero = query.starts_at_zero and key.starts_at_zero
-    if plan.is_static and at_zero and _structurally_alive(plan, skeleton(mask)):
+    if at_zero and query.length == key.length and mask.alive_sees_itself:
+        return _along("query", mask, operands), _along("key", mask, operands)
+    plan = make_plan(mask, operands, query, key, cols=False)
+    if plan.is_static and at_zero and _structurally_alive(plan):
         return None, None
 
     given = (operands, query_positions, key_positions, None if plan.is_static else plan)
@@ -167,13 +173,19 @@ def _decide(
         ("query", "key"), (query_positions, key_positions), shapes, strict=True
     ):
         slots = positions.reshape(positions.shape[0], 1, -1) >= 0
-        known = mask.may_be_alive(side, operands)
+        known = _along(side, mask, operands)
         if known is not None:
-            slots = slots & known.reshape(*known.shape[:2], -1)
+            slots = slots & known
         upper = jnp.broadcast_to(slots, shape.shape)
         agree &= (upper == jnp.broadcast_to(lower, shape.shape)).all()
         uppers.append(vary_like(upper, [operands, query_positions, key_positions]))
     return lax.cond(agree, lambda _: tuple(uppers), exact, None)
+
+
+def _along(side: str, mask: Mask, operands: PyTree) -> Array | None:
+    """``may_be_alive`` as ``[Bp, Np, length]``."""
+    known = mask.may_be_alive(side, operands)
+    return None if known is None else known.reshape(*known.shape[:2], -1)
 
 
 def _diagonal(
@@ -213,10 +225,8 @@ def _diagonal(
     return result.reshape(batch, heads, length)
 
 
-def _structurally_alive(plan: Plan, mask: Mask) -> bool:
-    """Whether NumPy alone can tell that every query and every key is alive."""
-    if plan.query_length == plan.key_length and mask.sees_itself:
-        return True
+def _structurally_alive(plan: Plan) -> bool:
+    """Whether the full blocks alone keep every query and every key alive."""
     full = plan.rows.full
     if full.lo.shape[:2] != (1, 1):
         return False

@@ -208,6 +208,8 @@ class Mlp(Score):
         network, here of any depth.
     """
 
+    floats_per_pair = 1
+
     query_weight: Any
     key_weight: Any
     bias: Any
@@ -288,13 +290,22 @@ class Mlp(Score):
 
     def compare(self, params: PyTree, query: Array, key: Array) -> Array:
         """See :class:`attnlab.Score`."""
-        hidden, weight = params
         dtype = _tile_type(query, key)
-        x = query[:, None, :].astype(dtype) + key[None, :, :].astype(dtype)
-        x = self.activation(x)
-        for matrix, bias in hidden:
-            x = self.activation(x @ matrix.astype(dtype) + bias.astype(dtype))
-        return x @ weight.astype(dtype)
+        everything = query, key, params
+        query, key, (hidden, weight) = jax.tree.map(
+            lambda x: vary_like(x.astype(dtype), everything), everything
+        )
+
+        # One query after another, again in the backward pass: what the layers hold
+        # stays in the cache.
+        @jax.checkpoint
+        def row(query: Array) -> Array:
+            x = self.activation(query + key)
+            for matrix, bias in hidden:
+                x = self.activation(x @ matrix + bias)
+            return x @ weight
+
+        return lax.map(row, query)
 
     def flops_per_pair(self, projected_size: int) -> int:
         """See :class:`attnlab.Score`; an activation counts as one operation."""
