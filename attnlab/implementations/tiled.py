@@ -85,9 +85,8 @@ class Tiled(Implementation):
             kv = tiles.key_row(where)
             query = q[r].astype(dtype)
 
-            def step(rank: Array, state: tuple, masked: bool) -> tuple:
+            def step(ids: Array, valid: Array, state: tuple, masked: bool) -> tuple:
                 top, total, sums = state
-                ids, valid = tiles.locate(where, rank)
                 here = operands.at(tiles, where, ids, valid)
                 tile = Tile(here.query_positions, here.key_positions, where.head)
                 logits = compare(inputs, here.params, query, tiles.gather(k, kv, ids))
@@ -167,9 +166,8 @@ class Tiled(Implementation):
             kv = tiles.key_row(where)
             query, d_o, row_delta, row_shift = (x[r].astype(dtype) for x in by_row)
 
-            def step(rank: Array, state: tuple, masked: bool) -> tuple:
+            def step(ids: Array, valid: Array, state: tuple, masked: bool) -> tuple:
                 d_query, sums = state
-                ids, valid = tiles.locate(where, rank)
                 here = operands.at(tiles, where, ids, valid)
                 tile = Tile(here.query_positions, here.key_positions, where.head)
                 key = tiles.gather(k, kv, ids).astype(dtype)
@@ -313,9 +311,12 @@ def _estimate(inputs: AttentionInputs, size: tuple[int, int]) -> float:
         cols=False,
     )
     walk = make_walk(plan)
-    chunks = -(-walk.total // walk.chunk)
-    width = walk.chunk * size[1]
-    area = size[0] * width
-    # GFLOP/s by tile area on two cores: in small tiles one of them waits.
-    rate = next(rate for least, rate in _RATES if area >= least)
-    return float(chunks.sum()) * area / rate
+
+    def seconds(chunks: Any, blocks: int) -> float:
+        area = size[0] * size[1] * blocks
+        # GFLOP/s by tile area on two cores: in small tiles one of them waits.
+        rate = next(rate for least, rate in _RATES if area >= least)
+        return float(chunks.sum()) * area / rate
+
+    in_full, in_rest = walk.chunks()
+    return seconds(in_full, walk.wide) + seconds(in_rest, walk.chunk)

@@ -42,9 +42,8 @@ def top_weights(
         where = tiles.row(r)
         query, row_shift = q[r], shift[r]
 
-        def step(rank: Array, state: tuple, masked: bool) -> tuple:
+        def step(ids: Array, valid: Array, state: tuple, masked: bool) -> tuple:
             best, slots = state
-            ids, valid = tiles.locate(where, rank)
             here = operands.at(tiles, where, ids, valid)
             tile = Tile(here.query_positions, here.key_positions, where.head)
             key = tiles.gather(keys, tiles.key_row(where), ids)

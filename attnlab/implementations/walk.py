@@ -14,7 +14,7 @@ from attnlab.types import Array, AttentionInputs, Plan, PyTree
 
 #: Keys in a chunk where nothing better is known: shorter ones leave a core idle.
 CHUNK = 512
-#: Keys in a chunk at most.
+#: Keys in a chunk at most, and in one of full blocks wherever there are as many.
 LONGEST_CHUNK = 1024
 #: What a chunk costs beside its pairs, in pairs.
 _CHUNK_OVERHEAD = 2**15
@@ -30,7 +30,8 @@ class Walk(NamedTuple):
         end: ``[Bp, Np, rows, m]``, rank at which each interval ends.
         full: ``[Bp, Np, rows]``, how many ranks are full blocks.
         total: ``[Bp, Np, rows]``, how many there are.
-        chunk: blocks in a chunk.
+        wide: blocks in a chunk of full ones.
+        chunk: blocks in a chunk of what they leave over.
         one_chunk: every row is one chunk exactly.
         any_full: some row may have a full chunk.
         any_rest: some row may have a chunk that is not full.
@@ -40,10 +41,16 @@ class Walk(NamedTuple):
     end: Any
     full: Any
     total: Any
+    wide: int
     chunk: int
     one_chunk: bool
     any_full: bool
     any_rest: bool
+
+    def chunks(self) -> tuple[Any, Any]:
+        """How many chunks of each kind a row walks, ``[Bp, Np, rows]``."""
+        fulls = self.full // self.wide
+        return fulls, -(-(self.total - fulls * self.wide) // self.chunk)
 
 
 def make_walk(plan: Plan) -> Walk:
@@ -55,23 +62,27 @@ def make_walk(plan: Plan) -> Walk:
     end = xp.maximum(hi - lo, 0).cumsum(-1).astype(np.int32)
     fulls = full.per_row().astype(np.int32)
     total = end[..., -1:].sum(-1).astype(np.int32)
-    chunk = max(CHUNK // plan.block_k, 1)
-    one_chunk, any_full, any_rest = False, full.lo.shape[-1] > 0, True
-    if plan.is_static:
-        most = int(total.max(initial=0))
-        longest = max(min(LONGEST_CHUNK // plan.block_k, most), 1)
+    count = -(-plan.key_length // plan.block_k)
+    wide = min(max(LONGEST_CHUNK // plan.block_k, 1), count)
+    chunk = min(max(CHUNK // plan.block_k, 1), count)
+    walk = Walk(lo, end, fulls, total, wide, chunk, False, full.lo.shape[-1] > 0, True)
+    if not plan.is_static:
+        return walk
+    most = int(total.max(initial=0))
+    if 0 < most <= wide:
+        return walk._replace(
+            full=np.zeros_like(fulls), chunk=most, one_chunk=True, any_full=False
+        )
 
-        def executed(chunk: int) -> int:
-            pairs = chunk * plan.block_k * plan.block_q
-            return int((-(-total // chunk)).sum()) * (pairs + _CHUNK_OVERHEAD)
+    def executed(chunk: int) -> int:
+        pairs = chunk * plan.block_k * plan.block_q
+        return int(walk._replace(chunk=chunk).chunks()[1].sum()) * (
+            pairs + _CHUNK_OVERHEAD
+        )
 
-        chunk = min(range(1, longest + 1), key=executed)
-        if 0 < most <= chunk:
-            one_chunk, fulls = True, np.zeros_like(fulls)
-        any_full = bool((fulls >= chunk).any())
-        any_rest = bool((total > fulls // chunk * chunk).any())
-    chunk = min(chunk, -(-plan.key_length // plan.block_k))
-    return Walk(lo, end, fulls, total, chunk, one_chunk, any_full, any_rest)
+    walk = walk._replace(chunk=min(range(1, wide + 1), key=executed))
+    in_full, in_rest = walk.chunks()
+    return walk._replace(any_full=bool(in_full.any()), any_rest=bool(in_rest.any()))
 
 
 class Row(NamedTuple):
@@ -146,11 +157,11 @@ class Tiles:
         s = self.sizes
         return row.example * s.K + row.head // (s.N // s.K)
 
-    def locate(self, row: Row, rank: Array) -> tuple[Array, Array]:
-        """Blocks at ``chunk`` ranks from ``rank`` on, and which of them exist."""
+    def locate(self, row: Row, rank: Array, count: int) -> tuple[Array, Array]:
+        """Blocks at ``count`` ranks from ``rank`` on, and which of them exist."""
         w = self.walk
         lo, end, total = (pick(x, row) for x in (w.lo, w.end, w.total))
-        ranks = rank + jnp.arange(w.chunk, dtype=jnp.int32)
+        ranks = rank + jnp.arange(count, dtype=jnp.int32)
         which = (end[None, :] <= ranks[:, None]).sum(1, dtype=jnp.int32)
         which = jnp.minimum(which, end.shape[0] - 1)
         start = jnp.where(which > 0, end[jnp.maximum(which - 1, 0)], 0)
@@ -162,7 +173,7 @@ class Tiles:
         shape = (1, 1, *x.shape[2:])
         parts = [
             lax.dynamic_slice(x, _starts(row, ids[c], 0, 0), shape).reshape(shape[2:])
-            for c in range(self.walk.chunk)
+            for c in range(ids.shape[0])
         ]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
@@ -178,7 +189,7 @@ class Tiles:
 
     def cut(self, x: Array, row: Row, ids: Array) -> Array:
         """The tile ``[q or 1, k or 1, *payload]`` of a padded operand."""
-        count = self.walk.chunk if x.shape[3] > 1 else 1
+        count = ids.shape[0] if x.shape[3] > 1 else 1
         parts = []
         for c in range(count):
             start, shape = self._corner(x, row, ids[c])
@@ -198,7 +209,7 @@ class Tiles:
             old = lax.dynamic_slice(x, start, shape)
             return lax.dynamic_update_slice(x, old + part.reshape(shape), start)
 
-        return self._each_block(block, x, runs)
+        return self._each_block(block, x, ids.shape[0] if runs else 1)
 
     def add_transposed(self, x: Array, row: Array, ids: Array, tile: Array) -> Array:
         """Adds ``[X, chunk * bk]`` into ``x [rows, nk, X, bk]``, as ``add`` does."""
@@ -209,37 +220,40 @@ class Tiles:
             old = lax.dynamic_slice(x, start, part.shape)
             return lax.dynamic_update_slice(x, old + part, start)
 
-        return self._each_block(block, x, True)
+        return self._each_block(block, x, ids.shape[0])
 
     def _each_block(
-        self, block: Callable[[Array, Array], Array], x: Array, runs: bool
+        self, block: Callable[[Array, Array], Array], x: Array, count: int
     ) -> Array:
         """One read and one write a step of a loop: else XLA copies all of ``x``."""
-        if not runs or self.walk.chunk == 1:
+        if count == 1:
             return block(jnp.int32(0), x)
-        return lax.fori_loop(jnp.int32(0), jnp.int32(self.walk.chunk), block, x)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(count), block, x)
 
     def over_chunks(
-        self, row: Row, step: Callable[[Array, Any, bool], Any], state: Any
+        self, row: Row, step: Callable[[Array, Array, Any, bool], Any], state: Any
     ) -> Any:
-        """Runs ``step(rank, state, masked)`` over the chunks of a row."""
+        """Runs ``step(ids, valid, state, masked)`` over the chunks of a row."""
         w = self.walk
         if w.one_chunk:
             # Called directly: in a loop that may run zero times, XLA would hoist it.
-            return step(jnp.int32(0), state, True)
-        full, total = pick(w.full, row), pick(w.total, row)
-        fulls = full // w.chunk
+            ids, valid = self.locate(row, jnp.int32(0), w.chunk)
+            return step(ids, valid, state, True)
+        in_full, in_rest = (pick(x, row) for x in w.chunks())
         if w.any_full:
-            state = lax.fori_loop(
-                jnp.int32(0), fulls, lambda c, s: step(c * w.chunk, s, False), state
-            )
+
+            def full(c: Array, state: Any) -> Any:
+                return step(*self.locate(row, c * w.wide, w.wide), state, False)
+
+            state = lax.fori_loop(jnp.int32(0), in_full, full, state)
         if w.any_rest:
-            state = lax.fori_loop(
-                fulls,
-                -(-total // w.chunk),
-                lambda c, s: step(c * w.chunk, s, True),
-                state,
-            )
+            first = in_full * w.wide
+
+            def rest(c: Array, state: Any) -> Any:
+                where = self.locate(row, first + c * w.chunk, w.chunk)
+                return step(*where, state, True)
+
+            state = lax.fori_loop(jnp.int32(0), in_rest, rest, state)
         return state
 
 

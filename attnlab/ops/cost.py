@@ -131,9 +131,9 @@ def cost(
     nq, nk = -(-sizes.T // plan.block_q), -(-sizes.S // plan.block_k)
     if chosen.name == "tiled":
         walk = make_walk(plan)
-        chunks = -(-np.asarray(walk.total) // walk.chunk)
-        executed = _total(chunks, sizes) * walk.chunk * plan.block_k * plan.block_q
-        moved_blocks = _total(chunks, sizes) * walk.chunk
+        in_full, in_rest = walk.chunks()
+        moved_blocks = _total(in_full * walk.wide + in_rest * walk.chunk, sizes)
+        executed = moved_blocks * plan.block_k * plan.block_q
     else:
         executed = sizes.B * sizes.N * sizes.T * sizes.S
         moved_blocks = sizes.B * sizes.N * nq * nk
