@@ -121,8 +121,10 @@ class Score:
         (1, 4, 2, 8)
     """
 
-    #: Floats that ``compare`` holds at once for each pair; sizes the tiles. None: P.
-    floats_per_pair: ClassVar[int | None] = None
+    @property
+    def floats_per_pair(self) -> int | None:
+        """Floats that ``compare`` holds at once for each pair: sizes tiles. None: P."""
+        return None
 
     def project_query(self, query: Array) -> Array:
         """``[B, T, N, H] -> [B, T, N, P]``."""

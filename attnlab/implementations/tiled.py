@@ -67,9 +67,11 @@ class Tiled(Implementation):
         """See :class:`attnlab.types.Implementation`."""
         tiles = Tiles(inputs, plan)
         s, dtype = inputs.sizes, inputs.accumulation_dtype
-        q = tiles.rows(inputs.query)
-        k = tiles.blocks(inputs.key, tiles.bk, tiles.nk)
-        v = tiles.blocks(inputs.value, tiles.bk, tiles.nk)
+        q, k, v = (
+            tiles.queries(inputs.query),
+            tiles.keys(inputs.key),
+            tiles.keys(inputs.value),
+        )
         operands = Operands.of(tiles)
         everything = (inputs, plan)
         lowest = jnp.finfo(dtype).min
@@ -82,14 +84,14 @@ class Tiled(Implementation):
 
         def row(_: None, r: Array) -> tuple[None, tuple[Array, Array]]:
             where = tiles.row(r)
-            kv = tiles.key_row(where)
-            query = q[r].astype(dtype)
+            query = tiles.query_block(q, where).astype(dtype)
 
             def step(ids: Array, valid: Array, state: tuple, masked: bool) -> tuple:
                 top, total, sums = state
                 here = operands.at(tiles, where, ids, valid)
                 tile = Tile(here.query_positions, here.key_positions, where.head)
-                logits = compare(inputs, here.params, query, tiles.gather(k, kv, ids))
+                key = tiles.key_blocks(k, where, ids)
+                logits = compare(inputs, here.params, query, key)
                 logits = modify(inputs, logits, tile, here.modifiers)
                 if masked:
                     seen = visible_pairs(inputs.mask, tile, here.mask)
@@ -101,7 +103,8 @@ class Tiled(Implementation):
                 total = total * shrink + p.sum(1)
                 if here.words is not None:
                     p = jnp.where(kept(inputs, here.words), p, 0)
-                product = matmul(inputs, p, tiles.gather(v, kv, ids), (1, 0))
+                value = tiles.key_blocks(v, where, ids)
+                product = matmul(inputs, p, value, (1, 0))
                 return new, total, sums * shrink[:, None] + product
 
             top, total, sums = tiles.over_chunks(where, step, start)
@@ -129,8 +132,7 @@ class Tiled(Implementation):
         tiles = Tiles(inputs, plan)
         s, dtype = inputs.sizes, inputs.accumulation_dtype
         want = jax.tree.unflatten(jax.tree.structure(inputs), list(wanted))
-        k = tiles.blocks(inputs.key, tiles.bk, tiles.nk)
-        v = tiles.blocks(inputs.value, tiles.bk, tiles.nk)
+        k, v = tiles.keys(inputs.key), tiles.keys(inputs.value)
         delta = (d_output.astype(dtype) * output.astype(dtype)).sum(-1)
         if d_lse is not None:
             delta = delta - d_lse
@@ -139,7 +141,7 @@ class Tiled(Implementation):
         padding = [(0, 0), (0, tiles.nq * tiles.bq - s.T), (0, 0)]
         shift = jnp.pad(shift, padding, constant_values=jnp.inf)
         by_row = [
-            tiles.rows(x)
+            tiles.queries(x)
             for x in (inputs.query, d_output, delta[..., None], shift[..., None])
         ]
         operands = Operands.of(tiles)
@@ -164,14 +166,16 @@ class Tiled(Implementation):
         def row(sums: _Sums, r: Array) -> tuple[_Sums, Array | None]:
             where = tiles.row(r)
             kv = tiles.key_row(where)
-            query, d_o, row_delta, row_shift = (x[r].astype(dtype) for x in by_row)
+            query, d_o, row_delta, row_shift = (
+                tiles.query_block(x, where).astype(dtype) for x in by_row
+            )
 
             def step(ids: Array, valid: Array, state: tuple, masked: bool) -> tuple:
                 d_query, sums = state
                 here = operands.at(tiles, where, ids, valid)
                 tile = Tile(here.query_positions, here.key_positions, where.head)
-                key = tiles.gather(k, kv, ids).astype(dtype)
-                value = tiles.gather(v, kv, ids).astype(dtype)
+                key = tiles.key_blocks(k, where, ids).astype(dtype)
+                value = tiles.key_blocks(v, where, ids).astype(dtype)
                 logits, pull = _pullback(inputs, here, tile, query, key)
                 if masked:
                     seen = visible_pairs(inputs.mask, tile, here.mask)

@@ -27,10 +27,10 @@ def top_weights(
     inputs, lse = lax.stop_gradient((inputs, lse))
     tiles = Tiles(inputs, plan)
     dtype = inputs.accumulation_dtype
-    q = tiles.rows(inputs.query)
-    keys = tiles.blocks(inputs.key, tiles.bk, tiles.nk)
+    q = tiles.queries(inputs.query)
+    keys = tiles.keys(inputs.key)
     shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
-    shift = tiles.rows(shift[..., None])
+    shift = tiles.queries(shift[..., None])
     operands = Operands.of(tiles)
     start = (
         jnp.full((tiles.bq, k), -1, dtype),
@@ -40,13 +40,13 @@ def top_weights(
 
     def row(_: None, r: Array) -> tuple[None, tuple[Array, Array]]:
         where = tiles.row(r)
-        query, row_shift = q[r], shift[r]
+        query, row_shift = (tiles.query_block(x, where) for x in (q, shift))
 
         def step(ids: Array, valid: Array, state: tuple, masked: bool) -> tuple:
             best, slots = state
             here = operands.at(tiles, where, ids, valid)
             tile = Tile(here.query_positions, here.key_positions, where.head)
-            key = tiles.gather(keys, tiles.key_row(where), ids)
+            key = tiles.key_blocks(keys, where, ids)
             logits = compare(inputs, here.params, query, key)
             logits = modify(inputs, logits, tile, here.modifiers)
             weights = jnp.exp(logits - row_shift)

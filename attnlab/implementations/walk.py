@@ -119,15 +119,13 @@ class Tiles:
             return jnp.pad(x, widths, mode="edge")
         return jnp.pad(x, widths, constant_values=fill)
 
-    def blocks(self, x: Array, size: int, count: int) -> Array:
-        """``[B, L, heads, X] -> [B * heads, count, size, X]``, padded by zeros."""
-        b, length, heads, width = x.shape
-        x = jnp.pad(x, [(0, 0), (0, count * size - length), (0, 0), (0, 0)])
-        return x.swapaxes(1, 2).reshape(b * heads, count, size, width)
+    def queries(self, x: Array) -> Array:
+        """``[B, T, N, X]``, padded by zeros to whole blocks."""
+        return _pad_length(x, self.nq * self.bq)
 
-    def rows(self, x: Array) -> Array:
-        """``[B, T, N, X] -> [B * N * nq, bq, X]``: a block for each row of the walk."""
-        return self.blocks(x, self.bq, self.nq).reshape(-1, self.bq, x.shape[-1])
+    def keys(self, x: Array) -> Array:
+        """``[B, S, K, X]``, padded by zeros to whole blocks."""
+        return _pad_length(x, self.nk * self.bk)
 
     def all_rows(self) -> Array:
         """The numbers of the rows of the walk."""
@@ -152,10 +150,13 @@ class Tiles:
         x = x.reshape(s.B, s.K, self.nk, -1, self.bk).transpose(0, 2, 4, 1, 3)
         return x.reshape(s.B, self.nk * self.bk, s.K, -1)[:, : s.S]
 
+    def key_head(self, row: Row) -> Array:
+        """The key head that a row of queries reads."""
+        return row.head // (self.sizes.N // self.sizes.K)
+
     def key_row(self, row: Row) -> Array:
-        """The row of ``blocks(key)`` that a row of queries reads."""
-        s = self.sizes
-        return row.example * s.K + row.head // (s.N // s.K)
+        """The row of ``[B * K, ...]`` that a row of queries adds to."""
+        return row.example * self.sizes.K + self.key_head(row)
 
     def locate(self, row: Row, rank: Array, count: int) -> tuple[Array, Array]:
         """Blocks at ``count`` ranks from ``rank`` on, and which of them exist."""
@@ -168,11 +169,14 @@ class Tiles:
         ids = jnp.clip(lo[which] + ranks - start, 0, self.nk - 1)
         return ids, ranks < total
 
-    def gather(self, x: Array, row: Array, ids: Array) -> Array:
-        """Blocks of ``x [rows, count, size, X]`` -> ``[chunk * size, X]``."""
-        shape = (1, 1, *x.shape[2:])
+    def query_block(self, x: Array, row: Row) -> Array:
+        """A block of ``queries(x)``, ``[bq, X]``, cut from where it lies."""
+        return _block(x, row.example, row.block * self.bq, row.head, self.bq)
+
+    def key_blocks(self, x: Array, row: Row, ids: Array) -> Array:
+        """Blocks of ``keys(x)``, ``[chunk * bk, X]``."""
         parts = [
-            lax.dynamic_slice(x, _starts(row, ids[c], 0, 0), shape).reshape(shape[2:])
+            _block(x, row.example, ids[c] * self.bk, self.key_head(row), self.bk)
             for c in range(ids.shape[0])
         ]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
@@ -255,6 +259,16 @@ class Tiles:
 
             state = lax.fori_loop(jnp.int32(0), in_rest, rest, state)
         return state
+
+
+def _pad_length(x: Array, length: int) -> Array:
+    return jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
+
+
+def _block(x: Array, example: Any, start: Any, head: Any, size: int) -> Array:
+    shape = (1, size, 1, x.shape[-1])
+    cut = lax.dynamic_slice(x, _starts(example, start, head, 0), shape)
+    return cut.reshape(size, x.shape[-1])
 
 
 def _starts(*starts: Any) -> list[Array]:

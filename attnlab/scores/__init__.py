@@ -1,6 +1,6 @@
 """What similarity is: pure functions of a query and a key, with their parameters.
 
-Each name is a class: call it with its parameters, or make it by its ``init``.
+Each score is a class: call it with its parameters, or make it by its ``init``.
 """
 
 from attnlab.scores.cost import ScoreCost as ScoreCost
@@ -12,6 +12,7 @@ from attnlab.scores.inner import ScaledDot as scaled_dot
 from attnlab.scores.pairwise import Additive as additive
 from attnlab.scores.pairwise import Concat as concat
 from attnlab.scores.pairwise import Mlp as mlp
+from attnlab.scores.projected import projected_keys as projected_keys
 from attnlab.types import Score as Score
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "cost",
     "dot",
     "mlp",
+    "projected_keys",
     "scaled_dot",
 ]

@@ -93,8 +93,6 @@ class Additive(Score):
         and Translate", 2015, appendix A.1.2 (their v_a, W_a, U_a).
     """
 
-    floats_per_pair = 1
-
     query_weight: Any
     key_weight: Any
     bias: Any
@@ -158,6 +156,11 @@ class Additive(Score):
         """See :class:`attnlab.Score`."""
         return tanh_sum(params, query, key)
 
+    @property
+    def floats_per_pair(self) -> int:
+        """See :class:`attnlab.Score`."""
+        return 1
+
     def flops_per_pair(self, projected_size: int) -> int:
         """An addition, a multiplication and an addition for each hidden unit."""
         return 3 * projected_size
@@ -207,8 +210,6 @@ class Mlp(Score):
         Bahdanau, Cho, Bengio, 2015, section 3.1: the alignment model as a feedforward
         network, here of any depth.
     """
-
-    floats_per_pair = 1
 
     query_weight: Any
     key_weight: Any
@@ -306,6 +307,11 @@ class Mlp(Score):
             return x @ weight
 
         return lax.map(row, query)
+
+    @property
+    def floats_per_pair(self) -> int:
+        """See :class:`attnlab.Score`."""
+        return 1
 
     def flops_per_pair(self, projected_size: int) -> int:
         """See :class:`attnlab.Score`; an activation counts as one operation."""
