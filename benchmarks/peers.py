@@ -7,16 +7,22 @@ backward. Everybody is checked against the reference first.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab import attention, masks
 from attnlab.bench.cases import Spec
 from attnlab.bench.charts import draw
-from attnlab.bench.contenders import Implementation
+from attnlab.bench.contenders import Implementation, Prepared, compile_call
 from attnlab.bench.machine import measure_peaks
 from attnlab.bench.peers import installed_peers
-from attnlab.bench.report import as_record, milliseconds, notes, table
+from attnlab.bench.report import as_record, notes, table
 from attnlab.bench.runner import Group, Row, run
 from attnlab.bench.text import load_documents
-from attnlab.bench.timing import Repeats
+from attnlab.bench.timing import Repeats, interleave
 from benchmarks.common import caption, parser, write
 
 
@@ -33,7 +39,6 @@ def groups(quick: bool, implementation: str) -> list[Group]:
         Group(replace(plain, pattern="causal"), ours + peers),
         Group(replace(plain, pattern="window", length=window), ours + fewer),
         Group(additive, ours),
-        Group(replace(plain, pattern="causal", dropout_rate=0.1), ours),
     ]
 
 
@@ -59,30 +64,44 @@ def main() -> None:
     console.print(table(rows, peaks, caption()))
     for line in notes(rows, peaks):
         console.print(line, markup=False)
-    console.print(dropout_line(rows))
+    dropout = dropout_cost(given.quick, given.implementation, repeats)
+    share = dropout["with"] / dropout["without"] - 1
+    console.print(f"dropout 0.1, causal, forward and backward: {share:+.1%}")
     results = {
         "peaks": peaks._asdict(),
+        "dropout_seconds": dropout,
         "rows": [as_record(row, peaks) for row in rows],
     }
     write(out, "peers", results)
-    draw([r for r in rows if not r.spec.dropout_rate], out, caption(), prefix="peers-")
+    draw(rows, out, caption(), prefix="peers-")
 
 
-def dropout_line(rows: list[Row]) -> str:
-    """What dropout adds to causal attention, from rows of the same run."""
-    dropped = next(r for r in rows if r.spec.dropout_rate)
-    plain = replace(dropped.spec, dropout_rate=0.0)
-    without = next(
-        r.both for r in rows if (r.spec, r.contender) == (plain, dropped.contender)
-    )
-    with_dropout = dropped.both
-    if without is None or with_dropout is None:
-        return "dropout: not measured"
-    share = with_dropout.timing.median / without.timing.median - 1
-    return (
-        f"dropout 0.1, causal, forward and backward: {milliseconds(with_dropout)} ms "
-        f"against {milliseconds(without)} ms without: {share:+.1%}"
-    )
+def dropout_cost(quick: bool, implementation: str, repeats: int) -> dict[str, float]:
+    """What dropout adds to causal attention, both in one interleaved run."""
+    length = 512 if quick else 4096
+    random = np.random.default_rng(0)
+    shape = (1, length, 8, 64)
+    arrays = [jnp.asarray(random.standard_normal(shape, np.float32)) for _ in range(4)]
+
+    def prepare(rate: float) -> Prepared:
+        def function(
+            query: Any, key: Any, value: Any, score: Any, mask: Any
+        ) -> jax.Array:
+            return attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                dropout_rate=rate,
+                dropout_rng=jax.random.key(0) if rate else None,
+                implementation=implementation,
+            )
+
+        return compile_call(function, (*arrays[:3], (), masks.causal()), arrays[3])
+
+    calls = {"without": prepare(0.0).call, "with": prepare(0.1).call}
+    timings = interleave(calls, Repeats(repeats, repeats))
+    return {name: timing.median for name, timing in timings.items()}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ class Spec:
         heads: N.
         key_heads: K.
         head_size: H and D.
-        dropout_rate: in [0, 1).
         seed: of text order, tables, parameters and random blocks.
     """
 
@@ -42,14 +41,12 @@ class Spec:
     heads: int = 8
     key_heads: int = 8
     head_size: int = 64
-    dropout_rate: float = 0.0
     seed: int = 0
 
     @property
     def label(self) -> str:
-        """Pattern, score, and dropout where there is some."""
-        dropout = f" · dropout {self.dropout_rate:g}" if self.dropout_rate else ""
-        return f"{self.pattern} · {self.score}{dropout}"
+        """Pattern and score."""
+        return f"{self.pattern} · {self.score}"
 
     @property
     def dense_bytes(self) -> int:

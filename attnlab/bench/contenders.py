@@ -113,7 +113,6 @@ class Implementation:
 
     def refusal(self, case: Case) -> str | None:
         """See :class:`Contender`."""
-        rate = case.spec.dropout_rate
         try:
             explain(
                 case.query,
@@ -121,8 +120,6 @@ class Implementation:
                 case.value,
                 score=case.score,
                 mask=case.mask,
-                dropout_rate=rate,
-                dropout_rng=jax.random.key(0) if rate else None,
                 implementation=self.name,
             )
         except NotImplementedError as error:
@@ -131,7 +128,6 @@ class Implementation:
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`Contender`."""
-        rate = case.spec.dropout_rate
 
         def function(query: Any, key: Any, value: Any, score: Any, mask: Any) -> Array:
             return attention(
@@ -140,8 +136,6 @@ class Implementation:
                 value,
                 score=score,
                 mask=mask,
-                dropout_rate=rate,
-                dropout_rng=jax.random.key(case.spec.seed) if rate else None,
                 implementation=self.name,
             )
 

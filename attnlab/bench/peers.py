@@ -16,8 +16,6 @@ from attnlab.types import Array
 def _refusal(case: Case) -> str | None:
     if case.spec.score != "scaled_dot":
         return f"it has no {case.spec.score} score"
-    if case.spec.dropout_rate:
-        return "its dropout draws other weights"
     return too_large(case)
 
 
