@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "masks": {"types"},
     "implementations": {"types", "scores", "modifiers", "masks"},
     "ops": {"types", "scores", "modifiers", "masks", "implementations"},
+    "nn": {"types", "scores", "modifiers", "masks", "ops"},
     "bench": {"types", "scores", "modifiers", "masks", "implementations", "ops"},
 }
 #: What implementations share; each other one stands alone.

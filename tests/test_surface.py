@@ -5,15 +5,16 @@ import inspect
 import pytest
 
 import attnlab
+import attnlab.nn
 
 SURFACE = {
     attnlab: {
         "AttentionResult", "Modifier", "Score", "attention", "attention_with_stats",
-        "cost", "explain", "masks", "modifiers", "scores",
+        "cost", "dot_product_attention", "explain", "masks", "modifiers", "scores",
     },
     attnlab.scores: {
         "Score", "ScoreCost", "additive", "bilinear", "concat", "cosine", "cost", "dot",
-        "mlp", "scaled_dot",
+        "mlp", "projected_keys", "scaled_dot",
     },
     attnlab.modifiers: {
         "Modifier", "alibi", "alibi_slopes", "bias", "clipped_relative",
@@ -24,13 +25,25 @@ SURFACE = {
         "dilated_window", "documents", "full", "lengths", "longformer", "per_head",
         "predicate", "prefix", "random_blocks", "sliding_window", "streaming",
     },
+    attnlab.nn: {
+        "Alibi", "AnchorProjections", "Block", "BlockState", "Cache", "ClippedRelative",
+        "Decoded", "Decoder", "DecoderState", "Embedding", "Encoder", "EncoderDecoder",
+        "FeedForward", "GatedFeedForward", "KeyValue", "Learned", "MaskedLanguageModel",
+        "MultiHeadAttention", "NoResidual", "Positions", "PostNorm", "PreNorm",
+        "RelativeBias", "Residual", "Rotary", "Sinusoidal", "Stack", "attention_fn",
+        "beam_search", "full_cache", "greedy", "make_blocks", "restrict", "ring_cache",
+        "sample", "sinusoids", "streaming_cache", "weights",
+    },
 }  # fmt: skip
 
 
 def public(module):
-    rooms = {"bench", "implementations", "ops", "types"}
+    rooms = {"bench", "implementations", "nn", "ops", "types"}
     own = {"base", "bias", "data", "inner", "intervals", "pairwise", "patterns"}
     own |= {"geometry", "layouts", "liveness", "planning", "relative", "structural"}
+    own |= {"anchors", "attention", "blocks", "cache", "decoding", "drop_in"}
+    own |= {"layers", "parameters", "positions", "projected", "stack", "transformer"}
+    own |= {"checkpoint", "embedding", "families", "recipes", "standard"}
     found = {n for n in vars(module) if not n.startswith("_")}
     if module is attnlab:
         return found - rooms

@@ -166,7 +166,14 @@ def attention_with_stats(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("dropout_rate", "precision", "implementation", "stats", "top_k"),
+    static_argnames=(
+        "dropout_rate",
+        "precision",
+        "implementation",
+        "stats",
+        "top_k",
+        "shared_dropout",
+    ),
 )
 def run_attention(
     args: Arguments,
@@ -176,8 +183,13 @@ def run_attention(
     implementation: str | None,
     stats: bool,
     top_k: int | str | None,
+    shared_dropout: bool = False,
 ) -> AttentionResult:
-    """The whole computation on validated arguments, compiled once a structure."""
+    """The whole computation on validated arguments, compiled once a structure.
+
+    ``shared_dropout``: one dropout pattern for all examples and heads, as Flax's
+    ``broadcast_dropout``.
+    """
     batch = args.query.shape[:-3]
     t, heads = args.query.shape[-3:-1]
     if 0 in (*batch, t, args.key.shape[-3]):
@@ -187,6 +199,7 @@ def run_attention(
         dropout_rate=dropout_rate,
         precision=precision,
         needs_lse=stats or args.sinks is not None,
+        shared_dropout=shared_dropout,
     )
     chosen, _ = choose(inputs, implementation)
     plan = plan_for(args, inputs, chosen.block_sizes(inputs), chosen.needs_cols)

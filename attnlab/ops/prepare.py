@@ -31,9 +31,17 @@ _ALIVE_BLOCK = 512
 
 
 def prepare(
-    args: Arguments, *, dropout_rate: float, precision: Any, needs_lse: bool
+    args: Arguments,
+    *,
+    dropout_rate: float,
+    precision: Any,
+    needs_lse: bool,
+    shared_dropout: bool = False,
 ) -> AttentionInputs:
-    """Canonical form: 4-D arrays, normalised operands, dead slots zeroed, projected."""
+    """Canonical form: 4-D arrays, normalised operands, dead slots zeroed, projected.
+
+    ``shared_dropout``: one pattern for all examples and heads.
+    """
     batch = args.query.shape[:-3]
     query, key, value = (
         x.reshape((math.prod(batch), *x.shape[-3:]))
@@ -71,9 +79,8 @@ def prepare(
 
     words = None
     if dropout_rate > 0:
-        words = _dropout_words(
-            args.dropout_rng, query.shape[0], heads, query_positions, key_positions
-        )
+        cells = (1, 1) if shared_dropout else (query.shape[0], heads)
+        words = _dropout_words(args.dropout_rng, *cells, query_positions, key_positions)
     return AttentionInputs(
         query,
         key,
@@ -192,8 +199,15 @@ def _dropout_words(
 ) -> tuple[Array, Array]:
     """A 32-bit word for each row (batch, head, position) and column (position).
 
+    Args:
+        rng: a PRNG key.
+        batch: B, or 1 for one pattern for all examples.
+        heads: N, or 1 for one pattern for all heads.
+        query_positions: ``[B or 1, 1, T, 1]``.
+        key_positions: ``[B or 1, 1, 1, S]``.
+
     Returns:
-        uint32 operands ``[B, N, T, 1]`` and ``[B or 1, 1, 1, S]``.
+        uint32 operands ``[B or 1, N or 1, T, 1]`` and ``[B or 1, 1, 1, S]``.
     """
     if jnp.issubdtype(rng.dtype, jnp.uint32):
         rng = jax.random.wrap_key_data(rng)
@@ -207,10 +221,12 @@ def _dropout_words(
     t, s = query_positions.shape[2], key_positions.shape[3]
     cells = jnp.arange(batch * heads, dtype=jnp.uint32)
     examples = fold(jax.random.fold_in(rng, 0), cells // heads)
-    rows = spread(examples, cells % heads)
-    positions = jnp.broadcast_to(query_positions[:, :, :, 0], (batch, heads, t))
-    positions = positions.reshape(batch * heads, t).astype(jnp.uint32)
-    row_words = word(jax.vmap(fold)(rows, positions)).reshape(batch, heads, t, 1)
+    rows = spread(examples, cells % heads).reshape(batch, heads)
+    lead = jnp.broadcast_shapes(rows.shape, query_positions.shape[:2])
+    rows = jnp.broadcast_to(rows, lead).reshape(-1)
+    positions = jnp.broadcast_to(query_positions[:, :, :, 0], (*lead, t))
+    positions = positions.reshape(-1, t).astype(jnp.uint32)
+    row_words = word(jax.vmap(fold)(rows, positions)).reshape(*lead, t, 1)
     columns = key_positions.reshape(-1).astype(jnp.uint32)
     col_words = word(fold(jax.random.fold_in(rng, 1), columns))
     return row_words, col_words.reshape(-1, 1, 1, s)

@@ -209,6 +209,27 @@ def check(
     return args
 
 
+def check_fits(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> None:
+    """Checks that an array broadcasts to ``[*batch, N, T, S]``.
+
+    Args:
+        name: of the argument.
+        shape: of the array.
+        full: the sizes of ``[*batch, N, T, S]``.
+
+    Raises:
+        ValueError: naming the argument and both shapes.
+    """
+    lead = full[len(full) - len(shape) :]
+    if len(shape) > len(full) or any(
+        have not in (1, want) for have, want in zip(shape, lead, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: shape {shape} does not broadcast to {full}, [*batch, N, T, S]; "
+            "each axis must be full or 1"
+        )
+
+
 def check_operand_shapes(
     operands: Any, shape: tuple[int, int, int], owner: str
 ) -> None:

@@ -1,0 +1,109 @@
+"""Projections of their own for anchors."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnlab.nn.cache import KeyValue
+from attnlab.nn.parameters import GLOROT, Initializer, named
+from attnlab.types import Array, AttentionResult
+
+
+class AnchorProjections(nnx.Module):
+    """Projections of their own for anchors that see everything, Longformer style.
+
+    What the anchors see is compared by these; what others see of the anchors, by the
+    ordinary ones.
+
+    Example:
+        >>> from attnlab import masks
+        >>> from attnlab.nn import MultiHeadAttention
+        >>> rngs = nnx.Rngs(0)
+        >>> layer = MultiHeadAttention(
+        ...     8,
+        ...     2,
+        ...     mask=masks.longformer(window=2, anchors=1),
+        ...     anchors=AnchorProjections(8, 2, 4, positions=1, rngs=rngs),
+        ...     rngs=rngs,
+        ... )
+        >>> layer(jnp.ones((1, 10, 8))).shape
+        (1, 10, 8)
+
+    References:
+        Beltagy, Peters, Cohan, "Longformer", 2020, section 3.1 ("Linear Projections for
+        Global Attention").
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        head_size: int,
+        *,
+        positions: int | Sequence[int],
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer = GLOROT,
+        rngs: nnx.Rngs,
+    ):
+        """Three projections.
+
+        Args:
+            in_features: of the residual stream.
+            num_heads: N.
+            head_size: H.
+            positions: which slots are anchors; an int A: the first A.
+            use_bias: whether projections add a bias.
+            dtype: of the computation; the inputs' if not given.
+            param_dtype: of the parameters.
+            kernel_init: of the weights.
+            rngs: Flax's.
+        """
+        if isinstance(positions, int):
+            positions = range(positions)
+        self.slots = tuple(int(p) for p in positions)
+        if not self.slots or min(self.slots) < 0:
+            raise ValueError(f"positions: expected slots from 0 on, got {self.slots}")
+
+        def linear() -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(
+                in_features,
+                (num_heads, head_size),
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=kernel_init,
+                kernel_metadata=named("embed", "heads", "head_size"),
+                bias_metadata=named("heads", "head_size"),
+                rngs=rngs,
+            )
+
+        self.query, self.key, self.value = linear(), linear(), linear()
+
+    def replace_rows(
+        self,
+        heads: Array,
+        query: Array,
+        key: Array,
+        attend: Callable[[Array, KeyValue, Array], AttentionResult],
+    ) -> Array:
+        """``heads [*batch, T, N, H]`` with what the anchors see in their rows.
+
+        Args:
+            heads: what ordinary attention made.
+            query: ``[*batch, T, in_features]``.
+            key: ``[*batch, S, in_features]``.
+            attend: from projected queries, keys and values, and query positions.
+        """
+        slots = np.asarray(self.slots, np.int32)
+        if slots.max() >= query.shape[-2]:
+            raise ValueError(
+                f"anchors: slot {slots.max()} is beyond the {query.shape[-2]} queries"
+            )
+        memory = KeyValue(self.key(key), self.value(key))
+        seen = attend(self.query(query[..., slots, :]), memory, jnp.asarray(slots))
+        return heads.at[..., slots, :, :].set(seen.output)

@@ -1,0 +1,145 @@
+"""The block of a Transformer: attention and feed-forward, each a residual."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from attnlab.nn.attention import MultiHeadAttention
+from attnlab.nn.cache import Cache, KeyValue
+from attnlab.nn.layers import Residual
+from attnlab.types import Array
+
+
+class BlockState(NamedTuple):
+    """What a block holds between steps of decoding.
+
+    Attributes:
+        cache: of its self-attention.
+        memory: keys and values of what its cross-attention sees, or None.
+    """
+
+    cache: Cache
+    memory: KeyValue | None = None
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention if there is any, feed-forward; each a residual.
+
+    With a causal mask in its self-attention it is a decoder's block, else an encoder's.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.nn import FeedForward, PreNorm
+        >>> rngs = nnx.Rngs(0)
+        >>> block = Block(
+        ...     MultiHeadAttention(8, 2, rngs=rngs),
+        ...     FeedForward(8, 32, rngs=rngs),
+        ...     residual=lambda: PreNorm(nnx.LayerNorm(8, rngs=rngs)),
+        ... )
+        >>> block(jnp.ones((1, 5, 8))).shape
+        (1, 5, 8)
+
+    References:
+        Vaswani et al., 2017, section 3.1, figure 1.
+    """
+
+    def __init__(
+        self,
+        attention: MultiHeadAttention,
+        feed_forward: nnx.Module,
+        *,
+        cross_attention: MultiHeadAttention | None = None,
+        residual: Callable[[], Residual],
+    ):
+        """Puts parts together.
+
+        Args:
+            attention: self-attention.
+            feed_forward: ``[*, features] -> [*, features]``.
+            cross_attention: of the block's features to a memory.
+            residual: makes what surrounds each layer; called once for each of them.
+        """
+        self.attention, self.feed_forward = attention, feed_forward
+        self.cross_attention = cross_attention
+        self.attention_residual = residual()
+        self.cross_residual = None if cross_attention is None else residual()
+        self.feed_forward_residual = residual()
+
+    def __call__(
+        self,
+        x: Array,
+        memory: Array | None = None,
+        *,
+        mask: Any = None,
+        memory_mask: Any = None,
+        query_positions: Array | None = None,
+    ) -> Array:
+        """Transforms a sequence.
+
+        Args:
+            x: ``[*batch, T, features]``.
+            memory: ``[*batch, S, features of memory]`` for the cross-attention.
+            mask: of this call, for the self-attention: lengths, documents.
+            memory_mask: likewise for the cross-attention.
+            query_positions: ``[T]`` or ``[*batch, T]`` of ``x``; -1 = empty.
+
+        Returns:
+            ``[*batch, T, features]``.
+        """
+
+        def attend(x: Array) -> Array:
+            return self.attention(
+                x,
+                mask=mask,
+                query_positions=query_positions,
+                key_positions=query_positions,
+            )
+
+        x = self.attention_residual(x, attend)
+        x = self._cross(
+            x, memory, lambda cross, x, memory: cross(x, memory, mask=memory_mask)
+        )
+        return self.feed_forward_residual(x, self.feed_forward)
+
+    def decode(
+        self,
+        x: Array,
+        state: BlockState,
+        *,
+        memory_mask: Any = None,
+        positions: Array | None = None,
+    ) -> tuple[Array, BlockState]:
+        """The next tokens, as :meth:`MultiHeadAttention.decode`."""
+        following: list[Cache] = []
+
+        def attend(x: Array) -> Array:
+            output, cache = self.attention.decode(x, state.cache, positions=positions)
+            following.append(cache)
+            return output
+
+        x = self.attention_residual(x, attend)
+        x = self._cross(
+            x,
+            state.memory,
+            lambda cross, x, memory: cross.attend(x, memory, mask=memory_mask),
+        )
+        x = self.feed_forward_residual(x, self.feed_forward)
+        return x, state._replace(cache=following[0])
+
+    def start(self, cache: Cache, memory: Array | None = None) -> BlockState:
+        """The state before the first step: projects the memory, once."""
+        if memory is None or self.cross_attention is None:
+            return BlockState(cache)
+        return BlockState(cache, self.cross_attention.project(memory))
+
+    def _cross(self, x: Array, memory: Any, attend: Callable[..., Array]) -> Array:
+        """Through ``attend(cross_attention, x, memory)``, if there is one."""
+        cross, residual = self.cross_attention, self.cross_residual
+        if cross is None or residual is None:
+            if memory is not None:
+                raise ValueError("memory: the block has no cross_attention for it")
+            return x
+        if memory is None:
+            raise ValueError("memory: the block's cross_attention needs one, got None")
+        return residual(x, lambda x: attend(cross, x, memory))

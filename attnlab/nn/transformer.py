@@ -1,0 +1,335 @@
+"""Encoder, decoder, and the standard encoder-decoder Transformer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab.masks import Mask, causal
+from attnlab.nn.blocks import Block, BlockState
+from attnlab.nn.cache import Cache, full_cache
+from attnlab.nn.embedding import Embedding
+from attnlab.nn.stack import Stack
+from attnlab.nn.standard import last_norm, make_blocks, make_embedding
+from attnlab.types import Array
+
+
+class Encoder(nnx.Module):
+    """Tokens to a vector for each of them that knows its context.
+
+    Example:
+        >>> encoder = Encoder.standard(100, features=16, num_heads=2, rngs=nnx.Rngs(0))
+        >>> encoder(jnp.zeros((2, 5), int)).shape
+        (2, 5, 16)
+    """
+
+    def __init__(self, embedding: Embedding, stack: Stack):
+        self.embedding, self.stack = embedding, stack
+
+    @classmethod
+    def standard(
+        cls,
+        vocabulary_size: int,
+        *,
+        num_layers: int = 6,
+        embedding: Embedding | None = None,
+        remat: bool = False,
+        scan: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> "Encoder":
+        """The encoder of Vaswani et al., 2017, section 3.1, or a part-wise variant.
+
+        Args:
+            vocabulary_size: V.
+            num_layers: blocks.
+            embedding: one made before, to share it.
+            remat: see :class:`Stack`.
+            scan: see :class:`Stack`.
+            rngs: Flax's.
+            **options: as of :func:`make_blocks`.
+        """
+        blocks = make_blocks(num_layers, rngs=rngs, **options)
+        norm = last_norm(options, rngs)
+        embedding = embedding or make_embedding(vocabulary_size, options, rngs)
+        return cls(embedding, Stack(blocks, norm=norm, remat=remat, scan=scan))
+
+    def __call__(
+        self, tokens: Array, *, mask: Any = None, positions: Array | None = None
+    ) -> Array:
+        """``[*batch, T] -> [*batch, T, features]``.
+
+        Args:
+            tokens: integers.
+            mask: lengths, documents: besides the blocks' own.
+            positions: ``[T]`` or ``[*batch, T]``; -1 = empty.
+        """
+        x = self.embedding(tokens, positions)
+        return self.stack(x, mask=mask, query_positions=positions)
+
+
+class MaskedLanguageModel(nnx.Module):
+    """An encoder, and the logits of the tokens that were hidden from it.
+
+    Example:
+        >>> encoder = Encoder.standard(100, features=16, num_heads=2, rngs=nnx.Rngs(0))
+        >>> MaskedLanguageModel(encoder)(jnp.zeros((2, 5), int)).shape
+        (2, 5, 100)
+
+    References:
+        Devlin et al., "BERT", 2019, section 3.1, task 1.
+    """
+
+    def __init__(self, encoder: Encoder, head: Callable[[Array], Array] | None = None):
+        """Puts parts together.
+
+        Args:
+            encoder: of tokens.
+            head: ``[*, features] -> [*, V]``; the embedding's vectors if not given.
+        """
+        self.encoder, self.head = encoder, head
+
+    def __call__(
+        self, tokens: Array, *, mask: Any = None, positions: Array | None = None
+    ) -> Array:
+        """``[*batch, T] -> [*batch, T, V]``; arguments as of :class:`Encoder`."""
+        x = self.encoder(tokens, mask=mask, positions=positions)
+        return self.encoder.embedding.logits(x) if self.head is None else self.head(x)
+
+
+class DecoderState(NamedTuple):
+    """What a decoder holds between steps; every array leads with the batch.
+
+    Attributes:
+        blocks: for each block its cache and its memory.
+        memory_mask: who may see what of the memory.
+    """
+
+    blocks: tuple[BlockState, ...]
+    memory_mask: Any = None
+
+
+class Decoder(nnx.Module):
+    """Tokens, and a memory if there is one, to the logits of the tokens that follow.
+
+    Without cross-attention it is a language model.
+
+    Example:
+        >>> decoder = Decoder.standard(100, features=16, num_heads=2, rngs=nnx.Rngs(0))
+        >>> decoder(jnp.zeros((2, 5), int)).shape
+        (2, 5, 100)
+    """
+
+    def __init__(
+        self,
+        embedding: Embedding,
+        stack: Stack,
+        head: Callable[[Array], Array] | None = None,
+    ):
+        """Puts parts together.
+
+        Args:
+            embedding: of tokens.
+            stack: of blocks with causal self-attention.
+            head: ``[*, features] -> [*, V]``; the embedding's vectors if not given.
+        """
+        self.embedding, self.stack, self.head = embedding, stack, head
+
+    @classmethod
+    def standard(
+        cls,
+        vocabulary_size: int,
+        *,
+        num_layers: int = 6,
+        mask: Mask | Sequence[Mask] | None = None,
+        cross_attention: bool = False,
+        embedding: Embedding | None = None,
+        remat: bool = False,
+        scan: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> "Decoder":
+        """The decoder of Vaswani et al., 2017, section 3.1, or a part-wise variant.
+
+        Args:
+            vocabulary_size: V.
+            num_layers: blocks.
+            mask: of the self-attention, or one for each block; ``causal()`` if not
+                given.
+            cross_attention: whether blocks attend to a memory.
+            embedding: one made before, to share it.
+            remat: see :class:`Stack`.
+            scan: see :class:`Stack`.
+            rngs: Flax's.
+            **options: as of :func:`make_blocks`.
+        """
+        blocks = make_blocks(
+            num_layers,
+            mask=causal() if mask is None else mask,
+            cross_attention=cross_attention,
+            rngs=rngs,
+            **options,
+        )
+        norm = last_norm(options, rngs)
+        embedding = embedding or make_embedding(vocabulary_size, options, rngs)
+        return cls(embedding, Stack(blocks, norm=norm, remat=remat, scan=scan))
+
+    def __call__(
+        self,
+        tokens: Array,
+        memory: Array | None = None,
+        *,
+        mask: Any = None,
+        memory_mask: Any = None,
+        positions: Array | None = None,
+    ) -> Array:
+        """``[*batch, T] -> [*batch, T, V]``.
+
+        Args:
+            tokens: integers.
+            memory: ``[*batch, S, features]``, for cross-attention.
+            mask: lengths, documents: besides the blocks' own.
+            memory_mask: likewise for the memory.
+            positions: ``[T]`` or ``[*batch, T]``; -1 = empty.
+        """
+        x = self.stack(
+            self.embedding(tokens, positions),
+            memory,
+            mask=mask,
+            memory_mask=memory_mask,
+            query_positions=positions,
+        )
+        return self._logits(x)
+
+    def start(
+        self,
+        batch: int,
+        length: int,
+        memory: Array | None = None,
+        *,
+        memory_mask: Any = None,
+        make_cache: Callable[[Block], Cache] | None = None,
+        dtype: Any = jnp.float32,
+    ) -> DecoderState:
+        """The state before the first token.
+
+        Args:
+            batch: B.
+            length: tokens that may follow.
+            memory: ``[B, S, features]``, for cross-attention.
+            memory_mask: who may see what of it; its arrays lead with B.
+            make_cache: a cache for a block (ring, streaming); a full one if not given.
+            dtype: of the full caches.
+        """
+
+        def full(block: Block) -> Cache:
+            attention = block.attention
+            return full_cache(
+                batch,
+                length,
+                attention.num_key_heads,
+                attention.compared_size,
+                value_size=attention.value_size,
+                dtype=dtype,
+            )
+
+        blocks = self.stack.start(full if make_cache is None else make_cache, memory)
+        return DecoderState(blocks, memory_mask)
+
+    def decode(
+        self, tokens: Array, state: DecoderState, *, positions: Array | None = None
+    ) -> tuple[Array, DecoderState]:
+        """The next tokens, one or many.
+
+        Args:
+            tokens: ``[B, T]`` integers.
+            state: of :meth:`start`, or of the step before.
+            positions: ``[B, T]``, ascending, -1 = padding; those that follow if not
+                given.
+
+        Returns:
+            Logits ``[B, T, V]``, and the next state.
+        """
+        if positions is None:
+            positions = state.blocks[0].cache.next_positions(tokens.shape[1])
+        x, blocks = self.stack.decode(
+            self.embedding(tokens, positions),
+            state.blocks,
+            memory_mask=state.memory_mask,
+            positions=positions,
+        )
+        return self._logits(x), state._replace(blocks=blocks)
+
+    def _logits(self, x: Array) -> Array:
+        return self.embedding.logits(x) if self.head is None else self.head(x)
+
+
+class EncoderDecoder(nnx.Module):
+    """The standard Transformer: every decoder block sees the encoder's output.
+
+    Example:
+        >>> model = EncoderDecoder.standard(
+        ...     100, features=16, num_heads=2, num_layers=2, rngs=nnx.Rngs(0)
+        ... )
+        >>> model(jnp.zeros((2, 7), int), jnp.zeros((2, 5), int)).shape
+        (2, 5, 100)
+
+    References:
+        Vaswani et al., 2017.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder):
+        self.encoder, self.decoder = encoder, decoder
+
+    @classmethod
+    def standard(
+        cls,
+        vocabulary_size: int,
+        target_size: int | None = None,
+        *,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> "EncoderDecoder":
+        """Both sides alike; the base model of the paper if nothing else is given.
+
+        Args:
+            vocabulary_size: of the sources; of both, with shared vectors, if
+                ``target_size`` is not given.
+            target_size: of the targets.
+            rngs: Flax's.
+            **options: as of :meth:`Encoder.standard`.
+        """
+        encoder = Encoder.standard(vocabulary_size, rngs=rngs, **options)
+        decoder = Decoder.standard(
+            vocabulary_size if target_size is None else target_size,
+            embedding=encoder.embedding if target_size is None else None,
+            cross_attention=True,
+            rngs=rngs,
+            **options,
+        )
+        return cls(encoder, decoder)
+
+    def __call__(
+        self,
+        source: Array,
+        target: Array,
+        *,
+        source_mask: Any = None,
+        target_mask: Any = None,
+        memory_mask: Any = None,
+    ) -> Array:
+        """Logits of the tokens that follow each target token.
+
+        Args:
+            source: ``[*batch, S]`` integers.
+            target: ``[*batch, T]`` integers, beginning with the start token.
+            source_mask: of the sources among themselves: lengths, documents.
+            target_mask: of the targets among themselves.
+            memory_mask: of targets (queries) to sources (keys).
+
+        Returns:
+            ``[*batch, T, V]``.
+        """
+        memory = self.encoder(source, mask=source_mask)
+        return self.decoder(target, memory, mask=target_mask, memory_mask=memory_mask)

@@ -1,0 +1,215 @@
+"""Multi-head attention: its equation, its parts, its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import attention, masks, modifiers, nn, scores
+
+
+def inputs(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def by_hand(layer, query, key=None, value=None, **options):
+    """The module's equation, from its own parameters."""
+    key = query if key is None else key
+    value = key if value is None else value
+
+    def project(linear, x):
+        y = jnp.einsum("btf,fnh->btnh", x, linear.kernel[...])
+        return y if linear.bias is None else y + linear.bias[...]
+
+    heads = attention(
+        project(layer.query, query),
+        project(layer.key, key),
+        project(layer.value, value),
+        implementation="reference",
+        **options,
+    )
+    return jnp.einsum("btnd,ndf->btf", heads, layer.out.kernel[...]) + layer.out.bias
+
+
+def test_self_attention_is_its_equation():
+    layer = nn.MultiHeadAttention(12, 3, rngs=nnx.Rngs(0))
+    x = inputs(2, 7, 12)
+    np.testing.assert_allclose(layer(x), by_hand(layer, x), atol=1e-5)
+
+
+def test_cross_attention_with_other_sizes_and_grouped_heads():
+    layer = nn.MultiHeadAttention(
+        12,
+        4,
+        num_key_heads=2,
+        key_features=10,
+        head_size=6,
+        value_size=5,
+        out_features=9,
+        mask=masks.causal(),
+        modifiers=[modifiers.soft_cap(3.0)],
+        rngs=nnx.Rngs(0),
+    )
+    x, memory, values = inputs(2, 7, 12), inputs(2, 5, 10, seed=1), inputs(2, 5, 10)
+    expected = by_hand(
+        layer,
+        x,
+        memory,
+        values,
+        mask=masks.causal(),
+        modifiers=[modifiers.soft_cap(3.0)],
+    )
+    assert expected.shape == (2, 7, 9)
+    np.testing.assert_allclose(layer(x, memory, values), expected, atol=1e-5)
+
+
+def test_mask_of_the_call_is_added_to_its_own():
+    layer = nn.MultiHeadAttention(8, 2, mask=masks.causal(), rngs=nnx.Rngs(0))
+    x, lengths = inputs(2, 6, 8), jnp.array([4, 6])
+    expected = by_hand(layer, x, mask=masks.causal() & masks.lengths(key=lengths))
+    found = layer(x, mask=masks.lengths(key=lengths))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    dense = jnp.arange(6) < lengths[:, None, None, None]
+    np.testing.assert_allclose(layer(x, mask=dense), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        scores.additive.init(jax.random.key(1), 4, hidden_size=5),
+        scores.bilinear.init(jax.random.key(1), 4),
+        scores.cosine(jnp.array([2.0, 3.0])),
+        scores.mlp.init(jax.random.key(1), 4, hidden_sizes=(5, 3)),
+    ],
+    ids=["additive", "bilinear", "cosine", "mlp"],
+)
+def test_a_score_is_learned(score):
+    layer = nn.MultiHeadAttention(8, 2, score=score, rngs=nnx.Rngs(0))
+    x = inputs(1, 6, 8)
+    np.testing.assert_allclose(layer(x), by_hand(layer, x, score=score), atol=1e-5)
+    gradient = nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer)
+    leaves = jax.tree.leaves(gradient["score"])
+    assert len(leaves) == len(jax.tree.leaves(score))
+    # v of a perceptron, or a temperature: something in each score must move.
+    assert max(float(jnp.abs(leaf).max()) for leaf in leaves) > 1e-4
+
+
+def test_modifiers_are_not_learned():
+    layer = nn.MultiHeadAttention(
+        8, 2, modifiers=[modifiers.alibi(2)], rngs=nnx.Rngs(0)
+    )
+    names = {path[0] for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
+    assert names == {"query", "key", "value", "out"}
+
+
+def test_norms_of_queries_and_keys():
+    rngs = nnx.Rngs(0)
+    layer = nn.MultiHeadAttention(
+        8,
+        2,
+        query_norm=nnx.RMSNorm(4, rngs=rngs),
+        key_norm=nnx.RMSNorm(4, rngs=rngs),
+        rngs=rngs,
+    )
+    x = inputs(1, 5, 8)
+    # Normalised queries and keys do not care how large their projections are.
+    before = layer(x)
+    layer.query.kernel[...] *= 3.0
+    layer.key.kernel[...] *= 0.5
+    np.testing.assert_allclose(layer(x), before, atol=1e-4)
+
+
+def test_sinks_are_learned():
+    layer = nn.MultiHeadAttention(8, 2, sinks=jnp.zeros(2), rngs=nnx.Rngs(0))
+    x = inputs(1, 5, 8)
+    expected = by_hand(layer, x, sinks=jnp.zeros(2))
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+    gradient = nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer)
+    assert (jnp.abs(gradient["sinks"][...]) > 1e-6).all()
+
+
+def test_anchors_have_projections_of_their_own():
+    rngs = nnx.Rngs(0)
+    layer = nn.MultiHeadAttention(
+        8,
+        2,
+        mask=masks.longformer(window=2, anchors=1),
+        anchors=nn.AnchorProjections(8, 2, 4, positions=1, rngs=rngs),
+        rngs=rngs,
+    )
+    x = inputs(2, 9, 8)
+    found = layer(x)
+    ordinary = by_hand(layer, x, mask=masks.longformer(window=2, anchors=1))
+    np.testing.assert_allclose(found[:, 1:], ordinary[:, 1:], atol=1e-5)
+    own = layer.anchors
+    heads = attention(own.query(x[:, :1]), own.key(x), own.value(x))
+    np.testing.assert_allclose(found[:, :1], layer.out(heads), atol=1e-5)
+    assert float(jnp.abs(found[:, 0] - ordinary[:, 0]).max()) > 1e-2
+
+
+def test_weights_for_pictures():
+    layer = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
+    x = inputs(2, 5, 8)
+    result = layer.with_stats(x, top_k="all")
+    np.testing.assert_allclose(result.weights.sum(-1), np.ones((2, 2, 5)), rtol=1e-5)
+    np.testing.assert_array_equal(result.output, layer(x))
+
+
+def test_dropout_follows_train_and_eval():
+    layer = nn.MultiHeadAttention(8, 2, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    x = inputs(1, 16, 8)
+    layer.train()
+    first, second = layer(x), layer(x)
+    assert float(jnp.abs(first - second).max()) > 1e-3
+    layer.eval()
+    np.testing.assert_array_equal(layer(x), layer(x))
+    np.testing.assert_allclose(layer(x), by_hand(layer, x), atol=1e-5)
+
+
+def test_projected_once_for_many_queries():
+    score = scores.additive.init(jax.random.key(1), 4, hidden_size=5)
+    layer = nn.MultiHeadAttention(8, 2, score=score, rngs=nnx.Rngs(0))
+    x, memory = inputs(2, 3, 8), inputs(2, 6, 8, seed=1)
+    once = layer.project(memory)
+    assert once.key.shape == (2, 6, 2, 5)
+    np.testing.assert_allclose(layer.attend(x, once), layer(x, memory), atol=1e-5)
+
+
+def test_types():
+    layer = nn.MultiHeadAttention(8, 2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert layer(inputs(1, 5, 8)).dtype == jnp.bfloat16
+    assert layer.query.kernel.dtype == jnp.float32
+
+
+def test_logical_axes_reach_a_mesh():
+    from flax.core.spmd import logical_axis_rules
+
+    layer = nn.MultiHeadAttention(8, 4, num_key_heads=2, rngs=nnx.Rngs(0))
+    rules = [("heads", "model"), ("key_heads", "model"), ("embed", None)]
+    with logical_axis_rules([*rules, ("head_size", None)]):
+        specs = nnx.get_partition_spec(nnx.state(layer))
+    P = jax.sharding.PartitionSpec
+    assert specs["query"]["kernel"].get_value() == P(None, "model", None)
+    assert specs["key"]["bias"].get_value() == P("model", None)
+    assert specs["out"]["kernel"].get_value() == P("model", None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_heads=3), "num_heads: 3 heads do not divide in_features=8"),
+        (dict(num_heads=4, num_key_heads=3), "num_key_heads: .* got 3"),
+    ],
+)
+def test_sizes_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        nn.MultiHeadAttention(8, **options, rngs=nnx.Rngs(0))
+
+
+def test_anchor_beyond_the_sequence():
+    rngs = nnx.Rngs(0)
+    anchors = nn.AnchorProjections(8, 2, 4, positions=[7], rngs=rngs)
+    layer = nn.MultiHeadAttention(8, 2, anchors=anchors, rngs=rngs)
+    with pytest.raises(ValueError, match="anchors: slot 7 is beyond the 5 queries"):
+        layer(inputs(1, 5, 8))

@@ -1,0 +1,149 @@
+"""Decoding step by step equals the whole sequence, for every cache and pattern."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import masks, nn, scores
+
+B, T, N, K, H = 2, 11, 4, 2, 4
+
+
+def layer(mask, score=None, position=None):
+    return nn.MultiHeadAttention(
+        N * H,
+        N,
+        num_key_heads=K,
+        mask=mask,
+        score=score,
+        position=position,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def caches(attention):
+    sizes = (K, attention.compared_size)
+    window = masks.causal() & masks.sliding_window(3, 0)
+    streaming = masks.causal() & (masks.sliding_window(3, 0) | masks.prefix(2))
+    value = {"value_size": H}
+    return {
+        "full": (nn.full_cache(B, T, *sizes, **value), masks.causal()),
+        "full, window": (nn.full_cache(B, T, *sizes, **value), window),
+        "full, dilated": (
+            nn.full_cache(B, T, *sizes, **value),
+            masks.causal() & masks.dilated_window(4, 0, 2),
+        ),
+        "ring": (nn.ring_cache(B, 4, *sizes, **value), window),
+        "streaming": (nn.streaming_cache(B, 2, 4, *sizes, **value), streaming),
+    }
+
+
+KINDS = ("full", "full, window", "full, dilated", "ring", "streaming")
+SCORES = {
+    "scaled dot": None,
+    "additive": scores.additive.init(
+        jax.random.key(1), H, hidden_size=6, num_heads=N, num_key_heads=K
+    ),
+}
+x = jax.random.normal(jax.random.key(0), (B, T, N * H))
+
+
+@pytest.mark.parametrize("prompt", [1, 3, 8])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefill_and_steps_equal_the_whole(kind, score, prompt):
+    cache, mask = caches(layer(None, SCORES[score]))[kind]
+    attention = layer(mask, SCORES[score], nn.Rotary())
+    whole = attention(x)
+    step = nnx.jit(lambda attention, x, cache: attention.decode(x, cache))
+    parts = []
+    for begin, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, T))]:
+        output, cache = step(attention, x[:, begin:stop], cache)
+        parts.append(output)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=2e-5)
+    np.testing.assert_array_equal(cache.length, [T, T])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_examples_of_other_lengths_in_one_batch(kind):
+    """Prompts of 3 and 7 tokens, padded to 7; then each goes on where it is."""
+    cache, mask = caches(layer(None))[kind]
+    attention = layer(mask, position=nn.Rotary())
+    whole = attention(x)
+    lengths = jnp.array([3, 7])
+    slots = jnp.arange(7)
+    positions = jnp.where(slots < lengths[:, None], slots, -1)
+    prompt = jnp.where((positions >= 0)[..., None], x[:, :7], 1e9)
+    output, cache = attention.decode(prompt, cache, positions=positions)
+    for b in range(B):
+        np.testing.assert_allclose(
+            output[b, : lengths[b]], whole[b, : lengths[b]], atol=2e-5
+        )
+    for step in range(3):
+        where = lengths + step
+        token = x[jnp.arange(B), where][:, None]
+        output, cache = attention.decode(token, cache)
+        for b in range(B):
+            np.testing.assert_allclose(output[b, 0], whole[b, where[b]], atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["ring", "streaming"])
+def test_padding_takes_no_slot(kind):
+    cache, _ = caches(layer(None))[kind]
+    positions = jnp.array([[-1, -1, -1], [0, 1, 2]])
+    _, cache = layer(None).decode(x[:, :3], cache, positions=positions)
+    np.testing.assert_array_equal(cache.positions[0], -1)
+    np.testing.assert_array_equal(np.sort(cache.positions[1])[-3:], [0, 1, 2])
+    np.testing.assert_array_equal(cache.length, [0, 3])
+
+
+def test_streaming_memory_is_constant_over_100_000_steps():
+    attention = layer(masks.causal())
+    cache = nn.streaming_cache(1, 4, 12, K, H)
+    token = x[:1, :1]
+
+    def bytes_of(cache):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+    before = bytes_of(cache)
+    steps = 100_000
+
+    def step(cache, _):
+        return attention.decode(token, cache)[1], None
+
+    cache, _ = jax.jit(lambda c: jax.lax.scan(step, c, None, length=steps))(cache)
+    assert bytes_of(cache) == before
+    kept = [*range(4), *range(steps - 12, steps)]
+    np.testing.assert_array_equal(np.sort(cache.positions[0]), kept)
+
+
+def test_outgrown_full_cache_yields_nan():
+    attention, cache = layer(masks.causal()), nn.full_cache(B, 4, K, H)
+    output, cache = attention.decode(x[:, :4], cache)
+    assert np.isfinite(output).all()
+    output, _ = attention.decode(x[:, 4:5], cache)
+    assert np.isnan(output).all()
+
+
+def test_other_examples():
+    cache = nn.full_cache(3, 4, K, H)
+    cache = jax.tree.map(
+        lambda a: a + jnp.arange(3).reshape(3, *[1] * (a.ndim - 1)).astype(a.dtype),
+        cache,
+    )
+    np.testing.assert_array_equal(cache.take(jnp.array([2, 2, 0])).length, [2, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.full_cache(1, 0, 1, 4), "length: expected at least 1, got 0"),
+        (lambda: nn.ring_cache(1, 0, 1, 4), "window: expected at least 1"),
+        (lambda: nn.streaming_cache(1, 0, 4, 1, 4), "anchors: expected at least 1"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

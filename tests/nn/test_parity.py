@@ -1,0 +1,489 @@
+"""Our modules with the weights of Hugging Face models compute what those compute.
+
+The models are made from their config classes, with random weights, and saved as they
+save themselves; nothing is downloaded.
+"""
+
+import copy
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import masks, modifiers, nn, scores
+from attnlab.nn import weights
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+transformers = pytest.importorskip("transformers")
+
+FEATURES, HEADS, HIDDEN, LAYERS, VOCABULARY = 32, 4, 48, 2, 61
+
+# Rounding is judged by the torch model itself: both sides, float32, are compared with
+# it in float64. Theirs is off by what rounding costs in this very computation (more
+# where logits are large, as T5's, which are not scaled); ours rounds elsewhere, by the
+# same law, and may be off by a few times as much. The second number, some units in the
+# last place of the largest number, is for where theirs is luckily exact.
+ALLOWED, AT_LEAST = 4.0, 1e-6
+
+
+def made(build, folder):
+    """With weights that leave no part idle: at first norms are 1 and biases 0."""
+    torch.manual_seed(0)
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def tokens_of(length, *, least=3):
+    """Two examples, the second of which is padded; tokens that have no other use."""
+    rng = np.random.default_rng(length)
+    tokens = rng.integers(10, VOCABULARY, (2, length))
+    lengths = np.array([length, max(2 * length // 3, min(length, least))])
+    return tokens, lengths, np.arange(length) < lengths[:, None]
+
+
+def torched(*arrays):
+    return tuple(torch.from_numpy(np.asarray(a, np.int64)) for a in arrays)
+
+
+def first(model, *inputs, **named):
+    """Hidden states or logits."""
+    return model(*inputs, **named)[0]
+
+
+def error(ours, model, real, *inputs, call=first, **named):
+    """The largest, of real tokens, in units of what is allowed: below 1 all is well."""
+
+    @torch.no_grad()
+    def run(model):
+        return call(model, *inputs, **named).double().numpy()[real]
+
+    rounded, exact = run(model), run(copy.deepcopy(model).double())
+    rounding = np.abs(rounded - exact).max()
+    allowed = max(ALLOWED * rounding, AT_LEAST * np.abs(exact).max())
+    return np.abs(np.asarray(ours, np.float64)[real] - exact).max() / allowed
+
+
+def standard(**options):
+    return dict(
+        num_layers=LAYERS,
+        features=FEATURES,
+        num_heads=HEADS,
+        hidden_features=HIDDEN,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
+
+
+def feed_forward(activation, kind=nn.FeedForward, **options):
+    return functools.partial(kind, activation=activation, **options)
+
+
+exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+# Encoders.
+
+
+def bert_options(**options):
+    return dict(
+        vocab_size=VOCABULARY,
+        hidden_size=FEATURES,
+        num_attention_heads=HEADS,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+        **options,
+    )
+
+
+def encoder(positions, activation=exact_gelu, scan=False, **options):
+    norm = functools.partial(nnx.LayerNorm, epsilon=1e-12)
+    embedding = nn.Embedding(
+        VOCABULARY,
+        FEATURES,
+        position=nn.Learned(positions, FEATURES, rngs=nnx.Rngs(0)),
+        norm=norm(FEATURES, rngs=nnx.Rngs(0)),
+        scale=1,
+        rngs=nnx.Rngs(0),
+    )
+    options = standard(norm=norm, feed_forward=feed_forward(activation), **options)
+    blocks = nn.make_blocks(options.pop("num_layers"), **options)
+    return nn.Encoder(embedding, nn.Stack(blocks, scan=scan))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    config = transformers.BertConfig(**bert_options(max_position_embeddings=40))
+    return made(lambda: transformers.BertModel(config), folder), folder
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("length", [3, 40])
+def test_bert(bert, length, scan):
+    model, folder = bert
+    ours = encoder(40, scan=scan)
+    weights.load(ours, folder, weights.bert(LAYERS, scan=scan))
+    tokens, lengths, real = tokens_of(length)
+    result = ours(tokens, mask=masks.lengths(key=lengths))
+    assert error(result, model, real, *torched(tokens, real)) < 1
+
+
+def test_one_attention_layer(bert):
+    model, folder = bert
+    ours = nn.MultiHeadAttention(FEATURES, HEADS, rngs=nnx.Rngs(0))
+    weights.load(ours, folder, weights.bert(LAYERS).of("stack.blocks.1.attention"))
+    x = np.random.default_rng(0).normal(size=(2, 9, FEATURES)).astype(np.float32)
+
+    def call(layer, x):
+        x = x.to(layer.output.dense.weight.dtype)
+        return layer.output.dense(layer.self(x)[0])
+
+    layer, real = model.encoder.layer[1].attention, np.ones((2, 9), bool)
+    assert error(ours(x), layer, real, torch.from_numpy(x), call=call) < 1
+
+
+BLOCK, DRAWN = 4, 2  # BigBird's block size, and its random blocks for each row
+
+
+@pytest.fixture(scope="module")
+def big_bird(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("big_bird")
+    options = bert_options(max_position_embeddings=96, hidden_act="gelu_new")
+    options |= dict(block_size=BLOCK, num_random_blocks=DRAWN)
+    config = transformers.BigBirdConfig(attention_type="block_sparse", **options)
+    return made(lambda: transformers.BigBirdModel(config), folder), folder
+
+
+def block_mask(count, drawn):
+    """BigBird's: the first and last blocks, neighbours, and blocks for each head."""
+    heads = drawn.shape[0]
+    window = np.arange(count)[:, None] + np.arange(-1, 2)
+    window[(window < 0) | (window >= count)] = -1
+    rows = np.concatenate([np.broadcast_to(window, (heads, count, 3)), drawn], -1)
+    ends = [*range(BLOCK), *range((count - 1) * BLOCK, count * BLOCK)]
+    return masks.anchor(ends) | masks.blocks(rows, BLOCK)
+
+
+def big_bird_like(folder, **options):
+    ours = encoder(96, functools.partial(jax.nn.gelu, approximate=True), **options)
+    weights.load(ours, folder, weights.bert(LAYERS))
+    return ours
+
+
+def recorded(model, monkeypatch):
+    """What layers will draw, one after another, once they have drawn it."""
+    kind = type(model.encoder.layer[0].attention.self)
+    name, drawn = "_bigbird_block_rand_mask_with_head", []
+    draw = getattr(kind, name)
+
+    def record(self, *args, **options):
+        result = draw(self, *args, **options)
+        drawn.append(np.stack(result))
+        return result
+
+    monkeypatch.setattr(kind, name, record)
+    return drawn
+
+
+# 37 is the least length that is sparse; 61 is padded to whole blocks.
+@pytest.mark.parametrize("length", [37, 61, 96])
+def test_big_bird_draws_blocks_for_each_layer_and_head(big_bird, length, monkeypatch):
+    model, folder = big_bird
+    tokens, lengths, real = tokens_of(length)
+    drawn = recorded(model, monkeypatch)
+    training = copy.deepcopy(model).train()  # else none are drawn; no dropout
+    inputs = torched(tokens, real)
+    with torch.no_grad():
+        training(*inputs)
+    count = -(-length // BLOCK)
+    # The ends, which see everything, draw none.
+    layouts = [np.pad(d, ((0, 0), (1, 1), (0, 0)), constant_values=-1) for d in drawn]
+    assert [layout.shape for layout in layouts] == LAYERS * [(HEADS, count, DRAWN)]
+    assert any((layouts[0][0] != layouts[0][h]).any() for h in range(HEADS))
+    mask = masks.lengths(key=lengths)
+    ours = big_bird_like(folder, mask=[block_mask(count, d) for d in layouts])
+    assert error(ours(tokens, mask=mask), training, real, *inputs) < 1
+    none = [block_mask(count, np.full_like(d, -1)) for d in layouts]
+    without = big_bird_like(folder, mask=none)
+    assert error(without(tokens, mask=mask), training, real, *inputs) > 100
+
+
+@pytest.mark.parametrize("length", [61])
+def test_big_bird_in_evaluation_counts_the_first_block_several_times(big_bird, length):
+    model, folder = big_bird
+    tokens, lengths, real = tokens_of(length)
+    count = -(-length // BLOCK)
+    block = np.arange(length) // BLOCK
+    inner = (block > 0) & (block < count - 1)
+    again = np.where(inner[:, None] & (block == 0), np.log(1.0 + DRAWN), 0.0)
+    attention = functools.partial(
+        nn.MultiHeadAttention, modifiers=[modifiers.bias(again.astype(np.float32))]
+    )
+    mask = block_mask(count, np.full((HEADS, count, 1), -1))
+    ours = big_bird_like(folder, mask=mask, attention=attention)
+    result = ours(tokens, mask=masks.lengths(key=lengths))
+    assert error(result, model, real, *torched(tokens, real)) < 1
+
+
+def test_big_bird_is_dense_where_it_is_short(tmp_path):
+    options = bert_options(max_position_embeddings=96, hidden_act="gelu_new")
+    options |= dict(block_size=BLOCK, num_random_blocks=DRAWN)
+    config = transformers.BigBirdConfig(**options)
+    model = made(lambda: transformers.BigBirdModel(config), tmp_path)
+    tokens, lengths, real = tokens_of(3)
+    ours = big_bird_like(tmp_path)
+    result = ours(tokens, mask=masks.lengths(key=lengths))
+    assert error(result, model, real, *torched(tokens, real)) < 1
+
+
+WINDOWS, FIRST = [4, 8], 2  # Longformer's, a layer; the row of its first position
+
+
+@pytest.fixture(scope="module")
+def longformer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("longformer")
+    options = bert_options(max_position_embeddings=64 + FIRST, layer_norm_eps=1e-12)
+    config = transformers.LongformerConfig(
+        attention_window=WINDOWS, pad_token_id=FIRST - 1, **options
+    )
+    return made(lambda: transformers.LongformerModel(config), folder), folder
+
+
+def longformer_like(folder, slots, windows=WINDOWS):
+    def attention(features, heads, *, rngs, **options):
+        size = features // heads
+        own = nn.AnchorProjections(features, heads, size, positions=slots, rngs=rngs)
+        return nn.MultiHeadAttention(features, heads, anchors=own, rngs=rngs, **options)
+
+    seen = [masks.longformer(window=w // 2, anchors=slots) for w in windows]
+    ours = encoder(64, mask=seen, attention=attention)
+    weights.load(ours, folder, weights.bert(LAYERS, first_position=FIRST))
+    return ours
+
+
+@pytest.mark.parametrize(
+    ("length", "slots"), [(3, [0]), (7, [0, 2]), (32, [0, 3]), (61, [0, 1, 20, 50])]
+)
+def test_longformer(longformer, length, slots):
+    model, folder = longformer
+    tokens, lengths, real = tokens_of(length)
+    anchors = np.isin(np.arange(length), slots) & np.ones((2, 1), bool)
+    their_tokens, attended, anchored = torched(tokens, real, anchors)
+    their_tokens = torch.where(attended > 0, their_tokens, FIRST - 1)
+    inputs = (model, real, their_tokens, attended, anchored)
+    mask = masks.lengths(key=lengths)
+    ours = longformer_like(folder, slots)(tokens, mask=mask)
+    assert error(ours, *inputs) < 1
+    if length > max(WINDOWS):
+        wider = longformer_like(folder, slots, [w + 2 for w in WINDOWS])
+        assert error(wider(tokens, mask=mask), *inputs) > 100
+
+
+# Decoders.
+
+
+def decoder(embedding, *, head=None, **options):
+    options = standard(residual=nn.PreNorm, **options)
+    last = options["norm"](FEATURES, rngs=nnx.Rngs(0))
+    options = {"mask": masks.causal()} | options
+    blocks = nn.make_blocks(options.pop("num_layers"), **options)
+    return nn.Decoder(embedding, nn.Stack(blocks, norm=last), head)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=FEATURES,
+        n_head=HEADS,
+        n_inner=HIDDEN,
+        n_layer=LAYERS,
+        n_positions=40,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="eager",
+    )
+    return made(lambda: transformers.GPT2LMHeadModel(config), folder), folder
+
+
+def gpt2_like(folder):
+    position = nn.Learned(40, FEATURES, rngs=nnx.Rngs(0))
+    ours = decoder(
+        nn.Embedding(
+            VOCABULARY, FEATURES, position=position, scale=1, rngs=nnx.Rngs(0)
+        ),
+        norm=functools.partial(nnx.LayerNorm, epsilon=1e-5),
+        feed_forward=feed_forward(functools.partial(jax.nn.gelu, approximate=True)),
+    )
+    weights.load(ours, folder, weights.gpt2(LAYERS, prefix="transformer."))
+    return ours
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_gpt2(gpt2, length):
+    model, folder = gpt2
+    tokens, lengths, real = tokens_of(length)
+    ids, attended = torched(tokens, real)
+    ours = gpt2_like(folder)(tokens, mask=masks.lengths(key=lengths))
+    assert error(ours, model, real, ids, attention_mask=attended) < 1
+
+
+WINDOW = 8  # Mistral's, the key itself included
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["head", "tied"])
+def mistral(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistral")
+    config = transformers.MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=FEATURES,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=12,
+        sliding_window=WINDOW,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=request.param,
+        attn_implementation="eager",
+    )
+    config.rope_parameters["rope_theta"] = 1000.0
+    return made(lambda: transformers.MistralForCausalLM(config), folder), folder
+
+
+def mistral_like(folder, config, window=WINDOW):
+    head = nnx.Linear(FEATURES, VOCABULARY, use_bias=False, rngs=nnx.Rngs(0))
+    ours = decoder(
+        nn.Embedding(VOCABULARY, FEATURES, scale=1, rngs=nnx.Rngs(0)),
+        head=None if config.tie_word_embeddings else head,
+        num_key_heads=2,
+        mask=masks.sliding_window(window - 1, 0),
+        position=lambda: nn.Rotary(base=1000.0),
+        norm=functools.partial(nnx.RMSNorm, epsilon=1e-5),
+        attention=functools.partial(
+            nn.MultiHeadAttention, head_size=12, use_bias=False
+        ),
+        feed_forward=feed_forward(jax.nn.silu, nn.GatedFeedForward, use_bias=False),
+    )
+    weights.load(ours, folder, weights.mistral(LAYERS))
+    return ours
+
+
+@pytest.mark.parametrize("length", [5, WINDOW, 40])
+def test_mistral(mistral, length):
+    model, folder = mistral
+    # Torch makes NaN of a query whose window holds nothing but padding.
+    tokens, lengths, real = tokens_of(length, least=length - 5)
+    ids, attended = torched(tokens, real)
+    mask = masks.lengths(key=lengths)
+    ours = mistral_like(folder, model.config)(tokens, mask=mask)
+    assert error(ours, model, real, ids, attention_mask=attended) < 1
+    if length > WINDOW:
+        wider = mistral_like(folder, model.config, WINDOW + 1)(tokens, mask=mask)
+        assert error(wider, model, real, ids, attention_mask=attended) > 100
+
+
+# Encoder and decoder.
+
+BUCKETS, FARTHEST = 8, 20  # T5's: of offsets
+
+
+@pytest.fixture(scope="module", params=["1.0", "1.1"])
+def t5(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t5")
+    new = request.param == "1.1"
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=FEATURES,
+        d_kv=12,
+        d_ff=HIDDEN,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        relative_attention_num_buckets=BUCKETS,
+        relative_attention_max_distance=FARTHEST,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu" if new else "relu",
+        tie_word_embeddings=not new,
+        attn_implementation="eager",
+    )
+
+    def build():
+        model = transformers.T5ForConditionalGeneration(config)
+        if new:
+            # False above only means "do not divide"; the class ties what 1.1 does not.
+            model.lm_head = torch.nn.Linear(FEATURES, VOCABULARY, bias=False)
+        return model
+
+    return made(build, folder), folder, new
+
+
+def t5_like(folder, new):
+    embedding = nn.Embedding(VOCABULARY, FEATURES, scale=1, rngs=nnx.Rngs(0))
+    head = nnx.Linear(FEATURES, VOCABULARY, use_bias=False, rngs=nnx.Rngs(0))
+    activation, kind = (
+        (functools.partial(jax.nn.gelu, approximate=True), nn.GatedFeedForward)
+        if new
+        else (jax.nn.relu, nn.FeedForward)
+    )
+
+    def side(bidirectional):
+        # One for all layers.
+        bias = nn.RelativeBias(
+            HEADS,
+            buckets=BUCKETS,
+            max_distance=FARTHEST,
+            bidirectional=bidirectional,
+            rngs=nnx.Rngs(0),
+        )
+        return decoder(
+            embedding,
+            head=head if new and not bidirectional else None,
+            position=lambda: bias,
+            mask=masks.full() if bidirectional else masks.causal(),
+            cross_attention=not bidirectional,
+            norm=functools.partial(nnx.RMSNorm, epsilon=1e-6),
+            attention=functools.partial(
+                nn.MultiHeadAttention,
+                score=scores.dot(),
+                head_size=12,
+                use_bias=False,
+            ),
+            feed_forward=feed_forward(activation, kind, use_bias=False),
+        )
+
+    ours = nn.EncoderDecoder(nn.Encoder(embedding, side(True).stack), side(False))
+    weights.load(ours, folder, weights.t5(LAYERS, tied=not new, gated=new))
+    return ours
+
+
+@pytest.mark.parametrize(("source", "target"), [(3, 5), (50, 40)])
+def test_t5(t5, source, target):
+    model, folder, new = t5
+    tokens, lengths, real = tokens_of(source)
+    targets, target_lengths, target_real = tokens_of(target)
+    ids, attended, target_ids, target_attended = torched(
+        tokens, real, targets, target_real
+    )
+    ours = t5_like(folder, new)(
+        jnp.asarray(tokens),
+        jnp.asarray(targets),
+        source_mask=masks.lengths(key=lengths),
+        target_mask=masks.lengths(key=target_lengths),
+        memory_mask=masks.lengths(key=lengths),
+    )
+    inputs = dict(input_ids=ids, attention_mask=attended)
+    inputs |= dict(decoder_input_ids=target_ids, decoder_attention_mask=target_attended)
+    assert error(ours, model, target_real, **inputs) < 1

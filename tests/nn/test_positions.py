@@ -1,0 +1,125 @@
+"""Positions: order is lost without them, and each kind brings it back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import nn
+
+KINDS = {
+    "rotary": nn.Rotary,
+    "rotary, neighbours": lambda: nn.Rotary(interleaved=True),
+    "alibi": lambda: nn.Alibi(2),
+    "relative": lambda: nn.RelativeBias(2, buckets=8, rngs=nnx.Rngs(1)),
+    "clipped": lambda: nn.ClippedRelative(8, left=2, right=2, rngs=nnx.Rngs(1)),
+}
+
+
+def model(position):
+    layer = nn.MultiHeadAttention(16, 2, position=position, rngs=nnx.Rngs(0))
+    if hasattr(position, "table"):
+        position.table[...] *= 50  # from 0.02 to order one
+    return layer
+
+
+x = jax.random.normal(jax.random.key(0), (1, 12, 16))
+shuffled = np.random.default_rng(0).permutation(12)
+
+
+def test_without_positions_order_is_lost():
+    layer = model(None)
+    np.testing.assert_allclose(layer(x[:, shuffled]), layer(x)[:, shuffled], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_positions_order_matters(kind):
+    layer = model(KINDS[kind]())
+    difference = jnp.abs(layer(x[:, shuffled]) - layer(x)[:, shuffled]).max()
+    assert float(difference) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_offsets_count(kind):
+    layer = model(KINDS[kind]())
+    where = jnp.arange(12)
+    moved = layer(x, query_positions=where + 7, key_positions=where + 7)
+    np.testing.assert_allclose(moved, layer(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_added_positions_bring_order(learned):
+    added = nn.Learned(12, 16, rngs=nnx.Rngs(1)) if learned else nn.Sinusoidal()
+    if learned:
+        added.table[...] *= 50
+    layer, where = model(None), jnp.arange(12)
+    one = layer(added(x, where))[:, shuffled]
+    other = layer(added(x[:, shuffled], where))
+    assert float(jnp.abs(one - other).max()) > 1e-2
+
+
+def test_sinusoids_are_the_papers():
+    found = nn.sinusoids(jnp.arange(5), 6)
+    for t in range(5):
+        for i in range(3):
+            angle = t / 10_000 ** (2 * i / 6)
+            assert found[t, 2 * i] == pytest.approx(np.sin(angle), abs=1e-6)
+            assert found[t, 2 * i + 1] == pytest.approx(np.cos(angle), abs=1e-6)
+
+
+def test_rotary_is_a_rotation_by_the_papers_angle():
+    q = jnp.array([1.0, 0.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
+    turned = nn.Rotary(interleaved=True)(q, jnp.array([3]))[0, 0, 0]
+    np.testing.assert_allclose(turned, [np.cos(3), np.sin(3), 0, 0], atol=1e-6)
+    turned = nn.Rotary()(q, jnp.array([3]))[0, 0, 0]
+    np.testing.assert_allclose(turned, [np.cos(3), 0, np.sin(3), 0], atol=1e-6)
+
+
+def test_rotary_scaling_offset_and_part():
+    q = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+    plain, where = nn.Rotary(), jnp.arange(4)
+    np.testing.assert_allclose(
+        nn.Rotary(scaling=2.0, offset=2)(q, 2 * where), plain(q, where + 1), atol=1e-5
+    )
+    part = nn.Rotary(size=4)(q, where)
+    np.testing.assert_array_equal(part[..., 4:], q[..., 4:])
+    np.testing.assert_allclose(part[..., :4], plain(q[..., :4], where), atol=1e-6)
+
+
+def test_clipped_relative_is_the_papers_equation():
+    layer = model(KINDS["clipped"]())
+    table = layer.position.table[...]
+    q, k, v = (part(x) for part in (layer.query, layer.key, layer.value))
+    offset = np.clip(np.arange(12) - np.arange(12)[:, None], -2, 2) + 2
+    keys = k[:, None] + table[offset][None, :, :, None]  # [1, T, S, N, H]
+    logits = jnp.einsum("btnh,btsnh->bnts", q, keys) / np.sqrt(8)
+    heads = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), v)
+    np.testing.assert_allclose(layer(x), layer.out(heads), atol=1e-5)
+
+
+def test_learned_positions_end():
+    learned = nn.Learned(4, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="positions: expected less than 4.* got 4"):
+        learned(jnp.zeros((1, 5, 8)), jnp.arange(5))
+    traced = jax.jit(lambda p: learned(jnp.zeros((1, 5, 8)), p))(jnp.arange(5))
+    assert np.isnan(traced[0, 4]).all()
+    assert not np.isnan(traced[0, :4]).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.sinusoids(jnp.arange(2), 5), "features: expected an even"),
+        (lambda: nn.Rotary(size=3), "size: expected an even number"),
+        (lambda: nn.Rotary(scaling=0), "scaling: expected a positive"),
+        (lambda: nn.Rotary()(jnp.ones((1, 1, 1, 5)), jnp.arange(1)), "size: 5 feat"),
+        (
+            lambda: nn.ClippedRelative(8, left=-1, right=1, rngs=nnx.Rngs(0)),
+            "left, right: expected at least 0",
+        ),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

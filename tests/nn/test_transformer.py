@@ -1,0 +1,239 @@
+"""Blocks, stacks, and the encoder-decoder Transformer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from attnlab import masks, nn
+
+SMALL = dict(features=16, num_heads=2, num_layers=3)
+
+
+def test_residuals_and_norms():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    norm = nnx.LayerNorm(8, rngs=nnx.Rngs(0))
+
+    def layer(x):
+        return jnp.sin(3 * x)
+
+    np.testing.assert_allclose(nn.Residual()(x, layer), x + layer(x))
+    np.testing.assert_allclose(nn.PreNorm(norm)(x, layer), x + layer(norm(x)))
+    np.testing.assert_allclose(nn.PostNorm(norm)(x, layer), norm(x + layer(x)))
+    np.testing.assert_allclose(nn.NoResidual(norm)(x, layer), layer(norm(x)))
+
+
+def test_plain_and_gated_feed_forward():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    plain = nn.FeedForward(8, 12, rngs=nnx.Rngs(0))
+    hidden = jax.nn.relu(x @ plain.up.kernel[...])
+    np.testing.assert_allclose(plain(x), hidden @ plain.down.kernel[...], atol=1e-5)
+    gated = nn.GatedFeedForward(8, 12, activation=jax.nn.silu, rngs=nnx.Rngs(0))
+    hidden = jax.nn.silu(x @ gated.gate.kernel[...]) * (x @ gated.up.kernel[...])
+    np.testing.assert_allclose(gated(x), hidden @ gated.down.kernel[...], atol=1e-5)
+
+
+def gradient_norms(residual):
+    """Of the first and of the last of 32 layers."""
+    rngs = nnx.Rngs(0)
+    blocks = nn.make_blocks(32, features=16, num_heads=2, residual=residual, rngs=rngs)
+    x = jax.random.normal(jax.random.key(1), (2, 8, 16))
+    above = jax.random.normal(jax.random.key(2), (2, 8, 16))
+    stack = nn.Stack(blocks, scan=True)
+    gradient = nnx.grad(lambda stack: (stack(x) * above).sum())(stack)
+    squares = [(leaf**2).reshape(32, -1).sum(1) for leaf in jax.tree.leaves(gradient)]
+    norms = np.sqrt(sum(squares))
+    return norms[0], norms[-1]
+
+
+def test_residual_and_norm_keep_the_gradient():
+    first, last = gradient_norms(nn.PreNorm)
+    assert last / 10 < first < last * 10
+    first, last = gradient_norms(nn.NoResidual)
+    assert not last / 10 < first < last * 10
+
+
+@pytest.mark.parametrize("residual", [nn.PreNorm, nn.PostNorm])
+@pytest.mark.parametrize("options", [dict(remat=True), dict(scan=True)])
+def test_remat_and_scan_change_nothing(options, residual):
+    tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, 20)
+
+    def model(**options):
+        return nn.Decoder.standard(
+            20,
+            residual=residual,
+            position=nn.Rotary,
+            rngs=nnx.Rngs(0),
+            **SMALL,
+            **options,
+        )
+
+    def value_and_norms(model):
+        value, gradient = nnx.value_and_grad(lambda m: (m(tokens) ** 2).sum())(model)
+        return value, [
+            jnp.linalg.norm(g) for g in jax.tree.leaves(gradient["embedding"])
+        ]
+
+    plain, other = value_and_norms(model()), value_and_norms(model(**options))
+    np.testing.assert_allclose(plain[0], other[0], rtol=1e-5)
+    np.testing.assert_allclose(plain[1], other[1], rtol=1e-4)
+
+
+def test_scan_draws_other_dropout_in_each_layer_and_step():
+    model = nn.Decoder.standard(
+        20, scan=True, dropout_rate=0.5, rngs=nnx.Rngs(0), **SMALL
+    )
+    model.train()
+    tokens = jnp.zeros((1, 4), int)
+    first, second = model(tokens), model(tokens)
+    assert float(jnp.abs(first - second).max()) > 1e-3
+    model.eval()
+    np.testing.assert_array_equal(model(tokens), model(tokens))
+
+
+def test_scan_of_unlike_blocks_is_refused():
+    with pytest.raises(ValueError, match="scan: the blocks differ"):
+        nn.Decoder.standard(
+            20,
+            scan=True,
+            mask=[masks.causal(), masks.causal() & masks.sliding_window(2, 0)] * 2,
+            rngs=nnx.Rngs(0),
+            **SMALL | {"num_layers": 4},
+        )
+
+
+def test_a_pattern_for_each_layer():
+    """What reaches the last token through two windows of 2 and 1."""
+    patterns = [masks.causal() & masks.sliding_window(n, 0) for n in (2, 1)]
+    model = nn.Decoder.standard(
+        20, mask=patterns, rngs=nnx.Rngs(0), **SMALL | {"num_layers": 2}
+    )
+    x = jax.random.normal(jax.random.key(0), (1, 8, 16))
+    gradient = jax.grad(lambda x: model.stack(x)[0, -1].sum() ** 2)(x)
+    reach = jnp.abs(gradient).max((0, 2)) > 0
+    np.testing.assert_array_equal(reach, [0, 0, 0, 0, 1, 1, 1, 1])
+
+
+def test_padding_of_the_source_changes_nothing():
+    model = nn.EncoderDecoder.standard(30, rngs=nnx.Rngs(0), **SMALL)
+    source = jax.random.randint(jax.random.key(0), (2, 7), 0, 30)
+    target = jax.random.randint(jax.random.key(1), (2, 5), 0, 30)
+    lengths = jnp.array([4, 7])
+    seen = masks.lengths(key=lengths)
+    found = model(source, target, source_mask=seen, memory_mask=seen)
+    alone = model(source[:1, :4], target[:1])
+    np.testing.assert_allclose(found[:1], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_decoder_step_by_step(scan):
+    model = nn.EncoderDecoder.standard(
+        30,
+        scan=scan,
+        residual=nn.PreNorm,
+        num_key_heads=1,
+        norm=nnx.RMSNorm,
+        feed_forward=functools.partial(nn.GatedFeedForward, activation=jax.nn.gelu),
+        rngs=nnx.Rngs(0),
+        **SMALL,
+    )
+    source = jax.random.randint(jax.random.key(0), (2, 7), 0, 30)
+    target = jax.random.randint(jax.random.key(1), (2, 5), 0, 30)
+    seen = masks.lengths(key=jnp.array([4, 7]))
+    whole = model(source, target, source_mask=seen, memory_mask=seen)
+    memory = model.encoder(source, mask=seen)
+    state = model.decoder.start(2, 5, memory, memory_mask=seen)
+    first, state = model.decoder.decode(target[:, :2], state)
+    parts = [first]
+    for t in range(2, 5):
+        logits, state = model.decoder.decode(target[:, t : t + 1], state)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-4)
+
+
+def test_documents_in_one_row_are_as_if_alone():
+    model = nn.Decoder.standard(30, rngs=nnx.Rngs(0), **SMALL)
+    tokens = jax.random.randint(jax.random.key(0), (1, 9), 0, 30)
+    ids = jnp.array([[0] * 4 + [1] * 5])
+    where = jnp.concatenate([jnp.arange(4), jnp.arange(5)])
+    # Positions start anew in each document: the mask must not speak of them.
+    x = model.embedding(tokens, where)
+    packed = model.stack(x, mask=masks.documents(ids))
+    alone = model.stack(model.embedding(tokens[:, 4:]))
+    np.testing.assert_allclose(packed[:, 4:], alone, atol=1e-5)
+
+
+def test_memory_without_cross_attention_and_the_reverse():
+    block = nn.make_blocks(1, features=8, num_heads=2, rngs=nnx.Rngs(0))[0]
+    x = jnp.ones((1, 3, 8))
+    with pytest.raises(ValueError, match="memory: the block has no cross_attention"):
+        block(x, x)
+    (block,) = nn.make_blocks(
+        1, features=8, num_heads=2, cross_attention=True, rngs=nnx.Rngs(0)
+    )
+    with pytest.raises(ValueError, match="memory: .* needs one, got None"):
+        block(x)
+
+
+def test_errors_of_stacks():
+    with pytest.raises(ValueError, match="blocks: expected at least one"):
+        nn.Stack([])
+    with pytest.raises(ValueError, match="mask: got 2 masks for 3 layers"):
+        nn.make_blocks(3, features=8, num_heads=2, mask=[None] * 2, rngs=nnx.Rngs(0))
+
+
+def test_overfits_64_pairs():
+    """Sentences of random words and their reversals, learned by heart."""
+    count, length, vocabulary, start, end = 64, 6, 24, 0, 1
+    random = np.random.default_rng(0)
+    words = random.integers(2, vocabulary, (count, length))
+    sizes = random.integers(3, length + 1, count)
+    inside = np.arange(length) < sizes[:, None]
+    source = np.where(inside, words, 1)
+    target = np.full((count, length + 1), end)
+    for row, (sentence, n) in enumerate(zip(words, sizes, strict=True)):
+        target[row, :n] = sentence[:n][::-1]
+    given = np.concatenate([np.full((count, 1), start), target[:, :-1]], 1)
+    counted = np.arange(length + 1) <= sizes[:, None]
+    seen = masks.lengths(key=jnp.asarray(sizes))
+
+    model = nn.EncoderDecoder.standard(
+        vocabulary, features=32, num_heads=4, num_layers=2, residual=nn.PreNorm,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+
+    @nnx.jit
+    def train(model, optimizer):
+        def loss(model):
+            logits = model(
+                jnp.asarray(source),
+                jnp.asarray(given),
+                source_mask=seen,
+                memory_mask=seen,
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+            return (losses * counted).sum() / counted.sum()
+
+        value, gradient = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradient)
+        return value
+
+    for _ in range(200):
+        value = train(model, optimizer)
+    assert value < 0.05
+
+    @jax.jit
+    def translate(source):
+        memory = model.encoder(source, mask=seen)
+        state = model.decoder.start(count, length + 2, memory, memory_mask=seen)
+        prompt = jnp.full((count, 1), start)
+        return nn.greedy(
+            model.decoder.decode, state, prompt, length=length + 1, end=end, padding=end
+        )
+
+    np.testing.assert_array_equal(translate(jnp.asarray(source)).tokens, target)

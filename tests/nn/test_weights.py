@@ -1,0 +1,384 @@
+"""Loading weights: what goes where, and what is refused before anything changes."""
+
+import json
+import pickle
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import masks, nn
+from attnlab.nn import weights
+
+FEATURES, HEADS, HIDDEN, LAYERS, VOCABULARY, LENGTH = 8, 2, 12, 2, 11, 5
+
+
+def encoder(scan=False, **options):
+    """Of BERT's kind."""
+    rngs = nnx.Rngs(0)
+    embedding = nn.Embedding(
+        VOCABULARY,
+        FEATURES,
+        position=nn.Learned(LENGTH, FEATURES, rngs=rngs),
+        norm=nnx.LayerNorm(FEATURES, rngs=rngs),
+        rngs=rngs,
+    )
+    blocks = nn.make_blocks(
+        LAYERS,
+        features=FEATURES,
+        num_heads=HEADS,
+        hidden_features=HIDDEN,
+        rngs=rngs,
+        **options,
+    )
+    return nn.Encoder(embedding, nn.Stack(blocks, scan=scan))
+
+
+def checkpoint(prefix=""):
+    """BERT's names and shapes; no two numbers are equal."""
+    shapes = {
+        "embeddings.word_embeddings.weight": (VOCABULARY, FEATURES),
+        "embeddings.position_embeddings.weight": (LENGTH, FEATURES),
+        "embeddings.token_type_embeddings.weight": (2, FEATURES),
+        "embeddings.LayerNorm.weight": (FEATURES,),
+        "embeddings.LayerNorm.bias": (FEATURES,),
+        "pooler.dense.weight": (FEATURES, FEATURES),
+    }
+    for i in range(LAYERS):
+        at = f"encoder.layer.{i}."
+        for name, outputs, inputs in (
+            ("attention.self.query", FEATURES, FEATURES),
+            ("attention.self.key", FEATURES, FEATURES),
+            ("attention.self.value", FEATURES, FEATURES),
+            ("attention.output.dense", FEATURES, FEATURES),
+            ("intermediate.dense", HIDDEN, FEATURES),
+            ("output.dense", FEATURES, HIDDEN),
+        ):
+            shapes[f"{at}{name}.weight"] = (outputs, inputs)
+            shapes[f"{at}{name}.bias"] = (outputs,)
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes[f"{at}{name}.weight"] = shapes[f"{at}{name}.bias"] = (FEATURES,)
+    count, made = 0, {}
+    for name, shape in shapes.items():
+        size = int(np.prod(shape))
+        numbers = np.arange(count, count + size, dtype=np.float32)
+        made[prefix + name] = numbers.reshape(shape)
+        count += size
+    return made
+
+
+def numbers(module):
+    """Parameters by path, copied."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {".".join(map(str, path)): np.array(v[...]) for path, v in flat}
+
+
+def refused(module, source, names, error=ValueError):
+    """The message; the module must be as it was."""
+    before = numbers(module)
+    with pytest.raises(error) as caught:
+        weights.load(module, source, names)
+    after = numbers(module)
+    assert before.keys() == after.keys()
+    for at, array in before.items():
+        np.testing.assert_array_equal(array, after[at], err_msg=at)
+    return str(caught.value)
+
+
+def linear(x, tensors, name):
+    """PyTorch's ``Linear``."""
+    return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_each_tensor_goes_to_its_place(scan):
+    module, tensors = encoder(scan), checkpoint()
+    weights.load(module, tensors, weights.bert(LAYERS, scan=scan))
+    x = np.random.default_rng(0).normal(size=(3, FEATURES)).astype(np.float32)
+    hidden = np.random.default_rng(0).normal(size=(3, HIDDEN)).astype(np.float32)
+    for i, block in enumerate(module.stack.each()):
+        at = f"encoder.layer.{i}."
+        for part in ("query", "key", "value"):
+            heads = getattr(block.attention, part)(x)
+            expected = linear(x, tensors, f"{at}attention.self.{part}")
+            np.testing.assert_allclose(heads.reshape(3, -1), expected, rtol=1e-4)
+        out = block.attention.out(x.reshape(3, HEADS, -1))
+        expected = linear(x, tensors, f"{at}attention.output.dense")
+        np.testing.assert_allclose(out, expected, rtol=1e-4)
+        up = block.feed_forward.up(x)
+        expected = linear(x, tensors, f"{at}intermediate.dense")
+        np.testing.assert_allclose(up, expected, rtol=1e-4)
+        down = block.feed_forward.down(hidden)
+        expected = linear(hidden, tensors, f"{at}output.dense")
+        np.testing.assert_allclose(down, expected, rtol=1e-4)
+        for residual, name in (
+            (block.attention_residual, "attention.output.LayerNorm"),
+            (block.feed_forward_residual, "output.LayerNorm"),
+        ):
+            scale, bias = residual.norm.scale[...], residual.norm.bias[...]
+            np.testing.assert_array_equal(scale, tensors[f"{at}{name}.weight"])
+            np.testing.assert_array_equal(bias, tensors[f"{at}{name}.bias"])
+    positions = tensors["embeddings.position_embeddings.weight"]
+    types = tensors["embeddings.token_type_embeddings.weight"]
+    np.testing.assert_array_equal(
+        module.embedding.position.table[...], positions + types[0]
+    )
+
+
+def test_a_missing_tensor():
+    tensors = checkpoint()
+    del tensors["encoder.layer.1.attention.self.key.weight"]
+    message = refused(encoder(), tensors, weights.bert(LAYERS))
+    assert "stack.blocks.1.attention.key.kernel [8, 2, 4]: expected" in message
+    assert "'encoder.layer.1.attention.self.key.weight' of shape [8, 8]" in message
+    assert "found none" in message
+    assert len(message.splitlines()) == 2
+
+
+def test_a_wrong_prefix_is_recognised():
+    message = refused(encoder(), checkpoint("bert."), weights.bert(LAYERS))
+    name = "embeddings.word_embeddings.weight"
+    assert f"(is it 'bert.{name}'?)" in message
+    module = encoder()
+    weights.load(module, checkpoint("bert."), weights.bert(LAYERS, prefix="bert."))
+    np.testing.assert_array_equal(
+        module.embedding.table.embedding[...], checkpoint()[name]
+    )
+
+
+def test_a_wrong_shape():
+    tensors = checkpoint()
+    name = "encoder.layer.0.output.dense.weight"
+    tensors[name] = tensors[name].T
+    message = refused(encoder(), tensors, weights.bert(LAYERS))
+    assert "stack.blocks.0.feed_forward.down.kernel [12, 8]: expected" in message
+    assert f"{name!r} of shape [8, 12], found [12, 8]" in message
+
+
+def test_a_tensor_left_over():
+    tensors = checkpoint() | {"encoder.layer.0.attention.self.distance": np.ones(3)}
+    message = refused(encoder(), tensors, weights.bert(LAYERS))
+    assert "'encoder.layer.0.attention.self.distance' [3]: no parameter" in message
+    # Tensors beside the prefix are those of other parts: a head, say.
+    others = checkpoint("bert.") | {"cls.predictions.bias": np.ones(3)}
+    weights.load(encoder(), others, weights.bert(LAYERS, prefix="bert."))
+
+
+def test_a_parameter_that_the_module_lacks():
+    def attention(*args, **options):
+        return nn.MultiHeadAttention(*args, use_bias=False, **options)
+
+    module = encoder(attention=attention)
+    message = refused(module, checkpoint(), weights.bert(LAYERS))
+    assert (
+        "tensor 'encoder.layer.0.attention.self.query.bias' [8]: no parameter takes "
+        "it, and the module has no stack.blocks.0.attention.query.bias"
+    ) in message
+
+
+def test_a_parameter_that_the_map_lacks():
+    message = refused(encoder(), checkpoint(), weights.bert(LAYERS - 1))
+    assert "stack.blocks.1.attention.query.kernel [8, 2, 4]: the map says" in message
+    assert "more" in message.splitlines()[-1]
+
+
+def test_a_part_of_a_model():
+    names = weights.bert(LAYERS).of("stack.blocks.1.attention")
+    layer = nn.MultiHeadAttention(FEATURES, HEADS, rngs=nnx.Rngs(0))
+    tensors = checkpoint()
+    weights.load(layer, tensors, names)
+    expected = tensors["encoder.layer.1.attention.self.query.weight"].T
+    np.testing.assert_array_equal(layer.query.kernel[...].reshape(8, 8), expected)
+    near = {"encoder.layer.1.attention.self.query_global.weight": np.ones((8, 8))}
+    message = refused(layer, tensors | near, names)
+    assert "the module has no anchors.query.kernel" in message
+    unknown = {"encoder.layer.1.attention.self.distance": np.ones(3)}
+    assert "self.distance' [3]: no parameter" in refused(
+        layer, tensors | unknown, names
+    )
+    with pytest.raises(KeyError, match=r"stack\.blocks\.7"):
+        weights.bert(LAYERS).of("stack.blocks.7")
+
+
+def test_projections_of_anchors():
+    own = nn.AnchorProjections(FEATURES, HEADS, 4, positions=1, rngs=nnx.Rngs(0))
+    layer = nn.MultiHeadAttention(
+        FEATURES,
+        HEADS,
+        anchors=own,
+        mask=masks.longformer(window=1, anchors=1),
+        rngs=nnx.Rngs(0),
+    )
+    names = weights.bert(LAYERS).of("stack.blocks.0.attention")
+    assert "anchors.query.kernel" in refused(layer, checkpoint(), names)
+    rng = np.random.default_rng(0)
+    at = "encoder.layer.0.attention.self."
+    anchors = {
+        f"{at}{x}_global.{what}": rng.normal(size=shape).astype(np.float32)
+        for x in ("query", "key", "value")
+        for what, shape in (("weight", (8, 8)), ("bias", (8,)))
+    }
+    weights.load(layer, checkpoint() | anchors, names)
+    for part in ("query", "key", "value"):
+        kernel = getattr(layer.anchors, part).kernel[...].reshape(8, 8)
+        np.testing.assert_array_equal(kernel.T, anchors[f"{at}{part}_global.weight"])
+
+
+def test_names_of_old_norms():
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): array
+        for name, array in checkpoint().items()
+    }
+    assert old.keys() != checkpoint().keys()
+    ours, other = encoder(), encoder()
+    weights.load(ours, old, weights.bert(LAYERS))
+    weights.load(other, checkpoint(), weights.bert(LAYERS))
+    jax.tree.map(np.testing.assert_array_equal, numbers(ours), numbers(other))
+
+
+def test_types_and_places_stay():
+    module = nn.MultiHeadAttention(
+        FEATURES, HEADS, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    place = jax.devices()[1]
+    nnx.update(module, jax.device_put(nnx.state(module, nnx.Param), place))
+    names = weights.bert(LAYERS).of("stack.blocks.0.attention")
+    weights.load(module, checkpoint(), names)
+    assert module.query.kernel[...].dtype == jnp.bfloat16
+    assert module.query.kernel[...].devices() == {place}
+
+
+def test_a_module_without_arrays_gets_them():
+    module = nnx.eval_shape(encoder)
+    weights.load(module, checkpoint(), weights.bert(LAYERS))
+    other = encoder()
+    weights.load(other, checkpoint(), weights.bert(LAYERS))
+    jax.tree.map(np.testing.assert_array_equal, numbers(module), numbers(other))
+    assert module(jnp.zeros((1, 3), int)).shape == (1, 3, FEATURES)
+
+
+def test_parts_of_fused_tensors():
+    layer = nn.MultiHeadAttention(FEATURES, HEADS, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    fused = {
+        "h.0.attn.c_attn.weight": rng.normal(size=(8, 24)).astype(np.float32),
+        "h.0.attn.c_attn.bias": rng.normal(size=24).astype(np.float32),
+        "h.0.attn.c_proj.weight": rng.normal(size=(8, 8)).astype(np.float32),
+        "h.0.attn.c_proj.bias": rng.normal(size=8).astype(np.float32),
+        # A causal mask, which is no parameter.
+        "h.0.attn.bias": np.ones((1, 1, 5, 5)),
+    }
+    names = weights.gpt2(1).of("stack.blocks.0.attention")
+    weights.load(layer, fused, names)
+    x = rng.normal(size=(3, 8)).astype(np.float32)
+    whole = x @ fused["h.0.attn.c_attn.weight"] + fused["h.0.attn.c_attn.bias"]
+    ours = [f(x).reshape(3, 8) for f in (layer.query, layer.key, layer.value)]
+    np.testing.assert_allclose(np.concatenate(ours, -1), whole, atol=1e-5)
+    # Side by side along the outputs of PyTorch's Linear, which lead.
+    one = weights.part(weights.linear("qkv"), 1, 3, axis=0)
+    assert list(one.shapes((8, 2, 4))) == [(24, 8)]
+    array = rng.normal(size=(24, 8))
+    made = one.make((8, 2, 4), array)
+    np.testing.assert_array_equal(made.reshape(8, 8), array[8:16].T)
+    fused["h.0.attn.c_attn.weight"] = np.ones((8, 23))
+    assert "of shape [8, 24], found [8, 23]" in refused(layer, fused, names)
+
+
+# Files.
+
+
+@pytest.fixture
+def save():
+    return pytest.importorskip("safetensors.numpy").save_file
+
+
+def same_as_checkpoint(source):
+    ours, other = encoder(), encoder()
+    weights.load(ours, source, weights.bert(LAYERS))
+    weights.load(other, checkpoint(), weights.bert(LAYERS))
+    jax.tree.map(np.testing.assert_array_equal, numbers(ours), numbers(other))
+
+
+def test_a_file_and_its_folder(save, tmp_path):
+    save(checkpoint(), tmp_path / "model.safetensors")
+    same_as_checkpoint(tmp_path / "model.safetensors")
+    same_as_checkpoint(tmp_path)
+    same_as_checkpoint(str(tmp_path))
+
+
+def test_shards(save, tmp_path):
+    tensors, where = checkpoint(), {}
+    for i, shard in enumerate(("a.safetensors", "b.safetensors")):
+        own = {n: t for j, (n, t) in enumerate(tensors.items()) if j % 2 == i}
+        save(own, tmp_path / shard)
+        where |= dict.fromkeys(own, shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    same_as_checkpoint(tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    message = refused(encoder(), tmp_path, weights.bert(LAYERS), FileNotFoundError)
+    assert "b.safetensors" in message
+
+
+def test_bfloat16(save, tmp_path):
+    small = {n: t.astype(ml_dtypes.bfloat16) for n, t in checkpoint().items()}
+    save(small, tmp_path / "model.safetensors")
+    module = encoder()
+    weights.load(module, tmp_path, weights.bert(LAYERS))
+    found = module.embedding.table.embedding[...]
+    assert found.dtype == jnp.float32
+    expected = small["embeddings.word_embeddings.weight"].astype(np.float32)
+    np.testing.assert_array_equal(found, expected)
+
+
+class Malice:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "model.ckpt"])
+def test_pickles_are_refused(name, tmp_path):
+    pytest.importorskip("safetensors")
+    trace = tmp_path / "trace"
+    (tmp_path / name).write_bytes(pickle.dumps(Malice(str(trace))))
+    for source, error in ((tmp_path / name, ValueError), (tmp_path, FileNotFoundError)):
+        message = refused(encoder(), source, weights.bert(LAYERS), error)
+        assert name in message
+        assert "pickles are never read" in message
+        assert "save_pretrained" in message
+    # Under another name it is no safetensors file, and is not run either.
+    from safetensors import SafetensorError
+
+    disguised = tmp_path / "model.safetensors"
+    (tmp_path / name).rename(disguised)
+    refused(encoder(), disguised, weights.bert(LAYERS), SafetensorError)
+    assert not trace.exists()
+
+
+def test_missing_files(tmp_path):
+    pytest.importorskip("safetensors")
+    names = weights.bert(LAYERS)
+    message = refused(encoder(), tmp_path / "no.safetensors", names, FileNotFoundError)
+    assert "no.safetensors: no such file" in message
+    (tmp_path / "config.json").touch()
+    message = refused(encoder(), tmp_path, names, FileNotFoundError)
+    assert "expected model.safetensors or" in message
+    assert "found ['config.json']" in message
+    assert "pickle" not in message
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    message = refused(encoder(), tmp_path, weights.bert(LAYERS), ImportError)
+    assert 'pip install "attnlab[weights]"' in message
