@@ -34,6 +34,7 @@ class Embedding(nnx.Module):
         scale: float | None = None,
         norm: Callable[[Array], Array] | None = None,
         dropout_rate: float = 0.0,
+        logits_bias: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -48,6 +49,7 @@ class Embedding(nnx.Module):
             scale: what vectors are multiplied with; ``sqrt(features)`` if not given.
             norm: applied to the sum.
             dropout_rate: of the sum.
+            logits_bias: whether logits add a learned number for each token.
             dtype: of the result; ``param_dtype`` if not given.
             param_dtype: of the parameters.
             rngs: Flax's.
@@ -65,6 +67,12 @@ class Embedding(nnx.Module):
         self.scale = math.sqrt(features) if scale is None else scale
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs) if dropout_rate else None
 
+        self.bias = nnx.data(
+            nnx.Param(jnp.zeros(vocabulary_size, param_dtype), **named("vocabulary"))
+            if logits_bias
+            else None
+        )
+
     def __call__(self, tokens: Array, positions: Array | None = None) -> Array:
         """``[*batch, T]`` integers -> ``[*batch, T, features]``."""
         if positions is None:
@@ -78,4 +86,5 @@ class Embedding(nnx.Module):
 
     def logits(self, x: Array) -> Array:
         """``[*, features] -> [*, V]``, by the same vectors."""
-        return self.table.attend(x)
+        logits = self.table.attend(x)
+        return logits if self.bias is None else logits + self.bias.astype(logits.dtype)

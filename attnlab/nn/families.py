@@ -248,6 +248,57 @@ def t5(
     return Names(recipes, apart=("*.embed_tokens.weight",))
 
 
+def marian(num_layers: int, *, scan: bool = False) -> Names:
+    """Marian's encoder-decoder: OPUS-MT.
+
+    For an ``EncoderDecoder`` of ``PostNorm`` blocks with ``LayerNorm(epsilon=1e-5)``
+    and ``jax.nn.silu``, whose one ``Embedding`` has
+    ``Sinusoidal(interleaved=False)`` and ``logits_bias=True``.
+
+    Args:
+        num_layers: blocks of either side.
+        scan: whether the ``Stack`` scans.
+
+    References:
+        Junczys-Dowmunt et al., "Marian: Fast Neural Machine Translation in C++", 2018.
+    """
+
+    def attention(at: str) -> dict[str, Recipe]:
+        return _projections(*(f"{at}.{x}_proj" for x in ("q", "k", "v", "out")))
+
+    def layer(side: str, i: int) -> dict[str, Recipe]:
+        at = f"model.{side}.layers.{i}"
+        result = {
+            **_under("attention", attention(f"{at}.self_attn")),
+            **_norm("attention_residual.norm", f"{at}.self_attn_layer_norm"),
+            **_dense("feed_forward.up", f"{at}.fc1"),
+            **_dense("feed_forward.down", f"{at}.fc2"),
+            **_norm("feed_forward_residual.norm", f"{at}.final_layer_norm"),
+        }
+        if side == "decoder":
+            result |= _under("cross_attention", attention(f"{at}.encoder_attn"))
+            result |= _norm("cross_residual.norm", f"{at}.encoder_attn_layer_norm")
+        return result
+
+    bias = Recipe(
+        ("final_logits_bias",),
+        lambda shape: [(1, *shape)],
+        lambda shape, array: array[0],
+    )
+    recipes: dict[str, Recipe] = {}
+    for side in ("encoder", "decoder"):
+        recipes |= _layers(
+            f"{side}.stack.blocks", num_layers, lambda i, s=side: layer(s, i), scan
+        )
+        recipes[f"{side}.embedding.table.embedding"] = tensor("model.shared.weight")
+        recipes[f"{side}.embedding.bias"] = bias
+    # Copies of the shared vectors, and sinusoids.
+    return Names(
+        recipes,
+        apart=("*.embed_tokens.weight", "*.embed_positions.weight", "lm_head.weight"),
+    )
+
+
 def _layers(
     path: str, count: int, layer: Callable[[int], dict[str, Recipe]], scan: bool
 ) -> dict[str, Recipe]:

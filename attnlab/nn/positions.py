@@ -13,13 +13,17 @@ from attnlab.nn.parameters import named
 from attnlab.types import Array, Modifier, Operand, Tile, pytree, static
 
 
-def sinusoids(positions: Any, features: int, *, base: float = 10_000.0) -> Array:
-    """``sin`` of the even features, ``cos`` of the odd ones, in geometric wavelengths.
+def sinusoids(
+    positions: Any, features: int, *, base: float = 10_000.0, interleaved: bool = True
+) -> Array:
+    """``sin`` and ``cos`` of positions in geometric wavelengths.
 
     Args:
         positions: ``[*, T]`` integers.
         features: even.
         base: the longest wavelength is ``2 pi base``.
+        interleaved: ``sin`` in the even features and ``cos`` in the odd ones, as in the
+            paper, instead of all ``sin`` first (Marian's).
 
     Returns:
         float32 ``[*, T, features]``.
@@ -31,7 +35,8 @@ def sinusoids(positions: Any, features: int, *, base: float = 10_000.0) -> Array
         raise ValueError(f"features: expected an even number, got {features}")
     rate = base ** (-np.arange(0, features, 2) / features)
     angle = jnp.asarray(positions, jnp.float32)[..., None] * rate.astype(np.float32)
-    pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1)
+    axis = angle.ndim if interleaved else angle.ndim - 1
+    pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis)
     return pairs.reshape(*angle.shape[:-1], features)
 
 
@@ -47,12 +52,16 @@ class Sinusoidal(nnx.Module):
         Vaswani et al., 2017, section 3.5.
     """
 
-    def __init__(self, *, base: float = 10_000.0):
-        self.base = base
+    def __init__(self, *, base: float = 10_000.0, interleaved: bool = True):
+        """Arguments as of :func:`sinusoids`."""
+        self.base, self.interleaved = base, interleaved
 
     def __call__(self, x: Array, positions: Array) -> Array:
         """``[*batch, T, features], [*batch or none, T] -> [*batch, T, features]``."""
-        return x + sinusoids(positions, x.shape[-1], base=self.base).astype(x.dtype)
+        added = sinusoids(
+            positions, x.shape[-1], base=self.base, interleaved=self.interleaved
+        )
+        return x + added.astype(x.dtype)
 
 
 class Learned(nnx.Module):

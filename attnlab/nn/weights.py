@@ -22,6 +22,7 @@ from flax import nnx
 from attnlab.nn.checkpoint import Source, Tensor, tensors_of
 from attnlab.nn.families import bert as bert
 from attnlab.nn.families import gpt2 as gpt2
+from attnlab.nn.families import marian as marian
 from attnlab.nn.families import mistral as mistral
 from attnlab.nn.families import t5 as t5
 from attnlab.nn.recipes import Names as Names
@@ -49,8 +50,8 @@ def load(module: nnx.Module, source: Source, names: Names) -> None:
         module: an attention layer, a block, a whole model.
         source: a ``.safetensors`` file; a folder with ``model.safetensors``, or with
             shards and ``model.safetensors.index.json``; or arrays by name.
-        names: the map: :func:`bert`, :func:`gpt2`, :func:`mistral`, :func:`t5`, or one
-            of your own.
+        names: the map: :func:`bert`, :func:`gpt2`, :func:`mistral`, :func:`marian`,
+            :func:`t5`, or one of your own.
 
     Raises:
         ValueError: if a tensor is missing, has another shape, or is left over; if the

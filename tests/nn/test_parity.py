@@ -36,7 +36,8 @@ def made(build, folder):
     model = build()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
+            if parameter.requires_grad:  # Marian's sinusoids do not
+                parameter.add_(0.2 * torch.randn(parameter.shape))
     model.save_pretrained(folder)
     return model.eval()
 
@@ -487,3 +488,71 @@ def test_t5(t5, source, target):
     inputs = dict(input_ids=ids, attention_mask=attended)
     inputs |= dict(decoder_input_ids=target_ids, decoder_attention_mask=target_attended)
     assert error(ours, model, target_real, **inputs) < 1
+
+
+@pytest.fixture(scope="module")
+def marian(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("marian")
+    config = transformers.MarianConfig(
+        vocab_size=VOCABULARY,
+        d_model=FEATURES,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=HIDDEN,
+        decoder_ffn_dim=HIDDEN,
+        activation_function="swish",
+        scale_embedding=True,
+        dropout=0.0,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        attn_implementation="eager",
+    )
+
+    def build():
+        model = transformers.MarianMTModel(config)
+        model.final_logits_bias.normal_()
+        return model
+
+    return made(build, folder), folder
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(("source", "target"), [(3, 5), (50, 40)])
+def test_marian(marian, source, target, scan):
+    model, folder = marian
+    tokens, lengths, real = tokens_of(source)
+    targets, target_lengths, target_real = tokens_of(target)
+    embedding = nn.Embedding(
+        VOCABULARY,
+        FEATURES,
+        position=nn.Sinusoidal(interleaved=False),
+        logits_bias=True,
+        rngs=nnx.Rngs(0),
+    )
+    options = standard(
+        embedding=embedding,
+        norm=functools.partial(nnx.LayerNorm, epsilon=1e-5),
+        feed_forward=feed_forward(jax.nn.silu),
+        scan=scan,
+    )
+    ours = nn.EncoderDecoder(
+        nn.Encoder.standard(VOCABULARY, **options),
+        nn.Decoder.standard(VOCABULARY, cross_attention=True, **options),
+    )
+    weights.load(ours, folder, weights.marian(LAYERS, scan=scan))
+    logits = ours(
+        jnp.asarray(tokens),
+        jnp.asarray(targets),
+        source_mask=masks.lengths(key=lengths),
+        target_mask=masks.lengths(key=target_lengths),
+        memory_mask=masks.lengths(key=lengths),
+    )
+    ids, attended, target_ids, target_attended = torched(
+        tokens, real, targets, target_real
+    )
+    inputs = dict(input_ids=ids, attention_mask=attended)
+    inputs |= dict(decoder_input_ids=target_ids, decoder_attention_mask=target_attended)
+    assert error(logits, model, target_real, **inputs) < 1

@@ -66,6 +66,9 @@ def test_sinusoids_are_the_papers():
             angle = t / 10_000 ** (2 * i / 6)
             assert found[t, 2 * i] == pytest.approx(np.sin(angle), abs=1e-6)
             assert found[t, 2 * i + 1] == pytest.approx(np.cos(angle), abs=1e-6)
+    halves = nn.sinusoids(jnp.arange(5), 6, interleaved=False)
+    np.testing.assert_array_equal(halves[:, :3], found[:, 0::2])
+    np.testing.assert_array_equal(halves[:, 3:], found[:, 1::2])
 
 
 def test_rotary_is_a_rotation_by_the_papers_angle():
