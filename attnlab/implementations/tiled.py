@@ -161,7 +161,6 @@ class Tiled(Implementation):
                 (want.pair_params, want.modifier_operands),
             ),
         )
-        keep_scale = 1 / (1 - inputs.dropout_rate)
 
         def row(sums: _Sums, r: Array) -> tuple[_Sums, Array | None]:
             where = tiles.row(r)
@@ -169,6 +168,8 @@ class Tiled(Implementation):
             query, d_o, row_delta, row_shift = (
                 tiles.query_block(x, where).astype(dtype) for x in by_row
             )
+            # What is kept counts for what is dropped: here once, not in every tile.
+            d_o = d_o * (1 / (1 - inputs.dropout_rate))
 
             def step(ids: Array, valid: Array, state: tuple, masked: bool) -> tuple:
                 d_query, sums = state
@@ -185,8 +186,8 @@ class Tiled(Implementation):
                 dropped = p
                 if here.words is not None:
                     keep = kept(inputs, here.words)
-                    d_p = jnp.where(keep, d_p * keep_scale, 0)
-                    dropped = jnp.where(keep, p * keep_scale, 0)
+                    d_p = jnp.where(keep, d_p, 0)
+                    dropped = jnp.where(keep, p, 0)
                 part_query, part_key, part_learned = pull(p * (d_p - row_delta))
                 part_value = matmul(inputs, d_o, dropped, (0, 0))
                 add = functools.partial(_add, tiles.add_transposed, row=kv, ids=ids)
