@@ -78,7 +78,7 @@ def plain_log(axis: Any) -> None:
     """A logarithmic axis with numbers as people write them: 1, 2, 5, 10, 20, ..."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.5g}"))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.9g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
