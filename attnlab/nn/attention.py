@@ -221,12 +221,9 @@ class MultiHeadAttention(nnx.Module):
         """
         key = query if key is None else key
         where = _positions(query, query_offset, query_positions)
-        memory = self.project(
-            key, value, positions=_positions(key, 0, key_positions), compare=False
-        )
         found = self._attend(
             self._query(query, where),
-            memory,
+            self.project(key, value, positions=key_positions, compare=False),
             self._score(),
             mask=self.mask if mask is None else self.mask & mask,
             query_offset=query_offset,
@@ -265,6 +262,9 @@ class MultiHeadAttention(nnx.Module):
             compare: whether keys are projected by the score, too: what
                 :meth:`attend` and caches take.
         """
+        _check_features("key", key, self.key)
+        if value is not None:
+            _check_features("value", value, self.value)
         positions = _positions(key, 0, positions)
         keys = self.key(key)
         if self.key_norm is not None:
@@ -314,7 +314,7 @@ class MultiHeadAttention(nnx.Module):
 
         Returns:
             ``[B, T, out_features]``, and the next cache. An example that outgrows a
-            full cache yields NaN.
+            full cache is refused; where it is traced, it yields NaN.
         """
         if positions is None:
             positions = cache.next_positions(x.shape[1])
@@ -342,6 +342,7 @@ class MultiHeadAttention(nnx.Module):
         return jax.tree.map(lambda p: p[...], self.score, is_leaf=_is_variable)
 
     def _query(self, x: Array, positions: Array) -> Array:
+        _check_features("query", x, self.query)
         query = self.query(x)
         if self.query_norm is not None:
             query = self.query_norm(query)
@@ -371,6 +372,14 @@ class MultiHeadAttention(nnx.Module):
             precision=self.precision,
             implementation=self.implementation,
             **options,
+        )
+
+
+def _check_features(name: str, x: Array, linear: nnx.LinearGeneral) -> None:
+    (expected,) = linear.in_features
+    if x.ndim < 2 or x.shape[-1] != expected:
+        raise ValueError(
+            f"{name}: expected [*batch, length, {expected}], got shape {x.shape}"
         )
 
 

@@ -82,7 +82,16 @@ class Cache:
         Returns:
             The next cache, and what the T queries may attend to: all that was held and
             all that is new, also where a ring keeps less of it for the next step.
+
+        Raises:
+            ValueError: if a position is known not to fit a full cache.
         """
+        lost = self.overflows(positions)
+        if not isinstance(lost, jax.core.Tracer) and lost.any():
+            raise ValueError(
+                f"cache: position {positions.max()} does not fit a full cache of "
+                f"{self.positions.shape[1]}; make it longer, or take a ring"
+            )
         last = jnp.maximum(self.length, positions.max(1) + 1)
         slots = self._slots(positions, last)
         example = jnp.arange(key.shape[0])[:, None]

@@ -213,3 +213,17 @@ def test_anchor_beyond_the_sequence():
     layer = nn.MultiHeadAttention(8, 2, anchors=anchors, rngs=rngs)
     with pytest.raises(ValueError, match="anchors: slot 7 is beyond the 5 queries"):
         layer(inputs(1, 5, 8))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 5, 9)], r"query: expected \[\*batch, length, 8\], got shape \(1, 5, 9\)"),
+        ([(1, 5, 8), (1, 4, 7)], r"key: expected .* got shape \(1, 4, 7\)"),
+        ([(1, 5, 8), (1, 4, 8), (8,)], r"value: expected .* got shape \(8,\)"),
+    ],
+)
+def test_inputs_of_other_features(shapes, message):
+    layer = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        layer(*(inputs(*shape) for shape in shapes))

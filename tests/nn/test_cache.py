@@ -123,8 +123,10 @@ def test_outgrown_full_cache_yields_nan():
     attention, cache = layer(masks.causal()), nn.full_cache(B, 4, K, H)
     output, cache = attention.decode(x[:, :4], cache)
     assert np.isfinite(output).all()
-    output, _ = attention.decode(x[:, 4:5], cache)
+    output, _ = jax.jit(attention.decode)(x[:, 4:5], cache)
     assert np.isnan(output).all()
+    with pytest.raises(ValueError, match="cache: position 4 does not fit .* of 4;"):
+        attention.decode(x[:, 4:5], cache)
 
 
 def test_other_examples():
