@@ -146,6 +146,12 @@ def _poison_case(name):
     if name == "documents":
         ids = np.sort(rng.integers(-2, 3, (B, T)))
         return (T, T), masks.documents(ids), {}
+    if name == "documents of two":
+        ids = np.sort(rng.integers(-1, 5, (2, B, T)))
+        return (T, T), masks.documents(*ids), {}
+    if name == "either":
+        ids = np.sort(rng.integers(-2, 3, (B, T)))
+        return (T, T), masks.documents(ids) | masks.prefix(1), {}
     if name == "causal":
         return (5, S), masks.causal(), {}
     if name == "window":
@@ -198,6 +204,8 @@ POISON_SCORES = {
 POISON = [
     "padding",
     "documents",
+    "documents of two",
+    "either",
     "causal",
     "window",
     "cache",

@@ -46,7 +46,7 @@ class Stack(nnx.Module):
             blocks: each may have another mask; with ``scan`` all are alike.
             norm: applied to the last block's output (pre-norm Transformers need it).
             remat: whether the backward pass computes a block again instead of keeping
-                what it held.
+                what it held. (XLA for CPUs undoes it, unless ``scan`` is on, too.)
             scan: whether one block is compiled for all: their parameters are stacked.
 
         Raises:

@@ -90,6 +90,25 @@ def test_examples_of_other_lengths_in_one_batch(kind):
 
 
 @pytest.mark.parametrize("kind", ["ring", "streaming"])
+def test_prefill_sees_no_more_than_steps_would(kind):
+    """A mask that would show more than the cache keeps."""
+    cache, kept = caches(layer(None))[kind]
+    output, _ = layer(masks.causal()).decode(x, cache)
+    np.testing.assert_allclose(output, layer(kept)(x), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_two_tokens_of_a_prefill_share_a_slot(kind):
+    """JAX does not say which of them would stay."""
+    cache, _ = caches(layer(None))[kind]
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    count = cache.positions.shape[1]
+    for slots in np.asarray(cache._slots(positions, jnp.full(B, T))):
+        kept = slots[slots < count]
+        assert sorted(kept) == list(range(count))
+
+
+@pytest.mark.parametrize("kind", ["ring", "streaming"])
 def test_padding_takes_no_slot(kind):
     cache, _ = caches(layer(None))[kind]
     positions = jnp.array([[-1, -1, -1], [0, 1, 2]])
