@@ -103,6 +103,16 @@ def test_remat_holds_less():
     assert program(remat=True).as_text().count("optimization_barrier") == 8
 
 
+def test_only_what_norms_its_input_norms_its_last_output():
+    x = 100 * jax.random.normal(jax.random.key(0), (1, 5, 16))
+    for residual in (nn.PreNorm, nn.PostNorm):
+        options = SMALL | dict(residual=residual, rngs=nnx.Rngs(0))
+        for model in (nn.Encoder, nn.Decoder):
+            stack = model.standard(20, **options).stack
+            assert (stack.norm is not None) == (residual is nn.PreNorm)
+            np.testing.assert_allclose(stack(x).std(-1), 1, atol=1e-3)
+
+
 def test_stacked_parameters_lead_with_layers():
     model = nn.Decoder.standard(20, scan=True, rngs=nnx.Rngs(0), **SMALL)
     kernel = model.stack.blocks.attention.query.kernel
