@@ -470,24 +470,29 @@ def t5_like(folder, new):
     return ours
 
 
-@pytest.mark.parametrize(("source", "target"), [(3, 5), (50, 40)])
-def test_t5(t5, source, target):
-    model, folder, new = t5
+def translation_error(ours, model, source, target):
+    """``error`` of an encoder-decoder's logits, at lengths of sources and targets."""
     tokens, lengths, real = tokens_of(source)
     targets, target_lengths, target_real = tokens_of(target)
-    ids, attended, target_ids, target_attended = torched(
-        tokens, real, targets, target_real
-    )
-    ours = t5_like(folder, new)(
+    logits = ours(
         jnp.asarray(tokens),
         jnp.asarray(targets),
         source_mask=masks.lengths(key=lengths),
         target_mask=masks.lengths(key=target_lengths),
         memory_mask=masks.lengths(key=lengths),
     )
+    ids, attended, target_ids, target_attended = torched(
+        tokens, real, targets, target_real
+    )
     inputs = dict(input_ids=ids, attention_mask=attended)
     inputs |= dict(decoder_input_ids=target_ids, decoder_attention_mask=target_attended)
-    assert error(ours, model, target_real, **inputs) < 1
+    return error(logits, model, target_real, **inputs)
+
+
+@pytest.mark.parametrize(("source", "target"), [(3, 5), (50, 40)])
+def test_t5(t5, source, target):
+    model, folder, new = t5
+    assert translation_error(t5_like(folder, new), model, source, target) < 1
 
 
 @pytest.fixture(scope="module")
@@ -523,8 +528,6 @@ def marian(tmp_path_factory):
 @pytest.mark.parametrize(("source", "target"), [(3, 5), (50, 40)])
 def test_marian(marian, source, target, scan):
     model, folder = marian
-    tokens, lengths, real = tokens_of(source)
-    targets, target_lengths, target_real = tokens_of(target)
     embedding = nn.Embedding(
         VOCABULARY,
         FEATURES,
@@ -543,16 +546,4 @@ def test_marian(marian, source, target, scan):
         nn.Decoder.standard(VOCABULARY, cross_attention=True, **options),
     )
     weights.load(ours, folder, weights.marian(LAYERS, scan=scan))
-    logits = ours(
-        jnp.asarray(tokens),
-        jnp.asarray(targets),
-        source_mask=masks.lengths(key=lengths),
-        target_mask=masks.lengths(key=target_lengths),
-        memory_mask=masks.lengths(key=lengths),
-    )
-    ids, attended, target_ids, target_attended = torched(
-        tokens, real, targets, target_real
-    )
-    inputs = dict(input_ids=ids, attention_mask=attended)
-    inputs |= dict(decoder_input_ids=target_ids, decoder_attention_mask=target_attended)
-    assert error(logits, model, target_real, **inputs) < 1
+    assert translation_error(ours, model, source, target) < 1
