@@ -43,7 +43,7 @@ def public(module):
     own |= {"geometry", "layouts", "liveness", "planning", "relative", "structural"}
     own |= {"anchors", "attention", "blocks", "cache", "decoding", "drop_in"}
     own |= {"layers", "parameters", "positions", "projected", "stack", "transformer"}
-    own |= {"checkpoint", "embedding", "families", "recipes", "standard"}
+    own |= {"embedding", "standard"}
     found = {n for n in vars(module) if not n.startswith("_")}
     if module is attnlab:
         return found - rooms

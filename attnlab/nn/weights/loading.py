@@ -1,13 +1,4 @@
-"""Weights of Hugging Face checkpoints, put into modules by a map of names.
-
-A map says for each parameter, by its path in the module (``query.kernel``), which
-tensors it is made of and how. One map serves every variant of a family: what the module
-does not have (biases, projections of anchors, a head) the map is not asked for, and a
-tensor that then belongs nowhere is an error.
-
-Shapes cannot tell how many heads there are, nor epsilons, activations, scales or masks:
-those the module must have been given as the checkpoint's ``config.json`` says.
-"""
+"""Puts what a map says into the parameters of a module."""
 
 import difflib
 import fnmatch
@@ -19,21 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnlab.nn.checkpoint import Source, Tensor, tensors_of
-from attnlab.nn.families import bert as bert
-from attnlab.nn.families import gpt2 as gpt2
-from attnlab.nn.families import marian as marian
-from attnlab.nn.families import mistral as mistral
-from attnlab.nn.families import t5 as t5
-from attnlab.nn.recipes import Names as Names
-from attnlab.nn.recipes import Recipe as Recipe
-from attnlab.nn.recipes import Shape
-from attnlab.nn.recipes import conv1d as conv1d
-from attnlab.nn.recipes import flat as flat
-from attnlab.nn.recipes import linear as linear
-from attnlab.nn.recipes import part as part
-from attnlab.nn.recipes import stacked as stacked
-from attnlab.nn.recipes import tensor as tensor
+from attnlab.nn.weights.checkpoint import Source, Tensor, tensors_of
+from attnlab.nn.weights.recipes import Names, Shape
 
 #: Problems that an error lists.
 _LISTED = 8
@@ -61,6 +39,7 @@ def load(module: nnx.Module, source: Source, names: Names) -> None:
 
     Example:
         >>> from attnlab import nn
+        >>> from attnlab.nn.weights import linear
         >>> layer = nn.MultiHeadAttention(8, 2, use_bias=False, rngs=nnx.Rngs(0))
         >>> tensors = {f"{x}_proj.weight": np.eye(8) for x in "qkvo"}
         >>> names = Names({

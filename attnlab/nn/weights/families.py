@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from attnlab.nn.recipes import (
+from attnlab.nn.weights.recipes import (
     Names,
     Recipe,
     conv1d,
