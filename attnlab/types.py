@@ -265,7 +265,9 @@ class AttentionInputs:
         dropout_rate: in [0, 1).
         precision: of matrix products.
         needs_lse: whether the caller reads (and may differentiate) log-sum-exp.
-        index_positions: whether positions are slot numbers, known when compiling.
+        numbering: where the positions of queries and of keys come from. "index": they
+            are slot numbers, known when compiling; "offset" (queries only): slot
+            numbers and an offset, which is the first position; "given": one by one.
     """
 
     query: Array
@@ -283,7 +285,7 @@ class AttentionInputs:
     dropout_rate: float = static()
     precision: Any = static()
     needs_lse: bool = static()
-    index_positions: bool = static()
+    numbering: tuple[str, str] = static()
 
     @property
     def sizes(self) -> "Sizes":
@@ -293,6 +295,11 @@ class AttentionInputs:
         return Sizes(
             batch, query_length, key_length, heads, key_heads, projected, value_size
         )
+
+    @property
+    def index_positions(self) -> bool:
+        """Whether all positions are slot numbers, known when compiling."""
+        return self.numbering == ("index", "index")
 
     @property
     def accumulation_dtype(self) -> Any:
@@ -337,8 +344,9 @@ class Implementation:
     name: ClassVar[str]
     #: True: JAX differentiates ``forward``, and there is no ``backward``.
     differentiable: ClassVar[bool] = False
-    #: Whether ``Plan.cols`` is read.
-    needs_cols: ClassVar[bool] = False
+    #: Where it runs, as lowering names platforms ("cpu", "cuda", "rocm", "tpu"); None:
+    #: everywhere.
+    platforms: ClassVar[tuple[str, ...] | None] = None
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
         """Every reason why these inputs cannot be taken; empty if they can."""
@@ -348,17 +356,18 @@ class Implementation:
         """Queries and keys in a block of the plan; arrays may be shapes only."""
         raise NotImplementedError
 
-    def forward(self, inputs: AttentionInputs, plan: Plan) -> tuple[Array, Array]:
+    def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``.
 
-        Both are wanted in the accumulation type: the backward pass reads them.
+        Both in the accumulation type: the backward pass reads them. Unless it is
+        ``differentiable``, it and ``backward`` are traced when a program is lowered,
+        once for all calls alike, and see no manual mesh axes.
         """
         raise NotImplementedError
 
     def backward(
         self,
         inputs: AttentionInputs,
-        plan: Plan,
         output: Array,
         lse: Array,
         d_output: Array,
@@ -367,6 +376,7 @@ class Implementation:
     ) -> list[Array | None]:
         """Gradients of the leaves of ``inputs``, None where ``wanted`` is False.
 
-        ``d_lse`` is None where nobody differentiates log-sum-exp.
+        Each has the type of its leaf. ``d_lse`` is None where nobody differentiates
+        log-sum-exp.
         """
         raise NotImplementedError

@@ -22,6 +22,7 @@ import pytest  # noqa: E402
 
 import attnlab  # noqa: E402, F401
 from attnlab.implementations.tiled import Tiled  # noqa: E402
+from attnlab.ops.dispatch import compute  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -40,6 +41,12 @@ def verb():
     return sys.modules["attnlab.ops.attention"]
 
 
+def forget():
+    """Lets what was traced before be traced again."""
+    verb().run_attention.clear_cache()
+    compute.clear_cache()
+
+
 @pytest.fixture
 def tile(monkeypatch):
     """``tile(q, k, chunk)``: forces the tiles, so that tiny inputs have many."""
@@ -47,7 +54,7 @@ def tile(monkeypatch):
     prepare = sys.modules["attnlab.ops.prepare"]
 
     def force(block_q, block_k, chunk=None):
-        verb().run_attention.clear_cache()
+        forget()
         sizes = (block_q, block_k)
         monkeypatch.setattr(Tiled, "block_sizes", lambda self, inputs: sizes)
         monkeypatch.setattr(prepare, "_ALIVE_BLOCK", max(sizes))
@@ -56,4 +63,4 @@ def tile(monkeypatch):
 
     yield force
     monkeypatch.undo()
-    verb().run_attention.clear_cache()
+    forget()

@@ -21,7 +21,8 @@ from attnlab import (
 )
 from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.tile import kept
-from tests.conftest import verb
+from attnlab.ops.dispatch import attention_p, compute
+from tests.conftest import forget, verb
 
 B, T, S, N, K, H, D = 2, 17, 13, 6, 3, 7, 5
 BOTH = ("reference", "tiled")
@@ -366,16 +367,20 @@ def test_6_precision_is_honoured(implementation):
     q, k, v = arrays()
     call = functools.partial(attention, implementation=implementation)
 
-    def precisions(**options):
-        text = str(jax.make_jaxpr(functools.partial(call, **options))(q, k, v))
-        lines = [x for x in text.splitlines() if "precision=" in x]
-        return {x.split("precision=")[1].split()[0] for x in lines}
+    def program(function=call, **options):
+        return jax.jit(functools.partial(function, **options)).lower(q, k, v).as_text()
+
+    def inside(q, k, v):
+        with jax.default_matmul_precision("highest"):
+            return call(q, k, v).sum()
 
     with jax.default_matmul_precision("default"):
-        assert not any("HIGHEST" in x for x in precisions())
-        assert any("HIGHEST" in x for x in precisions(precision="highest"))
+        assert "HIGHEST" not in program()
+        assert "HIGHEST" in program(precision="highest")
+        assert "DEFAULT" in program()
+        assert "DEFAULT" not in program(inside) + program(jax.grad(inside))
     with jax.default_matmul_precision("highest"):
-        assert any("HIGHEST" in x for x in precisions())
+        assert "HIGHEST" in program()
 
 
 # Law 7: dropout is a pure function of (rng, example, head, positions).
@@ -526,10 +531,10 @@ def traced(monkeypatch):
         found.append(None)
         return prepare(*args, **options)
 
-    verb().run_attention.clear_cache()
+    forget()
     monkeypatch.setattr(verb(), "prepare", counting)
     yield found
-    verb().run_attention.clear_cache()
+    forget()
 
 
 # Law 9: structure is static, data is traced.
@@ -679,22 +684,23 @@ def test_10_explain_says_what_runs_and_why_not_the_others(monkeypatch):
     for name, implementation in IMPLEMENTATIONS.items():
         forward = type(implementation).forward
 
-        def spy(self, inputs, plan, name=name, forward=forward):
+        def spy(self, inputs, name=name, forward=forward):
             ran.append(name)
-            return forward(self, inputs, plan)
+            return forward(self, inputs)
 
         monkeypatch.setattr(type(implementation), "forward", spy)
-    verb().run_attention.clear_cache()
+    forget()
     attention(q, k, v, mask=masks.causal())
     assert set(ran) == {answer.implementation}
     for name in ("reference", "tiled"):
         ran.clear()
+        forget()
         attention(q, k, v, mask=masks.causal(), implementation=name)
         assert set(ran) == {name}
     ran.clear()
     attention(q, k, np.repeat(v, 7, -1)[..., :H], implementation="jax_nn")
     assert set(ran) == {"jax_nn"}
-    verb().run_attention.clear_cache()
+    forget()
 
 
 # Law 11: plans. See also tests/masks/test_planning.py.
@@ -833,6 +839,12 @@ def test_12_nested_vmap_equals_a_loop(tile):
 def _subjaxprs(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
+        if equation.primitive is attention_p:
+            static = {n: equation.params[n] for n in ("wanted", "structure")}
+            call = functools.partial(compute, name="tiled", **static)
+            avals = [v.aval for v in equation.invars]
+            inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
+            yield from _subjaxprs(jax.make_jaxpr(call)(*inputs).jaxpr)
         for value in equation.params.values():
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(item, "jaxpr", item)
@@ -989,7 +1001,7 @@ def test_12_shard_map(axis, implementation):
 def test_12_no_tracer_leaks():
     q, k, v = arrays(t=S)
     ids = np.sort(np.random.default_rng(0).integers(0, 3, (B, S)))
-    verb().run_attention.clear_cache()
+    forget()
     with jax.checking_leaks():
 
         def loss(q, ids):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from attnlab.masks.base import Full, Mask
 from attnlab.masks.planning import dense_visible
 from attnlab.modifiers.bias import Bias
-from attnlab.types import Array, AttentionInputs, Implementation, Plan
+from attnlab.types import Array, AttentionInputs, Implementation
 
 
 class JaxNn(Implementation):
@@ -43,7 +43,7 @@ class JaxNn(Implementation):
         """It has no blocks; these are for description only."""
         return max(inputs.sizes.T, 1), max(inputs.sizes.S, 1)
 
-    def forward(self, inputs: AttentionInputs, plan: Plan) -> tuple[Array, Array]:
+    def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.types.Implementation`."""
         bias = None
         for (operand,) in inputs.modifier_operands:

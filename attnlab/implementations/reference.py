@@ -13,7 +13,7 @@ from attnlab.implementations.tile import (
     squeeze_params,
 )
 from attnlab.masks.base import visible_pairs
-from attnlab.types import Array, AttentionInputs, Implementation, Plan, PyTree, Tile
+from attnlab.types import Array, AttentionInputs, Implementation, PyTree, Tile
 
 
 def _over(fn: Any, size: int, shared: tuple[PyTree, ...]) -> Any:
@@ -80,7 +80,7 @@ class Reference(Implementation):
         """It has no blocks; these are for description only."""
         return max(inputs.sizes.T, 1), max(inputs.sizes.S, 1)
 
-    def forward(self, inputs: AttentionInputs, plan: Plan) -> tuple[Array, Array]:
+    def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.types.Implementation`."""
         output, lse, _ = attend(inputs)
         return output, lse

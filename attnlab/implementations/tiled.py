@@ -19,16 +19,14 @@ from jax import lax
 from attnlab.implementations.tile import compare, kept, matmul, modify
 from attnlab.implementations.walk import Operands, Tiles, make_walk
 from attnlab.masks.base import visible_pairs
-from attnlab.masks.planning import index_blocks, make_plan
+from attnlab.masks.planning import plan_of
 from attnlab.types import (
     Array,
     AttentionInputs,
     Implementation,
-    Plan,
     PyTree,
     Tile,
     skeleton,
-    vary_like,
 )
 
 #: Floats that a comparison may hold for one tile (MLP: P for each pair).
@@ -63,9 +61,12 @@ class Tiled(Implementation):
             return sizes[0]
         return min(sizes, key=lambda size: _estimate(inputs, size))
 
-    def forward(self, inputs: AttentionInputs, plan: Plan) -> tuple[Array, Array]:
+    def _tiles(self, inputs: AttentionInputs) -> Tiles:
+        return Tiles(inputs, plan_of(inputs, self.block_sizes(inputs), cols=False))
+
+    def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.types.Implementation`."""
-        tiles = Tiles(inputs, plan)
+        tiles = self._tiles(inputs)
         s, dtype = inputs.sizes, inputs.accumulation_dtype
         q, k, v = (
             tiles.queries(inputs.query),
@@ -73,14 +74,12 @@ class Tiled(Implementation):
             tiles.keys(inputs.value),
         )
         operands = Operands.of(tiles)
-        everything = (inputs, plan)
         lowest = jnp.finfo(dtype).min
         start = (
             jnp.full((tiles.bq,), lowest, dtype),
             jnp.zeros((tiles.bq,), dtype),
             jnp.zeros((tiles.bq, s.D), dtype),
         )
-        start = tuple(vary_like(x, everything) for x in start)
 
         def row(_: None, r: Array) -> tuple[None, tuple[Array, Array]]:
             where = tiles.row(r)
@@ -121,7 +120,6 @@ class Tiled(Implementation):
     def backward(
         self,
         inputs: AttentionInputs,
-        plan: Plan,
         output: Array,
         lse: Array,
         d_output: Array,
@@ -129,7 +127,7 @@ class Tiled(Implementation):
         wanted: Sequence[bool],
     ) -> list[Array | None]:
         """See :class:`attnlab.types.Implementation`."""
-        tiles = Tiles(inputs, plan)
+        tiles = self._tiles(inputs)
         s, dtype = inputs.sizes, inputs.accumulation_dtype
         want = jax.tree.unflatten(jax.tree.structure(inputs), list(wanted))
         k, v = tiles.keys(inputs.key), tiles.keys(inputs.value)
@@ -148,9 +146,7 @@ class Tiled(Implementation):
         learned = (operands.params, operands.modifiers)
 
         def zeros(shape: tuple[int, ...], on: bool) -> Array | None:
-            if not on:
-                return None
-            return vary_like(jnp.zeros(shape, dtype), (inputs, plan, d_output))
+            return jnp.zeros(shape, dtype) if on else None
 
         start = _Sums(
             zeros((s.B * s.K, tiles.nk, s.P, tiles.bk), want.key),
@@ -303,19 +299,11 @@ def _pullback(
 
 def _estimate(inputs: AttentionInputs, size: tuple[int, int]) -> float:
     """Relative time of a block size: executed area over a measured rate."""
-    s = inputs.sizes
     structural = not jax.tree.leaves(inputs.mask_operands)
     if not (structural and inputs.index_positions):
         # Unknown until it runs; small blocks leave little of a document undone.
         return float(size[0])
-    plan = make_plan(
-        inputs.mask,
-        inputs.mask_operands,
-        index_blocks("query", s.T, size[0]),
-        index_blocks("key", s.S, size[1]),
-        cols=False,
-    )
-    walk = make_walk(plan)
+    walk = make_walk(plan_of(inputs, size, cols=False))
 
     def seconds(chunks: Any, blocks: int) -> float:
         area = size[0] * size[1] * blocks

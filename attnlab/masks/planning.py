@@ -14,6 +14,7 @@ from attnlab.masks.geometry import Blocks
 from attnlab.masks.intervals import FAR, difference, merge, namespace
 from attnlab.types import (
     Array,
+    AttentionInputs,
     Intervals,
     Live,
     Operand,
@@ -80,6 +81,48 @@ def position_blocks(side: str, positions: Array, size: int) -> Blocks:
     lo = blocks.reduce(known, 1, "min", FAR)
     hi = blocks.reduce(positions, 1, "max", -1)
     return dataclasses.replace(blocks, lo=lo, hi=hi)
+
+
+def blocks_of(
+    query_positions: Array,
+    key_positions: Array,
+    numbering: tuple[str, str],
+    sizes: tuple[int, int],
+) -> tuple[Blocks, Blocks]:
+    """The blocks of queries and of keys, of at most the given sizes.
+
+    Args:
+        query_positions: ``[B or 1, 1, T, 1]``.
+        key_positions: ``[B or 1, 1, 1, S]``.
+        numbering: see ``AttentionInputs``.
+        sizes: queries and keys in a block.
+    """
+    t, s = query_positions.shape[2], key_positions.shape[3]
+    size_q, size_k = max(min(sizes[0], t), 1), max(min(sizes[1], s), 1)
+    if numbering[0] == "given":
+        query = position_blocks("query", query_positions[:, 0, :, 0], size_q)
+    else:
+        offset = query_positions[:, 0, 0, 0] if numbering[0] == "offset" else 0
+        query = index_blocks("query", t, size_q, offset)
+    if numbering[1] == "given":
+        key = position_blocks("key", key_positions[:, 0, 0, :], size_k)
+    else:
+        key = index_blocks("key", s, size_k)
+    return query, key
+
+
+def plan_of(inputs: AttentionInputs, sizes: tuple[int, int], cols: bool) -> Plan:
+    """The plan of canonical inputs.
+
+    Args:
+        inputs: the canonical record.
+        sizes: queries and keys in a block, at most.
+        cols: whether the transpose is wanted, too.
+    """
+    query, key = blocks_of(
+        inputs.query_positions, inputs.key_positions, inputs.numbering, sizes
+    )
+    return make_plan(inputs.mask, inputs.mask_operands, query, key, cols)
 
 
 def _live(mask: Mask, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from attnlab.implementations.reference import attend as reference_attend
 from attnlab.implementations.tiled import Tiled
 from attnlab.implementations.top import top_weights
-from attnlab.ops.dispatch import choose, run
-from attnlab.ops.prepare import plan_for, prepare
+from attnlab.masks.planning import plan_of
+from attnlab.ops.dispatch import run
+from attnlab.ops.prepare import prepare
 from attnlab.ops.validate import Arguments, Options, check
 from attnlab.types import (
     Array,
@@ -69,7 +70,8 @@ def attention(
 
     Raises:
         TypeError, ValueError: on arguments that do not fit, naming the argument.
-        NotImplementedError: if the implementation asked for cannot take the inputs.
+        NotImplementedError: if the implementation asked for cannot take the inputs, or
+            does not run on the platform.
 
     Numerics:
         Logits, softmax and sums are float32 (float64 for float64). A query that may
@@ -201,14 +203,12 @@ def run_attention(
         needs_lse=stats or args.sinks is not None,
         shared_dropout=shared_dropout,
     )
-    chosen, _ = choose(inputs, implementation)
-    plan = plan_for(args, inputs, chosen.block_sizes(inputs), chosen.needs_cols)
-    output, lse = run(chosen, inputs, plan)
+    output, lse = run(inputs, implementation)
     # Whatever gradient comes from above to a query that sees nothing, it stops here.
     sees = ~jnp.isneginf(lse)
     output = jnp.where(sees[..., None], output, 0)
     lse = jnp.where(sees, lse, -jnp.inf)
-    weights, indices = _weights(inputs, args, lse, top_k)
+    weights, indices = _weights(inputs, lse, top_k)
     if args.sinks is not None:
         total = jnp.logaddexp(lse, jnp.asarray(args.sinks).astype(lse.dtype))
         finite = jnp.where(jnp.isneginf(total), 0, total)
@@ -241,11 +241,11 @@ def _nothing(args: Arguments, top_k: int | str | None) -> AttentionResult:
 
 
 def _weights(
-    inputs: AttentionInputs, args: Arguments, lse: Array, top_k: int | str | None
+    inputs: AttentionInputs, lse: Array, top_k: int | str | None
 ) -> tuple[Array | None, Array | None]:
     if top_k is None:
         return None, None
     if top_k == "all":
         return reference_attend(inputs)[2], None
-    plan = plan_for(args, inputs, Tiled().block_sizes(inputs), cols=False)
+    plan = plan_of(inputs, Tiled().block_sizes(inputs), cols=False)
     return top_weights(inputs, plan, lse, int(top_k))

@@ -12,11 +12,11 @@ from attnlab.implementations.walk import make_walk
 from attnlab.masks.base import And, Mask, Not, Or, PerHead
 from attnlab.masks.data import predicate
 from attnlab.masks.liveness import scan_partial
-from attnlab.masks.planning import normalise_tree
+from attnlab.masks.planning import normalise_tree, plan_of
 from attnlab.ops.attention import run_attention
-from attnlab.ops.dispatch import choose
+from attnlab.ops.dispatch import choose, default_platform
 from attnlab.ops.explain import canonical, describe
-from attnlab.ops.prepare import plan_for, positions_of
+from attnlab.ops.prepare import numbering_of, positions_of
 from attnlab.ops.validate import Arguments, Options
 from attnlab.types import AttentionInputs, Plan
 
@@ -113,7 +113,9 @@ def cost(
         (True, True)
     """
     args, inputs = canonical(query, key, value, options)
-    chosen, _ = choose(inputs, options.get("implementation"))
+    here = default_platform()
+    platform = here if platform is None else platform
+    chosen, _ = choose(inputs, options.get("implementation"), platform)
     sizes, exact = inputs.sizes, True
     known = args
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(_data(args))):
@@ -148,7 +150,6 @@ def cost(
     queries = sizes.B * sizes.T * sizes.N * (sizes.P + sizes.D)
     keys = sizes.B * sizes.S * sizes.K * (sizes.P + sizes.D)
     moved = moved_blocks * plan.block_k * (sizes.P + sizes.D)
-    here = platform in (None, jax.default_backend())
     return Cost(
         describe(args, inputs),
         chosen.name,
@@ -164,8 +165,8 @@ def cost(
         executed * backward + 2 * projections,
         (queries + keys) * item,
         (queries + moved) * item,
-        _temporary(args, options, False) if here else None,
-        _temporary(args, options, True) if here else None,
+        _temporary(args, options, False) if platform == here else None,
+        _temporary(args, options, True) if platform == here else None,
     )
 
 
@@ -203,9 +204,13 @@ def _count(
                 args.mask.operands(shapes.sizes.T, shapes.sizes.S), batch, "mask"
             )
         placed = dataclasses.replace(
-            shapes, query_positions=query, key_positions=key, mask_operands=operands
+            shapes,
+            query_positions=query,
+            key_positions=key,
+            mask_operands=operands,
+            numbering=numbering_of(args),
         )
-        plan = plan_for(args, placed, blocks, cols=False)
+        plan = plan_of(placed, blocks, cols=False)
         if not exact:
             return plan, jnp.zeros((1, 1, 1))
         return plan, scan_partial(args.mask, operands, query, key, plan)[0]

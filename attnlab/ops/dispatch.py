@@ -1,13 +1,26 @@
-"""Which implementation runs, and the one ``custom_vjp`` around all of them."""
+"""Which implementation runs, and the derivatives around all of them.
 
-from collections.abc import Sequence
+While a program is traced, a forward or a backward pass is one primitive. What it does
+is decided when the program is lowered, because only then its platform is known; and
+only what is chosen is ever traced.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.extend.backend
+import jax.extend.core
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.reference import attend as reference_attend
@@ -15,22 +28,43 @@ from attnlab.types import (
     Array,
     AttentionInputs,
     Implementation,
-    Plan,
     PyTree,
     pytree,
     static,
     vary_like,
 )
 
-#: What the automatic choice may take, in order. ``jax_nn`` holds ``[T, S]`` and
-#: ``reference`` too: they run only when asked for by name.
+#: What the automatic choice may take, in order; the last takes everything, everywhere.
+#: ``jax_nn`` holds ``[T, S]`` and ``reference`` too: they run only when asked for.
 AUTOMATIC = ("tiled",)
 
 
+def default_platform() -> str:
+    """The default backend, as lowering names it: "cuda" or "rocm", never "gpu"."""
+    name = jax.default_backend()
+    backends = jax.extend.backend.backends().items()
+    return next(key for key, backend in backends if backend.platform == name)
+
+
+def _reasons(
+    implementation: Implementation, inputs: AttentionInputs, platform: str | None
+) -> tuple[str, ...]:
+    only = implementation.platforms
+    where = ()
+    if only is not None and platform is not None and platform not in only:
+        where = (f"it runs on {' and '.join(only)} only",)
+    return (*where, *implementation.unsupported(inputs))
+
+
 def choose(
-    inputs: AttentionInputs, name: str | None
+    inputs: AttentionInputs, name: str | None, platform: str | None
 ) -> tuple[Implementation, dict[str, tuple[str, ...]]]:
     """The implementation to run, and why each other one was passed over.
+
+    Args:
+        inputs: the canonical record; arrays may be shapes only.
+        name: the implementation asked for; None: the automatic choice.
+        platform: as lowering names it; None: not known yet, which excludes nobody.
 
     Raises:
         ValueError: if there is no implementation of that name.
@@ -42,15 +76,16 @@ def choose(
             f"implementation: expected one of {', '.join(IMPLEMENTATIONS)} or None, "
             f"got {name!r}"
         )
-    reasons = {n: i.unsupported(inputs) for n, i in IMPLEMENTATIONS.items()}
+    reasons = {n: _reasons(i, inputs, platform) for n, i in IMPLEMENTATIONS.items()}
     if name is not None and reasons[name]:
+        where = "" if platform is None else f" on {platform}"
         raise NotImplementedError(
-            f"implementation={name!r} cannot take these inputs: "
+            f"implementation={name!r} cannot take these inputs{where}: "
             + "; ".join(reasons[name])
         )
     chosen = name
     if chosen is None:
-        chosen = next((n for n in AUTOMATIC if not reasons[n]), "reference")
+        chosen = next(n for n in AUTOMATIC if not reasons[n])
     passed = {}
     for other in IMPLEMENTATIONS:
         if other == chosen:
@@ -65,6 +100,111 @@ def choose(
     return IMPLEMENTATIONS[chosen], passed
 
 
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What the caller settled: static, and the same for both passes.
+
+    Attributes:
+        implementation: a name; None: the automatic choice.
+        precision: of matrix products that name none.
+        x64: whether 64-bit types exist.
+    """
+
+    implementation: str | None
+    precision: str | None
+    x64: bool
+
+    @classmethod
+    def now(cls, implementation: str | None) -> "_Asked":
+        """With the settings of JAX that hold now."""
+        config: Any = jax.config
+        return cls(
+            implementation, config.jax_default_matmul_precision, config.jax_enable_x64
+        )
+
+    @contextlib.contextmanager
+    def settings(self) -> Iterator[None]:
+        """A program may be lowered where the settings it was traced under are gone."""
+        with jax.default_matmul_precision(self.precision), jax.enable_x64(self.x64):
+            yield
+
+
+#: One pass over ``leaves``, the flat arguments: ``(inputs,)`` where ``wanted`` is None,
+#: the forward pass; else ``(inputs, output, lse, d_output, d_lse)``, and ``wanted``
+#: tells the leaves of the inputs that need a gradient.
+attention_p = jax.extend.core.Primitive("attention")
+attention_p.multiple_results = True
+
+
+@attention_p.def_abstract_eval
+def _types(*avals: Any, wanted: Any, structure: Any, **_: Any) -> list[Any]:
+    inputs: Any = jax.tree.unflatten(structure, avals)[0]
+    if wanted is not None:
+        return [x for x, on in zip(jax.tree.leaves(inputs), wanted, strict=True) if on]
+    # All inputs vary over the same manual axes, and so do the results.
+    s, dtype = inputs.sizes, inputs.accumulation_dtype
+    like = inputs.query.update(dtype=dtype, weak_type=False)
+    flat = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[:3]))
+    return [
+        like.update(shape=(s.B, s.T, s.N, s.D)),
+        like.update(shape=(s.B, s.T, s.N), sharding=flat),
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("name", "wanted", "structure"))
+def compute(*leaves: Array, name: str, wanted: Any, structure: Any) -> Sequence[Any]:
+    """One pass of one implementation; jitted, so that equal calls are traced once."""
+    arguments: Any = jax.tree.unflatten(structure, leaves)
+    if wanted is None:
+        return IMPLEMENTATIONS[name].forward(*arguments)
+    gradients = IMPLEMENTATIONS[name].backward(*arguments, wanted=wanted)
+    return [g for g, on in zip(gradients, wanted, strict=True) if on]
+
+
+def _lower(
+    ctx: Any, *values: Any, asked: _Asked, wanted: Any, structure: Any
+) -> Sequence[Any]:
+    inputs: Any = jax.tree.unflatten(structure, ctx.avals_in)[0]
+    passes = {}
+    for platform in ctx.platforms or ctx.module_context.platforms:
+        chosen, _ = choose(inputs, asked.implementation, platform)
+        passes[platform] = functools.partial(
+            compute, name=chosen.name, wanted=wanted, structure=structure
+        )
+    names = {call.keywords["name"] for call in passes.values()}
+    call = next(iter(passes.values()))
+    if len(names) > 1:  # one module for several platforms, as jax.export makes
+        call = functools.partial(lax.platform_dependent, **passes)
+    # On a device nothing varies: implementations need not care for shard_map.
+    avals = [
+        jax.core.ShapedArray(x.shape, x.dtype, x.weak_type, sharding=x.sharding)
+        for x in ctx.avals_in
+    ]
+    with asked.settings():
+        return mlir.lower_fun(call)(ctx.replace(avals_in=avals), *values)
+
+
+mlir.register_lowering(attention_p, _lower)
+
+
+@functools.partial(jax.jit, static_argnames=("asked", "wanted", "structure"))
+def _bind(*leaves: Array, **static: Any) -> list[Array]:
+    return attention_p.bind(*leaves, **static)
+
+
+@attention_p.def_impl
+def _run_alone(*leaves: Array, **static: Any) -> list[Array]:
+    with jax.disable_jit(False):
+        return _bind(*leaves, **static)
+
+
+def _pass(
+    asked: _Asked, wanted: tuple[bool, ...] | None, *arguments: Any
+) -> list[Array]:
+    leaves, structure = jax.tree.flatten(arguments)
+    return attention_p.bind(*leaves, asked=asked, wanted=wanted, structure=structure)
+
+
 @pytree
 class _Wanted:
     """Which leaves of the inputs need a gradient: structure, not data."""
@@ -72,97 +212,77 @@ class _Wanted:
     flags: tuple[bool, ...] = static()
 
 
-def run(
-    implementation: Implementation, inputs: AttentionInputs, plan: Plan
-) -> tuple[Array, Array]:
-    """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``, differentiable."""
-    if implementation.differentiable:
-        return implementation.forward(inputs, plan)
+def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
+    """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``, differentiable.
+
+    Args:
+        inputs: the canonical record.
+        name: the implementation asked for; None: the automatic choice.
+
+    Raises:
+        ValueError: if there is no implementation of that name.
+        NotImplementedError: if the one asked for cannot take the inputs. On a platform
+            on which it does not run, lowering raises it.
+    """
+    if name is not None:
+        implementation, _ = choose(inputs, name, None)
+        if implementation.differentiable:
+            return implementation.forward(inputs)
     # Inside shard_map every input must vary alike: then JAX, not we, sums gradients.
-    inputs, plan = jax.tree.map(
-        lambda x: vary_like(x, inputs) if isinstance(x, jax.Array) else x,
-        (inputs, plan),
-    )
-    fixed = plan if plan.is_static else None
-    data = None if plan.is_static else plan
+    inputs = jax.tree.map(lambda x: vary_like(x, inputs), inputs)
+    asked = _Asked.now(name)
 
     @jax.custom_vjp
-    def attend(inputs: AttentionInputs, data: Plan | None) -> tuple[Array, Array]:
-        return _forward(implementation, fixed, inputs, data)
+    def attend(inputs: AttentionInputs) -> tuple[Array, Array]:
+        return _forward(asked, inputs)
 
-    def forward(inputs: Any, data: Any) -> tuple[tuple[Array, Array], PyTree]:
+    def forward(inputs: Any) -> tuple[tuple[Array, Array], PyTree]:
         wanted = _Wanted(tuple(x.perturbed for x in jax.tree.leaves(inputs)))
-        inputs, data = jax.tree.map(lambda x: x.value, (inputs, data))
-        output, lse = attend(inputs, data)
+        inputs = jax.tree.map(lambda x: x.value, inputs)
+        output, lse = attend(inputs)
         output = checkpoint_name(output, "attnlab_output")
         lse = checkpoint_name(lse, "attnlab_lse")
-        return (output, lse), (wanted, inputs, data, output, lse)
+        return (output, lse), (wanted, inputs, output, lse)
 
-    def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree, None]:
-        wanted, inputs, data, output, lse = saved
+    def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
+        wanted, inputs, output, lse = saved
         d_output, d_lse = cotangents
         if isinstance(d_output, SymbolicZero):
             d_output = jnp.zeros_like(output)
         if isinstance(d_lse, SymbolicZero):
             d_lse = None
-        gradients = iter(
-            _backward(
-                implementation,
-                fixed,
-                wanted.flags,
-                inputs,
-                data,
-                output,
-                lse,
-                d_output,
-                d_lse,
-            )
-        )
-        leaves, structure = jax.tree.flatten(inputs)
-        leaves = [
-            next(gradients) if on else None
-            for on, _ in zip(wanted.flags, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(structure, leaves), None
+        found = _backward(asked, wanted.flags, inputs, output, lse, d_output, d_lse)
+        gradients = iter(found)
+        leaves = [next(gradients) if on else None for on in wanted.flags]
+        return (jax.tree.unflatten(jax.tree.structure(inputs), leaves),)
 
     attend.defvjp(forward, backward, symbolic_zeros=True)
-    return attend(inputs, data)
+    return attend(inputs)
 
 
-def _forward(
-    implementation: Implementation,
-    fixed: Plan | None,
-    inputs: AttentionInputs,
-    data: Plan | None,
-) -> tuple[Array, Array]:
+def _forward(asked: _Asked, inputs: AttentionInputs) -> tuple[Array, Array]:
     """The forward pass; a mapped axis folds into the batch."""
 
     @custom_vmap
-    def call(inputs: AttentionInputs, data: Plan | None) -> tuple[Array, Array]:
-        plan = fixed if data is None else data
-        assert plan is not None
-        return implementation.forward(inputs, plan)
+    def call(inputs: AttentionInputs) -> tuple[Array, Array]:
+        output, lse = _pass(asked, None, inputs)
+        return output, lse
 
     @call.def_vmap
-    def fold(axis_size: int, batched: Any, inputs: Any, data: Any) -> tuple:
+    def fold(axis_size: int, batched: Any, inputs: Any) -> tuple:
         batch = _batch_size(inputs, batched[0])
         inputs = _fold_inputs(axis_size, batch, batched[0], inputs)
-        # Arrays of a plan belong together: all are spread out if one is.
-        spread = any(jax.tree.leaves(batched[1]))
-        data = _fold(axis_size, batch, batched[1], data, spread)
-        result = _forward(implementation, fixed, inputs, data)
+        result = _forward(asked, inputs)
         result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), result)
         return result, (True, True)
 
-    return call(inputs, data)
+    return call(inputs)
 
 
 def _backward(
-    implementation: Implementation,
-    fixed: Plan | None,
+    asked: _Asked,
     flags: tuple[bool, ...],
     inputs: AttentionInputs,
-    data: Plan | None,
     output: Array,
     lse: Array,
     d_output: Array,
@@ -171,52 +291,26 @@ def _backward(
     """Gradients of the wanted leaves; differentiable itself, by the reference."""
 
     @jax.custom_vjp
-    def call(inputs: Any, data: Any, output: Any, lse: Any, *d_results: Any) -> list:
-        return mapped(inputs, data, output, lse, *d_results)
+    def call(*arguments: Any) -> list:
+        return mapped(*arguments)
 
     @custom_vmap
-    def mapped(inputs: Any, data: Any, output: Any, lse: Any, *d_results: Any) -> list:
-        plan: Any = fixed if data is None else data
-        d_lse = d_results[1] if len(d_results) == 2 else None
-        gradients = implementation.backward(
-            inputs, plan, output, lse, d_results[0], d_lse, flags
-        )
-        return [g for g, on in zip(gradients, flags, strict=True) if on]
+    def mapped(*arguments: Any) -> list:
+        return _pass(asked, flags, *arguments)
 
     @mapped.def_vmap
-    def fold(
-        axis_size: int,
-        batched: Any,
-        inputs: Any,
-        data: Any,
-        output: Any,
-        lse: Any,
-        *d_results: Any,
-    ) -> tuple:
+    def fold(axis_size: int, batched: Any, inputs: Any, *arrays: Any) -> tuple:
         batch = _batch_size(inputs, batched[0])
         before = [x for x, on in zip(jax.tree.leaves(inputs), flags, strict=True) if on]
         marks = [
             x for x, on in zip(jax.tree.leaves(batched[0]), flags, strict=True) if on
         ]
         inputs = _fold_inputs(axis_size, batch, batched[0], inputs, flags)
-        # Arrays of a plan belong together: all are spread out if one is.
-        spread = any(jax.tree.leaves(batched[1]))
-        data = _fold(axis_size, batch, batched[1], data, spread)
-        output, lse, d_output, *d_lse = (
+        spread = [
             _fold(axis_size, batch, mark, x, True)
-            for mark, x in zip(batched[2:], (output, lse, *d_results), strict=True)
-        )
-        found = _backward(
-            implementation,
-            fixed,
-            flags,
-            inputs,
-            data,
-            output,
-            lse,
-            d_output,
-            d_lse[0] if d_lse else None,
-        )
+            for mark, x in zip(batched[1:], arrays, strict=True)
+        ]
+        found = _backward(asked, flags, inputs, *spread)
         result = []
         for folded, leaf, mark in zip(found, before, marks, strict=True):
             own = leaf.shape[1 if mark else 0]
@@ -224,25 +318,26 @@ def _backward(
             result.append(gradient.sum(1, keepdims=True) if own < batch else gradient)
         return result, [True] * len(result)
 
-    def forward(*args: Any) -> tuple[list, Any]:
-        return call(*args), args
+    def forward(*arguments: Any) -> tuple[list, Any]:
+        return call(*arguments), arguments
 
     def backward(saved: Any, cotangents: Any) -> tuple:
-        inputs, data, output, lse, *d_results = saved
+        inputs, _, _, *d_results = saved
+        given = [d for d in d_results if d is not None]
         leaves, structure = jax.tree.flatten(inputs)
         floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
 
         def with_floats(values: Sequence[Array]) -> AttentionInputs:
-            given = iter(values)
+            merged = iter(values)
             merged = [
-                next(given) if on else x for x, on in zip(leaves, floats, strict=True)
+                next(merged) if on else x for x, on in zip(leaves, floats, strict=True)
             ]
             return jax.tree.unflatten(structure, merged)
 
         def gradients(values: list[Array], d_results: list[Array]) -> list[Array]:
             def results(values: list[Array]) -> list[Array]:
                 output, lse, _ = reference_attend(with_floats(values))
-                return [output, lse][: len(d_results)]
+                return [output, lse][: len(given)]
 
             _, pull = jax.vjp(results, values)
             (found,) = pull(d_results)
@@ -252,15 +347,14 @@ def _backward(
             return [g for g, on in zip(found, chosen, strict=True) if on]
 
         values = [x for x, on in zip(leaves, floats, strict=True) if on]
-        _, pull = jax.vjp(gradients, values, list(d_results))
-        d_values, d_d_results = pull(cotangents)
-        given = iter(d_values)
-        d_inputs = [next(given) if on else None for on in floats]
-        return (jax.tree.unflatten(structure, d_inputs), None, None, None, *d_d_results)
+        _, pull = jax.vjp(gradients, values, given)
+        d_values, d_given = (iter(found) for found in pull(cotangents))
+        d_inputs = [next(d_values) if on else None for on in floats]
+        d_results = [None if d is None else next(d_given) for d in d_results]
+        return (jax.tree.unflatten(structure, d_inputs), None, None, *d_results)
 
     call.defvjp(forward, backward)
-    d_results = (d_output,) if d_lse is None else (d_output, d_lse)
-    return call(inputs, data, output, lse, *d_results)
+    return call(inputs, output, lse, d_output, d_lse)
 
 
 def _batch_size(inputs: AttentionInputs, batched: AttentionInputs) -> int:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Unpack
 import jax
 
 from attnlab.implementations import IMPLEMENTATIONS
-from attnlab.ops.dispatch import choose
+from attnlab.ops.dispatch import choose, default_platform
 from attnlab.ops.prepare import prepare
 from attnlab.ops.validate import Arguments, Options, check
 from attnlab.types import AttentionInputs
@@ -108,10 +108,11 @@ def explain(
           not reference: it holds [T, S] in memory; it runs only when asked for
     """
     args, inputs = canonical(query, key, value, options)
-    chosen, passed_over = choose(inputs, options.get("implementation"))
+    platform = default_platform() if platform is None else platform
+    chosen, passed_over = choose(inputs, options.get("implementation"), platform)
     return Explanation(
         describe(args, inputs),
-        jax.default_backend() if platform is None else platform,
+        platform,
         chosen.name,
         IMPLEMENTATIONS[chosen.name].block_sizes(inputs),
         passed_over,

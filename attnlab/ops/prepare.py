@@ -6,25 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.masks.geometry import Blocks
 from attnlab.masks.liveness import alive
 from attnlab.masks.planning import (
+    blocks_of,
     head_count,
-    index_blocks,
-    make_plan,
     normalise,
     normalise_tree,
-    position_blocks,
 )
 from attnlab.ops.validate import Arguments, check_operand_shapes
-from attnlab.types import (
-    Array,
-    AttentionInputs,
-    Operand,
-    Plan,
-    Score,
-    skeleton,
-)
+from attnlab.types import Array, AttentionInputs, Operand, Score, skeleton
 
 #: Blocks in which liveness of slots is decided.
 _ALIVE_BLOCK = 512
@@ -62,17 +52,11 @@ def prepare(
         normalise_tree(m.operands(), batch, type(m).__name__) for m in args.modifiers
     )
     check_operand_shapes(modifier_operands, shape, "modifiers")
-    query_positions, key_positions = positions_of(args, batch, t, s)
-    index = args.query_positions is None and args.key_positions is None
-    index = index and args.query_offset is None
+    positions = query_positions, key_positions = positions_of(args, batch, t, s)
+    numbering = numbering_of(args)
 
-    query_alive, key_alive = alive(
-        args.mask,
-        mask_operands,
-        query_positions,
-        key_positions,
-        *blocks_of(args, (_ALIVE_BLOCK, _ALIVE_BLOCK), query_positions, key_positions),
-    )
+    blocks = blocks_of(*positions, numbering, (_ALIVE_BLOCK, _ALIVE_BLOCK))
+    query_alive, key_alive = alive(args.mask, mask_operands, *positions, *blocks)
     query = _zero_dead(query, query_alive)
     key, value = _zero_dead(key, key_alive), _zero_dead(value, key_alive)
     query, key = _project(args.score, query, key)
@@ -97,40 +81,15 @@ def prepare(
         dropout_rate=float(dropout_rate),
         precision=precision,
         needs_lse=needs_lse,
-        index_positions=index,
+        numbering=numbering,
     )
 
 
-def blocks_of(
-    args: Arguments,
-    sizes: tuple[int, int],
-    query_positions: Array,
-    key_positions: Array,
-) -> tuple[Blocks, Blocks]:
-    """The blocks of queries and of keys, of at most the given sizes."""
-    t, s = args.query.shape[-3], args.key.shape[-3]
-    size_q, size_k = max(min(sizes[0], t), 1), max(min(sizes[1], s), 1)
-    if args.query_positions is not None:
-        query = position_blocks("query", query_positions[:, 0, :, 0], size_q)
-    else:
-        query = index_blocks("query", t, size_q, _offset(args))
-    if args.key_positions is not None:
-        key = position_blocks("key", key_positions[:, 0, 0, :], size_k)
-    else:
-        key = index_blocks("key", s, size_k)
-    return query, key
-
-
-def plan_for(
-    args: Arguments, inputs: AttentionInputs, sizes: tuple[int, int], cols: bool
-) -> Plan:
-    """The plan of a call, at given block sizes."""
-    query, key = blocks_of(args, sizes, inputs.query_positions, inputs.key_positions)
-    return make_plan(args.mask, inputs.mask_operands, query, key, cols)
-
-
-def _offset(args: Arguments) -> Any:
-    return 0 if args.query_offset is None else args.query_offset
+def numbering_of(args: Arguments) -> tuple[str, str]:
+    """Where positions come from: see ``AttentionInputs.numbering``."""
+    query = "index" if args.query_offset is None else "offset"
+    query = query if args.query_positions is None else "given"
+    return query, "index" if args.key_positions is None else "given"
 
 
 def positions_of(
@@ -140,7 +99,8 @@ def positions_of(
     if args.query_positions is not None:
         positions = args.query_positions.astype(jnp.int32)[..., None, :, None]
     else:
-        offset = jnp.asarray(_offset(args), jnp.int32)
+        offset = 0 if args.query_offset is None else args.query_offset
+        offset = jnp.asarray(offset, jnp.int32)
         positions = (
             jnp.arange(t, dtype=jnp.int32)[:, None] + offset[..., None, None, None]
         )
