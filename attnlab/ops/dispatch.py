@@ -52,7 +52,7 @@ def _reasons(
     only = implementation.platforms
     where = ()
     if only is not None and platform is not None and platform not in only:
-        where = (f"it runs on {' and '.join(only)} only",)
+        where = (f"it runs on {' and '.join(only)}, not on {platform}",)
     return (*where, *implementation.unsupported(inputs))
 
 
@@ -78,9 +78,8 @@ def choose(
         )
     reasons = {n: _reasons(i, inputs, platform) for n, i in IMPLEMENTATIONS.items()}
     if name is not None and reasons[name]:
-        where = "" if platform is None else f" on {platform}"
         raise NotImplementedError(
-            f"implementation={name!r} cannot take these inputs{where}: "
+            f"implementation={name!r} cannot take these inputs: "
             + "; ".join(reasons[name])
         )
     chosen = name
@@ -151,7 +150,10 @@ def _types(*avals: Any, wanted: Any, structure: Any, **_: Any) -> list[Any]:
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("name", "wanted", "structure"))
+# Inlined: behind a call, XLA would not see that liveness has made the same plan.
+@functools.partial(
+    jax.jit, static_argnames=("name", "wanted", "structure"), inline=True
+)
 def compute(*leaves: Array, name: str, wanted: Any, structure: Any) -> Sequence[Any]:
     """One pass of one implementation; jitted, so that equal calls are traced once."""
     arguments: Any = jax.tree.unflatten(structure, leaves)
@@ -171,10 +173,11 @@ def _lower(
         passes[platform] = functools.partial(
             compute, name=chosen.name, wanted=wanted, structure=structure
         )
-    names = {call.keywords["name"] for call in passes.values()}
-    call = next(iter(passes.values()))
-    if len(names) > 1:  # one module for several platforms, as jax.export makes
-        call = functools.partial(lax.platform_dependent, **passes)
+    *_, call = passes.values()
+    # Several platforms share one module where jax.export asks for it.
+    others = {p: x for p, x in passes.items() if x.keywords != call.keywords}
+    if others:
+        call = functools.partial(lax.platform_dependent, default=call, **others)
     # On a device nothing varies: implementations need not care for shard_map.
     avals = [
         jax.core.ShapedArray(x.shape, x.dtype, x.weak_type, sharding=x.sharding)
