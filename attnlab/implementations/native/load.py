@@ -81,11 +81,14 @@ def _load() -> Native:
     if refusal:
         return Native(refusal)
     try:
+        # Before there is a backend, JAX would keep the handlers for later; one that is
+        # refused then (for newer headers than the runtime's) takes the backend with it.
+        jax.local_devices(backend="cpu")
         for name, handler in handlers.items():
             capsule = jax.ffi.pycapsule(handler)
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     except Exception as error:  # XLA's own, of several kinds
-        return Native(f"this jaxlib refuses it: {error}")
+        return Native(f"JAX refuses it: {error}")
     return Native(None, isa, tuple(isas.split(",")), compiler)
 
 
