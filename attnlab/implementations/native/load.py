@@ -22,12 +22,14 @@ class Native(NamedTuple):
 
     Attributes:
         reason: why it cannot be used, or None where it can.
+        path: the library.
         isa: the instruction set that runs.
         isas: all that were built and that this processor has, the lowest first.
         compiler: what compiled it.
     """
 
     reason: str | None
+    path: Path | None = None
     isa: str = ""
     isas: tuple[str, ...] = ()
     compiler: str = ""
@@ -89,7 +91,7 @@ def _load() -> Native:
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     except Exception as error:  # XLA's own, of several kinds
         return Native(f"JAX refuses it: {error}")
-    return Native(None, isa, tuple(isas.split(",")), compiler)
+    return Native(None, path, isa, tuple(isas.split(",")), compiler)
 
 
 def _text(library: ctypes.CDLL, name: str) -> str:
