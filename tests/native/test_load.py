@@ -136,12 +136,9 @@ def test_it_is_loaded_once():
     assert all(other is first for other in others)
 
 
-def test_why_not_in_a_process_of_its_own(monkeypatch):
+def test_why_not_in_a_process_of_its_own(library, monkeypatch):
     monkeypatch.setenv("ATTNLAB_NATIVE_ISA", "mmx")
     script = "from attnlab.implementations.native import load; print(load.why_not())"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    if load.why_not() is None:
-        assert done.stdout.startswith("ATTNLAB_NATIVE_ISA=mmx: it was built for")
-    else:
-        assert done.stdout.strip() == load.why_not()
+    assert done.stdout.startswith("ATTNLAB_NATIVE_ISA=mmx: it was built for")

@@ -1,4 +1,4 @@
-"""What an installation gets, with a compiler (one that compiles nothing) and without."""
+"""What an installation gets: with a compiler (it compiles nothing), and without."""
 
 import pathlib
 import shutil
