@@ -1,0 +1,1 @@
+"""A hand-written C++ kernel for processors, where it was built."""
