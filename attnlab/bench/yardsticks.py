@@ -40,13 +40,10 @@ class NaiveAdditive:
             q, k = score.project_query(query), score.project_key(key)
             k, value = (jnp.repeat(x, group, 2) for x in (k, value))
             hidden = jnp.tanh(q[:, :, None] + k[:, None])
-            # Each is faster in its direction; forward, the sum need not even hold the
-            # hidden units.
-            if backward:
-                weight = jnp.broadcast_to(score.weight, hidden.shape[-2:])
-                logits = jnp.einsum("btsnp,np->btsn", hidden, weight)
-            else:
-                logits = (hidden * score.weight).sum(-1)
+            # As a matrix product its backward pass takes half the time, but adds up the
+            # gradient of the weight one pair after another: at T = S = 2,048 that is
+            # off by 17 times what the check allows.
+            logits = (hidden * score.weight).sum(-1)
             if mask is not None:
                 logits = jnp.where(jnp.moveaxis(mask, 1, 3), logits, -jnp.inf)
             weights = jax.nn.softmax(logits.astype(jnp.float32), 2).astype(value.dtype)
