@@ -29,7 +29,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def write(folder: Path, name: str, results: dict[str, Any]) -> None:
+def write(
+    folder: Path, name: str, results: dict[str, Any], *, quiet: bool = False
+) -> None:
     content = {
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "machine": machine_line(),
@@ -39,7 +41,8 @@ def write(folder: Path, name: str, results: dict[str, Any]) -> None:
     }
     text = json.dumps(content, indent=1, allow_nan=False)
     write_atomically(folder / f"{name}.json", (text + "\n").encode())
-    print(f"written: {folder / name}.json")
+    if not quiet:
+        print(f"written: {folder / name}.json")
 
 
 def caption() -> str:

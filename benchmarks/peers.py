@@ -1,107 +1,346 @@
 """How fast is attnlab beside every other library installed here?
 
-Dense and causal attention, a window of +-256, additive attention against the rate at
-which this machine evaluates tanh, and what dropout costs; forward, and forward with
-backward. Everybody is checked against the reference first.
+Each line of `benchmarks/problems.py` is one interleaved run, everybody checked against
+the reference first; then what a call costs beyond the arithmetic
+(`benchmarks/overheads.py`). After each line the results are on disk.
 """
 
-from dataclasses import replace
+import argparse
+import dataclasses
+import datetime as dt
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from attnlab import attention, masks
-from attnlab.bench.cases import Spec
-from attnlab.bench.charts import draw
-from attnlab.bench.contenders import Implementation, Prepared, compile_call
-from attnlab.bench.machine import measure_peaks
-from attnlab.bench.peers import installed_peers
-from attnlab.bench.report import as_record, notes, table
+from attnlab.bench.machine import (
+    Peaks,
+    machine_line,
+    measure_peaks,
+    measure_read_rate,
+    versions,
+)
+from attnlab.bench.report import as_record
 from attnlab.bench.runner import Group, Row, run
-from attnlab.bench.text import load_documents
-from attnlab.bench.timing import Repeats, interleave
+from attnlab.bench.text import load_documents, write_atomically
+from attnlab.bench.timing import Repeats
 from benchmarks.common import caption, parser, write
+from benchmarks.overheads import OVERHEADS
+from benchmarks.problems import OURS, PROBLEMS, Problem, small
+
+Record = dict[str, Any]
+
+#: Every pair of the longest line, 16,384 with 8 heads: the timed programs themselves
+#: are checked, the reference taking a share of the queries at a time.
+CHECKED_BYTES = 64 << 30
+FORMAT = 2
 
 
-def groups(quick: bool, implementation: str) -> list[Group]:
-    ours = (Implementation(implementation),)
-    peers = tuple(installed_peers())
-    # Flax runs what jax.nn runs; at the longest length once is enough.
-    fewer = tuple(p for p in peers if p.name != "flax.nnx")
-    dense, window, pairs = (512, 1024, 256) if quick else (4096, 8192, 2048)
-    plain = Spec(length=dense)
-    additive = Spec(score="additive", length=pairs, heads=1, key_heads=1)
-    return [
-        Group(plain, ours + peers),
-        Group(replace(plain, pattern="causal"), ours + peers),
-        Group(replace(plain, pattern="window", length=window), ours + fewer),
-        Group(additive, ours),
+def now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+def measure(
+    problem: Problem,
+    documents: Sequence[bytes],
+    repeats: Repeats,
+    report: Callable[[str], None],
+    peaks_size: int = 2048,
+) -> Record:
+    """One line of the table as JSON has it."""
+    report("peaks of this machine")
+    peaks = measure_peaks((problem.spec.dtype,), peaks_size)
+    reads = measure_read_rate() if "read" in problem.others else None
+    group = Group(problem.spec, problem.contenders, directions=(problem.direction,))
+    (rows,) = run(
+        [group], documents, repeats, checked_bytes=CHECKED_BYTES, report=report
+    )
+    return {
+        **identity(problem),
+        "group": problem.group,
+        "date": now(),
+        "peaks": {**peaks._asdict(), "read": reads},
+        "rows": [row_record(row, problem, peaks, reads) for row in rows],
+    }
+
+
+def identity(problem: Problem) -> Record:
+    """What must be the same for a result to be kept."""
+    return {
+        "name": problem.name,
+        "direction": problem.direction,
+        "spec": dataclasses.asdict(problem.spec),
+        "contenders": [c.name for c in problem.contenders],
+    }
+
+
+def row_record(row: Row, problem: Problem, peaks: Peaks, reads: float | None) -> Record:
+    known = as_record(row, peaks)
+    measured = known[problem.direction] or {}
+    if measured and reads:
+        spec = problem.spec
+        held = 2 * spec.batch * spec.length * spec.key_heads * spec.head_size
+        size = held * (4 if spec.dtype == "float32" else 2)
+        seconds = measured["timing"]["median"]
+        measured = {**measured, "of_read_rate": size / seconds / reads}
+    kept = ("contender", "status", "reason", "density", "error")
+    return {**{name: known[name] for name in kept}, **measured}
+
+
+def kept(
+    content: Record, problems: Iterable[Problem], again: Iterable[str]
+) -> dict[str, Record]:
+    """Records of an earlier run that still answer their question, by name.
+
+    Args:
+        content: of its file.
+        problems: the lines as they are now.
+        again: names to be measured again in any case.
+    """
+    if any(content.get(name) != value for name, value in surroundings().items()):
+        return {}
+    known = {p.name: identity(p) for p in problems} | dict.fromkeys(OVERHEADS, {})
+    found = {}
+    for record in content["lines"]:
+        wanted = known.get(record["name"])
+        same = wanted is not None and all(record[k] == v for k, v in wanted.items())
+        if same and record["name"] not in again:
+            found[record["name"]] = record
+    return found
+
+
+def surroundings() -> Record:
+    """What lines of one file have in common."""
+    return {"format": FORMAT, "machine": machine_line(), "versions": versions()}
+
+
+def times(record: Record) -> dict[str, float]:
+    """Median seconds of those who passed."""
+    return {
+        row["contender"]: row["timing"]["median"]
+        for row in record.get("rows", ())
+        if row["status"] == "ok"
+    }
+
+
+def yardstick(record: Record) -> float | None:
+    """Our own time: of the first of ours that passed."""
+    found = times(record)
+    return next((found[name] for name in OURS if name in found), None)
+
+
+def milliseconds(seconds: float) -> str:
+    digits = 0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 3
+    return f"{1e3 * seconds:,.{digits}f}"
+
+
+def _share(row: Record) -> str:
+    for name, words in (
+        ("of_read_rate", "memory rate"),
+        ("of_tanh_bound", "tanh bound"),
+        ("of_matmul_peak", "matmul"),
+    ):
+        if row.get(name) is not None:
+            return f"{row[name]:.0%} {words}"
+    return ""
+
+
+def table(records: Iterable[Record]) -> Table:
+    """For the terminal: everybody's time, and how it relates to ours."""
+    made = Table(title=caption(), title_justify="left", pad_edge=False)
+    for name in ("problem", "runs on"):
+        made.add_column(name, no_wrap=True)
+    for name in ("ms [dim]20-80 %[/]", "over ours", "error /\nallowed", "of peak"):
+        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("remarks", overflow="fold")
+    for record in records:
+        if "values" in record:
+            for what, value in record["values"].items():
+                text = value if isinstance(value, str) else ""
+                number = "" if text else f"{value:,.3g} {record['unit']}"
+                made.add_row(record["name"], what, number, "", "", "", text)
+            made.add_section()
+            continue
+        ours = yardstick(record)
+        for i, row in enumerate(record["rows"]):
+            first = "" if i else record["name"]
+            if row["status"] != "ok":
+                style = "bold red" if row["status"] == "failed" else "dim"
+                word = f"[{style}]{row['status']}[/]"
+                made.add_row(first, row["contender"], word, "", "", "", row["reason"])
+                continue
+            timing = row["timing"]
+            low, high = (milliseconds(timing[n]) for n in ("low", "high"))
+            spread = f"{milliseconds(timing['median'])} [dim]{low}-{high}[/]"
+            over = f"{timing['median'] / ours:.2f}" if ours else ""
+            error = f"{row['error']:.2f}" if row["error"] else ""
+            made.add_row(first, row["contender"], spread, over, error, _share(row))
+        made.add_section()
+    return made
+
+
+def markdown(records: Iterable[Record]) -> str:
+    """For the README: milliseconds, and in brackets how many times ours."""
+    lines = [r for r in records if times(r)]
+    names = [n for n in OURS if any(n in times(r) for r in lines)]
+    for record in lines:
+        names += [n for n in times(record) if n not in names]
+    rows = [["problem", *(f"`{n}`" for n in names)], ["---"] * (len(names) + 1)]
+    for record in lines:
+        found, ours = times(record), yardstick(record)
+        cells = []
+        for name in names:
+            cell = milliseconds(found[name]) if name in found else "-"
+            if name in found and ours and found[name] != ours:
+                cell += f" ({found[name] / ours:.2f}x)"
+            cells.append(cell)
+        rows.append([record["name"], *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def chart(folder: Path, records: Iterable[Record]) -> None:
+    """How many times as long as ours the others take, a line each."""
+    from attnlab.bench.charts import colour, plain_log, plt, save
+
+    lines = [r for r in records if yardstick(r) and len(times(r)) > 1]
+    if not lines:
+        return
+    names = list(dict.fromkeys(name for r in lines for name in times(r)))
+    figure, axis = plt.subplots(
+        figsize=(9, 1.6 + 0.26 * len(lines)), layout="constrained"
+    )
+    for name in names:
+        points = [
+            (times(r)[name] / (yardstick(r) or 1.0), place)
+            for place, r in enumerate(lines)
+            if name in times(r)
+        ]
+        axis.plot(
+            *zip(*points, strict=True), "o", label=name, color=colour(name, names)
+        )
+    plain_log(axis.xaxis)
+    axis.axvline(1, color="0.6", linewidth=1, zorder=0)
+    axis.set_xlabel("times as long as attnlab's own (native where it runs), log scale")
+    axis.set_yticks(range(len(lines)), [r["name"] for r in lines])
+    axis.invert_yaxis()
+    axis.grid(color="0.92")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
+    figure.supxlabel(caption(), fontsize=8, color="0.35")
+    save(figure, folder, "peers", kinds=("svg",))
+
+
+def overhead(name: str, quick: bool) -> Record:
+    """One of what a call costs beyond the arithmetic, as JSON has it."""
+    function, unit = OVERHEADS[name]
+    values = function(quick)
+    return {
+        "name": name,
+        "group": "overheads",
+        "date": now(),
+        "unit": unit,
+        "values": values,
+    }
+
+
+def summary(record: Record) -> str:
+    """A line for those who wait."""
+    found = [f"{name} {milliseconds(s)} ms" for name, s in times(record).items()]
+    found += [
+        f"{name} {value:,.3g} {record['unit']}"
+        for name, value in record.get("values", {}).items()
+        if not isinstance(value, str)
     ]
+    return f"{record['name']}: {', '.join(found) or 'nobody ran'}"
+
+
+def arguments() -> argparse.Namespace:
+    names = [*(p.name for p in PROBLEMS), *OVERHEADS]
+    groups = [*dict.fromkeys(p.group for p in PROBLEMS), "overheads"]
+    options = parser(__doc__ or "")
+    options.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        choices=[*groups, *names],
+        metavar="NAME",
+        help="lines or groups; the file keeps its other lines. Groups: "
+        f"{', '.join(groups)}. Lines: {', '.join(names)}",
+    )
+    options.add_argument(
+        "--resume", action="store_true", help="measure only what the file lacks"
+    )
+    options.add_argument("--repeats", type=int, default=5, help="at least (5)")
+    return options.parse_args()
 
 
 def main() -> None:
-    options = parser(__doc__ or "")
-    options.add_argument("--implementation", default="tiled", help="ours (tiled)")
-    options.add_argument("--repeats", type=int, default=5)
-    given = options.parse_args()
-    out: Path = given.out
-    repeats = 2 if given.quick else given.repeats
-    rows: list[Row] = []
-    peaks = measure_peaks(("float32",))
-    asked = groups(given.quick, given.implementation)
-    for measured in run(
-        asked, load_documents(), Repeats(repeats, repeats), report=print
-    ):
-        rows += measured
-    peaks = peaks.higher(measure_peaks(("float32",)))
+    given = arguments()
+    problems = {p.name: small(p) if given.quick else p for p in PROBLEMS}
+    groups = {p.name: p.group for p in PROBLEMS} | dict.fromkeys(OVERHEADS, "overheads")
+    wanted = [
+        name
+        for name, group in groups.items()
+        if not given.only or {name, group} & set(given.only)
+    ]
+    path = given.out / "peers.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if old and given.quick and not old.get("quick"):
+        raise SystemExit(f"{path} holds results of full size; give another --out")
+    done: dict[str, Record] = {}
+    if old and (given.only or given.resume):
+        done = kept(old, problems.values(), () if given.resume else wanted)
+        if not done:
+            print(f"{path} has nothing to keep: other lines, versions or machine")
+    missing = [name for name in wanted if name not in done]
+    console = Console(width=None if Console().is_terminal else 140)
+    documents = load_documents() if missing else []
+    least = given.repeats
+    repeats = Repeats(2, 2) if given.quick else Repeats(least, 40 * least, 3.0)
 
-    from rich.console import Console
+    def line(name: str, report: Callable[[str], None]) -> Record:
+        if name in OVERHEADS:
+            report("timing")
+            return overhead(name, given.quick)
+        size = 512 if given.quick else 2048
+        return measure(problems[name], documents, repeats, report, size)
 
-    console = Console(width=140)
-    console.print(table(rows, peaks, caption()))
-    for line in notes(rows, peaks):
-        console.print(line, markup=False)
-    dropout = dropout_cost(given.quick, given.implementation, repeats)
-    share = dropout["with"] / dropout["without"] - 1
-    console.print(f"dropout 0.1, causal, forward and backward: {share:+.1%}")
-    results = {
-        "peaks": peaks._asdict(),
-        "dropout_seconds": dropout,
-        "rows": [as_record(row, peaks) for row in rows],
-    }
-    write(out, "peers", results)
-    draw(rows, out, caption(), prefix="peers-")
+    def records() -> list[Record]:
+        return [done[name] for name in groups if name in done]
 
-
-def dropout_cost(quick: bool, implementation: str, repeats: int) -> dict[str, float]:
-    """What dropout adds to causal attention, both in one interleaved run."""
-    length = 512 if quick else 4096
-    random = np.random.default_rng(0)
-    shape = (1, length, 8, 64)
-    arrays = [jnp.asarray(random.standard_normal(shape, np.float32)) for _ in range(4)]
-
-    def prepare(rate: float) -> Prepared:
-        def function(
-            query: Any, key: Any, value: Any, score: Any, mask: Any
-        ) -> jax.Array:
-            return attention(
-                query,
-                key,
-                value,
-                mask=mask,
-                dropout_rate=rate,
-                dropout_rng=jax.random.key(0) if rate else None,
-                implementation=implementation,
-            )
-
-        return compile_call(function, (*arrays[:3], (), masks.causal()), arrays[3])
-
-    calls = {"without": prepare(0.0).call, "with": prepare(0.1).call}
-    timings = interleave(calls, Repeats(repeats, repeats))
-    return {name: timing.median for name, timing in timings.items()}
+    interrupted = False
+    columns = TextColumn("{task.description}"), MofNCompleteColumn()
+    progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+    with progress:
+        task = progress.add_task("", total=len(missing))
+        try:
+            for name in missing:
+                done[name] = line(
+                    name,
+                    lambda doing, name=name: progress.update(
+                        task, description=f"{name}: {doing}"
+                    ),
+                )
+                content = {"format": FORMAT, "quick": given.quick, "lines": records()}
+                write(given.out, "peers", content, quiet=True)
+                progress.advance(task)
+                console.print(summary(done[name]), highlight=False)
+        except KeyboardInterrupt:
+            interrupted = True
+    console.print(table(records()))
+    text = markdown(records())
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    write_atomically(given.out / "peers.md", text.encode())
+    chart(given.out, records())
+    console.print(f"written: {path}, peers.md, peers.svg", highlight=False)
+    if interrupted:
+        console.print("interrupted; go on with --resume", style="yellow")
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from attnlab.types import Array, Score
 #: Hidden units of the scores that compare by a small network.
 HIDDEN_SIZE = 64
 _BLOCK = 64
+WINDOW = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,12 @@ class Spec:
         score: a name of ``SCORES``.
         dtype: of query, key and value.
         batch: B.
-        length: T and S.
+        length: S, and T where ``query_length`` is not given.
         heads: N.
         key_heads: K.
         head_size: H and D.
         seed: of text order, tables, parameters and random blocks.
+        query_length: T; the queries are those of the last tokens.
     """
 
     pattern: str = "full"
@@ -42,6 +44,12 @@ class Spec:
     key_heads: int = 8
     head_size: int = 64
     seed: int = 0
+    query_length: int | None = None
+
+    @property
+    def queries(self) -> int:
+        """T."""
+        return self.length if self.query_length is None else self.query_length
 
     @property
     def label(self) -> str:
@@ -55,7 +63,7 @@ class Spec:
         About four arrays ``[B, N, T, S]`` in float32, and for a network four of its
         hidden units.
         """
-        pairs = self.batch * self.heads * self.length**2
+        pairs = self.batch * self.heads * self.queries * self.length
         copies = 4 + (4 * HIDDEN_SIZE if self.score == "mlp" else 0)
         return 4 * copies * pairs
 
@@ -88,14 +96,14 @@ class Case:
         """Boolean ``[B or 1, 1, T, S]`` for those who need one; None for full."""
         if self.spec.pattern == "full":
             return None
-        array = self.mask.to_dense(self.spec.length)
-        return array.reshape(-1, 1, self.spec.length, self.spec.length)
+        sizes = self.spec.queries, self.spec.length
+        return self.mask.to_dense(*sizes).reshape(-1, 1, *sizes)
 
     @property
     def visible_pairs(self) -> float:
         """Query-key pairs that may attend, all heads and examples."""
         s = self.spec
-        return self.density * s.batch * s.heads * s.length**2
+        return self.density * s.batch * s.heads * s.queries * s.length
 
     def useful_flops(self, backward: bool) -> float:
         """Operations on visible pairs, forward or forward and backward together.
@@ -113,12 +121,30 @@ class Case:
     def tanh_count(self, backward: bool) -> float:
         """Function evaluations that nobody can do without who holds no hidden units.
 
-        Forward one for each hidden unit of a pair; backward one for the logits and one
-        for their derivative.
+        One for each hidden unit of a pair forward, and the same once more backward.
         """
+        return self.visible_pairs * self._hidden_units * (2 if backward else 1)
+
+    def beside_tanh_flops(self, backward: bool) -> float:
+        """Operations that come on top of those evaluations; 0 where there are none.
+
+        An evaluation counts with the addition before it and the multiplication and
+        addition after it. Beside them are the products with the value, two more of
+        them backward, and eight operations that take a gradient through a hidden unit:
+        ``1 - t * t``, two factors, a sum for the query, one for the key, and a product
+        and a sum for the weight.
+        """
+        if not self._hidden_units:
+            return 0.0
+        pair = 2 * self.spec.head_size
+        if backward:
+            pair += 4 * self.spec.head_size + 8 * self._hidden_units
+        return self.visible_pairs * pair
+
+    @property
+    def _hidden_units(self) -> int:
         pair = scores.cost(self.score, self.spec.head_size, self.spec.heads)
-        passes = 3 if backward else 1
-        return self.visible_pairs * pair.transcendentals_per_pair * passes
+        return pair.transcendentals_per_pair
 
 
 def _blocks(spec: Spec) -> int:
@@ -135,8 +161,8 @@ _Pattern = Callable[[Spec, np.ndarray], Mask]
 PATTERNS: dict[str, _Pattern] = {
     "full": lambda spec, ids: masks.full(),
     "causal": lambda spec, ids: masks.causal(),
-    "window": lambda spec, ids: masks.sliding_window(256, 256),
-    "causal_window": lambda spec, ids: masks.sliding_window(256, 0),
+    "window": lambda spec, ids: masks.sliding_window(WINDOW, WINDOW),
+    "causal_window": lambda spec, ids: masks.sliding_window(WINDOW - 1, 0),
     "longformer": lambda spec, ids: masks.longformer(window=192, anchors=64),
     "big_bird": lambda spec, ids: masks.big_bird(
         window=192,
@@ -154,8 +180,8 @@ PATTERNS: dict[str, _Pattern] = {
 
 #: What the names mean, for reports.
 PATTERN_NOTES = {
-    "window": "±256",
-    "causal_window": "256 back",
+    "window": f"±{WINDOW}",
+    "causal_window": f"itself and {WINDOW - 1} back",
     "longformer": "window ±192, 64 anchors",
     "big_bird": "longformer and 3 random blocks of 64",
     "random": "3 blocks of 64 a row",
@@ -202,15 +228,20 @@ def build(spec: Spec, documents: Sequence[bytes]) -> Case:
     # NumPy draws: JAX would compile each of these shapes first.
     random = np.random.default_rng(spec.seed)
     packed = pack(documents, spec.batch, spec.length, spec.seed)
+    asking = packed.tokens[:, -spec.queries :]
     query, key, value = (
-        embed(packed.tokens, heads, spec.head_size, spec.dtype, random)
-        for heads in (spec.heads, spec.key_heads, spec.key_heads)
+        embed(tokens, heads, spec.head_size, spec.dtype, random)
+        for tokens, heads in (
+            (asking, spec.heads),
+            (packed.tokens, spec.key_heads),
+            (packed.tokens, spec.key_heads),
+        )
     )
     mask = PATTERNS[spec.pattern](spec, packed.ids)
     if spec.length <= 4096:
-        density = float(np.asarray(mask.to_dense(spec.length)).mean())
+        density = float(np.asarray(mask.to_dense(spec.queries, spec.length)).mean())
     else:
-        density = mask.density(spec.length)
+        density = mask.density(spec.queries, spec.length)
     return Case(
         spec,
         query,

@@ -18,14 +18,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 #: Told apart by readers who see colours differently (Okabe and Ito, 2008).
 COLOURS = {
+    "native": "#000000",
     "tiled": "#0072B2",
     "jax_nn": "#E69F00",
     "reference": "#999999",
     "jax.nn": "#D55E00",
     "flax.nnx": "#CC79A7",
     "torch": "#009E73",
+    "flex": "#56B4E9",
 }
-_MORE = ("#56B4E9", "#F0E442", "#000000")
+_MORE = ("#F0E442", "#777777", "#AA4499")
 
 
 def colour(name: str, names: Sequence[str]) -> str:
@@ -51,16 +53,13 @@ def save(
     return paths
 
 
-def draw(
-    rows: Sequence[Row], folder: Path, caption: str, prefix: str = ""
-) -> list[Path]:
+def draw(rows: Sequence[Row], folder: Path, caption: str) -> list[Path]:
     """Draws time and memory of the rows that passed; nothing where none did.
 
     Args:
         rows: what was measured.
         folder: where ``time`` and ``memory`` go, each as PNG and SVG.
         caption: below the charts: machine and versions.
-        prefix: of the names.
 
     Returns:
         The files written.
@@ -68,9 +67,9 @@ def draw(
     passed = [row for row in rows if row.status == "ok"]
     if not passed:
         return []
-    paths = _bars(passed, folder, "time", caption, prefix)
+    paths = _bars(passed, folder, "time", caption)
     if any(r.both and r.both.temporary_bytes is not None for r in passed):
-        paths += _bars(passed, folder, "memory", caption, prefix)
+        paths += _bars(passed, folder, "memory", caption)
     return paths
 
 
@@ -94,9 +93,7 @@ def _value(row: Row, direction: str, what: str) -> tuple[float, float, float] | 
     return 1e3 * timing.median, 1e3 * timing.low, 1e3 * timing.high
 
 
-def _bars(
-    rows: list[Row], folder: Path, what: str, caption: str, prefix: str
-) -> list[Path]:
+def _bars(rows: list[Row], folder: Path, what: str, caption: str) -> list[Path]:
     shown = [r for r in rows if _value(r, "both", what)]
     names = list(dict.fromkeys(r.contender for r in rows))
     places, labels, place = [], {}, 0.0
@@ -149,4 +146,4 @@ def _bars(
         handles, present, loc="outside upper center", ncols=len(present), frameon=False
     )
     figure.supxlabel(caption, fontsize=8, color="0.35")
-    return save(figure, folder, f"{prefix}{what}")
+    return save(figure, folder, what)

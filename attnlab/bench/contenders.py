@@ -11,6 +11,7 @@ import numpy as np
 from attnlab import attention, explain
 from attnlab.bench.cases import Case
 from attnlab.bench.machine import free_memory
+from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.types import Array
 
 
@@ -44,7 +45,11 @@ class Contender(Protocol):
         ...
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
-        """Compiles the forward pass, or forward and backward together."""
+        """Compiles the forward pass, or forward and backward together.
+
+        Raises:
+            NotImplementedError: if it takes the case, but not in that direction.
+        """
         ...
 
 
@@ -70,15 +75,11 @@ def named(result: Any, backward: bool) -> dict[str, Any]:
     return arrays
 
 
-def compile_call(
-    function: Callable[..., Array], arguments: tuple[Any, ...], cotangent: Array | None
-) -> Prepared:
-    """Compiles ``function(query, key, value, score, mask)`` ahead of time.
+def differentiated(function: Callable[..., Array]) -> Callable[..., Any]:
+    """``function(query, key, value, score, mask)`` with all gradients but the mask's.
 
-    Args:
-        function: returns the output.
-        arguments: its arguments; nothing is closed over, so nothing is a constant.
-        cotangent: differentiates all but the mask against it; None: forward only.
+    Takes the gradient from above as its last argument; returns what :func:`named`
+    takes.
     """
 
     def both(
@@ -90,11 +91,24 @@ def compile_call(
         result, pull = jax.vjp(output, query, key, value, score)
         return result, pull(above)
 
+    return both
+
+
+def compile_call(
+    function: Callable[..., Array], arguments: tuple[Any, ...], cotangent: Array | None
+) -> Prepared:
+    """Compiles ``function(query, key, value, score, mask)`` ahead of time.
+
+    Args:
+        function: returns the output.
+        arguments: its arguments; nothing is closed over, so nothing is a constant.
+        cotangent: differentiates all but the mask against it; None: forward only.
+    """
     backward = cotangent is not None
     if backward:
-        arguments = (*arguments, cotangent)
+        function, arguments = differentiated(function), (*arguments, cotangent)
     start = time.perf_counter()
-    compiled = jax.jit(both if backward else function).lower(*arguments).compile()
+    compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return Prepared(
@@ -105,6 +119,22 @@ def compile_call(
     )
 
 
+def attending(implementation: str) -> Callable[..., Array]:
+    """``attention`` as a function of query, key, value, score and mask."""
+
+    def function(query: Any, key: Any, value: Any, score: Any, mask: Any) -> Array:
+        return attention(
+            query,
+            key,
+            value,
+            score=score,
+            mask=mask,
+            implementation=implementation,
+        )
+
+    return function
+
+
 class Implementation:
     """One of attnlab's own, asked for by name."""
 
@@ -113,6 +143,8 @@ class Implementation:
 
     def refusal(self, case: Case) -> str | None:
         """See :class:`Contender`."""
+        if self.name not in IMPLEMENTATIONS:
+            return "attnlab has no implementation of that name here"
         try:
             explain(
                 case.query,
@@ -128,19 +160,9 @@ class Implementation:
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`Contender`."""
-
-        def function(query: Any, key: Any, value: Any, score: Any, mask: Any) -> Array:
-            return attention(
-                query,
-                key,
-                value,
-                score=score,
-                mask=mask,
-                implementation=self.name,
-            )
-
         arguments = (case.query, case.key, case.value, case.score, case.mask)
-        return compile_call(function, arguments, case.cotangent if backward else None)
+        cotangent = case.cotangent if backward else None
+        return compile_call(attending(self.name), arguments, cotangent)
 
 
 def widened(case: Case) -> Case:

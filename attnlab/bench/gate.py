@@ -10,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.bench.cases import Case, Spec, build
-from attnlab.bench.contenders import Implementation, Prepared, widened
+from attnlab.bench.contenders import (
+    Prepared,
+    attending,
+    differentiated,
+    named,
+    widened,
+)
 
-#: Bytes that the reference may hold where the timed programs themselves are checked.
-FULL_SIZE_BYTES = 2 << 30
+#: Bytes that the reference may hold at a time.
+HELD_BYTES = 2 << 30
+#: What every pair together may hold where the timed programs themselves are checked.
+DENSE_BYTES = HELD_BYTES // 2
 #: Length at which contenders are checked where that is too much.
 SHORT = 512
 
@@ -40,32 +48,36 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-def gate_case(case: Case, documents: Sequence[bytes]) -> Case:
-    """The case itself where the reference fits, else a shorter one like it."""
-    # The reference runs once in the next wider type.
-    fits = 2 * case.spec.dense_bytes <= FULL_SIZE_BYTES
-    if fits or case.spec.length <= SHORT:
+def gate_case(
+    case: Case, documents: Sequence[bytes], dense_bytes: int = DENSE_BYTES
+) -> Case:
+    """The case itself where the reference takes no longer, else a shorter one like it.
+
+    Args:
+        case: to be checked.
+        documents: what it was made from.
+        dense_bytes: as of ``Spec.dense_bytes``, up to which the timed programs
+            themselves are checked; the reference never holds more than ``HELD_BYTES``.
+    """
+    if case.spec.dense_bytes <= dense_bytes or case.spec.length <= SHORT:
         return case
     return build(dataclasses.replace(case.spec, length=SHORT, batch=1), documents)
 
 
-def expectations(case: Case) -> dict[str, Expected]:
+def expectations(case: Case, backward: bool = True) -> dict[str, Expected]:
     """Arrays by name, from the reference in the next wider type.
 
     The allowance is derived, not guessed: twice the error that the reference itself
     makes in the case's own type, and a rounding term: an eps of the type, and one of
     the accumulator for each of about sqrt(S) roundings that add up in a sum over S.
+
+    Args:
+        case: to be checked.
+        backward: whether gradients are wanted, too.
     """
-    reference = Implementation("reference")
-
-    def run(case: Case) -> dict[str, np.ndarray]:
-        prepared = reference.prepare(case, backward=True)
-        arrays = prepared.results(jax.block_until_ready(prepared.call()))
-        return {name: np.asarray(a, np.float64) for name, a in arrays.items()}
-
     with jax.enable_x64(case.spec.dtype == "float32"):
-        truth = run(widened(case))
-    own = run(case)
+        truth = by_rows(widened(case), backward)
+    own = by_rows(case, backward)
     result = {}
     for name, array in truth.items():
         error = float(np.abs(own[name] - array).max())
@@ -73,6 +85,33 @@ def expectations(case: Case) -> dict[str, Expected]:
         scale = max(float(np.abs(array).max()), float(np.finfo(np.float32).tiny))
         result[name] = Expected(array, 2 * error + rounding(case.spec) * scale)
     return result
+
+
+def by_rows(case: Case, backward: bool) -> dict[str, np.ndarray]:
+    """The reference's arrays, from as many queries at a time as fit in memory."""
+    spec = case.spec
+    # Twice: the case may be in float64.
+    fitting = max(spec.queries * HELD_BYTES // (2 * spec.dense_bytes), 1)
+    # A power of two divides most lengths: then all steps share one program.
+    step = min(1 << (fitting.bit_length() - 1), spec.queries)
+    run = attending("reference")
+    run = jax.jit(differentiated(run) if backward else run)
+    dense = case.dense_mask() if step < spec.queries else None
+    parts = []
+    for start in range(0, spec.queries, step):
+        rows = slice(start, start + step)
+        mask = case.mask if dense is None else dense[:, :, rows]
+        arguments = (case.query[:, rows], case.key, case.value, case.score, mask)
+        if backward:
+            arguments += (case.cotangent[:, rows],)
+        arrays = named(run(*arguments), backward)
+        parts.append({n: np.asarray(a, np.float64) for n, a in arrays.items()})
+    return {
+        name: np.concatenate([p[name] for p in parts], 1)
+        if name in {"output", "d_query"}
+        else np.sum([p[name] for p in parts], 0)
+        for name in parts[0]
+    }
 
 
 def rounding(spec: Spec) -> float:

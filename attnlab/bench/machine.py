@@ -129,6 +129,22 @@ def _tanh_rate(size: int = 512, units: int = 64) -> float:
     return size * size * units / _best(lambda: call(x, x, weight), 8)
 
 
+def read_everything(x: jax.Array) -> jax.Array:
+    """Some sums of an array, which all threads read once."""
+    return x.reshape(64, -1).sum(1)
+
+
+def measure_read_rate(size: int = 1 << 29) -> float:
+    """Bytes a second that all threads read from main memory.
+
+    Args:
+        size: bytes, more than caches hold.
+    """
+    x = jnp.ones(size // 4, jnp.float32)
+    call = jax.jit(read_everything).lower(x).compile()
+    return size / _best(lambda: call(x), 8)
+
+
 def measure_peaks(dtypes: tuple[str, ...], size: int = 2048) -> Peaks:
     """Matrix-product and tanh rates, now.
 

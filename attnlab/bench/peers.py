@@ -1,6 +1,10 @@
 """Other libraries' scaled dot-product attention, as their users call it."""
 
 import importlib.util
+import os
+import shutil
+import time
+from collections.abc import Callable
 from typing import Any
 
 import flax.nnx
@@ -8,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.bench.cases import Case
+from attnlab.bench.cases import WINDOW, Case
 from attnlab.bench.contenders import Contender, Prepared, compile_call, too_large
 from attnlab.types import Array
 
@@ -67,6 +71,29 @@ class FlaxPeer:
         return compile_call(function, arguments, case.cotangent if backward else None)
 
 
+def _torch_refusal(case: Case) -> str | None:
+    if not _installed("torch"):
+        return "torch is not installed"
+    if jax.default_backend() != "cpu":
+        return "it is compared on CPUs only"
+    return _refusal(case)
+
+
+def _tensor(array: Array) -> Any:
+    """``[B, T, N, H]`` as torch likes it best: heads first, contiguous."""
+    import torch
+
+    wide = np.asarray(array.astype(jnp.float32).swapaxes(1, 2))
+    tensor = torch.from_numpy(wide.copy(order="C"))
+    return tensor.to(getattr(torch, array.dtype.name))
+
+
+def _arrays(tensors: tuple[Any, ...]) -> dict[str, Any]:
+    names = ("output", "d_query", "d_key", "d_value")[: len(tensors)]
+    arrays = [t.detach().float().numpy().swapaxes(1, 2) for t in tensors]
+    return dict(zip(names, arrays, strict=True))
+
+
 class TorchPeer:
     """PyTorch's ``scaled_dot_product_attention`` on the CPU, all its threads."""
 
@@ -74,32 +101,31 @@ class TorchPeer:
 
     def refusal(self, case: Case) -> str | None:
         """See :class:`attnlab.bench.contenders.Contender`."""
-        if jax.default_backend() != "cpu":
-            return "it is compared on CPUs only"
-        return _refusal(case)
+        return _torch_refusal(case)
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab.bench.contenders.Contender`."""
         import torch
 
-        def heads_first(x: Array) -> Any:
-            # In the layout it likes best, and made before the clock runs.
-            wide = np.asarray(x.astype(jnp.float32).swapaxes(1, 2))
-            tensor = torch.from_numpy(wide.copy(order="C"))
-            return tensor.to(getattr(torch, case.spec.dtype))
-
-        tensors = [heads_first(x) for x in (case.query, case.key, case.value)]
-        above = heads_first(case.cotangent)
+        tensors = [_tensor(x) for x in (case.query, case.key, case.value)]
+        above = _tensor(case.cotangent)
         causal = case.spec.pattern == "causal"
         dense = None if causal else case.dense_mask()
         mask = None if dense is None else torch.from_numpy(np.array(dense))
 
+        group = case.spec.heads // case.spec.key_heads
+
         def forward() -> Any:
+            query, *shared = tensors
+            if backward and group > 1:
+                # A third of the time that it takes through enable_gqa.
+                shared = [x.repeat_interleave(group, 1) for x in shared]
             return torch.nn.functional.scaled_dot_product_attention(
-                *tensors,
+                query,
+                *shared,
                 attn_mask=mask,
                 is_causal=causal,
-                enable_gqa=case.spec.heads != case.spec.key_heads,
+                enable_gqa=not backward and group > 1,
             )
 
         def call() -> Any:
@@ -109,20 +135,100 @@ class TorchPeer:
             with torch.no_grad():
                 return (forward(),)
 
-        def results(returned: Any) -> dict[str, Any]:
-            names = ("output", "d_query", "d_key", "d_value")[: len(returned)]
-            arrays = [t.detach().float().numpy().swapaxes(1, 2) for t in returned]
-            return dict(zip(names, arrays, strict=True))
-
         if backward:
             for tensor in tensors:
                 tensor.requires_grad_(True)
-        return Prepared(call, results, None, None)
+        return Prepared(call, _arrays, None, None)
+
+
+class FlexPeer:
+    """PyTorch's FlexAttention, compiled, with the blocks of the mask made beforehand.
+
+    It skips dead blocks and applies the rule in those that are partly visible, as
+    attnlab does. The rule is arithmetic where a user would write it so, else a table.
+    """
+
+    name = "flex"
+
+    #: Of a block of its mask: on random blocks of 64 several times as fast as its own
+    #: choice of 128, and as fast elsewhere.
+    BLOCK_SIZE = 64
+
+    def refusal(self, case: Case) -> str | None:
+        """See :class:`attnlab.bench.contenders.Contender`."""
+        compiler = os.environ.get("CXX", "g++")
+        if _installed("torch") and shutil.which(compiler) is None:
+            return f"torch.compile needs a C++ compiler, and there is no {compiler}"
+        return _torch_refusal(case)
+
+    def prepare(self, case: Case, backward: bool) -> Prepared:
+        """See :class:`attnlab.bench.contenders.Contender`."""
+        if backward:
+            raise NotImplementedError("FlexAttention has no backward pass on CPUs")
+        import torch
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        spec = case.spec
+        tensors = [_tensor(x) for x in (case.query, case.key, case.value)]
+        blocks = None
+        if spec.pattern != "full":
+            blocks = create_block_mask(
+                _rule(case),
+                B=spec.batch if spec.pattern == "documents" else None,
+                H=None,
+                Q_LEN=spec.queries,
+                KV_LEN=spec.length,
+                device="cpu",
+                BLOCK_SIZE=self.BLOCK_SIZE,
+            )
+        # It would give up compiling after some eight problems, and run unfused.
+        torch._dynamo.reset()
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        def call() -> Any:
+            with torch.no_grad():
+                return (
+                    compiled(
+                        *tensors,
+                        block_mask=blocks,
+                        enable_gqa=spec.heads != spec.key_heads,
+                    ),
+                )
+
+        start = time.perf_counter()
+        call()
+        return Prepared(call, _arrays, time.perf_counter() - start, None)
+
+
+def _rule(case: Case) -> Callable[..., Any]:
+    """Whether query ``i`` sees key ``j``, as FlexAttention asks."""
+    import torch
+
+    if case.spec.pattern == "causal":
+        return lambda b, h, i, j: i >= j
+    if case.spec.pattern == "window":
+        return lambda b, h, i, j: (i - j).abs() <= WINDOW
+    if case.spec.pattern == "causal_window":
+        return lambda b, h, i, j: (i >= j) & (i - j < WINDOW)
+    table = torch.from_numpy(np.array(case.dense_mask())[:, 0])
+    if len(table) == 1:
+        # Without the examples' index its kernel is simpler.
+        return lambda b, h, i, j, seen=table[0]: seen[i, j]
+    return lambda b, h, i, j: table[b, i, j]
+
+
+#: By name, as tables show them. FlexAttention compiles for long and has no backward
+#: pass on CPUs: it runs where it is asked for.
+PEERS: dict[str, Contender] = {
+    peer.name: peer for peer in (JaxNnPeer(), FlaxPeer(), TorchPeer(), FlexPeer())
+}
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def installed_peers() -> list[Contender]:
-    """Every peer that this environment can import."""
-    peers: list[Contender] = [JaxNnPeer(), FlaxPeer()]
-    if importlib.util.find_spec("torch") is not None:
-        peers.append(TorchPeer())
-    return peers
+    """Every peer that this environment can import, but FlexAttention."""
+    names = ["jax.nn", "flax.nnx"] + (["torch"] if _installed("torch") else [])
+    return [PEERS[name] for name in names]

@@ -8,9 +8,17 @@ from typing import NamedTuple
 
 from attnlab.bench.cases import Case, Spec, build
 from attnlab.bench.contenders import Contender, Prepared
-from attnlab.bench.gate import Verdict, check, expectations, gate_case
+from attnlab.bench.gate import (
+    DENSE_BYTES,
+    Verdict,
+    check,
+    expectations,
+    gate_case,
+)
 from attnlab.bench.pace import Pace
 from attnlab.bench.timing import Repeats, Timing, interleave
+
+DIRECTIONS = ("forward", "both")
 
 
 class Group(NamedTuple):
@@ -20,11 +28,13 @@ class Group(NamedTuple):
         spec: the problem.
         contenders: whom it is about.
         beside: dense ones and peers, left out where time is short.
+        directions: what is timed: "forward", "both" (forward and backward together).
     """
 
     spec: Spec
     contenders: tuple[Contender, ...]
     beside: tuple[Contender, ...] = ()
+    directions: tuple[str, ...] = DIRECTIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Pass:
         temporary_bytes: peak beside inputs and outputs, None if unknown.
         useful_flops: operations on visible pairs.
         tanh_count: function evaluations that cannot be avoided; 0 for most scores.
+        beside_tanh_flops: operations on top of them.
     """
 
     timing: Timing
@@ -44,6 +55,7 @@ class Pass:
     temporary_bytes: int | None
     useful_flops: float
     tanh_count: float
+    beside_tanh_flops: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +69,8 @@ class Row:
         reason: why not; empty for "ok".
         density: visible pairs over all.
         error: greatest error over what is allowed; None where nothing was compared.
-        forward: None unless ok.
-        both: forward and backward together; None unless ok.
+        forward: None unless ok and asked for.
+        both: forward and backward together; None unless ok and asked for.
     """
 
     spec: Spec
@@ -77,6 +89,7 @@ def run(
     repeats: Repeats,
     *,
     budget: float | None = None,
+    checked_bytes: int = DENSE_BYTES,
     report: Callable[[str], None] = lambda doing: None,
 ) -> Iterator[list[Row]]:
     """Yields the rows of one group after another, as they are measured.
@@ -86,10 +99,12 @@ def run(
         documents: the text.
         repeats: how often.
         budget: seconds; what would pass it is skipped. None: no limit.
+        checked_bytes: see :func:`attnlab.bench.gate.gate_case`.
         report: called with what is being done.
     """
     pace = Pace(budget, repeats, len(groups))
-    for spec, own, beside in groups:
+    for group in groups:
+        spec, own, beside, _ = group
         start = time.perf_counter()
         contenders, skipped = own + beside, ()
         if not pace.allows():
@@ -100,7 +115,10 @@ def run(
         if contenders:
             report(f"{spec.label}: reference")
             case = build(spec, documents)
-            rows, prepared = prepare_checked(case, contenders, documents, report)
+            checked = gate_case(case, documents, checked_bytes)
+            rows, prepared = prepare_checked(
+                case, checked, contenders, group.directions, report
+            )
             report(f"{spec.label}: timing")
             passes = time_passes(case, prepared, pace.repeats())
             rows = [
@@ -119,14 +137,15 @@ def run(
 
 def prepare_checked(
     case: Case,
+    checked: Case,
     contenders: Sequence[Contender],
-    documents: Sequence[bytes],
+    directions: Sequence[str],
     report: Callable[[str], None],
 ) -> tuple[list[Row], dict[tuple[str, str], Prepared]]:
     """Compiles and checks everybody; those who fail are not among the prepared."""
     rows: list[Row] = []
     prepared: dict[tuple[str, str], Prepared] = {}
-    checked = gate_case(case, documents)
+    backward = "both" in directions
     expected = None
     for contender in contenders:
         name = contender.name
@@ -136,25 +155,30 @@ def prepare_checked(
             rows.append(replace(row, status="refused", reason=refusal))
             continue
         if expected is None:
-            expected = expectations(checked)
+            expected = expectations(checked, backward)
         report(f"{case.spec.label}: {name}")
-        ready: dict[tuple[str, str], Prepared] = {}
         try:
-            ready[name, "forward"] = contender.prepare(case, backward=False)
-            ready[name, "both"] = contender.prepare(case, backward=True)
+            ready = {
+                (name, way): contender.prepare(case, way == "both")
+                for way in directions
+            }
             judged = list(ready.values())
             if checked is not case:
-                judged = [contender.prepare(checked, backward=True)]
+                judged = [contender.prepare(checked, backward)]
             verdict = check(judged, expected)
+            status = "ok" if verdict.passed else "failed"
+        except NotImplementedError as error:
+            ready, status = {}, "refused"
+            verdict = Verdict(False, None, str(error))
         # A contender that breaks is a finding about it; the others still run.
         except Exception as error:
             said = str(error).strip().splitlines() or [""]
+            ready, status = {}, "failed"
             verdict = Verdict(False, None, f"{type(error).__name__}: {said[0]}")
-        status = "ok" if verdict.passed else "failed"
         rows.append(
             replace(row, status=status, reason=verdict.reason, error=verdict.error)
         )
-        if verdict.passed:
+        if status == "ok":
             prepared |= ready
     return rows, prepared
 
@@ -171,6 +195,7 @@ def time_passes(
             prepared[name, direction].temporary_bytes,
             case.useful_flops(direction == "both"),
             case.tanh_count(direction == "both"),
+            case.beside_tanh_flops(direction == "both"),
         )
         for (name, direction), timing in timings.items()
     }

@@ -102,7 +102,7 @@ def test_run_writes_json_and_charts(small_run, capsys):
         assert measured["timing"]["repeats"] == 1
         assert measured["compile_seconds"] > 0
         assert measured["temporary_bytes"] > 0
-        assert measured["of_tanh_peak"] is None
+        assert measured["of_tanh_bound"] is None
         expected = measured["useful_flops"] / measured["timing"]["median"] / 1e9
         assert measured["of_matmul_peak"] == pytest.approx(expected)
     assert "causal · scaled_dot" in capsys.readouterr().out

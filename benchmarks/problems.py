@@ -1,0 +1,96 @@
+"""The table of what ``benchmarks.peers`` compares: a line each, and who is compared."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from attnlab.bench.cases import Spec
+from attnlab.bench.contenders import Contender, Implementation
+from attnlab.bench.peers import PEERS
+from attnlab.bench.yardsticks import YARDSTICKS
+
+#: attnlab's own, in every line; the first that runs is what the others are held to.
+OURS = ("native", "tiled")
+
+
+class Problem(NamedTuple):
+    """One line.
+
+    Attributes:
+        name: for ``--only``.
+        group: of lines that belong together, for ``--only``, too.
+        spec: the problem.
+        direction: "forward", or "both": forward and backward together.
+        others: names of ``PEERS`` and ``YARDSTICKS`` beside our own.
+    """
+
+    name: str
+    group: str
+    spec: Spec
+    direction: str
+    others: tuple[str, ...]
+
+    @property
+    def contenders(self) -> tuple[Contender, ...]:
+        known = {**PEERS, **YARDSTICKS}
+        ours = tuple(Implementation(name) for name in OURS)
+        return ours + tuple(known[name] for name in self.others)
+
+
+def _line(
+    name: str, group: str, others: str, pattern: str, length: int, **more: Any
+) -> Problem:
+    direction = "both" if name.endswith("-both") else "forward"
+    spec = Spec(pattern=pattern, length=length, **more)
+    return Problem(name, group, spec, direction, tuple(others.split()))
+
+
+_BF16 = {"dtype": "bfloat16"}
+_ADDITIVE = {"score": "additive", "heads": 1, "key_heads": 1}
+_LIBRARIES = "torch jax.nn flax.nnx"
+
+# float32, B=1, N=K=8 and H=64 unless said; "-both": forward and backward together.
+PROBLEMS = (
+    _line("dense-2048", "forward", "torch", "full", 2048),
+    _line("dense-8192", "forward", "torch", "full", 8192),
+    _line("causal-8192", "forward", "torch flex", "causal", 8192),
+    _line("window-8192", "forward", "torch flex jax.nn", "window", 8192),
+    _line("window-16384", "forward", "flex", "window", 16384),
+    _line("causal-window-8192", "forward", "flex", "causal_window", 8192),
+    _line("short-128", "forward", "torch jax.nn", "full", 128),
+    # One query that sees all keys of 2 and of 8 heads.
+    *(
+        _line(
+            f"decode-8192-{heads}-key-heads",
+            "decode",
+            "torch read",
+            "full",
+            8192,
+            key_heads=heads,
+            query_length=1,
+        )
+        for heads in (2, 8)
+    ),
+    _line("dense-2048-both", "both", "torch jax.nn", "full", 2048),
+    _line("dense-8192-both", "both", "torch", "full", 8192),
+    _line("causal-8192-both", "both", "torch", "causal", 8192),
+    _line("window-8192-both", "both", "torch jax.nn", "window", 8192),
+    _line("one-key-head-4096-both", "both", "torch", "full", 4096, key_heads=1),
+    _line("bf16-dense-2048", "bf16", "torch flex", "full", 2048, **_BF16),
+    _line("bf16-causal-8192", "bf16", "torch flex", "causal", 8192, **_BF16),
+    _line("bf16-window-8192", "bf16", "torch flex", "window", 8192, **_BF16),
+    _line("bf16-dense-2048-both", "bf16", "torch", "full", 2048, **_BF16),
+    _line("random-8192", "sparse", "flex", "random", 8192),
+    _line("big-bird-8192", "sparse", "flex", "big_bird", 8192),
+    _line("additive-2048", "additive", "naive", "full", 2048, **_ADDITIVE),
+    _line("additive-2048-both", "additive", "naive", "full", 2048, **_ADDITIVE),
+    _line("dense-4096", "libraries", _LIBRARIES, "full", 4096),
+    _line("dense-4096-both", "libraries", _LIBRARIES, "full", 4096),
+    _line("causal-4096", "libraries", _LIBRARIES, "causal", 4096),
+    _line("causal-4096-both", "libraries", _LIBRARIES, "causal", 4096),
+)
+
+
+def small(problem: Problem) -> Problem:
+    """The same at a sixteenth of the length, from 128 on: seconds, for a look."""
+    spec = problem.spec
+    return problem._replace(spec=replace(spec, length=max(spec.length // 16, 128)))
