@@ -348,6 +348,9 @@ class Implementation:
     #: everywhere.
     platforms: ClassVar[tuple[str, ...] | None] = None
 
+    #: Whether a program that is exported (``jax.export``) can hold it.
+    exportable: ClassVar[bool] = True
+
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
         """Every reason why these inputs cannot be taken; empty if they can."""
         return ()
@@ -355,6 +358,11 @@ class Implementation:
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
         """Queries and keys in a block of the plan; arrays may be shapes only."""
         raise NotImplementedError
+
+    def blocks_executed(self, plan: Plan) -> Any:
+        """Blocks of keys that each block of queries computes, ``[Bp, Np, rows]``."""
+        full, partial = plan.rows
+        return full.per_row() + partial.per_row()
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``.

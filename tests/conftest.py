@@ -21,6 +21,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 import attnlab  # noqa: E402, F401
+from attnlab.implementations.native import Native  # noqa: E402
 from attnlab.implementations.tiled import Tiled  # noqa: E402
 from attnlab.ops.dispatch import compute  # noqa: E402
 
@@ -56,7 +57,8 @@ def tile(monkeypatch):
     def force(block_q, block_k, chunk=None):
         forget()
         sizes = (block_q, block_k)
-        monkeypatch.setattr(Tiled, "block_sizes", lambda self, inputs: sizes)
+        for kind in (Tiled, Native):
+            monkeypatch.setattr(kind, "block_sizes", lambda self, inputs: sizes)
         monkeypatch.setattr(prepare, "_ALIVE_BLOCK", max(sizes))
         for name in ("CHUNK", "LONGEST_CHUNK"):
             monkeypatch.setattr(walk, name, block_k if chunk is None else chunk)

@@ -12,9 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from attnlab import Modifier, Score, masks, modifiers, scores
+from attnlab.implementations.native import load
 from attnlab.types import Operand, pytree
+
+#: For tests over implementations: where its library is not there, it is skipped.
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(load.why_not() is not None, reason="not built")
+)
 
 
 class Setting(NamedTuple):

@@ -67,7 +67,7 @@ def test_implementations_do_not_import_each_other():
                 assert target[1] in SHARED, f"{path.name} imports {target[1]}"
 
 
-def test_only_the_verb_and_the_derivatives_import_the_reference():
+def test_only_the_verb_and_the_dispatch_import_the_reference():
     importers = {
         str(path.relative_to(PACKAGE))
         for path in modules()
@@ -76,7 +76,7 @@ def test_only_the_verb_and_the_derivatives_import_the_reference():
     assert importers == {
         "implementations/__init__.py",
         "ops/attention.py",
-        "ops/derivatives.py",
+        "ops/dispatch.py",
     }
 
 

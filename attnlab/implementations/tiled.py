@@ -24,6 +24,7 @@ from attnlab.types import (
     Array,
     AttentionInputs,
     Implementation,
+    Plan,
     PyTree,
     Tile,
     skeleton,
@@ -63,6 +64,12 @@ class Tiled(Implementation):
 
     def _tiles(self, inputs: AttentionInputs) -> Tiles:
         return Tiles(inputs, plan_of(inputs, self.block_sizes(inputs), cols=False))
+
+    def blocks_executed(self, plan: Plan) -> Any:
+        """See :class:`attnlab.types.Implementation`: whole chunks of them."""
+        walk = make_walk(plan)
+        in_full, in_rest = walk.chunks()
+        return in_full * walk.wide + in_rest * walk.chunk
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.types.Implementation`."""

@@ -47,11 +47,18 @@ class RelativeTable(Modifier):
         """See :class:`attnlab.Modifier`."""
         table = operands[0][0, 0].astype(logits.dtype)
         offset = tile.key_positions - tile.query_positions
+        return logits + table[self.bucket(offset, table.shape[-1])]
+
+    def bucket(self, offset: Array, count: int) -> Array:
+        """The place in a table of ``count`` numbers of each offset ``s - t``."""
         if self.bidirectional is None:
-            index = jnp.clip(offset, -self.left, self.right) + self.left
-        else:
-            index = _bucket(offset, table.shape[-1], self.left, self.bidirectional)
-        return logits + table[index]
+            return jnp.clip(offset, -self.left, self.right) + self.left
+        return _bucket(offset, count, self.left, self.bidirectional)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How far offsets differ: (before, after) the query; beyond, all are alike."""
+        return self.left, self.right if self.bidirectional is None else self.left
 
 
 def _bucket(offset: Array, count: int, far: int, bidirectional: bool) -> Array:

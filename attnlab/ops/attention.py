@@ -11,7 +11,7 @@ from attnlab.implementations.reference import attend as reference_attend
 from attnlab.implementations.tiled import Tiled
 from attnlab.implementations.top import top_weights
 from attnlab.masks.planning import plan_of
-from attnlab.ops.derivatives import run
+from attnlab.ops.dispatch import run
 from attnlab.ops.prepare import prepare
 from attnlab.ops.validate import Arguments, Options, check
 from attnlab.types import (

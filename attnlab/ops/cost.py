@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.implementations.walk import make_walk
 from attnlab.masks.base import And, Mask, Not, Or, PerHead
 from attnlab.masks.data import predicate
 from attnlab.masks.liveness import scan_partial
 from attnlab.masks.planning import normalise_tree, plan_of
 from attnlab.ops.attention import run_attention
-from attnlab.ops.dispatch import choose, default_platform
+from attnlab.ops.choice import choose, default_platform
 from attnlab.ops.explain import canonical, describe
 from attnlab.ops.prepare import numbering_of, positions_of
 from attnlab.ops.validate import Arguments, Options
@@ -131,14 +130,8 @@ def cost(
     plan, pairs = _count(known, shapes, blocks, exact)
     full, partial = (_total(x.per_row(), sizes) for x in plan.rows)
     nq, nk = -(-sizes.T // plan.block_q), -(-sizes.S // plan.block_k)
-    if chosen.name == "tiled":
-        walk = make_walk(plan)
-        in_full, in_rest = walk.chunks()
-        moved_blocks = _total(in_full * walk.wide + in_rest * walk.chunk, sizes)
-        executed = moved_blocks * plan.block_k * plan.block_q
-    else:
-        executed = sizes.B * sizes.N * sizes.T * sizes.S
-        moved_blocks = sizes.B * sizes.N * nq * nk
+    moved_blocks = _total(chosen.blocks_executed(plan), sizes)
+    executed = moved_blocks * plan.block_k * plan.block_q
     if not exact:
         pairs = min(executed, sizes.B * sizes.N * sizes.T * sizes.S)
     forward, backward = _flops_per_pair(args, inputs)

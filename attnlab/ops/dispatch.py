@@ -1,4 +1,4 @@
-"""Which implementation runs.
+"""One pass as one primitive, and the derivatives around all implementations.
 
 While a program is traced, a forward or a backward pass is one primitive. What it does
 is decided when the program is lowered, because only then its platform is known; and
@@ -12,82 +12,30 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.extend.backend
 import jax.extend.core
+import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab.implementations import IMPLEMENTATIONS
-from attnlab.types import Array, AttentionInputs, Implementation
-
-#: What the automatic choice may take, in order; the last takes everything, everywhere.
-#: ``jax_nn`` holds ``[T, S]`` and ``reference`` too: they run only when asked for.
-AUTOMATIC = ("tiled",)
-
-
-def default_platform() -> str:
-    """The default backend, as lowering names it: "cuda" or "rocm", never "gpu"."""
-    name = jax.default_backend()
-    backends = jax.extend.backend.backends().items()
-    return next(key for key, backend in backends if backend.platform == name)
-
-
-def _reasons(
-    implementation: Implementation, inputs: AttentionInputs, platform: str | None
-) -> tuple[str, ...]:
-    only = implementation.platforms
-    where = ()
-    if only is not None and platform is not None and platform not in only:
-        where = (f"it runs on {' and '.join(only)}, not on {platform}",)
-    return (*where, *implementation.unsupported(inputs))
-
-
-def choose(
-    inputs: AttentionInputs, name: str | None, platform: str | None
-) -> tuple[Implementation, dict[str, tuple[str, ...]]]:
-    """The implementation to run, and why each other one was passed over.
-
-    Args:
-        inputs: the canonical record; arrays may be shapes only.
-        name: the implementation asked for; None: the automatic choice.
-        platform: as lowering names it; None: not known yet, which excludes nobody.
-
-    Raises:
-        ValueError: if there is no implementation of that name.
-        NotImplementedError: if the one asked for cannot take the inputs; it names
-            every reason.
-    """
-    if name is not None and name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected one of {', '.join(IMPLEMENTATIONS)} or None, "
-            f"got {name!r}"
-        )
-    reasons = {n: _reasons(i, inputs, platform) for n, i in IMPLEMENTATIONS.items()}
-    if name is not None and reasons[name]:
-        raise NotImplementedError(
-            f"implementation={name!r} cannot take these inputs: "
-            + "; ".join(reasons[name])
-        )
-    chosen = name
-    if chosen is None:
-        chosen = next(n for n in AUTOMATIC if not reasons[n])
-    passed = {}
-    for other in IMPLEMENTATIONS:
-        if other == chosen:
-            continue
-        if name is not None:
-            why = (f"{name!r} was asked for",)
-        elif other in AUTOMATIC:
-            why = (f"{chosen!r} comes first",)
-        else:
-            why = ("it holds [T, S] in memory; it runs only when asked for",)
-        passed[other] = reasons[other] or why
-    return IMPLEMENTATIONS[chosen], passed
+from attnlab.implementations.reference import attend as reference_attend
+from attnlab.ops.choice import choose
+from attnlab.types import (
+    Array,
+    AttentionInputs,
+    PyTree,
+    pytree,
+    static,
+    vary_like,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class _Asked:
     """What the caller settled: static, and the same for both passes.
 
     Attributes:
@@ -101,7 +49,7 @@ class Asked:
     x64: bool
 
     @classmethod
-    def now(cls, implementation: str | None) -> "Asked":
+    def now(cls, implementation: str | None) -> "_Asked":
         """With the settings of JAX that hold now."""
         config: Any = jax.config
         return cls(
@@ -151,12 +99,13 @@ def compute(*leaves: Array, name: str, wanted: Any, structure: Any) -> Sequence[
 
 
 def _lower(
-    ctx: Any, *values: Any, asked: Asked, wanted: Any, structure: Any
+    ctx: Any, *values: Any, asked: _Asked, wanted: Any, structure: Any
 ) -> Sequence[Any]:
     inputs: Any = jax.tree.unflatten(structure, ctx.avals_in)[0]
+    exported = ctx.module_context.lowering_parameters.for_export
     passes = {}
     for platform in ctx.platforms or ctx.module_context.platforms:
-        chosen, _ = choose(inputs, asked.implementation, platform)
+        chosen, _ = choose(inputs, asked.implementation, platform, exported)
         passes[platform] = functools.partial(
             compute, name=chosen.name, wanted=wanted, structure=structure
         )
@@ -188,15 +137,203 @@ def _run_alone(*leaves: Array, **static: Any) -> list[Array]:
         return _bind(*leaves, **static)
 
 
-def one_pass(
-    asked: Asked, wanted: tuple[bool, ...] | None, *arguments: Any
+def _pass(
+    asked: _Asked, wanted: tuple[bool, ...] | None, *arguments: Any
 ) -> list[Array]:
-    """What one pass returns, by whichever implementation it will be.
-
-    Args:
-        asked: what the caller settled.
-        wanted: None: the forward pass; else which leaves of the inputs need a gradient.
-        *arguments: inputs; and output, lse, d_output and d_lse for a backward pass.
-    """
     leaves, structure = jax.tree.flatten(arguments)
     return attention_p.bind(*leaves, asked=asked, wanted=wanted, structure=structure)
+
+
+@pytree
+class _Wanted:
+    """Which leaves of the inputs need a gradient: structure, not data."""
+
+    flags: tuple[bool, ...] = static()
+
+
+def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
+    """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``, differentiable.
+
+    Args:
+        inputs: the canonical record.
+        name: the implementation asked for; None: the automatic choice.
+
+    Raises:
+        ValueError: if there is no implementation of that name.
+        NotImplementedError: if the one asked for cannot take the inputs. On a platform
+            on which it does not run, lowering raises it.
+    """
+    if name is not None:
+        implementation, _ = choose(inputs, name, None)
+        if implementation.differentiable:
+            return implementation.forward(inputs)
+    # Inside shard_map every input must vary alike: then JAX, not we, sums gradients.
+    inputs = jax.tree.map(lambda x: vary_like(x, inputs), inputs)
+    asked = _Asked.now(name)
+
+    @jax.custom_vjp
+    def attend(inputs: AttentionInputs) -> tuple[Array, Array]:
+        return _forward(asked, inputs)
+
+    def forward(inputs: Any) -> tuple[tuple[Array, Array], PyTree]:
+        wanted = _Wanted(tuple(x.perturbed for x in jax.tree.leaves(inputs)))
+        inputs = jax.tree.map(lambda x: x.value, inputs)
+        output, lse = attend(inputs)
+        output = checkpoint_name(output, "attnlab_output")
+        lse = checkpoint_name(lse, "attnlab_lse")
+        return (output, lse), (wanted, inputs, output, lse)
+
+    def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
+        wanted, inputs, output, lse = saved
+        d_output, d_lse = cotangents
+        if isinstance(d_output, SymbolicZero):
+            d_output = jnp.zeros_like(output)
+        if isinstance(d_lse, SymbolicZero):
+            d_lse = None
+        found = _backward(asked, wanted.flags, inputs, output, lse, d_output, d_lse)
+        gradients = iter(found)
+        leaves = [next(gradients) if on else None for on in wanted.flags]
+        return (jax.tree.unflatten(jax.tree.structure(inputs), leaves),)
+
+    attend.defvjp(forward, backward, symbolic_zeros=True)
+    return attend(inputs)
+
+
+def _forward(asked: _Asked, inputs: AttentionInputs) -> tuple[Array, Array]:
+    """The forward pass; a mapped axis folds into the batch."""
+
+    @custom_vmap
+    def call(inputs: AttentionInputs) -> tuple[Array, Array]:
+        output, lse = _pass(asked, None, inputs)
+        return output, lse
+
+    @call.def_vmap
+    def fold(axis_size: int, batched: Any, inputs: Any) -> tuple:
+        batch = _batch_size(inputs, batched[0])
+        inputs = _fold_inputs(axis_size, batch, batched[0], inputs)
+        result = _forward(asked, inputs)
+        result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), result)
+        return result, (True, True)
+
+    return call(inputs)
+
+
+def _backward(
+    asked: _Asked,
+    flags: tuple[bool, ...],
+    inputs: AttentionInputs,
+    output: Array,
+    lse: Array,
+    d_output: Array,
+    d_lse: Array | None,
+) -> list[Array]:
+    """Gradients of the wanted leaves; differentiable itself, by the reference."""
+
+    @jax.custom_vjp
+    def call(*arguments: Any) -> list:
+        return mapped(*arguments)
+
+    @custom_vmap
+    def mapped(*arguments: Any) -> list:
+        return _pass(asked, flags, *arguments)
+
+    @mapped.def_vmap
+    def fold(axis_size: int, batched: Any, inputs: Any, *arrays: Any) -> tuple:
+        batch = _batch_size(inputs, batched[0])
+        before = [x for x, on in zip(jax.tree.leaves(inputs), flags, strict=True) if on]
+        marks = [
+            x for x, on in zip(jax.tree.leaves(batched[0]), flags, strict=True) if on
+        ]
+        inputs = _fold_inputs(axis_size, batch, batched[0], inputs, flags)
+        spread = [
+            _fold(axis_size, batch, mark, x, True)
+            for mark, x in zip(batched[1:], arrays, strict=True)
+        ]
+        found = _backward(asked, flags, inputs, *spread)
+        result = []
+        for folded, leaf, mark in zip(found, before, marks, strict=True):
+            own = leaf.shape[1 if mark else 0]
+            gradient = folded.reshape(axis_size, batch, *folded.shape[1:])
+            result.append(gradient.sum(1, keepdims=True) if own < batch else gradient)
+        return result, [True] * len(result)
+
+    def forward(*arguments: Any) -> tuple[list, Any]:
+        return call(*arguments), arguments
+
+    def backward(saved: Any, cotangents: Any) -> tuple:
+        inputs, _, _, *d_results = saved
+        given = [d for d in d_results if d is not None]
+        leaves, structure = jax.tree.flatten(inputs)
+        floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+
+        def with_floats(values: Sequence[Array]) -> AttentionInputs:
+            merged = iter(values)
+            merged = [
+                next(merged) if on else x for x, on in zip(leaves, floats, strict=True)
+            ]
+            return jax.tree.unflatten(structure, merged)
+
+        def gradients(values: list[Array], d_results: list[Array]) -> list[Array]:
+            def results(values: list[Array]) -> list[Array]:
+                output, lse, _ = reference_attend(with_floats(values))
+                return [output, lse][: len(given)]
+
+            _, pull = jax.vjp(results, values)
+            (found,) = pull(d_results)
+            chosen = [
+                on for on, is_float in zip(flags, floats, strict=True) if is_float
+            ]
+            return [g for g, on in zip(found, chosen, strict=True) if on]
+
+        values = [x for x, on in zip(leaves, floats, strict=True) if on]
+        _, pull = jax.vjp(gradients, values, given)
+        d_values, d_given = (iter(found) for found in pull(cotangents))
+        d_inputs = [next(d_values) if on else None for on in floats]
+        d_results = [None if d is None else next(d_given) for d in d_results]
+        return (jax.tree.unflatten(structure, d_inputs), None, None, *d_results)
+
+    call.defvjp(forward, backward)
+    return call(inputs, output, lse, d_output, d_lse)
+
+
+def _batch_size(inputs: AttentionInputs, batched: AttentionInputs) -> int:
+    return inputs.query.shape[1 if batched.query else 0]
+
+
+def _fold(
+    axis_size: int, batch: int, batched: Any, tree: Any, spread: bool = False
+) -> Any:
+    """Folds a mapped leading axis into the batch axis behind it.
+
+    Arrays that are not mapped stay shared where their batch axis is 1, unless
+    ``spread`` says that they must have one entry for each folded example.
+    """
+
+    def one(mark: bool, x: Array) -> Array:
+        if not mark and x.shape[0] == 1 and not spread:
+            return x
+        if not mark:
+            x = jnp.broadcast_to(x, (axis_size, *x.shape))
+        if x.shape[1] != batch:
+            x = jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:]))
+        return x.reshape(axis_size * batch, *x.shape[2:])
+
+    return jax.tree.map(one, batched, tree)
+
+
+def _fold_inputs(
+    axis_size: int,
+    batch: int,
+    batched: AttentionInputs,
+    inputs: AttentionInputs,
+    flags: tuple[bool, ...] | None = None,
+) -> AttentionInputs:
+    """``_fold`` for the record: arrays with a gradient, q, k and v are spread out."""
+    marks, structure = jax.tree.flatten(batched)
+    leaves = jax.tree.leaves(inputs)
+    flags = (False,) * len(leaves) if flags is None else flags
+    folded = [
+        _fold(axis_size, batch, mark, leaf, on or place < 3)
+        for place, (mark, leaf, on) in enumerate(zip(marks, leaves, flags, strict=True))
+    ]
+    return jax.tree.unflatten(structure, folded)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Unpack
 import jax
 
 from attnlab.implementations import IMPLEMENTATIONS
-from attnlab.ops.dispatch import choose, default_platform
+from attnlab.ops.choice import choose, default_platform
 from attnlab.ops.prepare import prepare
 from attnlab.ops.validate import Arguments, Options, check
 from attnlab.types import AttentionInputs
@@ -100,10 +100,12 @@ def explain(
         >>> import jax, jax.numpy as jnp
         >>> from attnlab import explain, masks
         >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
-        >>> print(explain(x, x, x, mask=masks.sliding_window(256, 256), platform="cpu"))
+        >>> mask = masks.sliding_window(256, 256)
+        >>> print(explain(x, x, x, mask=mask, platform="cuda"))  # doctest: +ELLIPSIS
         B=1, T=4096, S=4096, N=8, K=8, P=64, D=64; float32; score ScaledDot; mask
         sliding_window(256, 256)
-        on cpu: tiled, blocks of 256 queries x 128 keys
+        on cuda: tiled, blocks of 256 queries x 128 keys
+          not native: it runs on cpu, not on cuda...
           not jax_nn: it holds [T, S] in memory; it runs only when asked for
           not reference: it holds [T, S] in memory; it runs only when asked for
     """

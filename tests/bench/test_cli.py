@@ -52,7 +52,7 @@ REFERENCE = Group(SMALL, (Implementation("reference"),))
         ),
         (["--patterns", "full,foo"], "--patterns: expected names from full, causal"),
         (["--scores", "foo"], "--scores: expected names from scaled_dot"),
-        (["--implementations", ""], "--implementations: expected names from tiled"),
+        (["--implementations", ""], "--implementations: expected names from native"),
         (["--dtypes", "int8"], "float32, bfloat16, float16, separated by commas, got"),
         (["--heads", "6", "--key-heads", "4"], "--key-heads: expected a divisor of"),
         (["--text", "missing-folder"], "which is no folder"),

@@ -165,10 +165,11 @@ def test_types_are_promoted_by_the_function_given():
 
 @pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGH])
 def test_precision_reaches_the_products(precision):
+    attend = nn.attention_fn(implementation="tiled")
     q = jnp.ones((T, N, 4))
 
     def program(**options):
-        return jax.jit(lambda q: ATTEND(q, q, q, **options)).lower(q).as_text()
+        return jax.jit(lambda q: attend(q, q, q, **options)).lower(q).as_text()
 
     with jax.default_matmul_precision("default"):
         name = "HIGHEST" if precision == "highest" else "HIGH"

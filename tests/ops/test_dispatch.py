@@ -54,10 +54,11 @@ def sevens(monkeypatch):
     """The first of the automatic choice, on the platforms that it names."""
     made = Sevens()
     everyone = {"sevens": made, **IMPLEMENTATIONS}
-    dispatch = sys.modules["attnlab.ops.dispatch"]
-    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", everyone)
-    monkeypatch.setattr(dispatch, "AUTOMATIC", ("sevens", "tiled"))
-    monkeypatch.setattr(sys.modules["attnlab.ops.explain"], "IMPLEMENTATIONS", everyone)
+    for room in ("choice", "dispatch", "explain"):
+        module = sys.modules[f"attnlab.ops.{room}"]
+        monkeypatch.setattr(module, "IMPLEMENTATIONS", everyone)
+    choice = sys.modules["attnlab.ops.choice"]
+    monkeypatch.setattr(choice, "AUTOMATIC", ("sevens", "tiled"))
     forget()
     yield made
     forget()
@@ -176,7 +177,7 @@ def test_elsewhere_nothing_of_the_cpu_remains(platform):
 def test_equal_calls_are_traced_once(tiled_passes):
     def layers(x):
         for _ in range(3):
-            x = x + self_attention(x)
+            x = x + self_attention(x, implementation="tiled")
         return x.sum()
 
     jax.jit(layers).lower(X)

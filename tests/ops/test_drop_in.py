@@ -371,7 +371,7 @@ ERRORS = {
     "implementation": (
         call(implementation="flash"),
         ValueError,
-        "implementation: expected one of tiled, .* got 'flash'",
+        "implementation: expected one of native, tiled, .* got 'flash'",
     ),
     "refusal": (
         call(implementation="jax_nn", return_residual=True),

@@ -177,7 +177,8 @@ CASES = {
     "implementation": (
         call(implementation="flash"),
         ValueError,
-        "implementation: expected one of tiled, jax_nn, reference or None, got 'flash'",
+        "implementation: expected one of native, tiled, jax_nn, reference or None, "
+        "got 'flash'",
     ),
     "refusal": (
         call(

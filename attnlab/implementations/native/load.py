@@ -1,9 +1,11 @@
 """Loads the native library and registers its handlers with XLA, once, when asked."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +51,24 @@ def load() -> Native:
     """
     with _LOCK:
         return _load()
+
+
+@contextlib.contextmanager
+def instructions(isa: str) -> Iterator[None]:
+    """Within it, every call in this process runs on that instruction set.
+
+    Raises:
+        ValueError: if this processor or this build does not have it.
+    """
+    path = load().path
+    if path is None or isa not in load().isas:
+        raise ValueError(f"isa: expected one of {load().isas}, got {isa!r}")
+    use = ctypes.CDLL(str(path)).attnlab_use
+    use(isa.encode())
+    try:
+        yield
+    finally:
+        use(b"")
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 // The library's face: XLA's handlers, and what load.py asks. Compiled for the baseline.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "isa.h"
 #include "kernel.h"
@@ -13,25 +15,61 @@ namespace ffi = xla::ffi;
 namespace attnlab {
 namespace {
 
-// A stub, until there is a kernel: output = query.
-ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer query,
-                   ffi::Result<ffi::AnyBuffer> output) {
-  const Kernel* kernel = chosen().isa.kernel;
+// What attnlab_use asked for, or null.
+std::atomic<const Kernel*> used{nullptr};
+
+Array array_of(void* data, ffi::DataType type, ffi::AnyBuffer::Dimensions dims) {
+  Array array;
+  array.data = data;
+  array.rank = static_cast<int>(dims.size());
+  std::copy(dims.begin(), dims.end(), array.dims);
+  switch (type) {
+    case ffi::F32: array.type = Type::f32; break;
+    case ffi::BF16: array.type = Type::bf16; break;
+    case ffi::F16: array.type = Type::f16; break;
+    case ffi::S32: array.type = Type::i32; break;
+    case ffi::U32: array.type = Type::u32; break;
+    default: array.type = Type::boolean;
+  }
+  return array;
+}
+
+void share(void* pool, int64_t count, void (*body)(void*, int64_t), void* context) {
+  parallel_for(*static_cast<ffi::ThreadPool*>(pool), count,
+               [=](int64_t unit, int64_t) { body(context, unit); });
+}
+
+ffi::Error run(void (*Kernel::*pass)(const Call&), ffi::ThreadPool& pool,
+               ffi::RemainingArgs& args, ffi::RemainingRets& rets,
+               ffi::Span<const int64_t> program, double keep_scale) {
+  const Kernel* kernel = used.load();
+  if (kernel == nullptr) kernel = chosen().isa.kernel;
   if (kernel == nullptr) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition, chosen().refusal);
   }
-  if (query.size_bytes() != output->size_bytes()) {
-    return ffi::Error::InvalidArgument("query and output differ in size");
+  std::vector<Array> arguments, results;
+  for (size_t i = 0; i < args.size(); ++i) {
+    const auto x = args.get<ffi::AnyBuffer>(i).value();
+    arguments.push_back(array_of(x.untyped_data(), x.element_type(), x.dimensions()));
   }
-  const auto* from = static_cast<const uint8_t*>(query.untyped_data());
-  auto* to = static_cast<uint8_t*>(output->untyped_data());
-  const int64_t size = static_cast<int64_t>(query.size_bytes());
-  constexpr int64_t kUnit = 4096;
-  parallel_for(pool, (size + kUnit - 1) / kUnit, [&](int64_t unit, int64_t) {
-    const int64_t start = unit * kUnit;
-    kernel->copy(from + start, to + start, std::min(kUnit, size - start));
-  });
+  for (size_t i = 0; i < rets.size(); ++i) {
+    auto x = rets.get<ffi::AnyBuffer>(i).value();
+    results.push_back(array_of(x->untyped_data(), x->element_type(), x->dimensions()));
+  }
+  (kernel->*pass)({arguments.data(), results.data(), program.begin(), keep_scale,
+                   {&pool, share}});
   return ffi::Error::Success();
+}
+
+ffi::Error forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   ffi::Span<const int64_t> program, double keep_scale) {
+  return run(&Kernel::forward, pool, args, rets, program, keep_scale);
+}
+
+ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
+                    ffi::RemainingRets rets, ffi::Span<const int64_t> program,
+                    double keep_scale) {
+  return run(&Kernel::backward, pool, args, rets, program, keep_scale);
 }
 
 }  // namespace
@@ -39,19 +77,18 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer query,
 
 #define ATTNLAB_EXPORT extern "C" __attribute__((visibility("default")))
 
-ATTNLAB_EXPORT XLA_FFI_Error* AttnlabForward(XLA_FFI_CallFrame*);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(AttnlabForward, attnlab::forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+#define ATTNLAB_HANDLER(name, function)                                  \
+  ATTNLAB_EXPORT XLA_FFI_Error* name(XLA_FFI_CallFrame*);                \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,                          \
+                                ffi::Ffi::Bind()                         \
+                                    .Ctx<ffi::ThreadPool>()              \
+                                    .RemainingArgs()                     \
+                                    .RemainingRets()                     \
+                                    .Attr<ffi::Span<const int64_t>>("program") \
+                                    .Attr<double>("keep_scale"))
 
-ATTNLAB_EXPORT XLA_FFI_Error* AttnlabBackward(XLA_FFI_CallFrame*);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(AttnlabBackward, attnlab::forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+ATTNLAB_HANDLER(AttnlabForward, attnlab::forward);
+ATTNLAB_HANDLER(AttnlabBackward, attnlab::backward);
 
 // The instruction set that runs, or "" where the one asked for cannot.
 ATTNLAB_EXPORT const char* attnlab_isa() { return attnlab::chosen().isa.name; }
@@ -59,6 +96,13 @@ ATTNLAB_EXPORT const char* attnlab_isa() { return attnlab::chosen().isa.name; }
 // Those that were built and that this processor has, comma-separated, the lowest first.
 ATTNLAB_EXPORT const char* attnlab_isas() {
   return attnlab::chosen().runnable.c_str();
+}
+
+// Another one from now on, in this process; "" undoes it. 0 if it cannot run.
+ATTNLAB_EXPORT int attnlab_use(const char* isa) {
+  const attnlab::Kernel* kernel = attnlab::kernel_of(isa);
+  attnlab::used.store(kernel);
+  return kernel != nullptr || *isa == 0;
 }
 
 // Why attnlab_isa() is "".

@@ -85,6 +85,16 @@ inline const isa_internal::Choice& chosen() {
   return choice;
 }
 
+// The kernel of an instruction set by name; null if it was not built or cannot run.
+inline const Kernel* kernel_of(const std::string& wanted) {
+  const Kernel* found = nullptr;
+#define ATTNLAB_FIND(isa)                                                  \
+  if (wanted == #isa && isa_internal::processor_has(#isa)) found = &isa::kernel;
+  ATTNLAB_ISAS(ATTNLAB_FIND)
+#undef ATTNLAB_FIND
+  return found;
+}
+
 }  // namespace attnlab
 
 #endif  // ATTNLAB_ISA_H_

@@ -1,18 +1,119 @@
-// Compiled once for each instruction set; see kernel.h.
+// Attention, forward and backward, on one instruction set.
+//
+// Query rows lie in the lanes of vectors: a panel is kLanes queries of one head, scores
+// and outputs are kept transposed, [key][lane] and [unit][lane]. Every product then is
+// "broadcast a scalar, multiply a vector, add": nothing is reduced across lanes and no
+// operand needs packing in an order of its own. The five products of attention and
+// those of a perceptron are one function, `outer`.
+//
+// Keys come in tiles of at most kKeys, cut out of the intervals of the plan. In tiles
+// that are not full the mask is a small program (see `Mask`) that yields, for each key,
+// one bit a lane; keys that no lane sees are left out.
 
+#include "backward.h"
+#include "decode.h"
+#include "forward.h"
 #include "kernel.h"
+
+#ifndef ATTNLAB_ISA
+#error "ATTNLAB_ISA names the instruction set"
+#endif
 
 namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
-void copy(const uint8_t* from, uint8_t* to, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) to[i] = from[i];
+// Units of work that keep every core busy to the end, and blocks of queries in one.
+constexpr int64_t kUnits = 64, kMostRows = 8;
+
+template <class F>
+void parallel(const Call& call, int64_t count, F&& f) {
+  call.parallel.run(
+      call.parallel.pool, count,
+      [](void* context, int64_t unit) { (*static_cast<F*>(context))(unit); }, &f);
+}
+
+template <class T>
+void run_decode(const Problem& c) {
+  parallel(c.call, c.B * c.slices, [&](int64_t unit) {
+    decode_keys<T>(c, unit / c.slices, unit % c.slices);
+  });
+  for (int64_t b = 0; b < c.B; ++b) merge_slices(c, b);
+}
+
+template <class E>
+void run_forward(const Problem& c) {
+  if (c.slices > 0) {
+    const Type type = c.arg(1).type;
+    return type == Type::f32    ? run_decode<float>(c)
+           : type == Type::bf16 ? run_decode<Half>(c)
+                                : run_decode<Float16>(c);
+  }
+  // A head after the other, so that its keys stay packed; of a head a few blocks of
+  // queries at once, the last ones first: under a causal mask they take longest.
+  const int64_t heads = c.B * c.N;
+  const int64_t few = most(least(heads * c.rows / kUnits, kMostRows), 1);
+  const int64_t parts = (c.rows + few - 1) / few;
+  parallel(c.call, heads * parts, [&](int64_t unit) {
+    const int64_t head = unit / parts, part = parts - 1 - unit % parts;
+    for (int64_t r = part * few; r < least((part + 1) * few, c.rows); ++r)
+      forward_rows<E>(c, head / c.N, head % c.N, r);
+  });
+}
+
+template <class E>
+void run_backward(const Problem& c) {
+  parallel(c.call, c.B * c.rows + c.num_modifiers, [&](int64_t unit) {
+    if (unit < c.B * c.rows) return row_products(c, unit / c.rows, unit % c.rows);
+    const Modifier& m = c.modifiers[unit - c.B * c.rows];
+    if (m.gradient < 0) return;
+    const Array& a = c.ret(m.gradient);
+    int64_t size = 4;
+    for (int i = 0; i < a.rank; ++i) size *= a.dims[i];
+    memset(a.data, 0, size);
+  });
+  const int64_t heads = c.B * c.K;
+  parallel(c.call, heads * c.slices, [&](int64_t unit) {
+    const int64_t head = unit % heads;
+    backward_keys<E>(c, head / c.K, head % c.K, unit / heads);
+  });
+  if (c.wanted & kWantQuery)
+    parallel(c.call, c.B * c.N * c.rows, [&](int64_t unit) {
+      const int64_t r = unit / (c.B * c.N), rest = unit % (c.B * c.N);
+      finish_queries<E>(c, rest / c.N, rest % c.N, r);
+    });
+}
+
+bool pairs(const Problem& c) {
+#if defined(__AVX512BF16__)
+  bool narrow = c.narrow_products && c.score == kInner;
+  for (int i = 0; i < 3; ++i) narrow = narrow && c.arg(i).type == Type::bf16;
+  return narrow;
+#else
+  (void)c;
+  return false;
+#endif
+}
+
+struct ModifierStorage {
+  alignas(Modifier) char bytes[kMaxModifiers * sizeof(Modifier)];
+};
+
+void forward(const Call& call) {
+  ModifierStorage storage;
+  Problem c(call, (Modifier*)storage.bytes);
+  pairs(c) ? run_forward<Pair>(c) : run_forward<float>(c);
+}
+
+void backward(const Call& call) {
+  ModifierStorage storage;
+  Problem c(call, (Modifier*)storage.bytes);
+  pairs(c) ? run_backward<Pair>(c) : run_backward<float>(c);
 }
 
 }  // namespace
 
-extern const Kernel kernel = {copy};
+extern const Kernel kernel = {forward, backward};
 
 }  // namespace ATTNLAB_ISA
 }  // namespace attnlab

@@ -15,9 +15,34 @@
 
 namespace attnlab {
 
+enum class Type : int { f32, bf16, f16, i32, u32, boolean };
+
+struct Array {
+  void* data;
+  Type type;
+  int rank;
+  int64_t dims[8];
+};
+
+// Runs body(context, unit) for each unit of [0, count), on several threads.
+struct Parallel {
+  void* pool;
+  void (*run)(void* pool, int64_t count, void (*body)(void*, int64_t), void* context);
+};
+
+// One pass. The order of arguments and results, and the numbers of the program, are
+// those of `Problem` (problem.h) and of program.py.
+struct Call {
+  const Array* args;
+  const Array* rets;
+  const int64_t* program;
+  double keep_scale;  // 1 / (1 - dropout rate)
+  Parallel parallel;
+};
+
 struct Kernel {
-  // A stub, until there is a kernel: copies bytes.
-  void (*copy)(const uint8_t* from, uint8_t* to, int64_t size);
+  void (*forward)(const Call&);
+  void (*backward)(const Call&);
 };
 
 // ATTNLAB_ISAS(X), from build.py, is X(isa) for each instruction set, the lowest first.

@@ -1,0 +1,291 @@
+"""What no grid of values shows: threads, devices, run to run, rounding to 16 bits."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from attnlab import attention, masks, modifiers, scores
+from attnlab.implementations.native import load
+from attnlab.masks.structural import Window
+from attnlab.types import pytree, static
+from tests import grid
+
+pytestmark = pytest.mark.skipif("load.why_not()", reason="the library is not there")
+
+
+def arrays(t=200, s=200, n=4, k=2, h=16, d=12, b=2, dtype=jnp.float32):
+    shapes = ((b, t, n, h), (b, s, k, h), (b, s, k, d), (b, t, n, d))
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(r, x, dtype) for r, x in zip(keys, shapes, strict=True)]
+
+
+def both_ways(q, k, v, above, implementation="native", **options):
+    def run(q, k, v):
+        return attention(q, k, v, implementation=implementation, **options)
+
+    output, pull = jax.vjp(run, q, k, v)
+    return output, *pull(above)
+
+
+MASK = masks.big_bird(window=20, anchors=3, random_blocks=2, rng=0, block_size=16)
+
+
+def test_many_threads_at_once():
+    x = arrays()
+    call = jax.jit(lambda *x: both_ways(*x, mask=MASK))
+    wanted = [call(*(a * i for a in x)) for i in range(1, 4)]
+    with ThreadPoolExecutor(6) as pool:
+        found = pool.map(lambda i: call(*(a * (i % 3 + 1) for a in x)), range(24))
+        for i, results in enumerate(found):
+            jax.tree.map(np.testing.assert_array_equal, results, wanted[i % 3])
+
+
+def test_several_devices():
+    x = arrays(b=4)
+    wanted = both_ways(*x, mask=MASK)
+    mesh = Mesh(np.array(jax.devices()[:4]), "x")
+    spec = PartitionSpec("x")
+
+    def call(*x):
+        return both_ways(*x, mask=MASK)
+
+    sharded = jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec)
+    for found in (
+        jax.jit(sharded)(*x),
+        jax.tree.map(lambda a: a[:, 0], jax.pmap(call)(*(a[:, None] for a in x))),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+PROGRAM = """
+import os, sys
+cores = sorted(os.sched_getaffinity(0))
+os.sched_setaffinity(0, cores[: int(sys.argv[1])])
+import hashlib, jax, numpy as np
+from tests.native.kernel import test_running as here
+digest = hashlib.sha256()
+for case in here.CASES:
+    for _ in range(3):
+        for x in here.results(case):
+            digest.update(np.asarray(x).tobytes())
+print(jax.devices()[0].client.platform, digest.hexdigest())
+"""
+
+CASES = {
+    "slices": ((700, 1500, 1, 1), {}),
+    "grouped": ((300, 300, 4, 2), {"mask": MASK}),
+    "decoding": ((1, 3000, 4, 2), {"query_offset": 2990, "mask": masks.causal()}),
+    "learned": ((300, 1200, 2, 1), {"modifiers": "alibi", "score": "additive"}),
+}
+
+
+def results(name):
+    (t, s, n, k), options = CASES[name]
+    options = dict(options)
+    slopes = jnp.linspace(0.1, 0.5, n)
+    score = scores.scaled_dot()
+    if options.pop("score", None):
+        score = scores.additive.init(jax.random.key(1), 16, hidden_size=8, num_heads=n)
+        score = type(score)(
+            score.query_weight, score.key_weight[:1], score.bias, score.weight
+        )
+    learned = options.pop("modifiers", None) is not None
+    q, key, v, above = arrays(t, s, n, k, b=1)
+
+    def run(q, key, v, score, slopes):
+        own = [modifiers.alibi(slopes)] if learned else []
+        return attention(
+            q, key, v, score=score, modifiers=own, implementation="native", **options
+        )
+
+    output, pull = jax.vjp(run, q, key, v, score, slopes)
+    return [output, *jax.tree.leaves(pull(above))]
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="slow under a sanitizer")
+def test_results_do_not_depend_on_the_run_or_on_the_threads():
+    def digest(threads):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(threads)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"XLA_FLAGS": ""},
+        )
+        return done.stdout
+
+    assert digest(1) == digest(len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (1, 3000), (3, 700), (33, 65)])
+@pytest.mark.parametrize("mask", [None, MASK, masks.sliding_window(30, 5)], ids=str)
+def test_16_bit_products_stay_within_their_rounding(shape, mask):
+    if mask is MASK and max(shape) > 1024:
+        pytest.skip("more positions than the mask was drawn for")
+    x = arrays(*shape, dtype=jnp.bfloat16)
+    with jax.default_matmul_precision("default"):
+        found = both_ways(*x, mask=mask)
+    wide = [a.astype(jnp.float32) for a in x]
+    exact = both_ways(*wide, mask=mask, implementation="reference")
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        error = jnp.abs(a.astype(jnp.float32) - b)
+        # Weights and their gradients are rounded to 8 bits, results once more.
+        assert error.max() <= 3 * 2.0**-8 * jnp.abs(b).max()
+
+
+def test_precision_decides_whether_products_are_rounded():
+    if load.load().isa != "avx512bf16":
+        pytest.skip("this processor multiplies floats only")
+    x = arrays(dtype=jnp.bfloat16)
+    wide = [a.astype(jnp.float32) for a in x]
+    exact = both_ways(*wide, implementation="reference")[0].astype(jnp.bfloat16)
+    with jax.default_matmul_precision("default"):
+        rough = both_ways(*x)[0]
+        fine = both_ways(*x, precision="highest")[0]
+    differs = [float((a != exact).mean()) for a in (rough, fine)]
+    assert differs[1] < 0.02 < differs[0]
+
+
+@pytest.mark.parametrize(
+    "activation", [jax.nn.relu, jnp.tanh, jax.nn.sigmoid, jax.nn.silu, jax.nn.gelu]
+)
+@pytest.mark.parametrize("hidden_sizes", [(11,), (11, 17, 3)])
+def test_activations_of_a_perceptron(activation, hidden_sizes):
+    score = scores.mlp.init(
+        jax.random.key(2),
+        16,
+        hidden_sizes=hidden_sizes,
+        num_heads=4,
+        num_key_heads=2,
+        activation=activation,
+    )
+    *x, above = arrays(70, 50)
+
+    def gradients(implementation, dtype):
+        data = grid.cast(jax.tree.map(np.asarray, [*x, score]), dtype)
+
+        def run(q, k, v, score):
+            return attention(
+                q, k, v, score=score, mask=masks.causal(), implementation=implementation
+            )
+
+        with jax.enable_x64(dtype is np.float64):
+            output, pull = jax.vjp(run, *data)
+            found = [output, *jax.tree.leaves(pull(np.asarray(above).astype(dtype)))]
+        return [np.asarray(a, np.float64) for a in found]
+
+    found = gradients("native", np.float32)
+    like = gradients("reference", np.float32)
+    for a, b, exact in zip(
+        found, like, gradients("reference", np.float64), strict=True
+    ):
+        error, usual = (np.abs(z - exact).max() for z in (a, b))
+        assert error <= 2 * usual + 16 * np.finfo(np.float32).eps * np.abs(exact).max()
+
+
+def test_an_empty_batch_and_no_keys():
+    for shape in (dict(b=0), dict(t=0), dict(s=0)):
+        q, k, v, _ = arrays(**shape)
+        output = attention(q, k, v, implementation="native")
+        assert output.shape == (*q.shape[:3], v.shape[-1])
+        assert not output.any()
+
+
+def test_a_rule_of_the_users_own_reaches_it_as_bits():
+    def rule(t, s, shift):
+        return (t * 3 + s + shift) % 5 < 2
+
+    shift = jnp.arange(2 * 200).reshape(2, 1, 200, 1) % 7
+    mask = masks.predicate(rule, shift) & masks.sliding_window(70, 3)
+    x = arrays()
+    found = both_ways(*x, mask=mask)
+    wanted = both_ways(*x, mask=mask, implementation="reference")
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytree
+class Mine(Window):
+    """A class of the user's, which the kernel cannot know, with bounds."""
+
+
+@pytest.mark.parametrize("mask", [Mine(100, None), ~Mine(100, None)], ids=str)
+def test_a_class_of_the_users_own_with_bounds(mask):
+    x = arrays(700, 1000, b=1, n=1, k=1)
+    found = both_ways(*x, mask=mask)
+    for a, b in zip(
+        found, both_ways(*x, mask=mask, implementation="tiled"), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_one_mask_of_per_head_serves_all():
+    x = arrays()
+    found = both_ways(*x, mask=masks.per_head([masks.causal()]))
+    wanted = both_ways(*x, mask=masks.causal())
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytree
+class Widening(scores.Score):
+    """Projects to another type than the value has."""
+
+    dtype: object = static(default=jnp.float32)
+
+    def project_query(self, query):
+        return query.astype(self.dtype)
+
+    project_key = project_query
+
+
+@pytest.mark.parametrize("t", [2, 40])
+@pytest.mark.parametrize(
+    "types", [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)]
+)
+def test_projections_of_another_type(t, types):
+    x = arrays(t, 300, dtype=types[0])
+    score = Widening(types[1])
+    with jax.default_matmul_precision("default"):
+        found = both_ways(*x, score=score)
+    wanted = both_ways(*x, score=score, implementation="reference")
+    for a, b in zip(found, wanted, strict=True):
+        error = jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max()
+        assert error <= 3 * 2.0**-8 * jnp.abs(b).max()
+
+
+def test_more_than_its_arrays_hold_is_refused():
+    q, k, v, _ = arrays()
+    many = [modifiers.soft_cap(4.0)] * 17
+    deep = scores.mlp.init(jax.random.key(0), 16, hidden_sizes=(4,) * 12)
+    for options in ({"modifiers": many}, {"score": deep}):
+        with pytest.raises(NotImplementedError, match="at most 16|does not know"):
+            attention(q, k, v, implementation="native", **options)
+        assert attention(q, k, v, **options).shape == (*q.shape[:3], v.shape[-1])
+
+
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.sigmoid, jnp.tanh])
+def test_a_perceptron_shows_a_nan(activation):
+    q, k, v, _ = arrays()
+    score = scores.mlp.init(
+        jax.random.key(0), 16, hidden_sizes=(8,), activation=activation
+    )
+    outputs = [
+        attention(q.at[0, 5].set(jnp.nan), k, v, score=score, implementation=name)
+        for name in ("native", "reference")
+    ]
+    np.testing.assert_array_equal(*(jnp.isnan(x) for x in outputs))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 40])
+def test_nothing_to_compare(t):
+    q, k, v, _ = arrays(t, 30, h=0, d=0)
+    assert attention(q, k, v, score=scores.dot(), implementation="native").size == 0
