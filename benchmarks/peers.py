@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from attnlab.bench.files import write_atomically
 from attnlab.bench.machine import (
     Peaks,
     machine_line,
@@ -26,7 +27,7 @@ from attnlab.bench.machine import (
 )
 from attnlab.bench.report import as_record
 from attnlab.bench.runner import Group, Row, run
-from attnlab.bench.text import load_documents, write_atomically
+from attnlab.bench.text import load_documents
 from attnlab.bench.timing import Repeats
 from benchmarks.common import caption, parser, write
 from benchmarks.overheads import OVERHEADS
@@ -301,7 +302,7 @@ def main() -> None:
     console = Console(width=None if Console().is_terminal else 140)
     documents = load_documents() if missing else []
     least = given.repeats
-    repeats = Repeats(2, 2) if given.quick else Repeats(least, 40 * least, 3.0)
+    repeats = Repeats(2, 2) if given.quick else Repeats(least, 2 * least, 3.0, 0.25)
 
     def line(name: str, report: Callable[[str], None]) -> Record:
         if name in OVERHEADS:

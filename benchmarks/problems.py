@@ -57,18 +57,24 @@ PROBLEMS = (
     _line("window-16384", "forward", "flex", "window", 16384),
     _line("causal-window-8192", "forward", "flex", "causal_window", 8192),
     _line("short-128", "forward", "torch jax.nn", "full", 128),
-    # One query that sees all keys of 2 and of 8 heads.
+    # One query that sees all keys: of 2 and of 8 heads, and of 8 heads more than caches
+    # hold.
     *(
         _line(
-            f"decode-8192-{heads}-key-heads",
+            name,
             "decode",
             "torch read",
             "full",
             8192,
+            batch=batch,
             key_heads=heads,
             query_length=1,
         )
-        for heads in (2, 8)
+        for name, batch, heads in (
+            ("decode-2-key-heads", 1, 2),
+            ("decode-8-key-heads", 1, 8),
+            ("decode-8-key-heads-batch-4", 4, 8),
+        )
     ),
     _line("dense-2048-both", "both", "torch jax.nn", "full", 2048),
     _line("dense-8192-both", "both", "torch", "full", 8192),
@@ -83,6 +89,17 @@ PROBLEMS = (
     _line("big-bird-8192", "sparse", "flex", "big_bird", 8192),
     _line("additive-2048", "additive", "naive", "full", 2048, **_ADDITIVE),
     _line("additive-2048-both", "additive", "naive", "full", 2048, **_ADDITIVE),
+    # A step of a recurrent decoder: one query each of 64 sentences.
+    _line(
+        "additive-step-both",
+        "additive",
+        "naive",
+        "full",
+        48,
+        batch=64,
+        query_length=1,
+        **_ADDITIVE,
+    ),
     _line("dense-4096", "libraries", _LIBRARIES, "full", 4096),
     _line("dense-4096-both", "libraries", _LIBRARIES, "full", 4096),
     _line("causal-4096", "libraries", _LIBRARIES, "causal", 4096),

@@ -243,7 +243,7 @@ def main() -> None:
         if not wrong:
             steps[name] = step
     least = 2 if given.quick else given.repeats
-    timings = interleave(steps, Repeats(least, 10 * least, 10.0), warm=True)
+    timings = interleave(steps, Repeats(least, 10 * least, 10.0, 0.5), warm=True)
     for row in rows:
         if row["contender"] in timings:
             row["timing"] = timings[row["contender"]]._asdict()

@@ -33,11 +33,15 @@ class Repeats(NamedTuple):
         least: rounds in any case.
         most: rounds at most.
         seconds: between the two, as many rounds as fit.
+        settle: seconds that a call has to itself, in every round, before it is timed
+            for as long again. Without it a call pays for its neighbour: threads that
+            still spin, gigabytes still being given back.
     """
 
     least: int = 3
     most: int = 15
     seconds: float = 5.0
+    settle: float = 0.0
 
 
 def summarise(samples: list[float]) -> Timing:
@@ -53,15 +57,31 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def _turn(call: Callable[[], Any], settle: float) -> list[float]:
+    """Seconds of calls one after another; of one where ``settle`` is shorter."""
+    seconds = timed(call)
+    if seconds >= 2 * settle:
+        return [seconds]
+    end = time.perf_counter() + settle
+    while time.perf_counter() < end:
+        timed(call)
+    end = time.perf_counter() + settle
+    samples = [timed(call)]
+    while time.perf_counter() < end:
+        samples.append(timed(call))
+    return samples
+
+
 def interleave(
     calls: Mapping[_K, Callable[[], Any]],
     repeats: Repeats,
     *,
     warm: bool = False,
 ) -> dict[_K, Timing]:
-    """Times calls in rounds, each once a round, so that all see the same machine.
+    """Times calls in rounds, each in its turn, so that all see the same machine.
 
-    The order is turned by one in each round: nobody always follows the same neighbour.
+    Every other round is that before it in reverse, and the order is turned by one every
+    two rounds: nobody always follows the same neighbour.
 
     Args:
         calls: by name.
@@ -75,12 +95,14 @@ def interleave(
             timed(call)
     rounds, done = repeats.least, 0
     while done < rounds:
-        turn = done % max(len(names), 1)
-        for name in names[turn:] + names[:turn]:
-            samples[name].append(timed(calls[name]))
+        start = time.perf_counter()
+        turn = done // 2 % max(len(names), 1)
+        order = names[turn:] + names[:turn]
+        for name in order[:: -1 if done % 2 else 1]:
+            samples[name] += _turn(calls[name], repeats.settle)
         done += 1
         if done == 1:
-            spent = sum(s[0] for s in samples.values())
+            spent = time.perf_counter() - start
             fitting = int(repeats.seconds / max(spent, 1e-9))
             rounds = min(max(fitting, repeats.least), repeats.most)
     return {name: summarise(s) for name, s in samples.items()}

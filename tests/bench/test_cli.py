@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from attnlab.bench import cli, machine, selection
+from attnlab.bench import cli, machine, selection, timing
 from attnlab.bench.contenders import Implementation
 from attnlab.bench.machine import Peaks
 from attnlab.bench.report import document, notes, table
@@ -160,10 +160,41 @@ def test_interleaving_turns_the_order():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     timings = interleave(calls, Repeats(3, 3), warm=True)
-    assert "".join(order) == "abcbcacab"
+    assert "".join(order) == "abccbabca"
     assert [t.repeats for t in timings.values()] == [3, 3, 3]
 
 
 def test_quantiles():
-    timing = summarise([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
-    assert timing == pytest.approx((3.5, 2.0, 5.0, 6))
+    found = summarise([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert found == pytest.approx((3.5, 2.0, 5.0, 6))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for what is added to it."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_a_call_that_settles_is_timed_behind_itself(clock):
+    order = []
+
+    def call(name, seconds):
+        order.append(name)
+        clock[0] += seconds * (3 if order[-2:-1] != [name] else 1)
+
+    calls = {"a": lambda: call("a", 2.0), "b": lambda: call("b", 4.0)}
+    found = interleave(calls, Repeats(2, 2, settle=8.0), warm=True)
+    # The first call, those that settle, and those that count: 1 + 4 + 4, 1 + 2 + 2.
+    assert "".join(order) == "a" * 9 + "b" * 10 + "a" * 9
+    assert found["a"] == summarise([2.0] * 8)
+    assert found["b"] == summarise([4.0] * 4)
+
+
+def test_a_call_longer_than_it_settles_runs_once(clock):
+    def call():
+        clock[0] += 3.0
+
+    found = interleave({"a": call}, Repeats(2, 2, settle=1.0), warm=True)
+    assert found["a"] == summarise([3.0] * 2)

@@ -29,6 +29,8 @@ from attnlab.implementations.native.program import (
 )
 from attnlab.masks.base import Mask, visible_pairs
 from attnlab.masks.planning import plan_of
+from attnlab.scores.pairwise import Mlp
+from attnlab.scores.projected import ProjectedKeys
 from attnlab.types import (
     Array,
     AttentionInputs,
@@ -44,10 +46,10 @@ _BLOCK_K = 64
 #: Queries in a block: the most that leave this many units of work, or the fewest.
 _BLOCKS_Q = (128, 64, 32)
 _UNITS = 16
-#: Keys in a slice of the backward pass, at least, and slices at most.
+#: Keys in a slice, at least, and slices of a backward pass at most.
 _SLICE, _MOST_SLICES = 512, 8
-#: Queries that are too few to fill vectors: the keys are read as they lie, in slices.
-_FEW_QUERIES, _MOST_DECODING_SLICES = 4, 64
+#: Queries that are too few to fill vectors: keys are read as they lie, in slices.
+_FEW_QUERIES, _MOST_FORWARD_SLICES = 4, 64
 #: Keys for which a mask that the kernel does not know is evaluated at once.
 _BITS_BLOCK = 512
 #: Precisions that let 16-bit inputs be multiplied as such, weights rounded to 16 bits.
@@ -116,7 +118,8 @@ class Native(Implementation):
         call = _Call(inputs, plan)
         output = jax.ShapeDtypeStruct((s.B, s.T, s.N, s.D), jnp.float32)
         lse = jax.ShapeDtypeStruct((s.B, s.T, s.N), jnp.float32)
-        slices = _decoding_slices(inputs)
+        few = _few_queries(inputs)
+        slices = min(-(-s.S // _SLICE), _MOST_FORWARD_SLICES) if few else 0
         parts = jax.ShapeDtypeStruct((slices, s.B, s.T, s.N, s.D + 2), jnp.float32)
         output, lse, _ = call.run(load.FORWARD, (output, lse, parts), slices=slices)
         return output, lse
@@ -134,7 +137,8 @@ class Native(Implementation):
         s = inputs.sizes
         want = jax.tree.unflatten(jax.tree.structure(inputs), list(wanted))
         plan = plan_of(inputs, self.block_sizes(inputs), cols=False)
-        slices = max(min(-(-s.S // _SLICE), -(-_UNITS // (s.B * s.K)), _MOST_SLICES), 1)
+        apart = s.B if _few_queries(inputs) else s.B * s.K
+        slices = max(min(-(-s.S // _SLICE), -(-_UNITS // apart), _MOST_SLICES), 1)
         rows = -(-s.T // plan.block_q)
         kept = math.ceil(plan.block_q / 32) * 32 * math.ceil(s.P / 8) * 8
 
@@ -290,6 +294,7 @@ class _Call:
         program = [
             *code,
             _narrow_products(inputs),
+            _few_queries(inputs),
             below,
             plan.block_q,
             plan.block_k,
@@ -378,13 +383,14 @@ class _Call:
         return words.reshape(batch, heads, count, s.S)
 
 
-def _decoding_slices(inputs: AttentionInputs) -> int:
-    """Slices of the keys where few queries read many, else 0."""
-    s = inputs.sizes
+def _few_queries(inputs: AttentionInputs) -> bool:
+    """Whether queries are so few that vectors lie along the keys instead."""
+    score = (
+        inputs.score.score if isinstance(inputs.score, ProjectedKeys) else inputs.score
+    )
+    deep = isinstance(score, Mlp) and len(score.hidden) > 0
     alike = inputs.key.dtype == inputs.value.dtype
-    if s.T > _FEW_QUERIES or not alike or score_code(inputs.score) != (0, 0):
-        return 0
-    return min(-(-s.S // _SLICE), _MOST_DECODING_SLICES)
+    return inputs.sizes.T <= _FEW_QUERIES and alike and not deep
 
 
 def _narrow_products(inputs: AttentionInputs) -> bool:

@@ -82,6 +82,7 @@ CASES = {
     "slices": ((700, 1500, 1, 1), {}),
     "grouped": ((300, 300, 4, 2), {"mask": MASK}),
     "decoding": ((1, 3000, 4, 2), {"query_offset": 2990, "mask": masks.causal()}),
+    "few": ((3, 1300, 2, 1), {"modifiers": "alibi", "score": "additive"}),
     "learned": ((300, 1200, 2, 1), {"modifiers": "alibi", "score": "additive"}),
 }
 
@@ -189,6 +190,51 @@ def test_activations_of_a_perceptron(activation, hidden_sizes):
     ):
         error, usual = (np.abs(z - exact).max() for z in (a, b))
         assert error <= 2 * usual + 16 * np.finfo(np.float32).eps * np.abs(exact).max()
+
+
+OPTIONS = {
+    "all": {},
+    "causal": {"mask": masks.causal(), "query_offset": 140},
+    "modified": {
+        "mask": masks.sliding_window(90, 3),
+        "query_offset": 133,
+        "modifiers": [modifiers.soft_cap(3.0), modifiers.alibi(4)],
+    },
+    "dropped": {"dropout_rate": 0.3, "dropout_rng": jax.random.key(5)},
+    "padded": {"mask": masks.lengths(key=np.array([149, 0]))},
+}
+
+
+@pytest.mark.parametrize("t", [1, 4])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("score", ["product", "additive", "perceptron", "deep"])
+def test_few_queries(t, options, score):
+    sizes = {"num_heads": 4, "num_key_heads": 2}
+    made = {
+        "product": lambda r: scores.bilinear.init(r, 17, num_heads=4),
+        "additive": lambda r: scores.additive.init(r, 17, hidden_size=19, **sizes),
+        "perceptron": lambda r: scores.mlp.init(
+            r, 17, hidden_sizes=(7,), activation=jax.nn.silu, **sizes
+        ),
+        "deep": lambda r: scores.mlp.init(r, 17, hidden_sizes=(7, 5), **sizes),
+    }[score](jax.random.key(4))
+    *x, above = arrays(t, 149, h=17, d=13)
+
+    def run(implementation):
+        def call(q, k, v, score):
+            return attention(
+                q, k, v, score=score, implementation=implementation, **OPTIONS[options]
+            )
+
+        output, pull = jax.vjp(call, *x, made)
+        return [output, *jax.tree.leaves(pull(above))]
+
+    wanted = run("reference")
+    for isa in load.load().isas:
+        with load.instructions(isa):
+            found = run("native")
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6 * max(1, np.abs(b).max()))
 
 
 def test_an_empty_batch_and_no_keys():

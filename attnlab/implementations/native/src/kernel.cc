@@ -11,7 +11,7 @@
 // one bit a lane; keys that no lane sees are left out.
 
 #include "backward.h"
-#include "decode.h"
+#include "few.h"
 #include "forward.h"
 #include "kernel.h"
 
@@ -33,21 +33,35 @@ void parallel(const Call& call, int64_t count, F&& f) {
       [](void* context, int64_t unit) { (*static_cast<F*>(context))(unit); }, &f);
 }
 
-template <class T>
-void run_decode(const Problem& c) {
+// One pass over each slice of the keys of each example.
+template <int kComparison>
+void each_slice(const Problem& c, bool forward) {
+  const Type type = c.arg(1).type;
   parallel(c.call, c.B * c.slices, [&](int64_t unit) {
-    decode_keys<T>(c, unit / c.slices, unit % c.slices);
+    const int64_t b = unit / c.slices, slice = unit % c.slices;
+    const auto pass = [&](auto element) {
+      typedef decltype(element) T;
+      forward ? few_forward<kComparison, T>(c, b, slice)
+              : few_backward<kComparison, T>(c, b, slice);
+    };
+    type == Type::f32 ? pass(0.0f) : type == Type::bf16 ? pass(Half{}) : pass(Float16{});
   });
-  for (int64_t b = 0; b < c.B; ++b) merge_slices(c, b);
+}
+
+void run_few(const Problem& c, bool forward) {
+  if (c.score == kInner)
+    each_slice<kProduct>(c, forward);
+  else if (c.score == kAdditive)
+    each_slice<kTanhSum>(c, forward);
+  else
+    each_slice<kPerceptron>(c, forward);
 }
 
 template <class E>
 void run_forward(const Problem& c) {
-  if (c.slices > 0) {
-    const Type type = c.arg(1).type;
-    return type == Type::f32    ? run_decode<float>(c)
-           : type == Type::bf16 ? run_decode<Half>(c)
-                                : run_decode<Float16>(c);
+  if (c.few) {
+    run_few(c, true);
+    return parallel(c.call, c.B, [&](int64_t b) { merge_slices(c, b); });
   }
   // A head after the other, so that its keys stay packed; of a head a few blocks of
   // queries at once, the last ones first: under a causal mask they take longest.
@@ -73,10 +87,13 @@ void run_backward(const Problem& c) {
     memset(a.data, 0, size);
   });
   const int64_t heads = c.B * c.K;
-  parallel(c.call, heads * c.slices, [&](int64_t unit) {
-    const int64_t head = unit % heads;
-    backward_keys<E>(c, head / c.K, head % c.K, unit / heads);
-  });
+  if (c.few)
+    run_few(c, false);
+  else
+    parallel(c.call, heads * c.slices, [&](int64_t unit) {
+      const int64_t head = unit % heads;
+      backward_keys<E>(c, head / c.K, head % c.K, unit / heads);
+    });
   if (c.wanted & kWantQuery)
     parallel(c.call, c.B * c.N * c.rows, [&](int64_t unit) {
       const int64_t r = unit / (c.B * c.N), rest = unit % (c.B * c.N);

@@ -200,6 +200,7 @@ struct Dropout {
     x ^= x >> 16;
     return (vi)(x >> 8 >= below);
   }
+  bool keeps(int64_t k, int lane) const { return kept(k, lane / kWidth)[lane % kWidth]; }
 };
 
 }  // namespace

@@ -190,7 +190,7 @@ struct Problem {
   int64_t id;  // another one for each call
   int64_t B, T, S, N, K, P, D, group;
   int score, activation;
-  bool narrow_products;
+  bool narrow_products, few;
   int64_t drop_below;  // of 24 bits; -1: no dropout
   int64_t block_q, block_k, slices, wanted;
   int64_t rows;   // blocks of queries
@@ -211,12 +211,12 @@ struct Problem {
     group = N / K;
     const int64_t* p = c.program;
     score = (int)p[0], activation = (int)p[1];
-    narrow_products = p[2] != 0;
-    drop_below = p[3], block_q = p[4], block_k = p[5], slices = p[6], wanted = p[7];
-    num_params = p[8], first_param = p[9], first_param_gradient = p[10];
-    words = p[11], d_lse = p[12];
-    num_modifiers = (int)p[13];
-    p += 14;
+    narrow_products = p[2] != 0, few = p[3] != 0;
+    drop_below = p[4], block_q = p[5], block_k = p[6], slices = p[7], wanted = p[8];
+    num_params = p[9], first_param = p[10], first_param_gradient = p[11];
+    words = p[12], d_lse = p[13];
+    num_modifiers = (int)p[14];
+    p += 15;
     for (int i = 0; i < num_modifiers; ++i, p += 5) {
       // Trivially copyable; `storage` is raw.
       Modifier m = {(ModifierKind)p[0], Operand(c.args[p[1]]), p[2], p[3], p[4]};

@@ -1,0 +1,439 @@
+// Few queries, forward and backward
+//
+// There are too few queries to fill vectors: these lie along the elements of keys and
+// values, those of weights along the keys of a tile. Reading the keys is most of the
+// work, so they are read as they lie: some slots at a time, all heads of a slot after
+// another. A unit of work is a slice of the keys of one example, with all heads; slices
+// are merged in their order.
+
+#ifndef ATTNLAB_FEW_H_
+#define ATTNLAB_FEW_H_
+
+#include "backward.h"
+
+namespace attnlab {
+namespace ATTNLAB_ISA {
+namespace {
+
+// How keys are compared: by inner product, or `weight . act(query + key)`.
+enum Comparison { kProduct, kTanhSum, kPerceptron };
+
+// The first elements of a vector, zeros beyond.
+template <class T>
+__attribute__((noinline)) void first_elements(const T* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < kWidth; ++i) out[i] = i < count ? number(x[i]) : 0.0f;
+}
+// Elements [i, i + kWidth) of `size`, zeros beyond.
+template <class T>
+INLINE vf elements(const T* x, int64_t i, int64_t size) {
+  if (i + kWidth <= size) return wide(x + i);
+  float part[kWidth];
+  first_elements(x + i, size - i, part);
+  return load<vf>(part);
+}
+
+template <int kStep>
+INLINE void fold(vf* v) {
+  constexpr std::make_integer_sequence<int, kWidth> lanes{};
+  for (int i = 0; i < kStep; ++i)
+    v[i] = halves<kStep>(v[i], v[i + kStep], false, lanes) +
+           halves<kStep>(v[i], v[i + kStep], true, lanes);
+}
+// The sum of the lanes of vector i becomes lane i.
+INLINE vf sums_of(vf* v) {
+  if (kWidth > 8) fold<(kWidth > 8 ? 8 : 1)>(v);
+  if (kWidth > 4) fold<(kWidth > 4 ? 4 : 1)>(v);
+  fold<2>(v);
+  fold<1>(v);
+  return v[0];
+}
+
+// out[0 : kWidth]: one query, [up(size, kWidth)], beside each of kWidth keys.
+template <int kComparison, class T>
+INLINE void compare(const Problem& c, const float* query, const float* weight,
+                    const T* const* keys, int64_t size, float* out) {
+  const int kind = c.activation;
+  vf sums[kWidth];
+  for (int i = 0; i < kWidth; ++i) sums[i] = (vf){};
+  for (int64_t p = 0; p < size; p += kWidth) {
+    const vf q = load<vf>(query + p);
+    const vf w = kComparison == kProduct ? q : load<vf>(weight + p);
+    for (int i = 0; i < kWidth; ++i) {
+      const vf k = elements(keys[i], p, size);
+      if (kComparison == kProduct)
+        sums[i] += q * k;
+      else if (kComparison == kTanhSum)
+        sums[i] += w * tanh_(q + k);
+      else
+        sums[i] += w * activate(kind, q + k);
+    }
+  }
+  store(out, sums_of(sums));
+}
+
+// Of one example: all queries, what they are compared with, and what they see of a tile
+// of keys. Rows are those of head n and query t: n * T + t.
+struct Few {
+  const Problem& c;
+  const int64_t b, rows, p_wide, d_wide;
+  Panel* panels;                 // [N]
+  float *q, *weight;             // [rows][p_wide], [N][p_wide]
+  float *z, *tile;               // [rows][kKeys]; [kKeys][kLanes] for modifiers
+  uint32_t (*words)[kKeys];      // [N], one bit a query
+  int64_t s0 = 0, count = 0;
+  int64_t first = 0, end = 0;    // keys of the tile that some head sees
+  Buffer<float>&values, &before;
+
+  Few(const Problem& c, Work<float>& w, int64_t b)
+      : c(c),
+        b(b),
+        rows(c.N * c.T),
+        p_wide(up(c.P, kWidth)),
+        d_wide(up(c.D, kWidth)),
+        values(w.values),
+        before(w.before) {
+    static thread_local Buffer<Panel> panel_room;
+    static thread_local Buffer<uint32_t[kKeys]> word_room;
+    panels = panel_room.get(c.N);
+    words = word_room.get(c.N);
+    q = w.q.get(rows * p_wide);
+    weight = w.network.get(c.N * p_wide);
+    z = w.probs.get(rows * kKeys);
+    tile = w.tile.get(kKeys * kLanes);
+    gather(c.arg(0), c.P, p_wide, 1.0f, q);
+    for (int64_t n = 0; n < c.N; ++n) {
+      panels[n] = Panel(c, b, n, 0, c.T);
+      if (c.score == kInner) continue;
+      Operand own(c.arg(c.first_param + c.num_params - 1));
+      memset(weight + n * p_wide, 0, p_wide * 4);
+      load_floats(own.array, own.at(b, n), c.P, weight + n * p_wide);
+    }
+  }
+
+  // All queries' rows of an array [B, T, N, size], zeros behind them.
+  void gather(const Array& x, int64_t size, int64_t width, float scale, float* out) const {
+    for (int64_t n = 0; n < c.N; ++n)
+      for (int64_t t = 0; t < c.T; ++t) {
+        float* row = out + (n * c.T + t) * width;
+        load_floats(x, c.query_at(b, t, n, size), size, row);
+        memset(row + size, 0, (width - size) * 4);
+        for (int64_t i = 0; i < size; ++i) row[i] *= scale;
+      }
+  }
+
+  // What heads see of keys [s, s + n).
+  void look(int64_t s, int64_t n) {
+    s0 = s, count = n;
+    first = count, end = 0;
+    for (int64_t head = 0; head < c.N; ++head) {
+      uint32_t* seen = words[head];
+      memset(seen, 0, sizeof words[head]);
+      bool some = false, full = false;
+      each_interval(c, b, head, 0, [&](int64_t from, int64_t to, bool is_full) {
+        some |= from < s0 + count && to > s0;
+        full |= is_full && from <= s0 && to >= s0 + count;
+      });
+      int64_t low = 0, high = some ? count : 0;
+      if (full)
+        for (int64_t k = 0; k < count; ++k) seen[k] = ~0u;
+      else if (some)
+        Mask(c, panels[head], s0, count).range(seen, &low, &high);
+      if (low < high) first = least(first, low), end = most(end, high);
+    }
+    first = first / kWidth * kWidth;
+  }
+
+  // Keys [at, at + kWidth) of the tile; the last one again beyond its end.
+  template <class T>
+  void slots(const T* x, int64_t at, int64_t kh, int64_t size, const T** out) const {
+    for (int64_t i = 0; i < kWidth; ++i)
+      out[i] = x + c.key_at(b, s0 + least(at + i, count - 1), kh, size);
+  }
+
+  // Logits of keys [first, end) before the modifiers.
+  template <int kComparison, class T>
+  void logits() {
+    const T* keys = (const T*)c.arg(1).data;
+    const T* at[kWidth];
+    for (int64_t k = first; k < end; k += kWidth)
+      for (int64_t kh = 0; kh < c.K; ++kh) {
+        slots(keys, k, kh, c.P, at);
+        for (int64_t n = kh * c.group; n < (kh + 1) * c.group; ++n)
+          for (int64_t row = n * c.T; row < (n + 1) * c.T; ++row)
+            compare<kComparison>(c, q + row * p_wide, weight + n * p_wide, at, c.P,
+                                 z + row * kKeys + k);
+      }
+  }
+
+  // A head's rows [t][key] -> [key][lane], and back.
+  void to_tile(const float* from) const {
+    memset(tile, 0, kKeys * kLanes * 4);
+    for (int64_t t = 0; t < c.T; ++t)
+      for (int64_t k = first; k < end; ++k) tile[k * kLanes + t] = from[t * kKeys + k];
+  }
+  void from_tile(float* to) const {
+    for (int64_t t = 0; t < c.T; ++t)
+      for (int64_t k = first; k < end; ++k) to[t * kKeys + k] = tile[k * kLanes + t];
+  }
+  Modifying modifying(int64_t n) const {
+    return {c, panels[n], c.key_positions.as<int32_t>(b, 0, 0, s0), s0, values, before};
+  }
+  void modify(int64_t n, bool keep) const {
+    if (c.num_modifiers == 0) return;
+    to_tile(z + n * c.T * kKeys);
+    modifying(n).apply(first, end, tile, keep);
+    from_tile(z + n * c.T * kKeys);
+  }
+
+  // x where query t of head n sees keys [k, k + kWidth), `hidden` elsewhere.
+  INLINE vf shown(int64_t n, int64_t t, int64_t k, vf x, vf hidden) const {
+    const vu bit = load<vu>(words[n] + k) >> (uint32_t)t & 1u;
+    return bit != 0 ? x : hidden;
+  }
+};
+
+// A slice's part of one query: [D] sums, the maximum, the total.
+INLINE float* part_of(const Problem& c, int64_t slice, int64_t b, int64_t t, int64_t n) {
+  return (float*)c.ret(2).data + (((slice * c.B + b) * c.T + t) * c.N + n) * (c.D + 2);
+}
+
+// out[0 : width] += sum over keys of weights[key] * values[key]
+template <class T>
+INLINE void add_values(float* out, int64_t size, const float* weights,
+                       const T* const* values) {
+  for (int64_t d = 0; d < size; d += kWidth) {
+    vf sums = load<vf>(out + d);
+    for (int i = 0; i < kWidth; ++i) sums += weights[i] * elements(values[i], d, size);
+    store(out + d, sums);
+  }
+}
+
+INLINE void few_slice(const Problem& c, int64_t slice, int64_t* s0, int64_t* s1) {
+  const int64_t each = up((c.S + c.slices - 1) / c.slices, kKeys);
+  *s0 = least(slice * each, c.S), *s1 = least(*s0 + each, c.S);
+}
+
+template <int kComparison, class T>
+void few_forward(const Problem& c, int64_t b, int64_t slice) {
+  Work<float>& w = work<float>();
+  Few few(c, w, b);
+  float* o = w.out.get(few.rows * few.d_wide);
+  float* sums = w.kept.get(2 * few.rows);
+  float *tops = sums, *totals = sums + few.rows;
+  memset(o, 0, few.rows * few.d_wide * 4);
+  for (int64_t row = 0; row < few.rows; ++row) tops[row] = kLowest, totals[row] = 0;
+  const T* values = (const T*)c.arg(2).data;
+  const T* at[kWidth];
+  int64_t slice0, slice1;
+  few_slice(c, slice, &slice0, &slice1);
+  for (int64_t s0 = slice0; s0 < slice1; s0 += kKeys) {
+    few.look(s0, least(kKeys, slice1 - s0));
+    if (few.first >= few.end) continue;
+    few.logits<kComparison, T>();
+    for (int64_t n = 0; n < c.N; ++n) {
+      few.modify(n, false);
+      for (int64_t t = 0; t < c.T; ++t) {
+        const int64_t row = n * c.T + t;
+        float* z = few.z + row * kKeys;
+        vf tall = splat(tops[row]);
+        for (int64_t k = few.first; k < few.end; k += kWidth) {
+          vf x = few.shown(n, t, k, load<vf>(z + k), splat(-INFINITY));
+          store(z + k, x);
+          tall = greater(x, tall);
+        }
+        float top = tall[0];
+        for (int i = 1; i < kWidth; ++i) top = tall[i] > top ? tall[i] : top;
+        if (top > tops[row]) {
+          const float shrink = exp2_(splat((tops[row] - top) * kLog2e))[0];
+          totals[row] *= shrink;
+          for (int64_t d = 0; d < few.d_wide; d += kWidth)
+            store(o + row * few.d_wide + d, load<vf>(o + row * few.d_wide + d) * shrink);
+          tops[row] = top;
+        }
+        vf total = {};
+        for (int64_t k = few.first; k < few.end; k += kWidth) {
+          vf p = exp2_((load<vf>(z + k) - top) * kLog2e);
+          total += p;
+          store(z + k, p);
+        }
+        totals[row] += sum(total);
+        if (c.drop_below >= 0) {
+          Dropout drop(c, few.panels[n], s0);
+          for (int64_t k = few.first; k < least(few.end, few.count); ++k)
+            if (!drop.keeps(k, (int)t)) z[k] = 0;
+        }
+      }
+    }
+    for (int64_t k = few.first; k < few.end; k += kWidth)
+      for (int64_t kh = 0; kh < c.K; ++kh) {
+        few.slots(values, k, kh, c.D, at);
+        for (int64_t row = kh * c.group * c.T; row < (kh + 1) * c.group * c.T; ++row)
+          add_values(o + row * few.d_wide, c.D, few.z + row * kKeys + k, at);
+      }
+  }
+  for (int64_t n = 0; n < c.N; ++n)
+    for (int64_t t = 0; t < c.T; ++t) {
+      const int64_t row = n * c.T + t;
+      float* part = part_of(c, slice, b, t, n);
+      memcpy(part, o + row * few.d_wide, c.D * 4);
+      part[c.D] = tops[row], part[c.D + 1] = totals[row];
+    }
+}
+
+void merge_slices(const Problem& c, int64_t b) {
+  for (int64_t t = 0; t < c.T; ++t)
+    for (int64_t n = 0; n < c.N; ++n) {
+      float top = kLowest, total = 0;
+      for (int64_t i = 0; i < c.slices; ++i) {
+        const float* part = part_of(c, i, b, t, n);
+        if (part[c.D + 1] > 0 && part[c.D] > top) top = part[c.D];
+      }
+      float* out = (float*)c.ret(0).data + c.query_at(b, t, n, c.D);
+      memset(out, 0, c.D * 4);
+      for (int64_t i = 0; i < c.slices; ++i) {
+        const float* part = part_of(c, i, b, t, n);
+        if (part[c.D + 1] == 0) continue;
+        const float share = expf(part[c.D] - top);
+        total += part[c.D + 1] * share;
+        for (int64_t d = 0; d < c.D; ++d) out[d] += share * part[d];
+      }
+      const bool alive = total > 0;
+      const float scale = alive ? (float)c.call.keep_scale / total : 0.0f;
+      for (int64_t d = 0; d < c.D; ++d) out[d] = alive ? out[d] * scale : 0.0f;
+      ((float*)c.ret(1).data)[(b * c.T + t) * c.N + n] =
+          alive ? top + logf(total) : -INFINITY;
+    }
+}
+
+// Gradients of query, key and weight from that of one logit.
+template <int kComparison, class T>
+INLINE void compare_gradients(const Problem& c, float d_logit, const float* query,
+                              const T* key, const float* weight, float* d_query,
+                              float* d_key, float* d_weight) {
+  const int kind = c.activation;
+  for (int64_t p = 0; p < c.P; p += kWidth) {
+    const vf q = load<vf>(query + p), k = elements(key, p, c.P);
+    vf to_query, to_key;
+    if (kComparison == kProduct) {
+      to_query = d_logit * k, to_key = d_logit * q;
+    } else {
+      const vf w = load<vf>(weight + p);
+      vf act, down;
+      if (kComparison == kTanhSum) {
+        act = tanh_(q + k);
+        down = 1.0f - act * act;
+      } else {
+        act = activate(kind, q + k);
+        down = slope(kind, q + k);
+      }
+      to_query = to_key = d_logit * w * down;
+      store(d_weight + p, load<vf>(d_weight + p) + d_logit * act);
+    }
+    store(d_query + p, load<vf>(d_query + p) + to_query);
+    store(d_key + p, load<vf>(d_key + p) + to_key);
+  }
+}
+
+template <int kComparison, class T>
+void few_backward(const Problem& c, int64_t b, int64_t slice) {
+  Work<float>& w = work<float>();
+  Few few(c, w, b);
+  const int64_t p_wide = few.p_wide, d_wide = few.d_wide;
+  float* above = w.d_o.get(few.rows * d_wide);
+  few.gather(c.arg(11), c.D, d_wide, (float)c.call.keep_scale, above);
+  float* d_query = w.rows.get(few.rows * p_wide);
+  float* d_weight = w.gradients.get(c.N * p_wide);
+  float* d_logits = w.probs2.get(few.rows * kKeys);
+  float* d_key = w.d_key.get(kKeys * p_wide);
+  float* d_value = w.d_value.get(kKeys * d_wide);
+  memset(d_query, 0, few.rows * p_wide * 4);
+  memset(d_weight, 0, c.N * p_wide * 4);
+  const float *lse = (const float*)c.arg(10).data, *delta = (const float*)c.ret(4).data;
+  const T *keys = (const T*)c.arg(1).data, *values = (const T*)c.arg(2).data;
+  const T* at[kWidth];
+  int64_t slice0, slice1;
+  few_slice(c, slice, &slice0, &slice1);
+  for (int64_t s0 = slice0; s0 < slice1; s0 += kKeys) {
+    few.look(s0, least(kKeys, slice1 - s0));
+    if (few.first < few.end) few.logits<kComparison, T>();
+    for (int64_t kh = 0; kh < c.K; ++kh) {
+      memset(d_key, 0, kKeys * p_wide * 4);
+      memset(d_value, 0, kKeys * d_wide * 4);
+      for (int64_t n = kh * c.group; n < (kh + 1) * c.group && few.first < few.end; ++n) {
+        few.modify(n, true);
+        for (int64_t k = few.first; k < few.end; k += kWidth) {
+          few.slots(values, k, kh, c.D, at);
+          for (int64_t row = n * c.T; row < (n + 1) * c.T; ++row)
+            compare<kProduct>(c, above + row * d_wide, nullptr, at, c.D,
+                              d_logits + row * kKeys + k);
+        }
+        for (int64_t t = 0; t < c.T; ++t) {
+          const int64_t row = n * c.T + t, place = (b * c.T + t) * c.N + n;
+          const bool alive = lse[place] != -INFINITY;
+          const float shift = alive ? lse[place] : INFINITY;
+          const float less = alive ? delta[place] : 0.0f;
+          float *p = few.z + row * kKeys, *d = d_logits + row * kKeys;
+          bool kept[kKeys];
+          const int64_t stop = c.drop_below < 0 ? 0 : least(few.end, few.count);
+          if (stop > 0) {
+            Dropout drop(c, few.panels[n], s0);
+            for (int64_t k = few.first; k < stop; ++k)
+              if (!(kept[k] = drop.keeps(k, (int)t))) d[k] = 0;
+          }
+          for (int64_t k = few.first; k < few.end; k += kWidth) {
+            const vf nothing = {};
+            vf x = exp2_((load<vf>(p + k) - shift) * kLog2e);
+            store(p + k, few.shown(n, t, k, x, nothing));
+            store(d + k, few.shown(n, t, k, x * (load<vf>(d + k) - less), nothing));
+          }
+          for (int64_t k = few.first; k < stop; ++k)
+            if (!kept[k]) p[k] = 0;
+        }
+        if (c.num_modifiers) {
+          few.to_tile(d_logits + n * c.T * kKeys);
+          few.modifying(n).gradients(few.first, few.end, few.tile, slice);
+          few.from_tile(d_logits + n * c.T * kKeys);
+        }
+        for (int64_t k = few.first; k < least(few.end, few.count); ++k)
+          for (int64_t t = 0; t < c.T; ++t) {
+            if ((few.words[n][k] >> t & 1) == 0) continue;
+            const int64_t row = n * c.T + t;
+            const float weight = few.z[row * kKeys + k];
+            for (int64_t i = 0; i < d_wide; i += kWidth)
+              store(d_value + k * d_wide + i,
+                    load<vf>(d_value + k * d_wide + i) +
+                        weight * load<vf>(above + row * d_wide + i));
+            compare_gradients<kComparison>(
+                c, d_logits[row * kKeys + k], few.q + row * p_wide,
+                keys + c.key_at(b, s0 + k, kh, c.P), few.weight + n * p_wide,
+                d_query + row * p_wide, d_key + k * p_wide, d_weight + n * p_wide);
+          }
+      }
+      for (int64_t k = 0; k < few.count; ++k) {
+        if (c.wanted & kWantKey)
+          store_floats(c.ret(1), c.key_at(b, s0 + k, kh, c.P), c.P, d_key + k * p_wide);
+        if (c.wanted & kWantValue)
+          store_floats(c.ret(2), c.key_at(b, s0 + k, kh, c.D), c.D, d_value + k * d_wide);
+      }
+    }
+  }
+  for (int64_t n = 0; n < c.N; ++n) {
+    if (c.wanted & kWantQuery) {
+      float* out = query_gradient(c, slice, b, n, 0);
+      memset(out, 0, up(c.P, 8) * kLanes * 4);
+      for (int64_t t = 0; t < c.T; ++t)
+        for (int64_t p = 0; p < c.P; ++p)
+          out[p * kLanes + t] = d_query[(n * c.T + t) * p_wide + p];
+    }
+    if (c.wanted & kWantParams)
+      memcpy((float*)c.ret(c.first_param_gradient + c.num_params - 1).data +
+                 ((slice * c.B + b) * c.N + n) * c.P,
+             d_weight + n * p_wide, c.P * 4);
+  }
+}
+
+}  // namespace
+}  // namespace ATTNLAB_ISA
+}  // namespace attnlab
+
+#endif  // ATTNLAB_FEW_H_
