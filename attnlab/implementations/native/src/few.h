@@ -399,10 +399,12 @@ void few_backward(const Problem& c, int64_t b, int64_t slice) {
             if ((few.words[n][k] >> t & 1) == 0) continue;
             const int64_t row = n * c.T + t;
             const float weight = few.z[row * kKeys + k];
-            for (int64_t i = 0; i < d_wide; i += kWidth)
-              store(d_value + k * d_wide + i,
-                    load<vf>(d_value + k * d_wide + i) +
-                        weight * load<vf>(above + row * d_wide + i));
+            if (c.wanted & kWantValue)
+              for (int64_t i = 0; i < d_wide; i += kWidth)
+                store(d_value + k * d_wide + i,
+                      load<vf>(d_value + k * d_wide + i) +
+                          weight * load<vf>(above + row * d_wide + i));
+            if ((c.wanted & ~kWantValue) == 0) continue;
             compare_gradients<kComparison>(
                 c, d_logits[row * kKeys + k], few.q + row * p_wide,
                 keys + c.key_at(b, s0 + k, kh, c.P), few.weight + n * p_wide,
