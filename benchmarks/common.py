@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from attnlab.bench.charts import plain_log, plt, save
+from attnlab.bench.files import write_atomically
 from attnlab.bench.machine import machine_line, versions
 from attnlab.bench.options import writable_folder
-from attnlab.bench.text import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

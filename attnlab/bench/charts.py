@@ -7,8 +7,8 @@ from typing import Any
 
 import matplotlib as mpl
 
+from attnlab.bench.files import write_atomically
 from attnlab.bench.runner import Row
-from attnlab.bench.text import write_atomically
 
 # A file, never a window.
 mpl.use("Agg")

@@ -64,8 +64,9 @@ def bench_command(options: Options, command: Sequence[str]) -> int:
     from attnlab.bench.machine import Peaks, measure_peaks
     from attnlab.bench.runner import Row, run
     from attnlab.bench.selection import select
-    from attnlab.bench.text import TextUnavailable, load_documents
+    from attnlab.bench.text import load_documents
     from attnlab.bench.timing import Repeats
+    from attnlab.bench.wheels import TextUnavailable
 
     started = time.perf_counter()
     messages = Console(stderr=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attnlab.bench.cases import PATTERNS, SCORES
-from attnlab.bench.text import write_atomically
+from attnlab.bench.files import write_atomically
 from attnlab.implementations import IMPLEMENTATIONS
 
 DTYPES = ("float32", "bfloat16", "float16")

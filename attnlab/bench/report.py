@@ -11,9 +11,9 @@ from typing import Any
 from rich.table import Table
 
 from attnlab.bench.cases import PATTERN_NOTES
+from attnlab.bench.files import write_atomically
 from attnlab.bench.machine import Peaks, machine_line, peak_resident_memory, versions
 from attnlab.bench.runner import Pass, Row
-from attnlab.bench.text import write_atomically
 
 FORMAT = 1
 

@@ -1,5 +1,6 @@
 """Times calls side by side: warm, waited for, and interleaved."""
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -57,11 +58,18 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _turn(call: Callable[[], Any], settle: float) -> list[float]:
-    """Seconds of calls one after another; of one where ``settle`` is shorter."""
-    seconds = timed(call)
-    if seconds >= 2 * settle:
-        return [seconds]
+def _turn(call: Callable[[], Any], settle: float, least: float) -> list[float]:
+    """Seconds of calls one after another; of one where ``settle`` is shorter.
+
+    Args:
+        call: what is timed.
+        settle: see :class:`Repeats`.
+        least: seconds that it has taken so far: what its neighbour left makes the first
+            call of a turn look longer than it is.
+    """
+    first = timed(call)
+    if min(first, least) >= 2 * settle:
+        return [first]
     end = time.perf_counter() + settle
     while time.perf_counter() < end:
         timed(call)
@@ -90,16 +98,15 @@ def interleave(
     """
     names = list(calls)
     samples: dict[_K, list[float]] = {name: [] for name in names}
-    if not warm:
-        for call in calls.values():
-            timed(call)
+    least = {name: math.inf if warm else timed(call) for name, call in calls.items()}
     rounds, done = repeats.least, 0
     while done < rounds:
         start = time.perf_counter()
         turn = done // 2 % max(len(names), 1)
         order = names[turn:] + names[:turn]
         for name in order[:: -1 if done % 2 else 1]:
-            samples[name] += _turn(calls[name], repeats.settle)
+            samples[name] += _turn(calls[name], repeats.settle, least[name])
+            least[name] = min(least[name], *samples[name])
         done += 1
         if done == 1:
             spent = time.perf_counter() - start

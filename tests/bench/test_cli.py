@@ -198,3 +198,13 @@ def test_a_call_longer_than_it_settles_runs_once(clock):
 
     found = interleave({"a": call}, Repeats(2, 2, settle=1.0), warm=True)
     assert found["a"] == summarise([3.0] * 2)
+
+
+def test_a_call_that_its_neighbour_slows_down_settles_all_the_same(clock):
+    seconds = iter([1.0, 9.0, *[1.0] * 8])
+
+    def call():
+        clock[0] += next(seconds)
+
+    found = interleave({"a": call}, Repeats(1, 1, settle=4.0))
+    assert found["a"] == summarise([1.0] * 4)

