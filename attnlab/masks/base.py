@@ -1,5 +1,6 @@
 """The mask protocol and its algebra: ``&``, ``|``, ``~``."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn
 
@@ -78,6 +79,14 @@ class Mask:
     def alive_sees_itself(self) -> bool:
         """Whether each slot that ``may_be_alive``, on either side, sees itself."""
         return self.sees_itself
+
+    @property
+    def grain(self) -> int | None:
+        """Positions in the blocks that the structure speaks of; None: of none.
+
+        Where a plan's blocks divide it, none of them need be partial.
+        """
+        return None
 
     def plan(
         self,
@@ -178,6 +187,12 @@ class Full(Mask):
         return "full()"
 
 
+def common_grain(masks: Sequence[Mask]) -> int | None:
+    """What blocks must divide to divide the grain of each mask that has one."""
+    grains = [m.grain for m in masks if m.grain is not None]
+    return math.gcd(*grains) if grains else None
+
+
 @pytree
 class _Combination(Mask):
     parts: tuple[Mask, ...]
@@ -186,6 +201,11 @@ class _Combination(Mask):
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""
         return tuple(m.operands(query_length, key_length) for m in self.parts)
+
+    @property
+    def grain(self) -> int | None:
+        """See :class:`Mask`."""
+        return common_grain(self.parts)
 
     def _bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> list[Bounds]:
         return [
@@ -293,6 +313,11 @@ class Not(Mask):
         """See :class:`Mask`."""
         return self.part.operands(query_length, key_length)
 
+    @property
+    def grain(self) -> int | None:
+        """See :class:`Mask`."""
+        return self.part.grain
+
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""
         return ~self.part.visible(tile, operands)
@@ -319,6 +344,11 @@ class PerHead(Mask):
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""
         return tuple(m.operands(query_length, key_length) for m in self.parts)
+
+    @property
+    def grain(self) -> int | None:
+        """See :class:`Mask`."""
+        return common_grain(self.parts)
 
     @property
     def sees_itself(self) -> bool:

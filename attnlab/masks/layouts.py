@@ -27,6 +27,11 @@ class BlockLayout(Mask):
     block_size: int = static()
     name: str = static()
 
+    @property
+    def grain(self) -> int:
+        """See :class:`Mask`."""
+        return self.block_size
+
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""
         count = self.rows.shape[-2]

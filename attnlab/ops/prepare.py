@@ -18,6 +18,8 @@ from attnlab.types import Array, AttentionInputs, Operand, Score, skeleton
 
 #: Blocks in which liveness of slots is decided.
 _ALIVE_BLOCK = 512
+#: Blocks of a mask that are smaller than this are not worth a plan of their size.
+_FINEST_ALIVE_BLOCK = 32
 
 
 def prepare(
@@ -55,7 +57,10 @@ def prepare(
     positions = query_positions, key_positions = positions_of(args, batch, t, s)
     numbering = numbering_of(args)
 
-    blocks = blocks_of(*positions, numbering, (_ALIVE_BLOCK, _ALIVE_BLOCK))
+    grain = args.mask.grain
+    coarse = grain is None or grain < _FINEST_ALIVE_BLOCK
+    alive_block = _ALIVE_BLOCK if coarse else math.gcd(grain, _ALIVE_BLOCK)
+    blocks = blocks_of(*positions, numbering, (alive_block, alive_block))
     query_alive, key_alive = alive(args.mask, mask_operands, *positions, *blocks)
     query = _zero_dead(query, query_alive)
     key, value = _zero_dead(key, key_alive), _zero_dead(value, key_alive)

@@ -106,9 +106,9 @@ class Native(Implementation):
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
         """See :class:`attnlab.types.Implementation`."""
         s = inputs.sizes
-        size = next(
-            (n for n in _BLOCKS_Q if s.B * s.N * -(-s.T // n) >= _UNITS), _BLOCKS_Q[-1]
-        )
+        grain = inputs.mask.grain
+        sizes = [n for n in _BLOCKS_Q if grain is None or grain % n == 0] or _BLOCKS_Q
+        size = next((n for n in sizes if s.B * s.N * -(-s.T // n) >= _UNITS), sizes[-1])
         return max(min(size, s.T), 1), max(min(_BLOCK_K, s.S), 1)
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:

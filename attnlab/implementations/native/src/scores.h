@@ -151,11 +151,8 @@ void additive_gradients(const Network& w, const float* kept, int64_t first, int6
                         const float* d_tile, float* d_q, float* d_keys, int64_t key_width,
                         NetworkGradients& d) {
   for (int64_t p = 0; p < w.first; ++p) {
-    vf d_query[2], d_weight[2];
-    for (int j = 0; j < 2; ++j) {
-      d_query[j] = (vf){};
-      d_weight[j] = load<vf>(d.weight + p * kLanes + j * kWidth);
-    }
+    // Sums of a few keys first: of all of them at once, rounding would show.
+    vf d_query[2] = {}, d_weight[2] = {};
     for (int64_t k = first; k < end; ++k) {
       vf total = {};
       for (int j = 0; j < 2; ++j) {
@@ -171,7 +168,8 @@ void additive_gradients(const Network& w, const float* kept, int64_t first, int6
     for (int j = 0; j < 2; ++j) {
       float* at = d_q + p * kLanes + j * kWidth;
       store(at, load<vf>(at) + w.weight[p] * d_query[j]);
-      store(d.weight + p * kLanes + j * kWidth, d_weight[j]);
+      float* weight = d.weight + p * kLanes + j * kWidth;
+      store(weight, load<vf>(weight) + d_weight[j]);
     }
   }
 }
