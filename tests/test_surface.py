@@ -26,13 +26,19 @@ SURFACE = {
         "predicate", "prefix", "random_blocks", "sliding_window", "streaming",
     },
     attnlab.nn: {
-        "Alibi", "AnchorProjections", "Block", "BlockState", "Cache", "ClippedRelative",
-        "Decoded", "Decoder", "DecoderState", "Embedding", "Encoder", "EncoderDecoder",
-        "FeedForward", "GatedFeedForward", "KeyValue", "Learned", "MaskedLanguageModel",
-        "MultiHeadAttention", "NoResidual", "Positions", "PostNorm", "PreNorm",
-        "RelativeBias", "Residual", "Rotary", "Sinusoidal", "Stack", "attention_fn",
-        "beam_search", "full_cache", "greedy", "make_blocks", "restrict", "ring_cache",
-        "sample", "sinusoids", "streaming_cache", "weights",
+        "Alibi", "Alignment", "AnchorProjections", "AttentiveDecoder",
+        "BahdanauDecoder", "Bidirectional", "Block", "BlockState", "Cache", "Cell",
+        "ClippedRelative", "Decoded", "Decoder", "DecoderState", "Embedding", "Encoded",
+        "Encoder", "EncoderDecoder", "FeedForward", "GRU", "GatedFeedForward",
+        "KeyValue", "LSTM", "LSTMState", "Learned", "LuongDecoder",
+        "MaskedLanguageModel", "MaxoutReadout", "MultiHeadAttention", "NoResidual",
+        "PlainDecoder", "Positions", "PostNorm", "PreNorm", "PredictiveAlignment",
+        "Readout", "Recurrent", "RecurrentDecoder", "RecurrentEncoder",
+        "RecurrentEncoderDecoder", "RecurrentLanguageModel",
+        "RecurrentLanguageModelState", "RecurrentState", "RelativeBias", "Residual",
+        "Rotary", "Sinusoidal", "Stack", "StackedCells", "attention_fn", "beam_search",
+        "full_cache", "greedy", "make_blocks", "restrict", "ring_cache", "sample",
+        "sinusoids", "streaming_cache", "weights",
     },
 }  # fmt: skip
 
@@ -44,6 +50,8 @@ def public(module):
     own |= {"anchors", "attention", "blocks", "cache", "decoding", "drop_in"}
     own |= {"layers", "parameters", "positions", "projected", "stack", "transformer"}
     own |= {"embedding", "standard"}
+    own |= {"alignment", "bahdanau", "cells", "luong", "projection", "readouts"}
+    own |= {"recurrent", "recurrent_decoders", "recurrent_lm", "seq2seq"}
     found = {n for n in vars(module) if not n.startswith("_")}
     if module is attnlab:
         return found - rooms

@@ -1,8 +1,11 @@
 """Flax (NNX) modules, thin over the pure functions; each part is an object you pass."""
 
 from attnlab.nn import weights as weights
+from attnlab.nn.alignment import Alignment as Alignment
+from attnlab.nn.alignment import PredictiveAlignment as PredictiveAlignment
 from attnlab.nn.anchors import AnchorProjections as AnchorProjections
 from attnlab.nn.attention import MultiHeadAttention as MultiHeadAttention
+from attnlab.nn.bahdanau import BahdanauDecoder as BahdanauDecoder
 from attnlab.nn.blocks import Block as Block
 from attnlab.nn.blocks import BlockState as BlockState
 from attnlab.nn.cache import Cache as Cache
@@ -10,6 +13,11 @@ from attnlab.nn.cache import KeyValue as KeyValue
 from attnlab.nn.cache import full_cache as full_cache
 from attnlab.nn.cache import ring_cache as ring_cache
 from attnlab.nn.cache import streaming_cache as streaming_cache
+from attnlab.nn.cells import GRU as GRU
+from attnlab.nn.cells import LSTM as LSTM
+from attnlab.nn.cells import Cell as Cell
+from attnlab.nn.cells import LSTMState as LSTMState
+from attnlab.nn.cells import StackedCells as StackedCells
 from attnlab.nn.decoding import Decoded as Decoded
 from attnlab.nn.decoding import beam_search as beam_search
 from attnlab.nn.decoding import greedy as greedy
@@ -23,6 +31,7 @@ from attnlab.nn.layers import NoResidual as NoResidual
 from attnlab.nn.layers import PostNorm as PostNorm
 from attnlab.nn.layers import PreNorm as PreNorm
 from attnlab.nn.layers import Residual as Residual
+from attnlab.nn.luong import LuongDecoder as LuongDecoder
 from attnlab.nn.positions import Alibi as Alibi
 from attnlab.nn.positions import ClippedRelative as ClippedRelative
 from attnlab.nn.positions import Learned as Learned
@@ -31,6 +40,21 @@ from attnlab.nn.positions import RelativeBias as RelativeBias
 from attnlab.nn.positions import Rotary as Rotary
 from attnlab.nn.positions import Sinusoidal as Sinusoidal
 from attnlab.nn.positions import sinusoids as sinusoids
+from attnlab.nn.readouts import MaxoutReadout as MaxoutReadout
+from attnlab.nn.readouts import Readout as Readout
+from attnlab.nn.recurrent import Bidirectional as Bidirectional
+from attnlab.nn.recurrent import Encoded as Encoded
+from attnlab.nn.recurrent import Recurrent as Recurrent
+from attnlab.nn.recurrent import RecurrentEncoder as RecurrentEncoder
+from attnlab.nn.recurrent_decoders import AttentiveDecoder as AttentiveDecoder
+from attnlab.nn.recurrent_decoders import PlainDecoder as PlainDecoder
+from attnlab.nn.recurrent_decoders import RecurrentDecoder as RecurrentDecoder
+from attnlab.nn.recurrent_decoders import RecurrentState as RecurrentState
+from attnlab.nn.recurrent_lm import RecurrentLanguageModel as RecurrentLanguageModel
+from attnlab.nn.recurrent_lm import (
+    RecurrentLanguageModelState as RecurrentLanguageModelState,
+)
+from attnlab.nn.seq2seq import RecurrentEncoderDecoder as RecurrentEncoderDecoder
 from attnlab.nn.stack import Stack as Stack
 from attnlab.nn.standard import make_blocks as make_blocks
 from attnlab.nn.transformer import Decoder as Decoder

@@ -1,0 +1,47 @@
+"""A learned projection whose axes have names."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab.nn.parameters import GLOROT, ZEROS, Initializer, named
+
+
+def projection(
+    in_features: int,
+    out_features: int,
+    name: str | None = "hidden",
+    *,
+    use_bias: bool = False,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    kernel_init: Initializer = GLOROT,
+    bias_init: Initializer = ZEROS,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """``x W`` or ``x W + b``: of features of the stream to what ``name`` says.
+
+    Args:
+        in_features: of the inputs.
+        out_features: of the outputs.
+        name: what runs along the outputs, see :mod:`attnlab.nn.parameters`.
+        use_bias: whether there is a bias.
+        dtype: of the computation; the inputs' if not given.
+        param_dtype: of the parameters.
+        kernel_init: of the weights.
+        bias_init: of the bias.
+        rngs: Flax's.
+    """
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        kernel_metadata=named("embed", name),
+        bias_metadata=named(name),
+        rngs=rngs,
+    )

@@ -1,0 +1,198 @@
+"""The recurrent language model: what each state may see, caches, packed documents."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import nn, scores
+from tests.nn import recurrent_reference as reference
+from tests.nn.test_recurrent import shaken
+
+B, T, F, H, V = 2, 7, 5, 11, 13
+SIZES = dict(features=F, hidden_size=H)
+TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, V)
+
+MODELS = {
+    "plain": lambda: nn.RecurrentLanguageModel.plain(V, rngs=nnx.Rngs(0), **SIZES),
+    "scaled_dot": lambda: nn.RecurrentLanguageModel.standard(
+        V, num_layers=2, cell=nn.GRU, rngs=nnx.Rngs(0), **SIZES
+    ),
+    "additive": lambda: nn.RecurrentLanguageModel.standard(
+        V,
+        attention=nn.Alignment(
+            scores.additive.init(jax.random.key(1), H, hidden_size=3)
+        ),
+        rngs=nnx.Rngs(0),
+        **SIZES,
+    ),
+    "projected": lambda: nn.RecurrentLanguageModel.standard(
+        V,
+        attention=nn.Alignment.projected(H, H, 3, rngs=nnx.Rngs(1)),
+        rngs=nnx.Rngs(0),
+        **SIZES,
+    ),
+}
+EACH = pytest.mark.parametrize("name", MODELS)
+
+
+@functools.cache
+def made(name):
+    return shaken(MODELS[name]())
+
+
+@EACH
+def test_equations(name):
+    model = made(name)
+    logits = jax.jit(model)(TOKENS)
+    exact = reference.in_float64(model)
+    for b in range(B):
+        wanted, _ = reference.language_model(exact, np.asarray(TOKENS[b]), np)
+        np.testing.assert_allclose(logits[b], wanted, rtol=1e-5, atol=1e-5)
+
+
+@EACH
+def test_gradients(name):
+    model = made(name)
+    above = jax.random.normal(jax.random.key(2), (B, T, V))
+
+    def plain(model):
+        found = [reference.language_model(model, row, jnp)[0] for row in TOKENS]
+        return (jnp.stack(found) * above).sum()
+
+    found = jax.jit(jax.grad(lambda model: (model(TOKENS) * above).sum()))(model)
+    for a, b in zip(
+        jax.tree.leaves(found), jax.tree.leaves(jax.grad(plain)(model)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@EACH
+def test_nothing_comes_from_the_future(name):
+    """The gradient of logits with respect to later vectors is exactly 0."""
+    model = made(name)
+
+    class Given(nnx.Module):
+        """An embedding that hands out what it was given."""
+
+        def __init__(self, x):
+            self.x = nnx.data(x)
+
+        def __call__(self, tokens):
+            return self.x
+
+    def logits(x, t):
+        other = nn.RecurrentLanguageModel(
+            Given(x), list(model.layers), model.head,
+            attention=model.attention, combine=model.combine,
+        )  # fmt: skip
+        return (other(TOKENS)[:, t] ** 2).sum()
+
+    x = model.embedding(TOKENS)
+    for t in range(T):
+        gradient = jax.jit(jax.grad(logits))(x, t)
+        assert (gradient[:, t + 1 :] == 0).all()
+        assert (jnp.abs(gradient[:, : t + 1]).max(-1) > 0).all()
+
+
+def test_the_first_token_sees_nothing():
+    model = made("scaled_dot")
+    x = jnp.tile(jnp.eye(H)[0], (1, T, 1))
+    memory = model.attention.project(x)
+    seen = {}
+
+    class Spy(nnx.Module):
+        def project(self, key):
+            return memory
+
+        def attend(self, query, memory, **options):
+            seen["context"] = model.attention.attend(x, memory, **options)
+            return seen["context"]
+
+    other = nn.RecurrentLanguageModel(
+        model.embedding, list(model.layers), model.head,
+        attention=Spy(), combine=model.combine,
+    )  # fmt: skip
+    other(TOKENS[:1])
+    # All states are alike: whoever sees some of them gets their mean, which is one.
+    np.testing.assert_array_equal(seen["context"][0, 0], 0)
+    np.testing.assert_allclose(seen["context"][0, 1:], x[0, 1:], rtol=1e-6)
+
+
+@EACH
+def test_step_by_step(name):
+    model = made(name)
+    whole = model(TOKENS)
+    decode = jax.jit(model.decode)
+    state = model.start(B, T)
+    first, state = decode(TOKENS[:, :3], state)
+    parts = [first]
+    for t in range(3, T):
+        logits, state = decode(TOKENS[:, t : t + 1], state)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
+    logits, _ = decode(TOKENS[:, :1], state)
+    assert bool(jnp.isnan(logits).all()) == (name != "plain")  # its cache is full
+
+
+def test_beams_keep_their_caches():
+    model = made("additive")
+    prompt, length = TOKENS[:, :2], 4
+    found = jax.jit(
+        lambda state: nn.beam_search(
+            model.decode, state, prompt, beams=3, length=length, end=1
+        )
+    )(model.start(B, 2 + length))
+    for k in range(3):
+        tokens = found.tokens[:, k]
+        given = jnp.concatenate([prompt, tokens[:, :-1]], 1)
+        log_p = jax.nn.log_softmax(model(given))[:, 1:]
+        gains = jnp.take_along_axis(log_p, tokens[..., None], 2)[..., 0]
+        counted = jnp.arange(length) < found.lengths[:, k, None]
+        np.testing.assert_allclose((gains * counted).sum(1), found.scores[:, k], 1e-4)
+
+
+@EACH
+def test_packed_documents_and_padding(name):
+    model = made(name)
+    ids = np.array([[3, 3, 3, 0, 0, 0, 0], [5, 5, -1, -1, -1, -1, -1]])
+    packed = model(TOKENS, documents=ids)
+    for b, slots in ((0, slice(0, 3)), (0, slice(3, 7)), (1, slice(0, 2))):
+        alone = model(TOKENS[b : b + 1, slots])
+        np.testing.assert_allclose(packed[b, slots], alone[0], atol=1e-5)
+
+    padding = int(TOKENS[0, 0]) + 1
+    lengths = np.array([4, 2])
+    real = np.arange(T) < lengths[:, None]
+    tokens = jnp.where(real, jnp.where(padding == TOKENS, 0, TOKENS), padding)
+
+    @jax.jit
+    def run(model):
+        def loss(model):
+            logits = model(tokens, lengths=lengths)
+            return (jnp.where(real[..., None], logits, 0) ** 2).sum()
+
+        return jax.value_and_grad(loss)(model)
+
+    poisoned = nnx.clone(model)
+    table = poisoned.embedding.table.embedding
+    table[...] = table[...].at[padding].set(jnp.nan)
+    found, wanted = run(poisoned), run(model)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_errors():
+    model = made("scaled_dot")
+    parts = model.embedding, list(model.layers), model.head
+    with pytest.raises(ValueError, match="combine: give it where there is attention"):
+        nn.RecurrentLanguageModel(*parts, attention=model.attention)
+    with pytest.raises(ValueError, match="layers: expected at least one"):
+        nn.RecurrentLanguageModel(parts[0], [], parts[2])
+    layer = nn.Recurrent(model.layers[0].cell, reverse=True)
+    with pytest.raises(ValueError, match="layers: a language model reads forward"):
+        nn.RecurrentLanguageModel(parts[0], [layer], parts[2])
+    with pytest.raises(ValueError, match="cache: position 6 does not fit"):
+        model.decode(TOKENS, model.start(B, 2))
