@@ -1,0 +1,37 @@
+"""Studies: a claim, models trained to test it, and one page with the answer.
+
+``python -m benchmarks.studies NAME`` runs one. A study is a function of a
+:class:`~benchmarks.studies.context.Context` that returns a
+:class:`~benchmarks.studies.page.Page`; ``registry.py`` gives it its name. It trains
+:class:`~benchmarks.studies.training.Run` objects:
+
+    def study(context: Context) -> Page:
+        corpus = context.corpus(pieces=4000)
+        train = context.batches(corpus.encode(corpus.split.train))
+        dev = context.batches(corpus.encode(corpus.split.dev))
+        run = Run(
+            name="additive",
+            config={"hidden_size": 256, "data": corpus.fingerprint},
+            make_model=lambda: Translator(256, rngs=nnx.Rngs(0)),
+            loss=forced(logits, smoothing=0.1),  # logits(model, batch) -> [B, T, V]
+            batch_at=train.batch_at,
+            optimiser=adam(1e-3, steps=5000, warmup=500),
+            steps=5000,
+            evaluate=MeanLoss(forced(logits), dev.all(), context.mesh),
+            evaluate_every=250,
+        )
+        runs = context.train_all([run, ...])
+        if runs is None:  # --only leaves out some that are not done yet
+            return None
+        model = runs["additive"].model  # of the best evaluation
+        ...
+        return Page(claim=..., answer=..., ...)
+
+Everything that decides a result is in ``config`` or in :class:`Run` itself; a step is a
+pure function of the state and of the step's number. So a run that was killed goes on,
+with ``--resume``, bit for bit as if it had not been.
+
+What it leaves in ``DIR``: ``NAME.md``, ``NAME.json``, ``NAME-*.svg``, and for each run
+``runs/NAME/RUN/`` with ``config.json``, ``log.jsonl``, ``summary.json`` and
+``checkpoints/``.
+"""

@@ -1,0 +1,123 @@
+"""Trains models to test a claim, and writes one page with the answer."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from attnlab.bench.machine import cores
+from attnlab.bench.wheels import TextUnavailable
+from benchmarks.common import RESULTS, parser
+from benchmarks.studies.context import Context
+from benchmarks.studies.errors import Interrupted, StudyError
+from benchmarks.studies.page import write_page
+from benchmarks.studies.parallel import ask_for_devices, make_mesh
+from benchmarks.studies.registry import STUDIES
+from benchmarks.studies.training import resuming
+
+
+def whole(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least 1, got {text!r}"
+        )
+    return int(text)
+
+
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    listed = [name for name in STUDIES if not name.startswith("_")]
+    options = parser(__doc__ or "")
+    options.prog = "python -m benchmarks.studies"
+    options.set_defaults(out=str(RESULTS / "studies"))
+    options.add_argument(
+        "study",
+        choices=list(STUDIES),
+        metavar="NAME",
+        help=f"the study: {', '.join(listed)}",
+    )
+    options.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with runs that were stopped, and do not repeat those that are done",
+    )
+    options.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="train only these runs (or groups of runs); others are read where done",
+    )
+    options.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FILE.tsv",
+        help="your own sentence pairs, source, tab, target (French verses and their "
+        "English translations, fetched once)",
+    )
+    options.add_argument(
+        "--devices",
+        type=whole,
+        default=min(cores(), 8),
+        metavar="N",
+        help="parts that the processor is divided into, each with its share of every "
+        "batch (one for each core, up to 8)",
+    )
+    return options.parse_args(given)
+
+
+def run(given: argparse.Namespace, console: Console) -> None:
+    ask_for_devices(given.devices)
+    context = Context(
+        name=given.study,
+        # Tiny results never stand in the place of true ones.
+        out=given.out / "quick" if given.quick else given.out,
+        mesh=make_mesh(given.devices),
+        console=console,
+        quick=given.quick,
+        resume=given.resume,
+        only=given.only,
+        pairs=given.pairs,
+    )
+    page = STUDIES[given.study](context)
+    for name in given.only:
+        if not any(s == name or s.startswith(f"{name}/") for s in context.seen):
+            raise StudyError(
+                f"--only: expected runs of {given.study} "
+                f"({', '.join(context.seen)}), got {name!r}"
+            )
+    if page is None:
+        context.say("no page yet: runs are missing that --only left out")
+        return
+    path = write_page(context.out, given.study, page, quick=given.quick)
+    context.say(f"written: {path}, {path.with_suffix('.json').name}")
+
+
+def main(given: Sequence[str]) -> int:
+    """Returns the exit status."""
+    options = arguments(given)
+    console, messages = Console(), Console(stderr=True)
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        messages.print(f"warning: {message}", style="yellow", soft_wrap=True)
+
+    warnings.showwarning = show
+    try:
+        run(options, console)
+    except Interrupted as error:
+        messages.print(str(error), style="yellow", soft_wrap=True)
+        return 128 + error.signal
+    except KeyboardInterrupt:
+        messages.print(f"interrupted; go on with: {resuming()}", style="yellow")
+        return 130
+    except (StudyError, TextUnavailable, OSError) as error:
+        messages.print(f"{options.study}: {error}", style="red", soft_wrap=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,215 @@
+"""To translate *il* one must find *he*: does attention find it?"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from attnlab.bench.charts import plt
+from benchmarks.studies.batches import Batch, pad
+from benchmarks.studies.context import Context
+from benchmarks.studies.page import Chart, Page, Table, cost_of
+from benchmarks.studies.pairs import Pair
+from benchmarks.studies.parallel import over_batch
+from benchmarks.studies.translate import BUDGET, SIZES, translators
+from benchmarks.studies.translation import padded_length
+from benchmarks.studies.translation_runs import Task
+from benchmarks.studies.vocabulary import Vocabulary
+from benchmarks.studies.word_alignment import Ibm1, words_of
+
+#: Target words, and the source words that they should look at.
+LINKS = {"he": ("il",), "she": ("elle",), "we": ("nous",), "who": ("qui",)}
+#: Words of a sentence in a picture, at most.
+LONGEST_SHOWN = 14
+
+
+def weights_of(model: Any, batch: Batch) -> jax.Array:
+    """``[B, T, S]``: what the right translation looks at, token by token."""
+    return model.with_weights(
+        batch.source, batch.target[:, :-1], source_lengths=batch.source_lengths
+    )[1]
+
+
+class Words(NamedTuple):
+    """The weights of one sentence pair, words instead of tokens.
+
+    Attributes:
+        pair: of sentences.
+        weights: ``[target words, source words + 1]``, means over the tokens of a target
+            word, sums over those of a source word; last what the source's END gets.
+    """
+
+    pair: Pair
+    weights: np.ndarray
+
+
+def by_words(pair: Pair, weights: np.ndarray, vocabulary: Vocabulary) -> Words:
+    """From ``[T, S]`` of tokens."""
+    source, target = vocabulary.encode(pair.source), vocabulary.encode(pair.target)
+    columns = np.array(vocabulary.words(source))
+    rows = np.array(vocabulary.words(target))
+    across = np.stack(
+        [
+            *(
+                weights[:, : len(source)][:, columns == word].sum(1)
+                for word in range(len(pair.source.split()))
+            ),
+            weights[:, len(source)],
+        ],
+        1,
+    )
+    down = [
+        across[: len(target)][rows == word].mean(0)
+        for word in range(len(pair.target.split()))
+    ]
+    return Words(pair, np.stack(down))
+
+
+def look(task: Task, model: Any, pairs: list[Pair]) -> list[Words]:
+    """Weights of sentence pairs, in batches of few shapes."""
+    vocabulary, devices = task.corpus.vocabulary, task.context.mesh.size
+    run = over_batch(weights_of, task.context.mesh)
+    encoded = task.corpus.encode(pairs)
+    groups: dict[int, list[int]] = {}
+    for i, sides in enumerate(encoded):
+        groups.setdefault(padded_length(max(map(len, sides)) + 1), []).append(i)
+    found: dict[int, Words] = {}
+    rows = 8 * devices
+    for length, members in groups.items():
+        for start in range(0, len(members), rows):
+            part = members[start : start + rows]
+            batch = pad([encoded[i] for i in part], rows, length)
+            weights = np.asarray(run(model, batch))
+            for i, one in zip(part, weights, strict=False):
+                found[i] = by_words(pairs[i], one, vocabulary)
+    return [found[i] for i in range(len(pairs))]
+
+
+class Rate(NamedTuple):
+    """How often something falls on the right word.
+
+    Attributes:
+        attention: the strongest weight.
+        chance: a word of the sentence at random.
+        ibm1: the word that IBM model 1 chooses.
+        count: how many words were asked about.
+    """
+
+    attention: float
+    chance: float
+    ibm1: float
+    count: int
+
+
+def hit_rate(seen: list[Words], word: str, wanted: tuple[str, ...], ibm1: Ibm1) -> Rate:
+    """Over all places of ``word`` in targets whose source has one of ``wanted``."""
+    hits = []
+    for pair, weights in seen:
+        source = words_of(pair.source)
+        right = {w.place for w in source if w.text in wanted}
+        if not right:
+            continue
+        for index, found in enumerate(words_of(pair.target)):
+            if found.text == word:
+                hits.append((
+                    int(weights[found.place].argmax()) in right,
+                    len(right) / len(pair.source.split()),
+                    ibm1.place_of(index, pair) in right,
+                ))
+    if not hits:
+        return Rate(float("nan"), float("nan"), float("nan"), 0)
+    attention, chance, model = (float(np.mean(x)) for x in zip(*hits, strict=True))
+    return Rate(attention, chance, model, len(hits))
+
+
+def heatmaps(seen: list[Words]) -> Any:
+    """Source across, target down, one panel a sentence pair."""
+    columns = 2
+    rows = -(-len(seen) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(13, 5.6 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(seen) :]:
+        axis.set_visible(False)
+    image = None
+    for axis, (pair, weights) in zip(axes.flat, seen, strict=False):
+        image = axis.imshow(weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        across, down = [*pair.source.split(), "END"], pair.target.split()
+        axis.set_xticks(range(len(across)), across, rotation=60, ha="left")
+        axis.xaxis.tick_top()
+        axis.set_yticks(range(len(down)), down)
+        axis.tick_params(length=0, labelsize=9)
+    if image is not None:
+        figure.colorbar(image, ax=axes, shrink=0.5, label="weight")
+    return figure
+
+
+def chosen(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
+    """Short pairs with *il* and *he* in them, and pairs drawn at random."""
+    short = [
+        p
+        for p in pairs
+        if all(5 <= len(s.split()) <= LONGEST_SHOWN for s in (p.source, p.target))
+    ]
+
+    def has(text: str, word: str) -> bool:
+        return word in {w.text for w in words_of(text)}
+
+    both = [p for p in short if has(p.source, "il") and has(p.target, "he")]
+    random = np.random.default_rng(0).permutation(len(short))
+    rest = [short[i] for i in random if short[i] not in both[:count]]
+    return both[:count], rest[:count]
+
+
+def study(context: Context) -> Page | None:
+    """Where the translator with additive attention looks."""
+    task = Task(context, BUDGET, SIZES)
+    found = translators(task, ["additive"])
+    if found is None:
+        return None
+    model, pairs = found["additive"].model, task.corpus.split.test
+    seen = look(task, model, pairs)
+    ibm1 = Ibm1(task.corpus.split.train)
+    rates = {word: hit_rate(seen, word, wanted, ibm1) for word, wanted in LINKS.items()}
+    he = rates["he"]
+    by_pair = {words.pair: words for words in seen}
+    with_he, at_random = chosen(pairs, 2)
+    times = f"{he.attention / he.chance:.1f} times" if he.chance > 0 else "nowhere near"
+    return Page(
+        title="Does attention align *he* with *il*?",
+        claim="The weights that a decoder learns, to look at the encoder's states, "
+        "show which words belong together: to translate *il* one must find *he* "
+        "(Bahdanau et al., 2015, figure 3).",
+        answer=f"Where English has *he* and French *il* ({he.count:,} places of the "
+        f"test set), the strongest weight falls on *il* in {he.attention:.0%}, {times} "
+        f"chance ({he.chance:.0%}); IBM model 1, which only counts words, chooses it "
+        f"in {he.ibm1:.0%}.",
+        cost=cost_of(t.summary for t in found.values()),
+        tables=[
+            Table(
+                "How often the strongest weight falls on the word that belongs to it.",
+                ["target", "source", "places", "attention", "chance", "IBM model 1"],
+                [
+                    [
+                        word,
+                        " / ".join(LINKS[word]),
+                        rate.count,
+                        *(f"{x:.1%}" for x in (rate.attention, rate.chance, rate.ibm1)),
+                    ]
+                    for word, rate in rates.items()
+                ],
+            )
+        ],
+        charts=[
+            Chart(name, caption, heatmaps([by_pair[p] for p in part]))
+            for name, caption, part in (
+                ("he", "Weights of sentences with *il* and *he*.", with_he),
+                ("random", "Weights of sentences drawn at random.", at_random),
+            )
+            if part
+        ],
+        results={
+            "rates": {word: rate._asdict() for word, rate in rates.items()},
+            "runs": {name: t.summary for name, t in found.items()},
+        },
+    )

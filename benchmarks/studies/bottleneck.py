@@ -1,0 +1,198 @@
+"""Does a sentence fit into one vector?"""
+
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from benchmarks.studies.context import Context
+from benchmarks.studies.evaluation import MeanLoss
+from benchmarks.studies.losses import forced
+from benchmarks.studies.optimisers import adam
+from benchmarks.studies.page import Chart, Page, Table, cost_of, lines
+from benchmarks.studies.parallel import over_batch
+from benchmarks.studies.scoring import exact_matches, score_by_length
+from benchmarks.studies.sweep import sweep
+from benchmarks.studies.synthetic import Symbols
+from benchmarks.studies.training import Run, Trained
+from benchmarks.studies.translate import BUDGET, SIZES, counts_of, translators
+from benchmarks.studies.translation_runs import Task
+from benchmarks.studies.translators import TRANSLATORS, Sizes, greedy, logits
+
+#: Reversing sequences needs no language.
+LENGTHS, TESTED, SYMBOLS = (1, 40), (5, 10, 15, 20, 25, 30, 35, 40), 20
+REVERSE_SIZES = Sizes(features=64, hidden_size=128, layers=2, heads=4, dropout_rate=0.0)
+REVERSE_STEPS, REVERSE_ROWS = 4000, 64
+REVERSE_RATES = (1e-3, 2e-3, 4e-3)
+
+
+def reverse_runs(context: Context) -> dict[str, Trained] | None:
+    """Each model, trained to reverse, at its best rate."""
+    quick = context.quick
+    rows = 8 if quick else REVERSE_ROWS
+    lengths = (1, 6) if quick else LENGTHS
+    sizes = (
+        REVERSE_SIZES._replace(features=8, hidden_size=8) if quick else REVERSE_SIZES
+    )
+    rates = REVERSE_RATES[:2] if quick else REVERSE_RATES
+    whole = 6 if quick else REVERSE_STEPS
+    rows *= context.mesh.size
+    task = Symbols("reverse", symbols=SYMBOLS, lengths=lengths, rows=rows)
+    dev = MeanLoss(
+        forced(logits),
+        task.test(sorted({1, *lengths, sum(lengths) // 2})),
+        context.mesh,
+    )
+
+    def run(name: str, rate: float, steps: int) -> Run:
+        return Run(
+            name=f"reverse/{name}",
+            config={
+                "model": name,
+                "sizes": sizes._asdict(),
+                "symbols": SYMBOLS,
+                "lengths": lengths,
+                "rows": rows,
+                "rate": rate,
+            },
+            make_model=lambda: TRANSLATORS[name](
+                task.vocabulary_size, sizes, nnx.Rngs(0)
+            ),
+            loss=forced(logits),
+            batch_at=task.batch_at,
+            optimiser=adam(rate, steps=steps, warmup=max(steps // 20, 1)),
+            steps=steps,
+            evaluate=dev,
+            evaluate_every=min(250, steps),
+        )
+
+    found: dict[str, Trained] = {}
+    for name in TRANSLATORS:
+        swept = sweep(
+            context, lambda rate, name=name: run(name, rate, max(whole // 8, 3)), rates
+        )
+        if swept is None:
+            return None
+        trained = context.train(run(name, swept.rate, whole))
+        if trained is None:
+            return None
+        found[name] = trained
+    return found
+
+
+def exact_by_length(
+    context: Context, found: dict[str, Trained]
+) -> dict[str, list[tuple[float, float]]]:
+    """Share of sequences reversed without a mistake, by length."""
+    lengths = (2, 4, 6) if context.quick else TESTED
+    task = Symbols(
+        "reverse",
+        symbols=SYMBOLS,
+        lengths=(1, 6) if context.quick else LENGTHS,
+        rows=64 * context.mesh.size,
+    )
+    decode = over_batch(greedy, context.mesh)
+    return {
+        name: [
+            (
+                length,
+                float(
+                    np.mean([
+                        exact_matches(decode(trained.model, *batch[:2]), batch)
+                        for batch in task.test([length], 1 if context.quick else 4)
+                    ])
+                ),
+            )
+            for length in lengths
+        ]
+        for name, trained in found.items()
+    }
+
+
+def study(context: Context) -> Page | None:
+    """Quality by length: of translations, and of sequences reversed."""
+    task = Task(context, BUDGET, SIZES)
+    found, reversing = translators(task), reverse_runs(context)
+    if found is None or reversing is None:
+        return None
+    pairs = task.corpus.split.test
+    sources, references = [p.source for p in pairs], [p.target for p in pairs]
+    classes: dict[str, list[Any]] = {
+        name: score_by_length(sources, task.translate(trained.model), references)
+        for name, trained in found.items()
+    }
+    kept = {
+        name: rows[-1]["bleu"]["value"] / max(rows[0]["bleu"]["value"], 1e-9)
+        for name, rows in classes.items()
+    }
+    exact = exact_by_length(context, reversing)
+    longest = exact["additive"][-1][0]
+    last = {name: points[-1][1] for name, points in exact.items()}
+    first, end = (next(iter(classes.values()))[i]["words"] for i in (0, -1))
+    panels = {
+        metric: {
+            name: [(r["mean_words"], r[key]["value"]) for r in rows]
+            for name, rows in classes.items()
+        }
+        for metric, key in (("BLEU", "bleu"), ("chrF", "chrf"))
+    }
+    return Page(
+        title="Does a sentence fit into one vector?",
+        claim="A recurrent encoder squeezes a sentence into one vector; long sentences "
+        "do not fit. A decoder that attends to every state of the encoder does not "
+        "suffer from length (Bahdanau et al., 2015, figure 2).",
+        answer="Of its BLEU at "
+        f"{first} words, at {end} words "
+        + ", ".join(f"{name} keeps {share:.0%}" for name, share in kept.items())
+        + f". Of sequences of {longest} random symbols, greedily reversed, "
+        + ", ".join(f"{name} gets {share:.0%}" for name, share in last.items())
+        + " right to the last symbol.",
+        cost=cost_of(t.summary for t in (*found.values(), *reversing.values())),
+        tables=[
+            Table(
+                f"BLEU by the number of words of the source; {counts_of(task)}.",
+                ["words", "sentences", *classes],
+                [
+                    [
+                        rows[0]["words"],
+                        rows[0]["sentences"],
+                        *(
+                            f"{r['bleu']['value']:.1f} ± {r['bleu']['half_width']:.1f}"
+                            for r in rows
+                        ),
+                    ]
+                    for rows in zip(*classes.values(), strict=True)
+                ],
+            ),
+            Table(
+                "Sequences reversed without a mistake, by the number of symbols "
+                f"(trained on 1 to {exact['additive'][-1][0]}).",
+                ["symbols", *exact],
+                [
+                    [points[0][0], *(f"{y:.1%}" for _, y in points)]
+                    for points in zip(*exact.values(), strict=True)
+                ],
+            ),
+        ],
+        charts=[
+            Chart(
+                "translation",
+                "Quality of translations by length of the source.",
+                lines(panels, "words of the source"),
+            ),
+            Chart(
+                "reverse",
+                "Share of sequences reversed without a mistake.",
+                lines({"exact": exact}, "symbols"),
+            ),
+        ],
+        results={
+            "classes": classes,
+            "kept": kept,
+            "exact": exact,
+            "runs": {
+                **{name: t.summary for name, t in found.items()},
+                **{f"reverse/{name}": t.summary for name, t in reversing.items()},
+            },
+        },
+    )

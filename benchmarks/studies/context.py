@@ -1,0 +1,107 @@
+"""What a study is given: options, a place to train, data."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from rich.console import Console
+
+from benchmarks.studies.batches import Batches, Example
+from benchmarks.studies.corpus import Corpus, load_corpus
+from benchmarks.studies.errors import StudyError
+from benchmarks.studies.training import Place, Run, Trained, finished, train
+
+
+@dataclasses.dataclass
+class Context:
+    """What the command line says, and what follows from it.
+
+    Attributes:
+        name: of the study.
+        out: folder of the results.
+        mesh: of devices.
+        console: for those who wait.
+        quick: tiny sizes, to see that everything runs.
+        resume: go on with runs that are there, and do not repeat those that are done.
+        only: names of runs, or of groups of them; empty: all.
+        pairs: a table of sentence pairs; None: the verses.
+        seen: names of the runs that the study asked for.
+    """
+
+    name: str
+    out: Path
+    mesh: Mesh
+    console: Console
+    quick: bool = False
+    resume: bool = False
+    only: Sequence[str] = ()
+    pairs: Path | None = None
+    seen: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """Of what the study's runs leave."""
+        return self.out / "runs" / self.name
+
+    def shared(self, name: str) -> "Context":
+        """The same for runs that several studies share: done once, they are read."""
+        return dataclasses.replace(self, name=name, resume=True)
+
+    def wants(self, name: str) -> bool:
+        """Whether a run, or the group before its ``/``, is asked for."""
+        return not self.only or any(
+            name == wanted or name.startswith(f"{wanted}/") for wanted in self.only
+        )
+
+    def train(self, run: Run) -> Trained | None:
+        """Trains a run, or reads it where it is done and need not be repeated.
+
+        Returns:
+            The run; None where ``--only`` leaves it out and it is not done yet.
+
+        Raises:
+            StudyError: see :func:`~benchmarks.studies.training.train`.
+        """
+        self.seen.append(run.name)
+        place = Place(self.folder / run.name, self.mesh, self.console, self.resume)
+        if self.wants(run.name):
+            return train(run, place)
+        try:
+            done = finished(run, place)
+        except StudyError as error:
+            self.say(f"{run.name} is left out: {error}")
+            return None
+        return train(run, place._replace(resume=True)) if done else None
+
+    def train_all(self, runs: Iterable[Run]) -> dict[str, Trained] | None:
+        """Trains runs one after another.
+
+        Returns:
+            By name; None where ``--only`` leaves some out that are not done yet.
+        """
+        found = {run.name: self.train(run) for run in runs}
+        done = {name: trained for name, trained in found.items() if trained is not None}
+        return done if len(done) == len(found) else None
+
+    def corpus(self, **options: Any) -> Corpus:
+        """Parallel text: the table of ``--pairs``, or the verses.
+
+        Args:
+            **options: as of :func:`~benchmarks.studies.corpus.load_corpus`.
+        """
+        return load_corpus(self.pairs, self.folder, say=self.say, **options)
+
+    def batches(self, examples: Sequence[Example], **options: Any) -> Batches:
+        """Batches that the devices can share.
+
+        Args:
+            examples: of a corpus.
+            **options: as of :class:`~benchmarks.studies.batches.Batches`.
+        """
+        return Batches(examples, devices=self.mesh.size, **options)
+
+    def say(self, message: str) -> None:
+        """Tells those who wait."""
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,246 @@
+"""Which function should compare decoder and encoder, and how large should it be?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnlab import nn, scores
+from benchmarks.studies.batches import Batch
+from benchmarks.studies.context import Context
+from benchmarks.studies.page import Chart, Page, Table, cost_of, lines
+from benchmarks.studies.parallel import over_batch
+from benchmarks.studies.scoring import score
+from benchmarks.studies.training import Trained
+from benchmarks.studies.translate import counts_of
+from benchmarks.studies.translation_runs import Budget, Task
+from benchmarks.studies.translators import Sizes
+
+#: A run takes a few minutes on two cores.
+BUDGET = Budget(steps=800, tokens=2048, evaluate_every=200)
+SIZES = Sizes(features=128, hidden_size=128, dropout_rate=0.0)
+RATE = 2e-3
+#: Of the space in which states are compared.
+ATTENTION_SIZES = (64, 256, 1024)
+#: Units of the second hidden layer of the perceptron.
+SECOND = 32
+
+Make = Callable[[Any, int, int, int], Any]
+
+#: ``make(rng, query features, key features, attention size)``: a score by name, and
+#: whether query and key are projected to the attention size before it.
+SCORES: dict[str, tuple[Make, bool]] = {
+    "dot": (lambda rng, q, k, a: scores.dot(), True),
+    "scaled dot": (lambda rng, q, k, a: scores.scaled_dot(), True),
+    "general": (lambda rng, q, k, a: scores.bilinear.init(rng, a), True),
+    "concat": (
+        lambda rng, q, k, a: scores.concat.init(rng, q, k, hidden_size=a),
+        False,
+    ),
+    "additive": (
+        lambda rng, q, k, a: scores.additive.init(rng, q, k, hidden_size=a),
+        False,
+    ),
+    "mlp": (
+        lambda rng, q, k, a: scores.mlp.init(
+            rng, q, k, hidden_sizes=(a, SECOND), activation=jnp.tanh
+        ),
+        False,
+    ),
+}
+
+
+def alignment(name: str, attention_size: int, sizes: Sizes, rngs: nnx.Rngs) -> Any:
+    """The attention of a decoder whose encoder reads in both directions."""
+    make, projected = SCORES[name]
+    query, key = sizes.hidden_size, 2 * sizes.hidden_size
+    made = make(rngs.params(), query, key, attention_size)
+    if not projected:
+        return nn.Alignment(made)
+    return nn.Alignment.projected(query, key, attention_size, score=made, rngs=rngs)
+
+
+def model_maker(name: str, attention_size: int) -> Callable[..., Any]:
+    """Luong's decoder without input feeding: all steps attend at once."""
+
+    def make(vocabulary: int, sizes: Sizes, rngs: nnx.Rngs) -> Any:
+        return nn.RecurrentEncoderDecoder.luong(
+            vocabulary,
+            features=sizes.features,
+            hidden_size=sizes.hidden_size,
+            attention=alignment(name, attention_size, sizes, rngs),
+            bidirectional=True,
+            cell=nn.GRU,
+            rngs=rngs,
+        )
+
+    return make
+
+
+def shape_of(model: Any, batch: Batch) -> jax.Array:
+    """How sharp attention is: three numbers a sentence, ``[B, 3]``.
+
+    The standard deviation of the logits over the source, the entropy of the weights
+    over that of equal ones, and how many target tokens there are. A weight below 1e-37
+    counts as that.
+    """
+    weights = model.with_weights(
+        batch.source, batch.target[:, :-1], source_lengths=batch.source_lengths
+    )[1]
+    length = batch.source_lengths[:, None]
+    seen = jnp.arange(weights.shape[-1]) < length
+    # Logits, but for a number that all of a row share.
+    logs = jnp.log(jnp.maximum(weights, 1e-37))
+    mean = jnp.where(seen[:, None], logs, 0).sum(-1) / length
+    square = jnp.where(seen[:, None], (logs - mean[..., None]) ** 2, 0).sum(-1)
+    spread = jnp.sqrt(square / length)
+    entropy = -(weights * logs).sum(-1) / jnp.log(jnp.maximum(length, 2))
+    real = jnp.arange(spread.shape[1]) < batch.target_lengths[:, None] - 1
+    return jnp.stack(
+        [*(jnp.where(real, x, 0).sum(-1) for x in (spread, entropy)), real.sum(-1)], -1
+    )
+
+
+def sharpness(task: Task, model: Any) -> tuple[float, float]:
+    """Deviation of logits, and relative entropy of weights, a target token."""
+    run = over_batch(shape_of, task.context.mesh)
+    batches = task.dev[:: max(len(task.dev) // 8, 1)]
+    rows = np.concatenate([np.asarray(run(model, b), np.float64) for b in batches])
+    spread, entropy, count = rows.sum(0)
+    return float(spread / count), float(entropy / count)
+
+
+def gradient_norm(trained: Trained, share: float) -> float:
+    """Median over the first (or, with a negative share, the last) steps."""
+    norms = [line["gradient_norm"] for line in trained.log if "gradient_norm" in line]
+    count = max(int(abs(share) * len(norms)), 1)
+    return float(np.median(norms[:count] if share > 0 else norms[-count:]))
+
+
+def study(context: Context) -> Page | None:
+    """Each score at each size, one training run each."""
+    task = Task(context, BUDGET, SIZES)
+    attention_sizes = (8, 16) if context.quick else ATTENTION_SIZES
+    found = context.train_all(
+        task.run(f"{name.replace(' ', '-')}/{size}", model_maker(name, size), RATE)
+        for name in SCORES
+        for size in attention_sizes
+    )
+    if found is None:
+        return None
+    references = [p.target for p in task.corpus.split.test]
+    rows, results = [], []
+    each = [(name, size) for name in SCORES for size in attention_sizes]
+    for (name, size), trained in zip(each, found.values(), strict=True):
+        make, sizes = model_maker(name, size), task.sizes
+        new = make(task.corpus.vocabulary.size, sizes, nnx.Rngs(0))
+        new.eval()
+        before, after = sharpness(task, new), sharpness(task, trained.model)
+        bleu = score(task.translate(trained.model), references)["bleu"]
+        model: Any = trained.model
+        own = model.decoder.attention
+        values = jax.tree.map(
+            lambda p: p[...],
+            own.score,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
+        price = scores.cost(values, size if SCORES[name][1] else sizes.hidden_size)
+        result = {
+            "score": name,
+            "attention_size": size,
+            "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(own))),
+            "flops_per_pair": price.flops_per_pair,
+            "milliseconds_per_step": 1e3
+            * trained.summary["seconds"]
+            / trained.summary["steps"],
+            "dev_loss": trained.summary["best"]["loss"],
+            "bleu": bleu._asdict(),
+            "logit_deviation": [before[0], after[0]],
+            "relative_entropy": [before[1], after[1]],
+            "gradient_norm": [gradient_norm(trained, s) for s in (0.1, -0.1)],
+        }
+        results.append(result)
+        rows.append([
+            name,
+            size,
+            result["parameters"],
+            price.flops_per_pair,
+            result["milliseconds_per_step"],
+            result["dev_loss"],
+            str(bleu),
+            " → ".join(f"{x:.2f}" for x in result["logit_deviation"]),
+            " → ".join(f"{x:.2f}" for x in result["relative_entropy"]),
+            " → ".join(f"{x:.2f}" for x in result["gradient_norm"]),
+        ])
+
+    def of(name: str, key: str, at: int | None = None) -> list[tuple[float, float]]:
+        chosen = [r for r in results if r["score"] == name]
+        return [
+            (r["attention_size"], r[key] if at is None else r[key][at]) for r in chosen
+        ]
+
+    large = attention_sizes[-1]
+    unscaled, scaled = (dict(of(n, "dev_loss"))[large] for n in ("dot", "scaled dot"))
+    ranked = sorted(results, key=lambda r: r["dev_loss"])
+    best, worst = ranked[0], ranked[-1]
+    return Page(
+        title="Which function should compare decoder and encoder?",
+        claim="The weight is a function of decoder and encoder: dot product, general, "
+        "concat, additive, a perceptron; more powerful, more compute. A dot product of "
+        "large vectors must be scaled: at 1,024 Britz et al., 2017, lost four BLEU "
+        "(18.22 against 22.33 at 256).",
+        answer=f"The best dev loss is that of {best['score']} at "
+        f"{best['attention_size']:,} ({best['dev_loss']:.3f}), the worst that of "
+        f"{worst['score']} at {worst['attention_size']:,} ({worst['dev_loss']:.3f}). "
+        f"Without its scale the dot product of {large:,} ends at {unscaled:.3f}, "
+        f"with it at {scaled:.3f}: its logits have a standard deviation of "
+        f"{dict(of('dot', 'logit_deviation', 0))[large]:.2f} at first, those with the "
+        f"scale {dict(of('scaled dot', 'logit_deviation', 0))[large]:.2f}.",
+        cost=cost_of(t.summary for t in found.values()),
+        tables=[
+            Table(
+                f"One run each at a rate of {RATE:g}; {counts_of(task)}. Deviation of "
+                "logits and relative entropy of weights: untrained → trained; gradient "
+                "norm: median of the first → of the last tenth of the steps.",
+                [
+                    "score",
+                    "size",
+                    "parameters",
+                    "FLOPs a pair",
+                    "ms a step",
+                    "dev loss",
+                    "BLEU",
+                    "logit deviation",
+                    "entropy",
+                    "gradient norm",
+                ],
+                rows,
+            )
+        ],
+        charts=[
+            Chart(
+                "size",
+                "Quality and sharpness by the size of the space of comparison.",
+                lines(
+                    {
+                        "dev loss": {n: of(n, "dev_loss") for n in SCORES},
+                        "logit deviation, untrained": {
+                            n: of(n, "logit_deviation", 0) for n in SCORES
+                        },
+                        "gradient norm, first tenth": {
+                            n: of(n, "gradient_norm", 0) for n in SCORES
+                        },
+                    },
+                    "attention size",
+                    log="x",
+                ),
+            )
+        ],
+        results={
+            "scores": results,
+            "runs": {name: t.summary for name, t in found.items()},
+        },
+    )

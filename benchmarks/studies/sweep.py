@@ -1,0 +1,63 @@
+"""Which learning rate? Short runs of the same config, the best by its evaluation."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from benchmarks.studies.context import Context
+from benchmarks.studies.errors import Diverged
+from benchmarks.studies.record import Json
+from benchmarks.studies.training import Run
+
+
+class Sweep(NamedTuple):
+    """What a sweep found.
+
+    Attributes:
+        rate: the best.
+        found: by rate the number that decides; None where the run diverged.
+    """
+
+    rate: float
+    found: dict[float, float | None]
+
+
+def sweep(
+    context: Context, make_run: Callable[[float], Run], rates: Sequence[float]
+) -> Sweep | None:
+    """Trains at each rate, each its own run that can be gone on with.
+
+    Args:
+        context: of the study.
+        make_run: a short run at a rate; it is named ``NAME/rate-RATE`` here, and its
+            config gets the rate.
+        rates: at least one.
+
+    Returns:
+        What was found; None where ``--only`` left out a rate that is not done yet.
+
+    Raises:
+        Diverged: if all of them do.
+    """
+    found: dict[float, float | None] = {}
+    lower_is_better = True
+    for rate in rates:
+        run = make_run(rate)
+        config: Json = {**run.config, "rate": rate}
+        name = f"{run.name}/rate-{rate:g}"
+        lower_is_better = not run.higher_is_better
+        try:
+            trained = context.train(dataclasses.replace(run, name=name, config=config))
+        except Diverged as error:
+            context.say(str(error))
+            found[rate] = None
+            continue
+        if trained is None:
+            return None
+        found[rate] = trained.summary["best"][run.best]
+    kept = {r: v for r, v in found.items() if v is not None and math.isfinite(v)}
+    if not kept:
+        raise Diverged(f"every rate of {', '.join(map(str, rates))} diverges")
+    choose = min if lower_is_better else max
+    return Sweep(choose(kept, key=lambda rate: kept[rate]), found)

@@ -1,0 +1,156 @@
+"""The page, the command line, sweeps."""
+
+import io
+import json
+import signal
+
+import pytest
+from rich.console import Console
+
+from benchmarks.studies import __main__ as script
+from benchmarks.studies import smoke
+from benchmarks.studies.context import Context
+from benchmarks.studies.errors import Diverged
+from benchmarks.studies.page import (
+    Chart,
+    Page,
+    Table,
+    cost_of,
+    lines,
+    smooth,
+    write_page,
+)
+from benchmarks.studies.parallel import make_mesh
+from benchmarks.studies.sweep import sweep
+from tests.studies.tiny import make_run
+
+
+def test_a_page(tmp_path):
+    table = Table("Who is better.", ["who", "BLEU", "n"], [["a|b", 12.3456, 1234]])
+    figure = lines({"y": {"one": [(1, 2), (2, 3)]}}, "x", log="y")
+    page = Page(
+        "Why?", "It is so.", "It is.", "Little.", [table], [Chart("it", "See.", figure)]
+    )
+    path = write_page(tmp_path / "new", "why", page, quick=True)
+    text = path.read_text()
+    assert "| who | BLEU | n |\n| --- | --: | --: |\n| a\\|b | 12.35 | 1,234 |" in text
+    assert "**Claim.** It is so.\n" in text
+    assert "![See.](why-it.svg)" in text
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "why-it.svg",
+        "why.json",
+        "why.md",
+    ]
+    content = json.loads((path.parent / "why.json").read_text())
+    assert content["tables"][0]["rows"] == [["a|b", 12.3456, 1234]]
+    assert content["quick"] is True
+    assert {"machine", "versions", "date", "command"} <= set(content)
+    assert (path.parent / "why-it.svg").read_text().count("<svg") == 1
+    with pytest.raises(ValueError, match="expected 3 cells"):
+        Table("", ["a", "b", "c"], [[1, 2]]).markdown()
+
+
+def test_what_it_cost():
+    run = {"seconds": 90.0, "tokens": 2_000_000, "machine": "M"}
+    runs = [{**run, "parameters": n} for n in (1_000_000, 2_500_000)]
+    assert cost_of(runs) == (
+        "2 runs of 1,000,000 to 2,500,000 parameters, 4,000,000 target tokens, 3.0 "
+        "minutes of training (M)."
+    )
+
+
+def test_means_of_neighbours():
+    points = [(1, 1.0), (2, 3.0), (3, 5.0), (4, 9.0), (5, 0.0)]
+    assert smooth(points, 2) == [(2, 2.0), (4, 7.0)]
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path, capsys):
+    """Runs the script; returns its status and what it said."""
+    monkeypatch.setattr(script, "ask_for_devices", lambda count: None)
+
+    def run(*given):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script.warnings, "showwarning", None)
+            given = ["_smoke", "--quick", "--devices", "2", *given]
+            status = script.main([*given, "--out", str(tmp_path)])
+        said = capsys.readouterr()
+        return status, " ".join((said.out + said.err).split())
+
+    return run
+
+
+def test_a_study_from_end_to_end(start, tmp_path, monkeypatch):
+    status, said = start("--only", "state-16")
+    assert (status, "no page yet" in said) == (0, True)
+    folder = tmp_path / "quick"
+    assert not (folder / "_smoke.md").exists()
+    first = json.loads((folder / "runs/_smoke/state-16/summary.json").read_text())
+
+    before = smoke.Symbols.batch_at
+
+    def stop(self, step):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return before(self, step)
+
+    monkeypatch.setattr(smoke.Symbols, "batch_at", stop)
+    status, said = start("--resume")
+    assert status == 130
+    assert "state-8: interrupted after step 4" in said
+    assert "--resume" in said
+    monkeypatch.setattr(smoke.Symbols, "batch_at", before)
+
+    status, said = start("--resume")
+    assert status == 0
+    assert "written:" in said
+    content = json.loads((folder / "_smoke.json").read_text())
+    assert [row[0] for row in content["results"]["rows"]] == [8, 16]
+    assert (folder / "_smoke-loss.svg").exists()
+    assert "| state | loss | 1 symbols |" in (folder / "_smoke.md").read_text()
+    again = json.loads((folder / "runs/_smoke/state-16/summary.json").read_text())
+    assert again == first
+
+    status, said = start("--resume", "--only", "state-17")
+    assert status == 1
+    assert "expected runs of _smoke (state-8, state-16), got 'state-17'" in said
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        script.main(["_smoke", "--out", str(tmp_path / "file" / "below")])
+    assert "expected a folder that can be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "two", "-1"])
+def test_devices_are_counted(count, capsys):
+    with pytest.raises(SystemExit):
+        script.arguments(["_smoke", f"--devices={count}"])
+    assert "expected a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_the_best_rate(tmp_path):
+    mesh = make_mesh(2)
+    said = io.StringIO()
+    context = Context("s", tmp_path, mesh, Console(file=said), resume=True)
+    losses = {0.5: 3.0, 0.1: 1.0, 0.02: 2.0}
+
+    def at(rate):
+        def evaluate(model):
+            if rate not in losses:
+                raise Diverged(f"no {rate}")
+            return {"loss": losses[rate]}
+
+        return make_run("short", mesh=mesh, evaluate=evaluate, steps=4)
+
+    found = sweep(context, at, [0.5, 0.1, 0.02, 9.0])
+    assert found == (0.1, {**losses, 9.0: None})
+    assert "no 9.0" in said.getvalue()
+    folders = sorted(p.name for p in (context.folder / "short").iterdir())
+    assert folders == ["rate-0.02", "rate-0.1", "rate-0.5", "rate-9"]
+    losses.clear()
+    with pytest.raises(Diverged, match="every rate of 7.0, 8.0 diverges"):
+        sweep(context, at, [7.0, 8.0])
+    only = Context("s", tmp_path, mesh, Console(file=said), only=["long"])
+    assert sweep(only, at, [6.0]) is None
