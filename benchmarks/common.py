@@ -5,6 +5,7 @@ import datetime as dt
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,22 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def command(name: str, arguments: Sequence[str]) -> str:
+    """What makes these results again; where they went is nobody's business."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--out":
+            next(rest, None)
+        elif not argument.startswith("--out="):
+            kept.append(argument)
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *kept])
+
+
 def write(
     folder: Path, name: str, results: dict[str, Any], *, quiet: bool = False
 ) -> None:
     content = {
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": command(name, sys.argv[1:]),
         "machine": machine_line(),
         "versions": versions(),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),

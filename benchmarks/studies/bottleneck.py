@@ -34,7 +34,7 @@ def reverse_runs(context: Context) -> dict[str, Trained] | None:
     sizes = (
         REVERSE_SIZES._replace(features=8, hidden_size=8) if quick else REVERSE_SIZES
     )
-    rates = REVERSE_RATES[:2] if quick else REVERSE_RATES
+    rates = REVERSE_RATES[:1] if quick else REVERSE_RATES
     whole = 6 if quick else REVERSE_STEPS
     rows *= context.mesh.size
     task = Symbols("reverse", symbols=SYMBOLS, lengths=lengths, rows=rows)
@@ -71,13 +71,10 @@ def reverse_runs(context: Context) -> dict[str, Trained] | None:
         swept = sweep(
             context, lambda rate, name=name: run(name, rate, max(whole // 8, 3)), rates
         )
-        if swept is None:
-            return None
-        trained = context.train(run(name, swept.rate, whole))
-        if trained is None:
-            return None
-        found[name] = trained
-    return found
+        trained = swept and context.train(run(name, swept.rate, whole))
+        if trained:
+            found[name] = trained
+    return found if len(found) == len(TRANSLATORS) else None
 
 
 def exact_by_length(

@@ -123,7 +123,7 @@ def gradient_norm(trained: Trained, share: float) -> float:
 def study(context: Context) -> Page | None:
     """Each score at each size, one training run each."""
     task = Task(context, BUDGET, SIZES)
-    attention_sizes = (8, 16) if context.quick else ATTENTION_SIZES
+    attention_sizes = (16,) if context.quick else ATTENTION_SIZES
     found = context.train_all(
         task.run(f"{name.replace(' ', '-')}/{size}", model_maker(name, size), RATE)
         for name in SCORES

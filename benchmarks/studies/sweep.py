@@ -32,7 +32,7 @@ def sweep(
         context: of the study.
         make_run: a short run at a rate; it is named ``NAME/rate-RATE`` here, and its
             config gets the rate.
-        rates: at least one.
+        rates: at least one; one alone is not tried.
 
     Returns:
         What was found; None where ``--only`` left out a rate that is not done yet.
@@ -41,6 +41,8 @@ def sweep(
         Diverged: if all of them do.
     """
     found: dict[float, float | None] = {}
+    if len(rates) == 1:
+        return Sweep(rates[0], found)
     lower_is_better = True
     for rate in rates:
         run = make_run(rate)

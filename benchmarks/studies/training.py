@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from attnlab.bench.machine import machine_line, versions
+from benchmarks.common import command
 from benchmarks.studies.batches import Batch
 from benchmarks.studies.checkpoints import Checkpoint, Checkpoints, room_for
 from benchmarks.studies.errors import Diverged, Interrupted, StudyError
@@ -287,15 +288,11 @@ def surroundings() -> Json:
         "machine": machine_line(),
         "versions": versions(),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": command(sys.argv[1:]),
+        "command": command("studies", sys.argv[1:]),
     }
-
-
-def command(arguments: list[str]) -> str:
-    return shlex.join(["python", "-m", "benchmarks.studies", *arguments])
 
 
 def resuming() -> str:
     """The command that goes on."""
     arguments = [a for a in sys.argv[1:] if a != "--resume"]
-    return command([*arguments, "--resume"])
+    return shlex.join(["python", "-m", "benchmarks.studies", *arguments, "--resume"])

@@ -17,7 +17,7 @@ from attnlab.bench.peers import PEERS, _rule
 from attnlab.bench.runner import Group, run
 from attnlab.bench.timing import Repeats
 from attnlab.bench.yardsticks import YARDSTICKS
-from benchmarks import peers, training_step
+from benchmarks import common, peers, training_step
 from benchmarks.problems import OURS, PROBLEMS, Problem, small
 from tests.bench.conftest import SMALL, Wrong, _shifted
 
@@ -245,3 +245,9 @@ def test_the_training_step_is_the_same_mathematics():
     )
     first, second = training_step.parameter_counts(sizes)
     assert first == second
+
+
+def test_the_command_does_not_say_where_results_went():
+    given = ["--only", "a b", "--out", "/some/where", "--quick", "--out=/else"]
+    made = common.command("peers", given)
+    assert made == "python -m benchmarks.peers --only 'a b' --quick"

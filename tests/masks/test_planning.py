@@ -298,3 +298,24 @@ def test_the_cache_of_plans_is_bounded():
 def test_block_sizes_are_checked():
     with pytest.raises(ValueError, match=r"block_size: expected at least 1, got 0"):
         masks.causal().plan(8, block_size=0)
+
+
+def test_grain_is_what_blocks_must_divide():
+    one = masks.random_blocks(0, blocks_per_row=2, block_size=24, num_blocks=7)
+    other = masks.blocks(np.array([[1], [0]]), block_size=36)
+    window = masks.sliding_window(5, 5)
+    assert window.grain is None
+    assert (window | masks.causal()).grain is None
+    assert one.grain == (~one).grain == (one & window).grain == 24
+    assert (one | other).grain == masks.per_head([one, other]).grain == 12
+
+
+@pytest.mark.parametrize("block_size", [24, 12, 8])
+def test_plans_in_the_grain_have_no_partial_blocks(block_size):
+    mask = masks.random_blocks(0, blocks_per_row=2, block_size=24, num_blocks=7)
+    plan = mask.plan(168, block_size=block_size)
+    for side in (plan.rows, plan.cols):
+        assert not np.asarray(side.partial.per_row()).any()
+        assert np.asarray(side.full.per_row()).sum() == 14 * (24 // block_size) ** 2
+    coarse = mask.plan(168, block_size=48)
+    assert np.asarray(coarse.rows.partial.per_row()).any()

@@ -153,4 +153,5 @@ def test_the_best_rate(tmp_path):
     with pytest.raises(Diverged, match="every rate of 7.0, 8.0 diverges"):
         sweep(context, at, [7.0, 8.0])
     only = Context("s", tmp_path, mesh, Console(file=said), only=["long"])
-    assert sweep(only, at, [6.0]) is None
+    assert sweep(only, at, [6.0, 5.0]) is None
+    assert sweep(only, at, [6.0]) == (6.0, {})  # there is nothing to try
