@@ -71,8 +71,10 @@ def reverse_runs(context: Context) -> dict[str, Trained] | None:
         swept = sweep(
             context, lambda rate, name=name: run(name, rate, max(whole // 8, 3)), rates
         )
-        trained = swept and context.train(run(name, swept.rate, whole))
-        if trained:
+        if swept is None:
+            continue
+        trained = context.train(run(name, swept.rate, whole))
+        if trained is not None:
             found[name] = trained
     return found if len(found) == len(TRANSLATORS) else None
 
