@@ -14,17 +14,18 @@ from attnlab.bench.files import write_atomically
 from attnlab.bench.machine import machine_line, versions
 from attnlab.bench.options import writable_folder
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, results: Path = RESULTS) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument(
         "--out",
         type=writable_folder,
-        default=str(RESULTS),
+        default=str(results),
         metavar="DIR",
-        help="where the results go (benchmarks/results)",
+        help=f"where the results go ({results.relative_to(ROOT)})",
     )
     made.add_argument("--quick", action="store_true", help="small sizes, in seconds")
     return made

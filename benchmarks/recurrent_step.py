@@ -10,7 +10,6 @@ same weights, and their losses must agree before anybody is timed.
 import functools
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import optax
 from flax import nnx
 
 from attnlab import nn
+from attnlab.bench.files import cache_folder
 from attnlab.bench.machine import cores
 from attnlab.bench.timing import Repeats, interleave
 from benchmarks.common import parser, write
@@ -191,9 +191,9 @@ def torch_step(model: Any, batch: Batch) -> Callable[[], Any]:
     return call
 
 
-def make_batch(sizes: Sizes, cache: Path) -> tuple[Batch, int]:
+def make_batch(sizes: Sizes) -> tuple[Batch, int]:
     """A full batch of verses, and the size of their vocabulary."""
-    corpus = load_corpus(None, cache, pieces=sizes.pieces)
+    corpus = load_corpus(None, cache_folder(), pieces=sizes.pieces)
     examples = corpus.encode(corpus.split.train)
     longest = [max(map(len, sides)) for sides in examples]
     some = [
@@ -212,7 +212,7 @@ def main() -> None:
     sizes = Sizes(batch=8, length=16, pieces=1000) if given.quick else Sizes()
     devices = min(cores(), sizes.batch)
     ask_for_devices(devices)
-    batch, vocabulary = make_batch(sizes, given.out / "studies" / "runs")
+    batch, vocabulary = make_batch(sizes)
     makers: dict[str, Callable[[], Callable[[], Any]]] = {}
     for count in sorted({1, devices}):
         makers[f"attnlab, {count} device{'s' * (count > 1)}"] = functools.partial(

@@ -11,13 +11,15 @@ from rich.console import Console
 
 from attnlab.bench.machine import cores
 from attnlab.bench.wheels import TextUnavailable
-from benchmarks.common import RESULTS, parser
+from benchmarks.common import ROOT, parser
 from benchmarks.studies.context import Context
 from benchmarks.studies.errors import Interrupted, StudyError
 from benchmarks.studies.page import write_page
 from benchmarks.studies.parallel import ask_for_devices, make_mesh
 from benchmarks.studies.registry import STUDIES
 from benchmarks.studies.training import resuming
+
+RESULTS = ROOT / "benchmarks" / "studies" / "results"
 
 
 def whole(text: str) -> int:
@@ -30,9 +32,8 @@ def whole(text: str) -> int:
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
     listed = [name for name in STUDIES if not name.startswith("_")]
-    options = parser(__doc__ or "")
+    options = parser(__doc__ or "", RESULTS)
     options.prog = "python -m benchmarks.studies"
-    options.set_defaults(out=str(RESULTS / "studies"))
     options.add_argument(
         "study",
         choices=list(STUDIES),
