@@ -9,6 +9,7 @@ same weights, and their losses must agree before anybody is timed.
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def attnlab_step(
     transform = optax.chain(
         optax.clip_by_global_norm(CLIP), optax.adam(RATE, b2=0.98, eps=1e-9)
     )
-    optimiser = Optimiser(transform, optax.constant_schedule(RATE))
+    optimiser = Optimiser(transform, optax.constant_schedule(RATE), {})
     loss = forced(logits, SMOOTHING)
     step = Step(model, loss, optimiser, 0, make_mesh(devices))
     return lambda: step(batch, 0).loss
@@ -210,7 +211,8 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=9, help="at least (9)")
     given = options.parse_args()
     sizes = Sizes(batch=8, length=16, pieces=1000) if given.quick else Sizes()
-    devices = min(cores(), sizes.batch)
+    # Each has the same share of the batch.
+    devices = math.gcd(cores(), sizes.batch)
     ask_for_devices(devices)
     batch, vocabulary = make_batch(sizes)
     makers: dict[str, Callable[[], Callable[[], Any]]] = {}
@@ -247,8 +249,9 @@ def main() -> None:
     for row in rows:
         if row["contender"] in timings:
             row["timing"] = timings[row["contender"]]._asdict()
-    content = {"sizes": sizes._asdict(), "rows": rows}
-    show(content)
+    tokens = int((np.asarray(batch.target_lengths) - 1).sum())
+    content = {"sizes": sizes._asdict(), "tokens": tokens, "rows": rows}
+    show(content, tokens)
     write(given.out, "recurrent_step", content)
 
 

@@ -253,18 +253,18 @@ def main() -> None:
         if ours != theirs:
             raise SystemExit(f"{ours:,} parameters, but PyTorch's model {theirs:,}")
         content["parameters"] = ours
-    show(content)
+    show(content, sizes.batch * sizes.length)
     write(given.out, "training_step", content)
 
 
-def show(content: dict[str, Any]) -> None:
+def show(content: dict[str, Any], tokens: int) -> None:
+    """A table for the terminal; ``tokens`` are those of a step."""
     numbers = ", ".join(f"{name} {n}" for name, n in content["sizes"].items())
     made = Table(title=f"{numbers}\n{caption()}", title_justify="left")
     made.add_column("runs on")
     for name in ("ms a step [dim]20-80 %[/]", "tokens a second", "over ours"):
         made.add_column(name, justify="right")
     made.add_column("loss of the first steps, or why not")
-    tokens = content["sizes"]["batch"] * content["sizes"]["length"]
     ours = None
     for row in content["rows"]:
         if "timing" not in row:

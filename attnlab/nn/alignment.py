@@ -10,6 +10,7 @@ from flax import nnx
 from attnlab import modifiers, scores
 from attnlab.masks import Mask, as_mask
 from attnlab.nn.cache import KeyValue
+from attnlab.nn.parameters import as_arrays, as_params
 from attnlab.nn.projection import projection
 from attnlab.ops import attention_with_stats
 from attnlab.types import (
@@ -64,7 +65,7 @@ class Alignment(nnx.Module):
             precision: of matrix products.
         """
         score = scores.scaled_dot() if score is None else score
-        self.score = nnx.data(jax.tree.map(nnx.Param, score))
+        self.score = nnx.data(as_params(score))
         self.mask = nnx.data(None if mask is None else as_mask(mask))
         self.query, self.key = query, key
         self.implementation, self.precision = implementation, precision
@@ -202,9 +203,7 @@ class Alignment(nnx.Module):
         return (states if self.key is None else self.key(states))[:, :, None]
 
     def _score(self) -> Score:
-        return jax.tree.map(
-            lambda p: p[...], self.score, is_leaf=lambda x: isinstance(x, nnx.Variable)
-        )
+        return as_arrays(self.score)
 
 
 class PredictiveAlignment(Alignment):

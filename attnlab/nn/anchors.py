@@ -58,7 +58,7 @@ class AnchorProjections(nnx.Module):
             head_size: H.
             positions: which slots are anchors; an int A: the first A.
             use_bias: whether projections add a bias.
-            dtype: of the computation; the inputs' if not given.
+            dtype: of the computation; that of inputs and parameters if not given.
             param_dtype: of the parameters.
             kernel_init: of the weights.
             rngs: Flax's.

@@ -11,7 +11,14 @@ from attnlab import scores
 from attnlab.masks import Mask, as_mask, full
 from attnlab.nn.anchors import AnchorProjections
 from attnlab.nn.cache import Cache, KeyValue
-from attnlab.nn.parameters import GLOROT, ZEROS, Initializer, named
+from attnlab.nn.parameters import (
+    GLOROT,
+    ZEROS,
+    Initializer,
+    as_arrays,
+    as_params,
+    named,
+)
 from attnlab.nn.positions import Positions
 from attnlab.ops import attention_with_stats
 from attnlab.types import Array, ArrayLike, AttentionResult, Modifier, Score
@@ -88,7 +95,7 @@ class MultiHeadAttention(nnx.Module):
             out_bias: whether the output's does; ``use_bias`` if not given.
             implementation: as of :func:`attnlab.attention`.
             precision: of matrix products.
-            dtype: of the computation; the inputs' if not given.
+            dtype: of the computation; that of inputs and parameters if not given.
             param_dtype: of the parameters.
             kernel_init: of the weights.
             bias_init: of the biases.
@@ -148,7 +155,7 @@ class MultiHeadAttention(nnx.Module):
             use_bias if out_bias is None else out_bias,
         )
         score = scores.scaled_dot() if score is None else score
-        self.score = nnx.data(jax.tree.map(nnx.Param, score))
+        self.score = nnx.data(as_params(score))
         self.mask = nnx.data(full() if mask is None else as_mask(mask))
         self.modifiers = nnx.data(tuple(modifiers))
         self.position = Positions() if position is None else position
@@ -339,7 +346,7 @@ class MultiHeadAttention(nnx.Module):
         return jax.eval_shape(self._score().project_key, shape).shape[-1]
 
     def _score(self) -> Score:
-        return jax.tree.map(lambda p: p[...], self.score, is_leaf=_is_variable)
+        return as_arrays(self.score)
 
     def _query(self, x: Array, positions: Array) -> Array:
         _check_features("query", x, self.query)
@@ -381,10 +388,6 @@ def _check_features(name: str, x: Array, linear: nnx.LinearGeneral) -> None:
         raise ValueError(
             f"{name}: expected [*batch, length, {expected}], got shape {x.shape}"
         )
-
-
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, nnx.Variable)
 
 
 def _positions(x: Array, offset: Any, given: Array | None) -> Array:

@@ -42,7 +42,7 @@ class Cell(nnx.Module):
         Args:
             in_features: of the inputs.
             hidden_size: of the output.
-            dtype: of the computation; the inputs' if not given.
+            dtype: of the computation; that of inputs and parameters if not given.
             param_dtype: of the parameters.
             kernel_init: of the weights of inputs.
             recurrent_init: of the weights of the state, for each gate.

@@ -134,7 +134,7 @@ class FeedForward(nnx.Module):
             activation: elementwise.
             dropout_rate: of the hidden features.
             use_bias: whether projections add a bias.
-            dtype: of the computation; the inputs' if not given.
+            dtype: of the computation; that of inputs and parameters if not given.
             param_dtype: of the parameters.
             kernel_init: of the weights.
             rngs: Flax's.

@@ -20,9 +20,10 @@ name           what runs along it
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 
-from attnlab.types import Array
+from attnlab.types import Array, PyTree
 
 Initializer = Callable[..., Array]
 
@@ -35,3 +36,19 @@ def named(*axes: str | None) -> dict[str, Any]:
     """Metadata of a parameter whose axes have these logical names."""
     # Not placed on a mesh while it is made: there need not be one.
     return {"out_sharding": axes, "eager_sharding": False}
+
+
+def as_params(tree: PyTree) -> PyTree:
+    """A tree, of a score for instance, whose arrays are learned; numbers are not."""
+    return jax.tree.map(lambda x: nnx.Param(x) if hasattr(x, "dtype") else x, tree)
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """What :func:`as_params` was given, as it is now."""
+
+    def is_variable(x: Any) -> bool:
+        return isinstance(x, nnx.Variable)
+
+    return jax.tree.map(
+        lambda x: x[...] if is_variable(x) else x, tree, is_leaf=is_variable
+    )

@@ -27,7 +27,7 @@ def projection(
         out_features: of the outputs.
         name: what runs along the outputs, see :mod:`attnlab.nn.parameters`.
         use_bias: whether there is a bias.
-        dtype: of the computation; the inputs' if not given.
+        dtype: of the computation; that of inputs and parameters if not given.
         param_dtype: of the parameters.
         kernel_init: of the weights.
         bias_init: of the bias.

@@ -32,7 +32,7 @@ class Readout(nnx.Module):
         Args:
             features: of state, context and token's vector together.
             vocabulary_size: V.
-            dtype: of the computation; the inputs' if not given.
+            dtype: of the computation; that of inputs and parameters if not given.
             param_dtype: of the parameters.
             rngs: Flax's.
         """
@@ -83,7 +83,7 @@ class MaxoutReadout(nnx.Module):
             features: of state, context and token's vector together.
             hidden_size: maxout units.
             vocabulary_size: V.
-            dtype: of the computation; the inputs' if not given.
+            dtype: of the computation; that of inputs and parameters if not given.
             param_dtype: of the parameters.
             rngs: Flax's.
         """

@@ -209,7 +209,7 @@ class RecurrentEncoder(nnx.Module):
 
         Args:
             vocabulary_size: V.
-            features: of the embedding.
+            features: of the embedding, unless one is given.
             hidden_size: of each cell.
             num_layers: layers.
             bidirectional: whether each layer reads in both directions.
@@ -218,7 +218,9 @@ class RecurrentEncoder(nnx.Module):
             embedding: one made before, to share it.
             rngs: Flax's.
         """
-        if embedding is None:
+        if embedding is not None:
+            features = embedding.table.features
+        else:
             embedding = Embedding(
                 vocabulary_size, features, dropout_rate=dropout_rate, rngs=rngs
             )
@@ -302,7 +304,10 @@ def run_cell(
         return None if x is None else x.swapaxes(0, 1)[..., None]
 
     times = (gates, along(real), along(None if new is None else ~new))
-    state = zeros if state is None else state
+    if state is None:
+        state = zeros
+    else:
+        state = jax.tree.map(lambda x, zero: x.astype(zero.dtype), state, zeros)
     last, outputs = lax.scan(step, state, times, reverse=reverse)
     return outputs, last
 
@@ -323,6 +328,12 @@ def _read(
             raise ValueError(
                 f"lengths: expected one for each of {batch} examples, "
                 f"got shape {lengths.shape}"
+            )
+        inside = (lengths >= 0) & (lengths <= length)
+        if not isinstance(inside, jax.core.Tracer) and not inside.all():
+            raise ValueError(
+                f"lengths: expected 0 to {length}, the length of the sequence, "
+                f"got {lengths}"
             )
         return jnp.arange(length) < lengths[:, None], None
     if documents is None:

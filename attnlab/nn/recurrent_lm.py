@@ -175,9 +175,9 @@ class RecurrentLanguageModel(nnx.Module):
         Args:
             batch: B.
             length: tokens that may follow.
-            dtype: of states and cache.
+            dtype: of the cache.
         """
-        cells = tuple(layer.cell.start(batch, dtype) for layer in self.layers)
+        cells = tuple(layer.cell.start(batch) for layer in self.layers)
         if self.attention is None:
             return RecurrentLanguageModelState(cells)
         states = jax.ShapeDtypeStruct((1, 1, self.layers[-1].out_features), dtype)
@@ -202,8 +202,12 @@ class RecurrentLanguageModel(nnx.Module):
             is refused; where it is traced, it yields NaN.
         """
         x, cells = self._states(tokens, state.cells)
-        if self.attention is None or state.cache is None:
+        if self.attention is None:
             return self.head(x), state._replace(cells=cells)
+        if state.cache is None:
+            raise ValueError(
+                "state: it has no cache, which a model with attention needs; use start"
+            )
         positions = state.cache.next_positions(tokens.shape[1])
         key, value = self.attention.project(x)
         cache, view = state.cache.append(key, value, positions)

@@ -1,5 +1,6 @@
-"""To translate *il* one must find *he*: does attention find it?"""
+"""To say *he* one must find *il*: does attention find it?"""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,11 +44,15 @@ class Words(NamedTuple):
     weights: np.ndarray
 
 
-def by_words(pair: Pair, weights: np.ndarray, vocabulary: Vocabulary) -> Words:
-    """From ``[T, S]`` of tokens."""
+def by_words(pair: Pair, weights: np.ndarray, vocabulary: Vocabulary) -> Words | None:
+    """From ``[T, S]`` of tokens; None where tokens divide the words otherwise."""
     source, target = vocabulary.encode(pair.source), vocabulary.encode(pair.target)
     columns = np.array(vocabulary.words(source))
     rows = np.array(vocabulary.words(target))
+    # Characters that one takes for a space need not be one for the other.
+    for text, found in ((pair.source, columns), (pair.target, rows)):
+        if sorted({*found.tolist()}) != list(range(len(text.split()))):
+            return None
     across = np.stack(
         [
             *(
@@ -65,15 +70,15 @@ def by_words(pair: Pair, weights: np.ndarray, vocabulary: Vocabulary) -> Words:
     return Words(pair, np.stack(down))
 
 
-def look(task: Task, model: Any, pairs: list[Pair]) -> list[Words]:
-    """Weights of sentence pairs, in batches of few shapes."""
+def look(task: Task, model: Any, pairs: list[Pair]) -> list[Words | None]:
+    """Weights of sentence pairs, in batches of few shapes; see :func:`by_words`."""
     vocabulary, devices = task.corpus.vocabulary, task.context.mesh.size
     run = over_batch(weights_of, task.context.mesh)
     encoded = task.corpus.encode(pairs)
     groups: dict[int, list[int]] = {}
     for i, sides in enumerate(encoded):
         groups.setdefault(padded_length(max(map(len, sides)) + 1), []).append(i)
-    found: dict[int, Words] = {}
+    found: dict[int, Words | None] = {}
     rows = 8 * devices
     for length, members in groups.items():
         for start in range(0, len(members), rows):
@@ -89,10 +94,10 @@ class Rate(NamedTuple):
     """How often something falls on the right word.
 
     Attributes:
-        attention: the strongest weight.
+        attention: the strongest weight, which may be that of END.
         chance: a word of the sentence at random.
         ibm1: the word that IBM model 1 chooses.
-        count: how many words were asked about.
+        count: how many words were asked about, at least one.
     """
 
     attention: float
@@ -101,23 +106,29 @@ class Rate(NamedTuple):
     count: int
 
 
-def hit_rate(seen: list[Words], word: str, wanted: tuple[str, ...], ibm1: Ibm1) -> Rate:
-    """Over all places of ``word`` in targets whose source has one of ``wanted``."""
+def hit_rate(
+    seen: Iterable[Words], word: str, wanted: tuple[str, ...], ibm1: Ibm1
+) -> Rate | None:
+    """Over all places of ``word`` in targets whose source has one of ``wanted``.
+
+    Returns:
+        None where there is no such place.
+    """
     hits = []
     for pair, weights in seen:
         source = words_of(pair.source)
         right = {w.place for w in source if w.text in wanted}
         if not right:
             continue
-        for index, found in enumerate(words_of(pair.target)):
+        for found in words_of(pair.target):
             if found.text == word:
                 hits.append((
                     int(weights[found.place].argmax()) in right,
                     len(right) / len(pair.source.split()),
-                    ibm1.place_of(index, pair) in right,
+                    ibm1.place_of(word, pair.source) in right,
                 ))
     if not hits:
-        return Rate(float("nan"), float("nan"), float("nan"), 0)
+        return None
     attention, chance, model = (float(np.mean(x)) for x in zip(*hits, strict=True))
     return Rate(attention, chance, model, len(hits))
 
@@ -167,24 +178,32 @@ def study(context: Context) -> Page | None:
     found = translators(task, ["additive"])
     if found is None:
         return None
-    model, pairs = found["additive"].model, task.corpus.split.test
-    seen = look(task, model, pairs)
+    model, pairs = found["additive"].trained.model, task.corpus.split.test
+    seen = [words for words in look(task, model, pairs) if words is not None]
+    if len(seen) < len(pairs):
+        context.say(f"{len(pairs) - len(seen)} pairs have words of unusual spaces")
     ibm1 = Ibm1(task.corpus.split.train)
-    rates = {word: hit_rate(seen, word, wanted, ibm1) for word, wanted in LINKS.items()}
-    he = rates["he"]
+    found_rates = {w: hit_rate(seen, w, wanted, ibm1) for w, wanted in LINKS.items()}
+    rates = {word: rate for word, rate in found_rates.items() if rate is not None}
     by_pair = {words.pair: words for words in seen}
-    with_he, at_random = chosen(pairs, 2)
-    times = f"{he.attention / he.chance:.1f} times" if he.chance > 0 else "nowhere near"
+    with_he, at_random = chosen(list(by_pair), 2)
+    answer = "The test set has no *he* whose source has *il*."
+    if "he" in rates:
+        he = rates["he"]
+        answer = (
+            f"Where English has *he* and French *il* ({he.count:,} places of the test "
+            "set), the strongest weight falls on a word with *il* in it in "
+            f"{he.attention:.0%}, {he.attention / he.chance:.1f} times chance "
+            f"({he.chance:.0%}). IBM model 1, which only counts words, finds it in "
+            f"{he.ibm1:.0%}."
+        )
     return Page(
         title="Does attention align *he* with *il*?",
         claim="The weights that a decoder learns, to look at the encoder's states, "
-        "show which words belong together: to translate *il* one must find *he* "
-        "(Bahdanau et al., 2015, figure 3).",
-        answer=f"Where English has *he* and French *il* ({he.count:,} places of the "
-        f"test set), the strongest weight falls on *il* in {he.attention:.0%}, {times} "
-        f"chance ({he.chance:.0%}); IBM model 1, which only counts words, chooses it "
-        f"in {he.ibm1:.0%}.",
-        cost=cost_of(t.summary for t in found.values()),
+        "show which words belong together (Bahdanau et al., 2015, section 5.2.1): to "
+        "say *he* one must find *il*.",
+        answer=answer,
+        cost=cost_of(found["additive"].summaries),
         tables=[
             Table(
                 "How often the strongest weight falls on the word that belongs to it.",
@@ -210,6 +229,6 @@ def study(context: Context) -> Page | None:
         ],
         results={
             "rates": {word: rate._asdict() for word, rate in rates.items()},
-            "runs": {name: t.summary for name, t in found.items()},
+            "runs": {"additive": found["additive"].trained.summary},
         },
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 PADDING, UNKNOWN, START, END = range(4)
 #: Lengths that sentences are padded to.
-LENGTHS = (16, 32, 48, 64, 96)
+LENGTHS = (20, 32, 48, 72, 144)
 
 #: Tokens of a source and of its target, special ones left out.
 Example = tuple[Sequence[int], Sequence[int]]

@@ -12,21 +12,21 @@ from benchmarks.studies.optimisers import adam
 from benchmarks.studies.page import Chart, Page, Table, cost_of, lines
 from benchmarks.studies.parallel import over_batch
 from benchmarks.studies.scoring import exact_matches, score_by_length
-from benchmarks.studies.sweep import sweep
+from benchmarks.studies.sweep import Chosen, train_at_best_rate
 from benchmarks.studies.synthetic import Symbols
-from benchmarks.studies.training import Run, Trained
+from benchmarks.studies.training import Run
 from benchmarks.studies.translate import BUDGET, SIZES, counts_of, translators
 from benchmarks.studies.translation_runs import Task
 from benchmarks.studies.translators import TRANSLATORS, Sizes, greedy, logits
 
 #: Reversing sequences needs no language.
 LENGTHS, TESTED, SYMBOLS = (1, 40), (5, 10, 15, 20, 25, 30, 35, 40), 20
-REVERSE_SIZES = Sizes(features=64, hidden_size=128, layers=2, heads=4, dropout_rate=0.0)
+REVERSE_SIZES = Sizes(features=128, hidden_size=128, layers=2, dropout_rate=0.0)
 REVERSE_STEPS, REVERSE_ROWS = 4000, 64
 REVERSE_RATES = (1e-3, 2e-3, 4e-3)
 
 
-def reverse_runs(context: Context) -> dict[str, Trained] | None:
+def reverse_runs(context: Context) -> dict[str, Chosen] | None:
     """Each model, trained to reverse, at its best rate."""
     quick = context.quick
     rows = 8 if quick else REVERSE_ROWS
@@ -38,11 +38,10 @@ def reverse_runs(context: Context) -> dict[str, Trained] | None:
     whole = 6 if quick else REVERSE_STEPS
     rows *= context.mesh.size
     task = Symbols("reverse", symbols=SYMBOLS, lengths=lengths, rows=rows)
-    dev = MeanLoss(
-        forced(logits),
-        task.test(sorted({1, *lengths, sum(lengths) // 2})),
-        context.mesh,
-    )
+    # Another seed than that of the test.
+    apart = Symbols("reverse", symbols=SYMBOLS, lengths=lengths, rows=rows, seed=1)
+    seen = apart.test(sorted({*lengths, sum(lengths) // 2}))
+    dev = MeanLoss(forced(logits), seen, context.mesh)
 
     def run(name: str, rate: float, steps: int) -> Run:
         return Run(
@@ -66,21 +65,19 @@ def reverse_runs(context: Context) -> dict[str, Trained] | None:
             evaluate_every=min(250, steps),
         )
 
-    found: dict[str, Trained] = {}
-    for name in TRANSLATORS:
-        swept = sweep(
-            context, lambda rate, name=name: run(name, rate, max(whole // 8, 3)), rates
-        )
-        if swept is None:
-            continue
-        trained = context.train(run(name, swept.rate, whole))
-        if trained is not None:
-            found[name] = trained
-    return found if len(found) == len(TRANSLATORS) else None
+    def train(name: str) -> Chosen | None:
+        def at(rate: float, short: bool) -> Run:
+            return run(name, rate, max(whole // 8, 3) if short else whole)
+
+        return train_at_best_rate(context, at, rates)
+
+    found = {name: train(name) for name in TRANSLATORS}
+    done = {name: chosen for name, chosen in found.items() if chosen is not None}
+    return done if len(done) == len(found) else None
 
 
 def exact_by_length(
-    context: Context, found: dict[str, Trained]
+    context: Context, found: dict[str, Chosen]
 ) -> dict[str, list[tuple[float, float]]]:
     """Share of sequences reversed without a mistake, by length."""
     lengths = (2, 4, 6) if context.quick else TESTED
@@ -97,14 +94,14 @@ def exact_by_length(
                 length,
                 float(
                     np.mean([
-                        exact_matches(decode(trained.model, *batch[:2]), batch)
+                        exact_matches(decode(chosen.trained.model, *batch[:2]), batch)
                         for batch in task.test([length], 1 if context.quick else 4)
                     ])
                 ),
             )
             for length in lengths
         ]
-        for name, trained in found.items()
+        for name, chosen in found.items()
     }
 
 
@@ -117,8 +114,8 @@ def study(context: Context) -> Page | None:
     pairs = task.corpus.split.test
     sources, references = [p.source for p in pairs], [p.target for p in pairs]
     classes: dict[str, list[Any]] = {
-        name: score_by_length(sources, task.translate(trained.model), references)
-        for name, trained in found.items()
+        name: score_by_length(sources, task.translate(chosen.trained.model), references)
+        for name, chosen in found.items()
     }
     kept = {
         name: rows[-1]["bleu"]["value"] / max(rows[0]["bleu"]["value"], 1e-9)
@@ -146,7 +143,11 @@ def study(context: Context) -> Page | None:
         + f". Of sequences of {longest} random symbols, greedily reversed, "
         + ", ".join(f"{name} gets {share:.0%}" for name, share in last.items())
         + " right to the last symbol.",
-        cost=cost_of(t.summary for t in (*found.values(), *reversing.values())),
+        cost=cost_of(
+            s
+            for chosen in (*found.values(), *reversing.values())
+            for s in chosen.summaries
+        ),
         tables=[
             Table(
                 f"BLEU by the number of words of the source; {counts_of(task)}.",
@@ -190,8 +191,8 @@ def study(context: Context) -> Page | None:
             "kept": kept,
             "exact": exact,
             "runs": {
-                **{name: t.summary for name, t in found.items()},
-                **{f"reverse/{name}": t.summary for name, t in reversing.items()},
+                **{name: c.trained.summary for name, c in found.items()},
+                **{f"reverse/{n}": c.trained.summary for n, c in reversing.items()},
             },
         },
     )

@@ -46,8 +46,8 @@ class Context:
         return self.out / "runs" / self.name
 
     def shared(self, name: str) -> "Context":
-        """The same for runs that several studies share: done once, they are read."""
-        return dataclasses.replace(self, name=name, resume=True)
+        """The same for runs that several studies share."""
+        return dataclasses.replace(self, name=name)
 
     def wants(self, name: str) -> bool:
         """Whether a run, or the group before its ``/``, is asked for."""

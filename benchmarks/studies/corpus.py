@@ -74,5 +74,5 @@ def load_corpus(
         "vocabulary": vocabulary.size,
     }
     everything = [*parts.train, *parts.dev, *parts.test]
-    mark = f"{fingerprint(everything)}-{kind}-{vocabulary.size}"
+    mark = f"{fingerprint(everything)}-{vocabulary.fingerprint}"
     return Corpus(parts, vocabulary, counts, mark)

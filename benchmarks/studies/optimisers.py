@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from benchmarks.studies.record import Json
+
 Decay = Literal["cosine", "inverse_sqrt"]
 
 
@@ -14,10 +16,12 @@ class Optimiser(NamedTuple):
     Attributes:
         transform: optax's.
         rate: learning rate at a step, for the log.
+        settings: JSON, all that tells it from others.
     """
 
     transform: optax.GradientTransformation
     rate: optax.Schedule
+    settings: Json
 
 
 def schedule(
@@ -76,4 +80,13 @@ def adam(
     transform = optax.chain(
         optax.clip_by_global_norm(clip), optax.adam(rates, b2=b2, eps=1e-9)
     )
-    return Optimiser(transform, rates)
+    settings: Json = {
+        "name": "adam",
+        "rate": rate,
+        "steps": steps,
+        "warmup": warmup,
+        "decay": decay,
+        "clip": clip,
+        "b2": b2,
+    }
+    return Optimiser(transform, rates, settings)

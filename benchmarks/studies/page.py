@@ -95,9 +95,11 @@ def cost_of(summaries: Iterable[Json]) -> str:
     tokens = sum(run["tokens"] for run in runs)
     word = "run" if len(runs) == 1 else "runs"
     machines = "; ".join(dict.fromkeys(run["machine"] for run in runs))
+    dates = [run["date"][:10] for run in runs]
+    days = " to ".join(dict.fromkeys([min(dates), max(dates)]))
     return (
         f"{len(runs)} {word} of {between} parameters, {tokens:,} target tokens, "
-        f"{minutes:,.1f} minutes of training ({machines})."
+        f"{minutes:,.1f} minutes of training ({machines}, {days})."
     )
 
 
@@ -134,7 +136,8 @@ def lines(
     )
     for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
         for label, points in series.items():
-            axis.plot(*zip(*points, strict=True), f"{marker}-", label=label, ms=4)
+            if points:
+                axis.plot(*zip(*points, strict=True), f"{marker}-", label=label, ms=4)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(across)
         for name in log:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from attnlab import nn, scores
+from attnlab.nn.parameters import as_arrays
 from benchmarks.studies.batches import Batch
 from benchmarks.studies.context import Context
 from benchmarks.studies.page import Chart, Page, Table, cost_of, lines
@@ -31,11 +32,12 @@ SECOND = 32
 Make = Callable[[Any, int, int, int], Any]
 
 #: ``make(rng, query features, key features, attention size)``: a score by name, and
-#: whether query and key are projected to the attention size before it.
+#: whether query and key are projected to the attention size before it. "general" knows
+#: no size but theirs.
 SCORES: dict[str, tuple[Make, bool]] = {
     "dot": (lambda rng, q, k, a: scores.dot(), True),
     "scaled dot": (lambda rng, q, k, a: scores.scaled_dot(), True),
-    "general": (lambda rng, q, k, a: scores.bilinear.init(rng, a), True),
+    "general": (lambda rng, q, k, a: scores.bilinear.init(rng, q, k), False),
     "concat": (
         lambda rng, q, k, a: scores.concat.init(rng, q, k, hidden_size=a),
         False,
@@ -124,16 +126,20 @@ def study(context: Context) -> Page | None:
     """Each score at each size, one training run each."""
     task = Task(context, BUDGET, SIZES)
     attention_sizes = (16,) if context.quick else ATTENTION_SIZES
+    states = 2 * task.sizes.hidden_size
+    each = [
+        (name, size)
+        for name in SCORES
+        for size in ((states,) if name == "general" else attention_sizes)
+    ]
     found = context.train_all(
         task.run(f"{name.replace(' ', '-')}/{size}", model_maker(name, size), RATE)
-        for name in SCORES
-        for size in attention_sizes
+        for name, size in each
     )
     if found is None:
         return None
     references = [p.target for p in task.corpus.split.test]
     rows, results = [], []
-    each = [(name, size) for name in SCORES for size in attention_sizes]
     for (name, size), trained in zip(each, found.values(), strict=True):
         make, sizes = model_maker(name, size), task.sizes
         new = make(task.corpus.vocabulary.size, sizes, nnx.Rngs(0))
@@ -142,12 +148,9 @@ def study(context: Context) -> Page | None:
         bleu = score(task.translate(trained.model), references)["bleu"]
         model: Any = trained.model
         own = model.decoder.attention
-        values = jax.tree.map(
-            lambda p: p[...],
-            own.score,
-            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        price = scores.cost(
+            as_arrays(own.score), size if SCORES[name][1] else sizes.hidden_size
         )
-        price = scores.cost(values, size if SCORES[name][1] else sizes.hidden_size)
         result = {
             "score": name,
             "attention_size": size,
@@ -198,7 +201,8 @@ def study(context: Context) -> Page | None:
         f"Without its scale the dot product of {large:,} ends at {unscaled:.3f}, "
         f"with it at {scaled:.3f}: its logits have a standard deviation of "
         f"{dict(of('dot', 'logit_deviation', 0))[large]:.2f} at first, those with the "
-        f"scale {dict(of('scaled dot', 'logit_deviation', 0))[large]:.2f}.",
+        f"scale {dict(of('scaled dot', 'logit_deviation', 0))[large]:.2f}. Each is one "
+        "run: small differences may be chance.",
         cost=cost_of(t.summary for t in found.values()),
         tables=[
             Table(

@@ -10,8 +10,8 @@ from sacrebleu.metrics.chrf import CHRF
 from benchmarks.studies.batches import END, Batch
 from benchmarks.studies.record import Json
 
-#: Words of a source: up to 10, 11 to 20, ..., more than 50.
-EDGES = (10, 20, 30, 40, 50)
+#: Words of a source: up to 10, 11 to 20, ..., more than 40.
+EDGES = (10, 20, 30, 40)
 
 
 class Score(NamedTuple):

@@ -85,7 +85,7 @@ class Step:
             seed: of dropout.
             mesh: of devices.
         """
-        transform, rate = optimiser
+        transform, rate, _ = optimiser
         self._structure, params, rest = nnx.split(model, nnx.Param, ...)
         whole = replicated(mesh)
         self._whole, self.devices = whole, mesh.size

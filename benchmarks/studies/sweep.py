@@ -8,7 +8,7 @@ from typing import NamedTuple
 from benchmarks.studies.context import Context
 from benchmarks.studies.errors import Diverged
 from benchmarks.studies.record import Json
-from benchmarks.studies.training import Run
+from benchmarks.studies.training import Run, Trained
 
 
 class Sweep(NamedTuple):
@@ -17,10 +17,12 @@ class Sweep(NamedTuple):
     Attributes:
         rate: the best.
         found: by rate the number that decides; None where the run diverged.
+        summaries: of the runs, for what they cost.
     """
 
     rate: float
     found: dict[float, float | None]
+    summaries: list[Json]
 
 
 def sweep(
@@ -42,7 +44,8 @@ def sweep(
     """
     found: dict[float, float | None] = {}
     if len(rates) == 1:
-        return Sweep(rates[0], found)
+        return Sweep(rates[0], found, [])
+    summaries: list[Json] = []
     lower_is_better = True
     for rate in rates:
         run = make_run(rate)
@@ -57,9 +60,49 @@ def sweep(
             continue
         if trained is None:
             return None
+        summaries.append(trained.summary)
         found[rate] = trained.summary["best"][run.best]
     kept = {r: v for r, v in found.items() if v is not None and math.isfinite(v)}
     if not kept:
         raise Diverged(f"every rate of {', '.join(map(str, rates))} diverges")
     choose = min if lower_is_better else max
-    return Sweep(choose(kept, key=lambda rate: kept[rate]), found)
+    return Sweep(choose(kept, key=lambda rate: kept[rate]), found, summaries)
+
+
+class Chosen(NamedTuple):
+    """A run at its best rate.
+
+    Attributes:
+        trained: the run.
+        sweep: what chose the rate.
+    """
+
+    trained: Trained
+    sweep: Sweep
+
+    @property
+    def summaries(self) -> list[Json]:
+        """Of every run that it took."""
+        return [*self.sweep.summaries, self.trained.summary]
+
+
+def train_at_best_rate(
+    context: Context,
+    make_run: Callable[[float, bool], Run],
+    rates: Sequence[float],
+) -> Chosen | None:
+    """Sweeps, then trains.
+
+    Args:
+        context: of the study.
+        make_run: ``make_run(rate, short)``: a run, or a short one for the sweep.
+        rates: see :func:`sweep`.
+
+    Returns:
+        None where ``--only`` left out what is not done yet.
+    """
+    swept = sweep(context, lambda rate: make_run(rate, True), rates)
+    if swept is None:
+        return None
+    trained = context.train(make_run(swept.rate, False))
+    return None if trained is None else Chosen(trained, swept)

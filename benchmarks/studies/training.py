@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime as dt
+import hashlib
 import json
 import math
 import shlex
@@ -66,6 +67,12 @@ class Run:
     higher_is_better: bool = False
     seed: int = 0
 
+    def parameters(self) -> str:
+        """Names and shapes of the model's, in short."""
+        made = nnx.state(nnx.eval_shape(self.make_model), nnx.Param)
+        shapes = [(path, x.shape) for path, x in nnx.to_flat_state(made)]
+        return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+
     def identity(self, mesh: Mesh) -> Json:
         """What must be the same for a run to be gone on with."""
         return {
@@ -75,6 +82,9 @@ class Run:
             "steps": self.steps,
             "evaluate_every": self.evaluate_every,
             "best": self.best,
+            "higher_is_better": self.higher_is_better,
+            "optimiser": self.optimiser.settings,
+            "parameters": self.parameters(),
             "seed": self.seed,
             "devices": mesh.size,
         }

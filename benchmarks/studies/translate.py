@@ -1,12 +1,12 @@
 """How well do three translators do, with the same data and the same budget?"""
 
-from typing import Any
+from collections.abc import Iterable
 
 from benchmarks.studies.context import Context
 from benchmarks.studies.page import Chart, Page, Table, cost_of, lines, smooth
 from benchmarks.studies.scoring import Score, score
-from benchmarks.studies.sweep import Sweep, sweep
-from benchmarks.studies.training import Trained
+from benchmarks.studies.sweep import Chosen, train_at_best_rate
+from benchmarks.studies.training import Run
 from benchmarks.studies.translation_runs import Budget, Task
 from benchmarks.studies.translators import TRANSLATORS, Sizes
 
@@ -15,48 +15,42 @@ BUDGET = Budget(steps=2800, evaluate_every=200)
 SIZES = Sizes(features=192, hidden_size=192, layers=2)
 #: Rates that are tried, each with a tenth of the budget.
 RATES = {
-    "plain": (5e-4, 1e-3, 2e-3),
-    "additive": (5e-4, 1e-3, 2e-3),
+    "plain": (1e-3, 2e-3, 4e-3),
+    "additive": (1e-3, 2e-3, 4e-3),
     "transformer": (5e-4, 1e-3, 2e-3),
 }
 #: Test sentences shown on the page.
 SHOWN = 6
 
 
-def best_rate(task: Task, name: str) -> Sweep | None:
-    """The rate of a translator that is best after a tenth of the budget."""
-    steps = max(task.budget.steps // 10, 3)
-
-    def short(rate: float) -> Any:
-        return task.run(name, TRANSLATORS[name], rate, steps=steps)
-
-    rates = RATES[name][:1] if task.context.quick else RATES[name]
-    return sweep(task.context.shared("translators"), short, rates)
-
-
 def translators(
-    task: Task, names: Any = tuple(TRANSLATORS)
-) -> dict[str, Trained] | None:
+    task: Task, names: Iterable[str] = tuple(TRANSLATORS)
+) -> dict[str, Chosen] | None:
     """The trained translators, each at its best rate; None where some are left out."""
-    shared, found = task.context.shared("translators"), {}
-    names = list(names)
+    shared = task.context.shared("translators")
+    short_steps = max(task.budget.steps // 10, 3)
+
+    def train(name: str) -> Chosen | None:
+        def run(rate: float, short: bool) -> Run:
+            steps = short_steps if short else None
+            return task.run(name, TRANSLATORS[name], rate, steps=steps)
+
+        rates = RATES[name][:1] if task.context.quick else RATES[name]
+        return train_at_best_rate(shared, run, rates)
+
     # Every run is asked for, whether or not --only leaves others out.
-    for name in names:
-        swept = best_rate(task, name)
-        if swept is None:
-            continue
-        trained = shared.train(task.run(name, TRANSLATORS[name], swept.rate))
-        if trained is not None:
-            found[name] = trained
-    return found if len(found) == len(names) else None
+    found = {name: train(name) for name in names}
+    done = {name: chosen for name, chosen in found.items() if chosen is not None}
+    return done if len(done) == len(found) else None
 
 
 def counts_of(task: Task) -> str:
     """What the data are, in a sentence."""
     c = task.corpus.counts
     return (
-        f"{c['train']:,} sentence pairs to train on, {c['dev']:,} to choose by and "
-        f"{c['test']:,} to report, in a joint vocabulary of {c['vocabulary']:,} pieces"
+        f"{c['train'] - task.too_long:,} sentence pairs to train on, {c['dev']:,} to "
+        f"choose by and {c['test']:,} to report, in a joint vocabulary of "
+        f"{c['vocabulary']:,} pieces"
     )
 
 
@@ -68,22 +62,22 @@ def study(context: Context) -> Page | None:
         return None
     pairs = task.corpus.split.test
     references = [p.target for p in pairs]
-    said = {name: task.translate(trained.model) for name, trained in found.items()}
+    said = {name: task.translate(c.trained.model) for name, c in found.items()}
     scores: dict[str, dict[str, Score]] = {
         name: score(texts, references) for name, texts in said.items()
     }
     rows = [
         [
             name,
-            trained.summary["parameters"],
-            trained.summary["config"]["rate"],
-            trained.summary["best"]["loss"],
+            chosen.trained.summary["parameters"],
+            chosen.sweep.rate,
+            chosen.trained.summary["best"]["loss"],
             str(scores[name]["bleu"]),
             str(scores[name]["chrf"]),
-            trained.summary["seconds"] / 60,
-            round(trained.summary["tokens_per_second"]),
+            chosen.trained.summary["seconds"] / 60,
+            round(chosen.trained.summary["tokens_per_second"]),
         ]
-        for name, trained in found.items()
+        for name, chosen in found.items()
     ]
     longest = max(range(len(pairs)), key=lambda i: len(pairs[i].source))
     shown = [*range(0, len(pairs), max(len(pairs) // SHOWN, 1))][:SHOWN] + [longest]
@@ -99,8 +93,10 @@ def study(context: Context) -> Page | None:
     ordered = sorted(scores, key=lambda name: -scores[name]["bleu"].value)
     best, worst = ordered[0], ordered[-1]
     curves = {
-        name: smooth([(r["tokens"], r["loss"]) for r in t.log if "loss" in r], 50)
-        for name, t in found.items()
+        name: smooth(
+            [(r["tokens"], r["loss"]) for r in chosen.trained.log if "loss" in r], 50
+        )
+        for name, chosen in found.items()
     }
     return Page(
         title="How well do three translators do with the same data and budget?",
@@ -110,7 +106,7 @@ def study(context: Context) -> Page | None:
         "least as well (Vaswani et al., 2017).",
         answer=f"With {counts_of(task)}, {best} reaches {scores[best]['bleu']} BLEU "
         f"and {worst} {scores[worst]['bleu']}.",
-        cost=cost_of(t.summary for t in found.values()),
+        cost=cost_of(s for chosen in found.values() for s in chosen.summaries),
         tables=[
             Table(
                 f"Beam search with five hypotheses; {scores[best]['bleu'].signature}.",
@@ -143,6 +139,7 @@ def study(context: Context) -> Page | None:
                 name: {metric: s._asdict() for metric, s in found_.items()}
                 for name, found_ in scores.items()
             },
-            "runs": {name: t.summary for name, t in found.items()},
+            "sweeps": {name: chosen.sweep.found for name, chosen in found.items()},
+            "runs": {name: chosen.trained.summary for name, chosen in found.items()},
         },
     )

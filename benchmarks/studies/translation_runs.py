@@ -62,6 +62,7 @@ class Task:
         self.context, self.budget, self.sizes = context, budget, sizes
         self.corpus: Corpus = context.corpus(pieces=budget.pieces, limit=budget.limit)
         self._train = self._batches(self.corpus.split.train)
+        self.too_long: int = self._train.dropped
         self.dev = self._batches(self.corpus.split.dev).all()
         self._evaluate = MeanLoss(forced(logits), self.dev, context.mesh)
         self._translate = over_batch(best_of_beams, context.mesh)

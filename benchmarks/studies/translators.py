@@ -1,9 +1,8 @@
 """The models that the studies compare, by name, and how they are asked to translate.
 
-All are of about the same size. ``plain`` passes one vector from a recurrent encoder to
-a recurrent decoder (Cho et al., 2014), ``additive`` is the same with attention
-(Bahdanau et al., 2015), ``transformer`` has nothing but attention (Vaswani et al.,
-2017).
+``plain`` passes one vector from a recurrent encoder to a recurrent decoder (Cho et al.,
+2014), ``additive`` is the same with attention (Bahdanau et al., 2015), ``transformer``
+has nothing but attention (Vaswani et al., 2017).
 """
 
 from collections.abc import Callable
@@ -25,7 +24,8 @@ class Sizes(NamedTuple):
         hidden_size: of recurrent cells in one direction.
         layers: of a Transformer, on each side.
         heads: of its attention.
-        dropout_rate: of embeddings, and of what a Transformer's layers add.
+        dropout_rate: of the source's embeddings; in a Transformer of the target's, too,
+            and of what its layers add.
     """
 
     features: int = 256
@@ -36,11 +36,12 @@ class Sizes(NamedTuple):
 
 
 def plain(vocabulary: int, sizes: Sizes, rngs: nnx.Rngs) -> nn.RecurrentEncoderDecoder:
-    """Without attention; its cells are wider, so that it is as large as the others."""
+    """Without attention."""
     return nn.RecurrentEncoderDecoder.plain(
         vocabulary,
         features=sizes.features,
-        hidden_size=3 * sizes.hidden_size // 2,
+        hidden_size=sizes.hidden_size,
+        bidirectional=True,
         dropout_rate=sizes.dropout_rate,
         rngs=rngs,
     )

@@ -32,6 +32,7 @@ class Vocabulary:
         """
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.size = self._pieces.get_piece_size()
+        self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Tokens, without special ones: :class:`Batch` adds them."""

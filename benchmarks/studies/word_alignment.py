@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.studies.pairs import Pair
 
-#: Stands among the target words for source words that nothing explains.
+#: Stands among the source words for target words that nothing explains.
 NULL = ""
 
 
@@ -35,7 +36,7 @@ def words_of(text: str) -> list[Word]:
 
 
 class Ibm1:
-    """Probabilities that a target word brings forth a source word.
+    """Probabilities that a source word brings forth a target word.
 
     References:
         Brown et al., "The Mathematics of Statistical Machine Translation", 1993,
@@ -54,20 +55,20 @@ class Ibm1:
             for texts in zip(*((p.source, p.target) for p in pairs), strict=True)
         ]
         self._source, self._target = (
-            {word: i for i, word in enumerate(sorted({*sum(side, [NULL])}))}
+            {word: i for i, word in enumerate(sorted({NULL, *chain(*side)}))}
             for side in sides
         )
-        # Every co-occurrence, and which source word of which sentence it is about.
+        # Every co-occurrence, and which target word of which sentence it is about.
         codes, places, count = [], [], 0
         for source, target in zip(*sides, strict=True):
-            s = np.array([self._source[w] for w in source], np.int64)
-            t = np.array([self._target[w] for w in (*target, NULL)], np.int64)
-            codes.append((t[:, None] * len(self._source) + s).ravel())
-            places.append(np.tile(np.arange(count, count + len(s)), len(t)))
-            count += len(s)
+            s = np.array([self._source[w] for w in (*source, NULL)], np.int64)
+            t = np.array([self._target[w] for w in target], np.int64)
+            codes.append((s[:, None] * len(self._target) + t).ravel())
+            places.append(np.tile(np.arange(count, count + len(t)), len(s)))
+            count += len(t)
         self._codes, which = np.unique(np.concatenate(codes), return_inverse=True)
         place = np.concatenate(places)
-        given = self._codes // len(self._source)
+        given = self._codes // len(self._target)
         table = np.ones(len(self._codes))
         for _ in range(iterations):
             joint = table[which]
@@ -76,29 +77,24 @@ class Ibm1:
             table = counts / np.bincount(given, counts)[given]
         self._table = table
 
-    def probability(self, source: str, target: str) -> float:
-        """Of a source word, given a target word; 0 for words never seen together."""
+    def probability(self, target: str, source: str) -> float:
+        """Of a target word, given a source word; 0 for words never seen together."""
         if source not in self._source or target not in self._target:
             return 0.0
-        code = self._target[target] * len(self._source) + self._source[source]
+        code = self._source[source] * len(self._target) + self._target[target]
         at = int(np.searchsorted(self._codes, code))
         known = at < len(self._codes) and self._codes[at] == code
         return float(self._table[at]) if known else 0.0
 
-    def place_of(self, target: int, pair: Pair) -> int:
-        """Where the source word is that most probably comes from a target word.
+    def place_of(self, target: str, sentence: str) -> int:
+        """Where the word is that most probably brought forth a target word.
 
         Args:
-            target: which of ``words_of(pair.target)``.
-            pair: of sentences.
+            target: the word.
+            sentence: source.
 
         Returns:
-            An index into ``pair.source.split()``.
+            An index into ``sentence.split()``.
         """
-        words = [*(w.text for w in words_of(pair.target)), NULL]
-
-        def posterior(word: Word) -> float:
-            each = [self.probability(word.text, w) for w in words]
-            return each[target] / max(sum(each), 1e-300)
-
-        return max(words_of(pair.source), key=posterior).place
+        words = words_of(sentence)
+        return max(words, key=lambda word: self.probability(target, word.text)).place

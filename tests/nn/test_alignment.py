@@ -136,3 +136,11 @@ def test_a_mask_of_a_call_joins_the_own():
     found = alignment.with_stats(query, states, mask=masks.causal(), top_k="all")
     seen = masks.causal() & masks.sliding_window(1, 1)
     np.testing.assert_array_equal(found.weights[0, 0] > 0, seen.to_dense(T, S))
+
+
+def test_numbers_of_a_score_are_not_learned():
+    states, query = jnp.ones((2, 7, 5)), jnp.ones((2, 3, 5))
+    for score in (scores.cosine(), scores.scaled_dot(scale=0.3)):
+        alignment = nn.Alignment(score)
+        assert not jax.tree.leaves(nnx.state(alignment, nnx.Param))
+        assert alignment.attend(query, alignment.project(states)).shape == (2, 3, 5)

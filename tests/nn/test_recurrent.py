@@ -263,3 +263,19 @@ def test_errors():
         nn.StackedCells([layer.cell, layer.cell])
     with pytest.raises(ValueError, match="layers: expected at least one"):
         nn.RecurrentEncoder(nn.Embedding(V, F, rngs=nnx.Rngs(0)), [])
+
+
+@pytest.mark.parametrize("lengths", [[3, 9], [-1, 3]])
+def test_lengths_that_cannot_be_are_refused(lengths):
+    layer = nn.Recurrent(nn.GRU(3, 5, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="lengths: expected 0 to 7"):
+        layer(jnp.ones((2, 7, 3)), lengths=jnp.array(lengths))
+
+
+def test_an_embedding_that_is_given_says_its_size():
+    rngs = nnx.Rngs(0)
+    embedding = nn.Embedding(11, 3, rngs=rngs)
+    encoder = nn.RecurrentEncoder.standard(
+        11, hidden_size=5, embedding=embedding, rngs=rngs
+    )
+    assert encoder(jnp.zeros((2, 7), int)).states.shape == (2, 7, 5)

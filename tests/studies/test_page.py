@@ -51,11 +51,16 @@ def test_a_page(tmp_path):
 
 
 def test_what_it_cost():
-    run = {"seconds": 90.0, "tokens": 2_000_000, "machine": "M"}
+    run = {
+        "seconds": 90.0,
+        "tokens": 2_000_000,
+        "machine": "M",
+        "date": "2020-02-03T04",
+    }
     runs = [{**run, "parameters": n} for n in (1_000_000, 2_500_000)]
     assert cost_of(runs) == (
         "2 runs of 1,000,000 to 2,500,000 parameters, 4,000,000 target tokens, 3.0 "
-        "minutes of training (M)."
+        "minutes of training (M, 2020-02-03)."
     )
 
 
@@ -145,7 +150,10 @@ def test_the_best_rate(tmp_path):
         return make_run("short", mesh=mesh, evaluate=evaluate, steps=4)
 
     found = sweep(context, at, [0.5, 0.1, 0.02, 9.0])
-    assert found == (0.1, {**losses, 9.0: None})
+    assert found[:2] == (0.1, {**losses, 9.0: None})
+    assert [s["name"] for s in found.summaries] == [
+        f"short/rate-{r}" for r in (0.5, 0.1, 0.02)
+    ]
     assert "no 9.0" in said.getvalue()
     folders = sorted(p.name for p in (context.folder / "short").iterdir())
     assert folders == ["rate-0.02", "rate-0.1", "rate-0.5", "rate-9"]
@@ -154,4 +162,4 @@ def test_the_best_rate(tmp_path):
         sweep(context, at, [7.0, 8.0])
     only = Context("s", tmp_path, mesh, Console(file=said), only=["long"])
     assert sweep(only, at, [6.0, 5.0]) is None
-    assert sweep(only, at, [6.0]) == (6.0, {})  # there is nothing to try
+    assert sweep(only, at, [6.0]) == (6.0, {}, [])  # there is nothing to try

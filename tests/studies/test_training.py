@@ -55,7 +55,7 @@ def test_steps_are_those_of_optax_on_one_device(mesh):
 
 def test_dropout_follows_from_the_number_of_the_step(mesh):
     def losses(numbers, seed=0):
-        still = Optimiser(optax.set_to_zero(), lambda step: 0.0)
+        still = Optimiser(optax.set_to_zero(), lambda step: 0.0, {})
         model = Bag(dropout_rate=0.5, rngs=nnx.Rngs(5))
         step = Step(model, forced(logits), still, seed, mesh)
         return [float(step(TASK.batch_at(0), n).loss) for n in numbers]
@@ -72,7 +72,7 @@ def test_shares_of_a_batch_have_dropout_of_their_own(mesh):
         rows = jax.lax.all_gather(kept, "batch")
         return (rows[0] == rows[1]).all().astype(jnp.float32), jnp.int32(1)
 
-    still = Optimiser(optax.set_to_zero(), lambda step: 0.0)
+    still = Optimiser(optax.set_to_zero(), lambda step: 0.0, {})
     step = Step(Bag(dropout_rate=0.5, rngs=nnx.Rngs(5)), of_ones, still, 0, mesh)
     assert step(TASK.batch_at(0), 0).loss == 0.0
 
