@@ -3,7 +3,6 @@
 from attnlab.masks.base import Mask as Mask
 from attnlab.masks.base import as_mask as as_mask
 from attnlab.masks.base import full as full
-from attnlab.masks.base import per_head as per_head
 from attnlab.masks.data import dense as dense
 from attnlab.masks.data import documents as documents
 from attnlab.masks.data import lengths as lengths
@@ -14,6 +13,7 @@ from attnlab.masks.patterns import anchor as anchor
 from attnlab.masks.patterns import big_bird as big_bird
 from attnlab.masks.patterns import longformer as longformer
 from attnlab.masks.patterns import streaming as streaming
+from attnlab.masks.per_head import per_head as per_head
 from attnlab.masks.structural import causal as causal
 from attnlab.masks.structural import chunked as chunked
 from attnlab.masks.structural import dilated_window as dilated_window

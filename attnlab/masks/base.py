@@ -6,10 +6,9 @@ from typing import Any, ClassVar, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from attnlab.masks.geometry import Blocks
-from attnlab.masks.intervals import FAR, complement, intersection, namespace, union
+from attnlab.masks.intervals import complement, intersection, namespace, union
 from attnlab.types import Array, Intervals, Plan, PyTree, Tile, pytree
 
 Bounds = tuple[Intervals, Intervals]
@@ -335,81 +334,6 @@ class Not(Mask):
         return f"~{self.part!r}"
 
 
-@pytree
-class PerHead(Mask):
-    """Another mask for each query head."""
-
-    parts: tuple[Mask, ...]
-
-    def operands(self, query_length: int, key_length: int) -> PyTree:
-        """See :class:`Mask`."""
-        return tuple(m.operands(query_length, key_length) for m in self.parts)
-
-    @property
-    def grain(self) -> int | None:
-        """See :class:`Mask`."""
-        return common_grain(self.parts)
-
-    @property
-    def sees_itself(self) -> bool:
-        """See :class:`Mask`."""
-        return all(m.sees_itself for m in self.parts)
-
-    def visible(self, tile: Tile, operands: PyTree) -> Array:
-        """See :class:`Mask`."""
-        shape = jnp.broadcast_shapes(
-            tile.query_positions.shape, tile.key_positions.shape
-        )
-        branches = [
-            lambda ops, m=m, i=i: jnp.broadcast_to(m.visible(tile, ops[i]), shape)
-            for i, m in enumerate(self.parts)
-        ]
-        return lax.switch(tile.head, branches, operands)
-
-    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
-        """See :class:`Mask`."""
-        each = [
-            m.bounds(rows, cols, o) for m, o in zip(self.parts, operands, strict=True)
-        ]
-        return _stack([p for p, _ in each]), _stack([c for _, c in each])
-
-    def __repr__(self) -> str:
-        return f"per_head({', '.join(repr(m) for m in self.parts)})"
-
-
-def _stack(heads: list[Intervals]) -> Intervals:
-    """Intervals ``[Bp, 1, rows, m]`` of each head -> ``[Bp, N, rows, max m]``."""
-    xp = namespace(*(x for h in heads for x in h))
-    most = max(h.lo.shape[-1] for h in heads)
-    lead = np.broadcast_shapes(*(h.lo.shape[:-1] for h in heads))
-    sides = []
-    for arrays in zip(*heads, strict=True):
-        padded = [
-            xp.pad(
-                xp.broadcast_to(a, lead + a.shape[-1:]),
-                [(0, 0)] * 3 + [(0, most - a.shape[-1])],
-                constant_values=FAR,
-            )
-            for a in arrays
-        ]
-        sides.append(xp.concatenate(padded, axis=1))
-    return Intervals(*sides)
-
-
 def full() -> Mask:
     """Every query may attend to every key."""
     return Full()
-
-
-def per_head(masks: Sequence[Mask]) -> Mask:
-    """Another mask for each query head.
-
-    Args:
-        masks: N masks, one a head, none of which varies by head itself.
-    """
-    if not masks:
-        raise ValueError("masks: expected one mask for each query head, got none")
-    parts = tuple(as_mask(m) for m in masks)
-    if any(isinstance(m, PerHead) for m in parts):
-        raise ValueError("masks: a mask within per_head cannot be per_head itself")
-    return PerHead(parts)

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.masks.base import Mask, PerHead, visible_pairs
+from attnlab.masks.base import Mask, visible_pairs
 from attnlab.masks.geometry import Blocks
 from attnlab.masks.intervals import FAR, difference, merge, namespace
+from attnlab.masks.per_head import PerHead
 from attnlab.types import (
     Array,
     AttentionInputs,

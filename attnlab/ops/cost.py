@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.masks.base import And, Mask, Not, Or, PerHead
+from attnlab.masks.base import And, Mask, Not, Or
 from attnlab.masks.data import predicate
 from attnlab.masks.liveness import scan_partial
+from attnlab.masks.per_head import PerHead
 from attnlab.masks.planning import normalise_tree, plan_of
 from attnlab.ops.attention import run_attention
 from attnlab.ops.choice import choose, default_platform

@@ -18,7 +18,7 @@ from attnlab.types import Array, AttentionInputs, Operand, Score, skeleton
 
 #: Blocks in which liveness of slots is decided.
 _ALIVE_BLOCK = 512
-#: Blocks of a mask that are smaller than this are not worth a plan of their size.
+#: Or smaller, where nothing is partial then; still smaller, a plan grows too large.
 _FINEST_ALIVE_BLOCK = 32
 
 
@@ -57,10 +57,9 @@ def prepare(
     positions = query_positions, key_positions = positions_of(args, batch, t, s)
     numbering = numbering_of(args)
 
-    grain = args.mask.grain
-    coarse = grain is None or grain < _FINEST_ALIVE_BLOCK
-    alive_block = _ALIVE_BLOCK if coarse else math.gcd(grain, _ALIVE_BLOCK)
-    blocks = blocks_of(*positions, numbering, (alive_block, alive_block))
+    fine = math.gcd(args.mask.grain or _ALIVE_BLOCK, _ALIVE_BLOCK)
+    size = fine if fine >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK
+    blocks = blocks_of(*positions, numbering, (size, size))
     query_alive, key_alive = alive(args.mask, mask_operands, *positions, *blocks)
     query = _zero_dead(query, query_alive)
     key, value = _zero_dead(key, key_alive), _zero_dead(value, key_alive)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from benchmarks.studies.batches import LENGTHS
 from benchmarks.studies.context import Context
 from benchmarks.studies.corpus import Corpus
 from benchmarks.studies.evaluation import MeanLoss
@@ -60,6 +61,8 @@ class Task:
         if context.quick:
             budget, sizes = QUICK, QUICK_SIZES
         self.context, self.budget, self.sizes = context, budget, sizes
+        # One shape is compiled in less time than several.
+        self._lengths = LENGTHS[-1:] if context.quick else LENGTHS
         self.corpus: Corpus = context.corpus(pieces=budget.pieces, limit=budget.limit)
         self._train = self._batches(self.corpus.split.train)
         self.too_long: int = self._train.dropped
@@ -68,8 +71,9 @@ class Task:
         self._translate = over_batch(best_of_beams, context.mesh)
 
     def _batches(self, pairs: Any) -> Any:
-        encoded = self.corpus.encode(pairs)
-        return self.context.batches(encoded, tokens=self.budget.tokens)
+        return self.context.batches(
+            self.corpus.encode(pairs), tokens=self.budget.tokens, lengths=self._lengths
+        )
 
     def run(
         self, name: str, make: Make, rate: float, *, steps: int | None = None
@@ -115,5 +119,7 @@ class Task:
             return self._translate(model, source, lengths)
 
         devices = self.context.mesh.size
-        found = translate(sources, batch, tokens=2048, devices=devices)
+        found = translate(
+            sources, batch, tokens=2048, lengths=self._lengths, devices=devices
+        )
         return [vocabulary.decode(tokens) for tokens in found]

@@ -121,6 +121,11 @@ CASES = {
         ValueError,
         "mask: per_head got 2 masks for 6 query heads",
     ),
+    "heads of heads": (
+        call(mask=masks.per_head([masks.dense(np.ones((6, 5, 7), bool))] * 6)),
+        ValueError,
+        "varies by head itself; give each head its own",
+    ),
     "no heads": (lambda: masks.per_head([]), ValueError, "masks: expected one mask"),
     "negative window": (
         lambda: masks.sliding_window(-1, 0),

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.masks.base import And, Full, Mask, Not, Or, PerHead
+from attnlab.masks.base import And, Full, Mask, Not, Or
 from attnlab.masks.data import AnchorIndices, Dense, Documents, Lengths
 from attnlab.masks.layouts import BlockLayout
+from attnlab.masks.per_head import PerHead
 from attnlab.masks.structural import Anchor, Chunked, Window
 from attnlab.modifiers.bias import Bias, SoftCap
 from attnlab.modifiers.relative import Alibi, RelativeTable

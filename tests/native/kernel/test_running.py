@@ -237,6 +237,23 @@ def test_few_queries(t, options, score):
             np.testing.assert_allclose(a, b, atol=2e-6 * max(1, np.abs(b).max()))
 
 
+def test_an_infinite_value_of_few_queries_stays_one():
+    q, k, v, _ = arrays(1, 65)
+    v = v.at[:, -1, :, 0].set(jnp.inf)
+    output = attention(q, k, v, implementation="native")
+    assert jnp.isposinf(output[..., 0]).all()
+    assert jnp.isfinite(output[..., 1:]).all()
+
+
+def test_few_queries_of_heads_that_see_different_keys():
+    mask = masks.per_head([masks.full(), *[masks.sliding_window(9, 0)] * 3])
+    x = arrays(2, 300)
+    found = both_ways(*x, mask=mask, query_offset=250)
+    wanted = both_ways(*x, mask=mask, query_offset=250, implementation="reference")
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
 def test_an_empty_batch_and_no_keys():
     for shape in (dict(b=0), dict(t=0), dict(s=0)):
         q, k, v, _ = arrays(**shape)

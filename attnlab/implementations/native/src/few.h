@@ -80,6 +80,7 @@ struct Few {
   float *q, *weight;             // [rows][p_wide], [N][p_wide]
   float *z, *tile;               // [rows][kKeys]; [kKeys][kLanes] for modifiers
   uint32_t (*words)[kKeys];      // [N], one bit a query
+  bool* sees;                    // [N]: some key of the tile
   int64_t s0 = 0, count = 0;
   int64_t first = 0, end = 0;    // keys of the tile that some head sees
   Buffer<float>&values, &before;
@@ -94,8 +95,10 @@ struct Few {
         before(w.before) {
     static thread_local Buffer<Panel> panel_room;
     static thread_local Buffer<uint32_t[kKeys]> word_room;
+    static thread_local Buffer<bool> sees_room;
     panels = panel_room.get(c.N);
     words = word_room.get(c.N);
+    sees = sees_room.get(c.N);
     q = w.q.get(rows * p_wide);
     weight = w.network.get(c.N * p_wide);
     z = w.probs.get(rows * kKeys);
@@ -138,7 +141,8 @@ struct Few {
         for (int64_t k = 0; k < count; ++k) seen[k] = ~0u;
       else if (some)
         Mask(c, panels[head], s0, count).range(seen, &low, &high);
-      if (low < high) first = least(first, low), end = most(end, high);
+      sees[head] = low < high;
+      if (sees[head]) first = least(first, low), end = most(end, high);
     }
     first = first / kWidth * kWidth;
   }
@@ -159,7 +163,7 @@ struct Few {
       for (int64_t kh = 0; kh < c.K; ++kh) {
         slots(keys, k, kh, c.P, at);
         for (int64_t n = kh * c.group; n < (kh + 1) * c.group; ++n)
-          for (int64_t row = n * c.T; row < (n + 1) * c.T; ++row)
+          for (int64_t row = n * c.T; sees[n] && row < (n + 1) * c.T; ++row)
             compare<kComparison>(c, q + row * p_wide, weight + n * p_wide, at, c.P,
                                  z + row * kKeys + k);
       }
@@ -197,13 +201,16 @@ INLINE float* part_of(const Problem& c, int64_t slice, int64_t b, int64_t t, int
   return (float*)c.ret(2).data + (((slice * c.B + b) * c.T + t) * c.N + n) * (c.D + 2);
 }
 
-// out[0 : width] += sum over keys of weights[key] * values[key]
+// out[0 : width] += sum over `count` keys of weights[key] * values[key]
 template <class T>
 INLINE void add_values(float* out, int64_t size, const float* weights,
-                       const T* const* values) {
+                       const T* const* values, int64_t count) {
   for (int64_t d = 0; d < size; d += kWidth) {
     vf sums = load<vf>(out + d);
-    for (int i = 0; i < kWidth; ++i) sums += weights[i] * elements(values[i], d, size);
+    if (count == kWidth)
+      for (int i = 0; i < kWidth; ++i) sums += weights[i] * elements(values[i], d, size);
+    else
+      for (int i = 0; i < count; ++i) sums += weights[i] * elements(values[i], d, size);
     store(out + d, sums);
   }
 }
@@ -231,6 +238,7 @@ void few_forward(const Problem& c, int64_t b, int64_t slice) {
     if (few.first >= few.end) continue;
     few.logits<kComparison, T>();
     for (int64_t n = 0; n < c.N; ++n) {
+      if (!few.sees[n]) continue;
       few.modify(n, false);
       for (int64_t t = 0; t < c.T; ++t) {
         const int64_t row = n * c.T + t;
@@ -267,8 +275,10 @@ void few_forward(const Problem& c, int64_t b, int64_t slice) {
     for (int64_t k = few.first; k < few.end; k += kWidth)
       for (int64_t kh = 0; kh < c.K; ++kh) {
         few.slots(values, k, kh, c.D, at);
-        for (int64_t row = kh * c.group * c.T; row < (kh + 1) * c.group * c.T; ++row)
-          add_values(o + row * few.d_wide, c.D, few.z + row * kKeys + k, at);
+        const int64_t count = least(kWidth, few.count - k);
+        for (int64_t n = kh * c.group; n < (kh + 1) * c.group; ++n)
+          for (int64_t row = n * c.T; few.sees[n] && row < (n + 1) * c.T; ++row)
+            add_values(o + row * few.d_wide, c.D, few.z + row * kKeys + k, at, count);
       }
   }
   for (int64_t n = 0; n < c.N; ++n)
@@ -359,7 +369,8 @@ void few_backward(const Problem& c, int64_t b, int64_t slice) {
     for (int64_t kh = 0; kh < c.K; ++kh) {
       memset(d_key, 0, kKeys * p_wide * 4);
       memset(d_value, 0, kKeys * d_wide * 4);
-      for (int64_t n = kh * c.group; n < (kh + 1) * c.group && few.first < few.end; ++n) {
+      for (int64_t n = kh * c.group; n < (kh + 1) * c.group; ++n) {
+        if (!few.sees[n]) continue;
         few.modify(n, true);
         for (int64_t k = few.first; k < few.end; k += kWidth) {
           few.slots(values, k, kh, c.D, at);
