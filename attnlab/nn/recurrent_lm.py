@@ -175,9 +175,9 @@ class RecurrentLanguageModel(nnx.Module):
         Args:
             batch: B.
             length: tokens that may follow.
-            dtype: of the cache.
+            dtype: of the computation, and so of states and cache.
         """
-        cells = tuple(layer.cell.start(batch) for layer in self.layers)
+        cells = tuple(layer.cell.start(batch, dtype) for layer in self.layers)
         if self.attention is None:
             return RecurrentLanguageModelState(cells)
         states = jax.ShapeDtypeStruct((1, 1, self.layers[-1].out_features), dtype)

@@ -205,12 +205,3 @@ def test_a_state_without_the_cache_that_attention_needs_is_refused():
     state = model.start(2, 7)._replace(cache=None)
     with pytest.raises(ValueError, match="state: it has no cache"):
         model.decode(jnp.zeros((2, 1), int), state)
-
-
-def test_a_cache_of_another_type():
-    model = nn.RecurrentLanguageModel.standard(
-        11, features=3, hidden_size=5, rngs=nnx.Rngs(0)
-    )
-    tokens = jnp.arange(12).reshape(2, 6) % 11
-    found, _ = model.decode(tokens, model.start(2, 7, dtype=jnp.bfloat16))
-    assert jnp.abs(found - model(tokens)).max() < 0.05

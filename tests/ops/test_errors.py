@@ -122,7 +122,7 @@ CASES = {
         "mask: per_head got 2 masks for 6 query heads",
     ),
     "heads of heads": (
-        call(mask=masks.per_head([masks.dense(np.ones((6, 5, 7), bool))] * 6)),
+        call(mask=masks.per_head([masks.dense(np.ones((6, 7, 5), bool))] * 6)),
         ValueError,
         "varies by head itself; give each head its own",
     ),
