@@ -144,7 +144,8 @@ def lines(
             axis.set(**{f"{name}scale": "log"})
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False)
+        if any(series.values()):
+            axis.legend(fontsize=8, frameon=False)
     return figure
 
 
