@@ -33,6 +33,24 @@ class Score(NamedTuple):
         return f"{self.value:.1f} ± {self.half_width:.1f}"
 
 
+class _OneType:
+    """Scores of one type: sacreBLEU has another for those of nothing."""
+
+    def _compute_score_from_stats(self, stats: list[int]) -> Any:
+        above: Any = super()
+        found = above._compute_score_from_stats(stats)
+        found.score = float(found.score)
+        return found
+
+
+class _Bleu(_OneType, BLEU):
+    pass
+
+
+class _Chrf(_OneType, CHRF):
+    pass
+
+
 def score(
     translations: Sequence[str], references: Sequence[str], *, bootstrap: int = 1000
 ) -> dict[str, Score]:
@@ -54,7 +72,7 @@ def score(
             f"{len(translations)}"
         )
     found = {}
-    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+    for name, metric in (("bleu", _Bleu()), ("chrf", _Chrf())):
         result: Any = metric.corpus_score(
             list(translations), [list(references)], n_bootstrap=bootstrap
         )

@@ -111,3 +111,11 @@ def test_lengths_beyond_the_longest():
         24,
         48,
     ]
+
+
+def test_samples_in_which_nothing_is_right():
+    references = ["a b c d e f", "g h i j k l", "m n o p q r"]
+    said = ["a b c d e f", "x x x x x x", "y y y y y y"]
+    found = score(said, references, bootstrap=50)["bleu"]
+    assert 0 < found.value < 100
+    assert found.half_width > 0
