@@ -91,7 +91,7 @@ class Context:
         Args:
             **options: as of :func:`~benchmarks.studies.corpus.load_corpus`.
         """
-        return load_corpus(self.pairs, self.folder, say=self.say, **options)
+        return load_corpus(self.pairs, self.out / "runs", say=self.say, **options)
 
     def batches(self, examples: Sequence[Example], **options: Any) -> Batches:
         """Batches that the devices can share.

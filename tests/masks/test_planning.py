@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnlab import masks
+from attnlab import attention, masks
 from attnlab.masks import planning
+from attnlab.ops import prepare
 
 T, S = 37, 29
 BLOCKS = [(4, 4), (8, 3), (37, 29), (5, 16), (1, 1), (64, 2)]
@@ -319,3 +320,26 @@ def test_plans_in_the_grain_have_no_partial_blocks(block_size):
         assert np.asarray(side.full.per_row()).sum() == 14 * (24 // block_size) ** 2
     coarse = mask.plan(168, block_size=48)
     assert np.asarray(coarse.rows.partial.per_row()).any()
+
+
+@pytest.mark.parametrize(
+    ("block_size", "expected"), [(64, 64), (96, 32), (48, 512), (65, 512), (None, 512)]
+)
+def test_liveness_is_decided_in_the_grain_but_never_in_tiny_blocks(
+    block_size, expected, monkeypatch
+):
+    seen = []
+
+    def spy(mask, operands, q, k, query, key):
+        seen.append((query.size, key.size))
+        return None, None
+
+    monkeypatch.setattr(prepare, "alive", spy)
+    mask = masks.causal()
+    if block_size:
+        mask &= masks.random_blocks(0, 2, block_size, 1024 // block_size + 1)
+    x = jax.ShapeDtypeStruct((1, 1024, 1, 8), jnp.float32)
+    jax.eval_shape(
+        lambda x: attention(x, x, x, mask=mask, implementation="reference"), x
+    )
+    assert {*seen} == {(expected, expected)}
