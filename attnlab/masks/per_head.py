@@ -32,16 +32,14 @@ class PerHead(Mask):
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""
         each = tuple(m.operands(query_length, key_length) for m in self.parts)
-        for i, operands in enumerate(each):
-            for x in jax.tree.leaves(
-                operands, is_leaf=lambda x: isinstance(x, Operand)
+        for part, operands in zip(self.parts, each, strict=True):
+            if any(
+                map(_varies_by_head, jax.tree.leaves(operands, is_leaf=_is_operand))
             ):
-                shape = x.array.shape[: x.array.ndim - x.payload]
-                if len(shape) > 2 and shape[-3] > 1:
-                    raise ValueError(
-                        f"masks: per_head: {self.parts[i]!r} varies by head itself; "
-                        "give each head its own"
-                    )
+                raise ValueError(
+                    f"masks: per_head: {part!r} varies by head itself; give each head "
+                    "its own"
+                )
         return each
 
     @property
