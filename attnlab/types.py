@@ -11,47 +11,21 @@ each of the first four axes is full or 1. What an operand runs along is thus its
 and any kernel can cut the tile it needs without knowing what the operand means.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnlab.pytrees import pytree as pytree
+from attnlab.pytrees import skeleton as skeleton
+from attnlab.pytrees import static as static
+
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray
 PyTree = Any
-
-_T = TypeVar("_T")
-
-
-def static(**kwargs: Any) -> Any:
-    """A dataclass field that is structure: hashable, part of the compilation key."""
-    return dataclasses.field(metadata={"static": True}, **kwargs)
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
-def pytree(cls: type[_T]) -> type[_T]:
-    """Makes a class a frozen dataclass and a pytree; ``static()`` fields are structure.
-
-    Example:
-        >>> @pytree
-        ... class Shift:
-        ...     amount: float
-        ...     name: str = static(default="shift")
-        >>> jax.tree.leaves(Shift(amount=3.0))
-        [3.0]
-    """
-    described = cls.__repr__ is not object.__repr__
-    made = dataclasses.dataclass(frozen=True, repr=not described)(cls)
-    return jax.tree_util.register_dataclass(made)
-
-
-def skeleton(tree: _T) -> _T:
-    """The same tree, None for every leaf: hashable, the static half of an object."""
-    return jax.tree.map(lambda _: None, tree)
 
 
 def _varying(x: Any) -> frozenset[str]:
@@ -146,6 +120,10 @@ class Score:
     def is_inner_product(self) -> bool:
         """Whether the logits are plain inner products of the projections."""
         return type(self).compare is Score.compare
+
+    def without_scale(self, head_size: int) -> tuple["Score", float]:
+        """Of inner products: the same but for a constant factor, and that factor."""
+        return self, 1.0
 
     def flops_per_pair(self, projected_size: int) -> int:
         """Floating-point operations of one query-key comparison."""
@@ -259,6 +237,8 @@ class AttentionInputs:
         query_positions: ``[B or 1, 1, T, 1]`` int32.
         key_positions: ``[B or 1, 1, 1, S]`` int32.
         dropout_words: None, or two uint32 operands: one word a row, one a column.
+        living: queries ``[B or 1, N or 1, T]`` and keys ``[B or 1, K or 1, S]`` that
+            see or are seen; the others may hold NaN. None: nothing to look at.
         score: skeleton.
         modifiers: skeletons.
         mask: skeleton.
@@ -268,6 +248,7 @@ class AttentionInputs:
         numbering: where the positions of queries and of keys come from. "index": they
             are slot numbers, known when compiling; "offset" (queries only): slot
             numbers and an offset, which is the first position; "given": one by one.
+        logit_scale: what inner products are multiplied by.
     """
 
     query: Array
@@ -279,6 +260,7 @@ class AttentionInputs:
     query_positions: Array
     key_positions: Array
     dropout_words: tuple[Array, Array] | None
+    living: tuple[Array | None, Array | None]
     score: Score = static()
     modifiers: tuple[Modifier, ...] = static()
     mask: Any = static()
@@ -286,6 +268,7 @@ class AttentionInputs:
     precision: Any = static()
     needs_lse: bool = static()
     numbering: tuple[str, str] = static()
+    logit_scale: float = static()
 
     @property
     def sizes(self) -> "Sizes":
@@ -344,12 +327,14 @@ class Implementation:
     name: ClassVar[str]
     #: True: JAX differentiates ``forward``, and there is no ``backward``.
     differentiable: ClassVar[bool] = False
-    #: Where it runs, as lowering names platforms ("cpu", "cuda", "rocm", "tpu"); None:
-    #: everywhere.
+    #: As lowering names platforms ("cpu", "cuda", "rocm", "tpu"); None: everywhere.
     platforms: ClassVar[tuple[str, ...] | None] = None
-
     #: Whether a program that is exported (``jax.export``) can hold it.
     exportable: ClassVar[bool] = True
+    #: Whether a program for several platforms can hold it.
+    shares_program: ClassVar[bool] = True
+    #: Whether it knows ``logit_scale`` and ``living``; for others they are settled.
+    reads_raw: ClassVar[bool] = False
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
         """Every reason why these inputs cannot be taken; empty if they can."""
@@ -367,7 +352,7 @@ class Implementation:
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``.
 
-        Both in the accumulation type: the backward pass reads them. Unless it is
+        In the accumulation type; of a query that sees nothing 0 and -inf. Unless it is
         ``differentiable``, it and ``backward`` are traced when a program is lowered,
         once for all calls alike, and see no manual mesh axes.
         """
@@ -384,7 +369,6 @@ class Implementation:
     ) -> list[Array | None]:
         """Gradients of the leaves of ``inputs``, None where ``wanted`` is False.
 
-        Each has the type of its leaf. ``d_lse`` is None where nobody differentiates
-        log-sum-exp.
+        Each has the type of its leaf. ``d_lse``: None where nobody differentiates it.
         """
         raise NotImplementedError

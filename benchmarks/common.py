@@ -5,7 +5,7 @@ import datetime as dt
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from attnlab.bench.options import writable_folder
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+#: By label, points from left to right.
+Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def parser(description: str, results: Path = RESULTS) -> argparse.ArgumentParser:
@@ -62,29 +66,57 @@ def caption() -> str:
     return f"{machine_line()}; jax {versions()['jax']}"
 
 
-def lines(
-    folder: Path,
-    name: str,
-    panels: dict[str, dict[str, list[tuple[float, float]]]],
-    across: str,
-) -> None:
-    """Draws points joined by lines on two logarithmic axes, one panel a quantity."""
+def side_by_side(titles: Iterable[str], width: float, height: float) -> tuple[Any, Any]:
+    """A figure of panels in a row, and their axes.
+
+    Args:
+        titles: one a panel.
+        width: of a panel, in inches.
+        height: likewise.
+    """
+    named = list(titles)
     figure, axes = plt.subplots(
         1,
-        len(panels),
-        figsize=(5 * len(panels), 4),
+        len(named),
+        figsize=(width * len(named), height),
         layout="constrained",
         squeeze=False,
     )
-    for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
-        for label, points in series.items():
-            axis.plot(*zip(*points, strict=True), "o-", label=label, markersize=4)
-        plain_log(axis.xaxis)
-        plain_log(axis.yaxis)
+    for axis, title in zip(axes[0], named, strict=True):
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel(across)
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False)
+    return figure, axes[0]
+
+
+def lines(
+    panels: Mapping[str, Series], across: str, *, marker: str = "o", log: str = ""
+) -> Any:
+    """A figure of points joined by lines, one panel a quantity.
+
+    Args:
+        panels: by title.
+        across: what the horizontal axis shows.
+        marker: of the points; empty: none.
+        log: axes that are logarithmic: ``x``, ``y``, ``xy``.
+    """
+    figure, axes = side_by_side(panels, 5, 4)
+    for axis, series in zip(axes, panels.values(), strict=True):
+        for label, points in series.items():
+            if points:
+                axis.plot(*zip(*points, strict=True), f"{marker}-", label=label, ms=4)
+        axis.set_xlabel(across)
+        for name in log:
+            plain_log(getattr(axis, f"{name}axis"))
+        if any(series.values()):
+            axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def save_lines(
+    folder: Path, name: str, panels: Mapping[str, Series], across: str
+) -> None:
+    """Draws :func:`lines` on logarithmic axes, with the machine below."""
+    figure = lines(panels, across, log="xy")
     figure.supxlabel(caption(), fontsize=8, color="0.35")
     save(figure, folder, name, kinds=("svg",))

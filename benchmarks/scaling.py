@@ -14,7 +14,7 @@ from attnlab import attention, masks
 from attnlab.bench.contenders import Prepared, compile_call
 from attnlab.bench.timing import Repeats, interleave
 from attnlab.masks import Mask
-from benchmarks.common import lines, parser, write
+from benchmarks.common import parser, save_lines, write
 
 HEADS, HEAD_SIZE = 8, 64
 
@@ -89,7 +89,7 @@ def chart(folder: Any, rows: list[dict[str, Any]]) -> None:
             ("bytes of temporaries a token", "memory"),
         )
     }
-    lines(folder, "scaling", by_length, "length T = S")
+    save_lines(folder, "scaling", by_length, "length T = S")
     length = next(r["length"] for r in rows if r["series"] == "density")
     by_density = {
         f"microseconds a token at {length:,}": {
@@ -97,7 +97,7 @@ def chart(folder: Any, rows: list[dict[str, Any]]) -> None:
             for direction, name in names.items()
         }
     }
-    lines(folder, "scaling-density", by_density, "density")
+    save_lines(folder, "scaling-density", by_density, "density")
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ _FLAGS = (
 )
 if "jax" in sys.modules:
     raise RuntimeError("tests/conftest.py must set XLA_FLAGS before jax is imported")
+# Where the TPU's compiler is installed, JAX would look for a TPU, loudly.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 
 import hypothesis  # noqa: E402
@@ -46,6 +48,13 @@ def forget():
     """Lets what was traced before be traced again."""
     verb().run_attention.clear_cache()
     compute.clear_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_no_programs():
+    """Each compiled program holds mappings of memory, and Linux allows 65,530."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

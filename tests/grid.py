@@ -169,9 +169,11 @@ MASKS: dict[str, Callable[[Setting], Any]] = {
         random_blocks=2,
         rng=jax.random.key(3),
         block_size=3,
-        num_blocks=16,
+        num_blocks=max(16, -(-max(s.T, s.S) // 3)),
     ),
-    "blocks": lambda s: masks.blocks(s.rng.integers(-1, 5, (s.N, 6, 2)), 5),
+    "blocks": lambda s: masks.blocks(
+        s.rng.integers(-1, 5, (s.N, max(6, -(-s.T // 5)), 2)), 5
+    ),
     "prefix": lambda s: masks.causal() | masks.prefix(5),
     "chunked": lambda s: masks.chunked(5) & ~masks.prefix(1),
     "streaming": lambda s: masks.streaming(anchors=2, window=3),

@@ -91,6 +91,14 @@ def test_a_modifier_that_divides_by_an_array(shape, tile):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vectors_without_numbers_are_all_alike(implementation):
+    *_, v = arrays(5, 5)
+    nothing = v[..., :0]
+    found = attention(nothing, nothing, v, implementation=implementation)
+    np.testing.assert_allclose(found, jnp.broadcast_to(v.mean(1), v.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_from_above_stop_at_a_query_that_sees_nothing(implementation):
     x = arrays(5, 5)
     mask = masks.lengths(query=np.array([3]))

@@ -192,6 +192,7 @@ def _dead(mask, t, s, options):
 
 
 POISON_SCORES = {
+    "default": lambda r: scores.scaled_dot(),
     "scaled_dot": lambda r: scores.scaled_dot(np.float32(0.4)),
     "bilinear": lambda r: scores.bilinear.init(r, H, num_heads=N),
     "additive": lambda r: scores.additive.init(
@@ -218,14 +219,17 @@ POISON = [
 POISON_CELLS = [
     *((case, "additive", "tiled") for case in POISON),
     *(("padding", score, "tiled") for score in POISON_SCORES if score != "additive"),
+    *((case, "default", "tiled") for case in POISON if case != "padding"),
+    ("heads", "default", "reference"),
     ("heads", "bilinear", "tiled"),
     ("cache", "scaled_dot", "tiled"),
     ("padding", "additive", "reference"),
     ("heads", "bilinear", "reference"),
     ("cache", "cosine", "reference"),
     *(
-        pytest.param(case, "additive", *NATIVE.values, marks=NATIVE.marks)
+        pytest.param(case, score, *NATIVE.values, marks=NATIVE.marks)
         for case in POISON
+        for score in ("additive", "default")
     ),
     pytest.param("cache", "scaled_dot", *NATIVE.values, marks=NATIVE.marks),
     pytest.param("heads", "bilinear", *NATIVE.values, marks=NATIVE.marks),

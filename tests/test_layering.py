@@ -10,7 +10,8 @@ PACKAGE = ROOT / "attnlab"
 
 #: For each room, the rooms that it may import besides itself.
 MAY_IMPORT = {
-    "types": set(),
+    "pytrees": set(),
+    "types": {"pytrees"},
     "scores": {"types"},
     "modifiers": {"types"},
     "masks": {"types"},
@@ -20,7 +21,7 @@ MAY_IMPORT = {
     "bench": {"types", "scores", "modifiers", "masks", "implementations", "ops"},
 }
 #: What implementations share; each other one stands alone.
-SHARED = {"tile", "walk"}
+SHARED = {"measured", "plain", "tile", "walk"}
 
 
 def modules():

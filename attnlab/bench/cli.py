@@ -1,4 +1,4 @@
-"""The command line: ``attnlab bench``."""
+"""The command line: ``attnlab bench``, ``show``, ``static``, ``tune``."""
 
 import argparse
 import importlib.util
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from attnlab.bench import show, static_cli, tune
 from attnlab.bench.options import Options, add_arguments, read
 
 _DESCRIPTION = """\
@@ -32,18 +33,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "bench", help="measure attention on this machine", description=_DESCRIPTION
     )
     add_arguments(bench)
+    shower = commands.add_parser(
+        "show", help="what a mask looks like", description=show.DESCRIPTION
+    )
+    show.add_arguments(shower)
+    static = commands.add_parser(
+        "static",
+        help="what attention would cost on a TPU that is not here",
+        description=static_cli.DESCRIPTION,
+    )
+    static_cli.add_arguments(static)
+    tuner = commands.add_parser(
+        "tune", help="the best sizes of blocks on a TPU", description=tune.DESCRIPTION
+    )
+    tune.add_arguments(tuner)
     given = parser.parse_args(arguments)
     if given.command is None:
         parser.print_help()
         return 0
-    missing = [m for m in ("matplotlib", "rich") if importlib.util.find_spec(m) is None]
+    draws = given.command in {"bench", "show"}
+    needs = ("matplotlib", "rich") if draws else ("rich",)
+    missing = [m for m in needs if importlib.util.find_spec(m) is None]
     if missing:
-        bench.exit(
+        parser.exit(
             1,
-            f"{bench.prog}: needs {' and '.join(missing)}: "
+            f"attnlab {given.command}: needs {' and '.join(missing)}: "
             'pip install "attnlab[bench]"\n',
         )
     try:
+        if given.command == "show":
+            return show.command(given)
+        if given.command == "static":
+            return static_cli.command(given, ["attnlab", *arguments])
+        if given.command == "tune":
+            return tune.command(given)
         return bench_command(read(bench, given), ["attnlab", *arguments])
     except KeyboardInterrupt:
         return 130

@@ -53,7 +53,9 @@ class Options:
     seed: int = 0
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def whole(least: int) -> Callable[[str], int]:
+    """Reads a whole number that is no less."""
+
     def read(text: str) -> int:
         try:
             value = int(text)
@@ -82,7 +84,8 @@ def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return read
 
 
-def _folder(text: str) -> Path:
+def text_folder(text: str) -> Path:
+    """A folder that has .txt files."""
     path = Path(text)
     if not path.is_dir():
         raise argparse.ArgumentTypeError(
@@ -113,17 +116,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attnlab bench``."""
     many = {"metavar": "A,B,..."}
     sizes = parser.add_argument_group("sizes")
-    sizes.add_argument("--batch", type=_whole(1), default=1, help="B (1)")
+    sizes.add_argument("--batch", type=whole(1), default=1, help="B (1)")
     sizes.add_argument(
-        "--length", type=_whole(16), help="T and S (2048; with --quick 1024)"
+        "--length", type=whole(16), help="T and S (2048; with --quick 1024)"
     )
     sizes.add_argument(
         "--heads",
-        type=_whole(1),
+        type=whole(1),
         help="N (8; 1 for additive, mlp and concat, whose pairs cost more)",
     )
-    sizes.add_argument("--key-heads", type=_whole(1), help="K, a divisor of N (N)")
-    sizes.add_argument("--head-size", type=_whole(1), default=64, help="H and D (64)")
+    sizes.add_argument("--key-heads", type=whole(1), help="K, a divisor of N (N)")
+    sizes.add_argument("--head-size", type=whole(1), default=64, help="H and D (64)")
     sizes.add_argument(
         "--dtypes", type=_names(DTYPES), default=("float32",), help="(float32)", **many
     )
@@ -155,14 +158,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--repeats",
-        type=_whole(1),
+        type=whole(1),
         help="rounds of each measurement (as many as fit, from 3 to 15)",
     )
     parser.add_argument(
-        "--text", type=_folder, metavar="FOLDER", help="your own .txt files as input"
+        "--text",
+        type=text_folder,
+        metavar="FOLDER",
+        help="your own .txt files as input",
     )
     parser.add_argument(
-        "--seed", type=_whole(0), default=0, help="of everything drawn (0)"
+        "--seed", type=whole(0), default=0, help="of everything drawn (0)"
     )
     parser.add_argument(
         "--out",

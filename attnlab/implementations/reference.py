@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.implementations.plain import plain
 from attnlab.implementations.tile import (
     compare,
     kept,
@@ -25,7 +26,7 @@ def _over(fn: Any, size: int, shared: tuple[PyTree, ...]) -> Any:
 
 def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
     """Output ``[B, T, N, D]``, log-sum-exp ``[B, T, N]``, weights ``[B, N, T, S]``."""
-    sizes = inputs.sizes
+    inputs, sizes = plain(inputs), inputs.sizes
     group = sizes.N // sizes.K
 
     def one_head(arrays: Any, operands: Any) -> tuple[Array, Array, Array]:

@@ -1,10 +1,15 @@
 """The mathematics of one tile, shared by every implementation written in JAX."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from attnlab.types import Array, AttentionInputs, PyTree, Tile
+
+#: Precisions that let 16-bit inputs be multiplied as such.
+_ROUGH = (None, "default", "fastest", "bfloat16", lax.Precision.DEFAULT)
 
 
 def matmul(inputs: AttentionInputs, a: Array, b: Array, axes: tuple[int, int]) -> Array:
@@ -17,6 +22,18 @@ def matmul(inputs: AttentionInputs, a: Array, b: Array, axes: tuple[int, int]) -
         precision=inputs.precision,
         preferred_element_type=dtype,
     )
+
+
+def may_round(inputs: AttentionInputs) -> bool:
+    """Whether 16-bit inputs may be multiplied as such (weights are rounded then).
+
+    As ``precision=``, or else JAX's own setting, asks.
+    """
+    config: Any = jax.config
+    asked = inputs.precision
+    if asked is None:
+        asked = config.jax_default_matmul_precision
+    return asked in _ROUGH
 
 
 def compare(inputs: AttentionInputs, params: PyTree, query: Array, key: Array) -> Array:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnlab.implementations.measured import measured
 from attnlab.implementations.tile import compare, kept, matmul, modify
 from attnlab.implementations.walk import Operands, Tiles, make_walk
 from attnlab.masks.base import visible_pairs
@@ -32,10 +33,6 @@ from attnlab.types import (
 
 #: Floats that a comparison may hold for one tile (MLP: P for each pair).
 TILE_FLOATS = 2**21
-
-
-#: (least area of a tile, GFLOP/s): measured on two Zen 4 cores.
-_RATES = ((2**19, 95.0), (2**18, 84.0), (2**17, 75.0), (0, 50.0))
 
 
 class Tiled(Implementation):
@@ -314,8 +311,8 @@ def _estimate(inputs: AttentionInputs, size: tuple[int, int]) -> float:
 
     def seconds(chunks: Any, blocks: int) -> float:
         area = size[0] * size[1] * blocks
-        # GFLOP/s by tile area on two cores: in small tiles one of them waits.
-        rate = next(rate for least, rate in _RATES if area >= least)
+        # In small tiles all cores but one wait.
+        rate = next(rate for least, rate in measured().tile_rates if area >= least)
         return float(chunks.sum()) * area / rate
 
     in_full, in_rest = walk.chunks()

@@ -134,6 +134,11 @@ def _live(mask: Mask, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
         certain = Intervals(certain.lo[..., :0], certain.hi[..., :0])
     elif not (rows.starts_at_zero and cols.starts_at_zero):
         certain = _of_positions(certain, rows, cols)
+    if rows.side == "key" and rows.length % rows.size:
+        # Like a last column, a last row of keys is full of what is no key.
+        last = np.arange(rows.count)[:, None] == rows.count - 1
+        xp = namespace(*certain)
+        certain = Intervals(certain.lo, xp.where(last, certain.lo, certain.hi))
     xp = namespace(*possible, *certain)
     arrays = (*possible, *certain)
     lead = np.broadcast_shapes((1, 1, rows.count), *(x.shape[:-1] for x in arrays))

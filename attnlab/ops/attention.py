@@ -7,6 +7,7 @@ from typing import Any, Literal, Unpack
 import jax
 import jax.numpy as jnp
 
+from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
 from attnlab.implementations.tiled import Tiled
 from attnlab.implementations.top import top_weights
@@ -204,14 +205,11 @@ def run_attention(
         shared_dropout=shared_dropout,
     )
     output, lse = run(inputs, implementation)
-    # Whatever gradient comes from above to a query that sees nothing, it stops here.
-    sees = ~jnp.isneginf(lse)
-    output = jnp.where(sees[..., None], output, 0)
-    lse = jnp.where(sees, lse, -jnp.inf)
     weights, indices = _weights(inputs, lse, top_k)
     if args.sinks is not None:
         total = jnp.logaddexp(lse, jnp.asarray(args.sinks).astype(lse.dtype))
         finite = jnp.where(jnp.isneginf(total), 0, total)
+        sees = ~jnp.isneginf(lse)
         share = jnp.where(sees, jnp.exp(jnp.where(sees, lse, 0) - finite), 0)
         output = output * share[..., None]
         if weights is not None:
@@ -248,4 +246,4 @@ def _weights(
     if top_k == "all":
         return reference_attend(inputs)[2], None
     plan = plan_of(inputs, Tiled().block_sizes(inputs), cols=False)
-    return top_weights(inputs, plan, lse, int(top_k))
+    return top_weights(plain(inputs), plan, lse, int(top_k))

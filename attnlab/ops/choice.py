@@ -8,7 +8,7 @@ from attnlab.types import AttentionInputs, Implementation
 
 #: What the automatic choice may take, in order; the last takes everything, everywhere.
 #: ``jax_nn`` holds ``[T, S]`` and ``reference`` too: they run only when asked for.
-AUTOMATIC = ("native", "tiled")
+AUTOMATIC = ("native", "pallas_tpu", "tiled")
 
 
 def default_platform() -> str:
@@ -18,19 +18,19 @@ def default_platform() -> str:
     return next(key for key, backend in backends if backend.platform == name)
 
 
-def _reasons(
-    implementation: Implementation,
-    inputs: AttentionInputs,
-    platform: str | None,
-    exported: bool,
+def _elsewhere(
+    implementation: Implementation, platform: str | None, exported: bool, shared: bool
 ) -> tuple[str, ...]:
+    """Why it cannot run in such a program, whatever the inputs are."""
     only = implementation.platforms
-    where = ()
+    where: tuple[str, ...] = ()
     if only is not None and platform is not None and platform not in only:
         where = (f"it runs on {' and '.join(only)}, not on {platform}",)
     if exported and not implementation.exportable:
         where += ("an exported program cannot carry it",)
-    return (*where, *implementation.unsupported(inputs))
+    if shared and not implementation.shares_program:
+        where += ("a program for several platforms cannot hold it",)
+    return where
 
 
 def choose(
@@ -38,40 +38,52 @@ def choose(
     name: str | None,
     platform: str | None,
     exported: bool = False,
-) -> tuple[Implementation, dict[str, tuple[str, ...]]]:
-    """The implementation to run, and why each other one was passed over.
+    shared: bool = False,
+) -> Implementation:
+    """The implementation to run.
 
     Args:
         inputs: the canonical record; arrays may be shapes only.
         name: the implementation asked for; None: the automatic choice.
         platform: as lowering names it; None: not known yet, which excludes nobody.
         exported: whether the program is to run elsewhere (``jax.export``).
+        shared: whether it is one program for several platforms.
 
     Raises:
         ValueError: if there is no implementation of that name.
         NotImplementedError: if the one asked for cannot take the inputs; it names
             every reason.
     """
-    if name is not None and name not in IMPLEMENTATIONS:
+    if name is None:
+        # Nobody behind the first that can is asked: some trace functions to answer.
+        return next(
+            made
+            for made in map(IMPLEMENTATIONS.__getitem__, AUTOMATIC)
+            if not _elsewhere(made, platform, exported, shared)
+            and not made.unsupported(inputs)
+        )
+    if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation: expected one of {', '.join(IMPLEMENTATIONS)} or None, "
             f"got {name!r}"
         )
+    made = IMPLEMENTATIONS[name]
     # JAX itself says what it thinks of exporting one that was asked for.
-    exported = exported and name is None
-    reasons = {
-        n: _reasons(i, inputs, platform, exported) for n, i in IMPLEMENTATIONS.items()
-    }
-    if name is not None and reasons[name]:
+    reasons = _elsewhere(made, platform, False, shared) + made.unsupported(inputs)
+    if reasons:
         raise NotImplementedError(
-            f"implementation={name!r} cannot take these inputs: "
-            + "; ".join(reasons[name])
+            f"implementation={name!r} cannot take these inputs: " + "; ".join(reasons)
         )
-    chosen = name
-    if chosen is None:
-        chosen = next(n for n in AUTOMATIC if not reasons[n])
+    return made
+
+
+def passed_over(
+    inputs: AttentionInputs, name: str | None, platform: str | None
+) -> dict[str, tuple[str, ...]]:
+    """Why each implementation but the one that ``choose`` takes does not run."""
+    chosen = choose(inputs, name, platform).name
     passed = {}
-    for other in IMPLEMENTATIONS:
+    for other, made in IMPLEMENTATIONS.items():
         if other == chosen:
             continue
         if name is not None:
@@ -80,5 +92,6 @@ def choose(
             why = (f"{chosen!r} comes first",)
         else:
             why = ("it holds [T, S] in memory; it runs only when asked for",)
-        passed[other] = reasons[other] or why
-    return IMPLEMENTATIONS[chosen], passed
+        reasons = _elsewhere(made, platform, False, False) + made.unsupported(inputs)
+        passed[other] = reasons or why
+    return passed

@@ -115,7 +115,7 @@ def cost(
     args, inputs = canonical(query, key, value, options)
     here = default_platform()
     platform = here if platform is None else platform
-    chosen, _ = choose(inputs, options.get("implementation"), platform)
+    chosen = choose(inputs, options.get("implementation"), platform)
     sizes, exact = inputs.sizes, True
     known = args
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(_data(args))):

@@ -22,8 +22,9 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab.implementations import IMPLEMENTATIONS
+from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
-from attnlab.ops.choice import choose
+from attnlab.ops.choice import choose, default_platform
 from attnlab.types import (
     Array,
     AttentionInputs,
@@ -63,6 +64,22 @@ class _Asked:
             yield
 
 
+@contextlib.contextmanager
+def _some_tpu(platforms: Sequence[str]) -> Iterator[None]:
+    """Kernels for a TPU ask for its kind: where none is here, an old one serves."""
+    mesh = jax.sharding.get_abstract_mesh()
+    known = mesh.abstract_device is not None or default_platform() == "tpu"
+    if "tpu" not in platforms or known:
+        yield
+        return
+    device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
+    made = jax.sharding.AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
+    )
+    with jax.sharding.use_abstract_mesh(made):
+        yield
+
+
 #: One pass over ``leaves``, the flat arguments: ``(inputs,)`` where ``wanted`` is None,
 #: the forward pass; else ``(inputs, output, lse, d_output, d_lse)``, and ``wanted``
 #: tells the leaves of the inputs that need a gradient.
@@ -91,11 +108,21 @@ def _types(*avals: Any, wanted: Any, structure: Any, **_: Any) -> list[Any]:
 )
 def compute(*leaves: Array, name: str, wanted: Any, structure: Any) -> Sequence[Any]:
     """One pass of one implementation; jitted, so that equal calls are traced once."""
-    arguments: Any = jax.tree.unflatten(structure, leaves)
+    given: Any = jax.tree.unflatten(structure, leaves)
+    implementation, (inputs, *others) = IMPLEMENTATIONS[name], given
+    if not implementation.reads_raw:
+        inputs = plain(inputs)
     if wanted is None:
-        return IMPLEMENTATIONS[name].forward(*arguments)
-    gradients = IMPLEMENTATIONS[name].backward(*arguments, wanted=wanted)
-    return [g for g, on in zip(gradients, wanted, strict=True) if on]
+        return implementation.forward(inputs, *others)
+    if not implementation.reads_raw:
+        flags: Any = jax.tree.unflatten(jax.tree.structure(given[0]), wanted)
+        flags = dataclasses.replace(flags, living=(None, None))
+        wanted = tuple(jax.tree.leaves(flags))
+    gradients = implementation.backward(inputs, *others, wanted=wanted)
+    found = [g for g, on in zip(gradients, wanted, strict=True) if on]
+    if not implementation.reads_raw and wanted[0]:  # with respect to the scaled query
+        found[0] = found[0] * given[0].logit_scale
+    return found
 
 
 def _lower(
@@ -103,9 +130,10 @@ def _lower(
 ) -> Sequence[Any]:
     inputs: Any = jax.tree.unflatten(structure, ctx.avals_in)[0]
     exported = ctx.module_context.lowering_parameters.for_export
-    passes = {}
-    for platform in ctx.platforms or ctx.module_context.platforms:
-        chosen, _ = choose(inputs, asked.implementation, platform, exported)
+    platforms = ctx.platforms or ctx.module_context.platforms
+    shared, passes = len(platforms) > 1, {}
+    for platform in platforms:
+        chosen = choose(inputs, asked.implementation, platform, exported, shared)
         passes[platform] = functools.partial(
             compute, name=chosen.name, wanted=wanted, structure=structure
         )
@@ -119,7 +147,7 @@ def _lower(
         jax.core.ShapedArray(x.shape, x.dtype, x.weak_type, sharding=x.sharding)
         for x in ctx.avals_in
     ]
-    with asked.settings():
+    with asked.settings(), _some_tpu(platforms):
         return mlir.lower_fun(call)(ctx.replace(avals_in=avals), *values)
 
 
@@ -164,9 +192,11 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
             on which it does not run, lowering raises it.
     """
     if name is not None:
-        implementation, _ = choose(inputs, name, None)
+        implementation = choose(inputs, name, None)
         if implementation.differentiable:
-            return implementation.forward(inputs)
+            output, lse = implementation.forward(plain(inputs))
+            sees = ~jnp.isneginf(lse)
+            return jnp.where(sees[..., None], output, 0), jnp.where(sees, lse, -jnp.inf)
     # Inside shard_map every input must vary alike: then JAX, not we, sums gradients.
     inputs = jax.tree.map(lambda x: vary_like(x, inputs), inputs)
     asked = _Asked.now(name)
@@ -186,10 +216,12 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
     def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
         wanted, inputs, output, lse = saved
         d_output, d_lse = cotangents
+        # Whatever gradient comes to a query that sees nothing, it stops here.
+        sees = ~jnp.isneginf(lse)
         if isinstance(d_output, SymbolicZero):
             d_output = jnp.zeros_like(output)
-        if isinstance(d_lse, SymbolicZero):
-            d_lse = None
+        d_output = jnp.where(sees[..., None], d_output, 0)
+        d_lse = None if isinstance(d_lse, SymbolicZero) else jnp.where(sees, d_lse, 0)
         found = _backward(asked, wanted.flags, inputs, output, lse, d_output, d_lse)
         gradients = iter(found)
         leaves = [next(gradients) if on else None for on in wanted.flags]

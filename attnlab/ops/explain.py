@@ -1,14 +1,19 @@
 """Which implementation the automatic choice takes, and why it passed over the rest."""
 
+import itertools
+import math
 from typing import Any, NamedTuple, Unpack
 
 import jax
+import numpy as np
 
-from attnlab.implementations import IMPLEMENTATIONS
-from attnlab.ops.choice import choose, default_platform
+from attnlab.implementations.measured import measured
+from attnlab.masks import Mask, full
+from attnlab.masks.base import Full
+from attnlab.ops.choice import choose, default_platform, passed_over
 from attnlab.ops.prepare import prepare
 from attnlab.ops.validate import Arguments, Options, check
-from attnlab.types import AttentionInputs
+from attnlab.types import AttentionInputs, Implementation
 
 
 class Explanation(NamedTuple):
@@ -20,6 +25,8 @@ class Explanation(NamedTuple):
         implementation: the name of the one that runs.
         block_sizes: (queries, keys) in a block of its plan.
         passed_over: for each other implementation, every reason.
+        crossover: how the mask's time compares with that of full attention, from which
+            length on it is less, and who measured that; None where nobody did.
     """
 
     inputs: str
@@ -27,6 +34,7 @@ class Explanation(NamedTuple):
     implementation: str
     block_sizes: tuple[int, int]
     passed_over: dict[str, tuple[str, ...]]
+    crossover: str | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -34,6 +42,8 @@ class Explanation(NamedTuple):
             f"on {self.platform}: {self.implementation}, blocks of "
             f"{self.block_sizes[0]} queries x {self.block_sizes[1]} keys",
         ]
+        if self.crossover is not None:
+            lines.append(self.crossover)
         for name, reasons in self.passed_over.items():
             lines.append(f"  not {name}: {'; '.join(reasons)}")
         return "\n".join(lines)
@@ -76,6 +86,61 @@ def describe(args: Arguments, inputs: AttentionInputs) -> str:
     return "; ".join(parts)
 
 
+def crossover(
+    mask: Mask, inputs: AttentionInputs, chosen: Implementation
+) -> str | None:
+    """When the mask pays, by the times that were measured of an implementation.
+
+    Returns:
+        None where the mask is full, where its blocks are not known, or where nothing
+        like the inputs was measured: inner products in float32, without modifiers.
+    """
+    s, fits = inputs.sizes, measured().fits.get(chosen.name, {})
+    known = all(
+        isinstance(x, (np.ndarray, jax.Array)) and not isinstance(x, jax.core.Tracer)
+        for x in jax.tree.leaves(mask)
+    )
+    alike = (
+        inputs.score.is_inner_product
+        and not inputs.modifiers
+        and inputs.query.dtype == np.float32
+        and inputs.index_positions
+        and s.T == s.S > 0
+    )
+    if not fits or isinstance(mask, Full) or not known or not alike:
+        return None
+    blocks = chosen.block_sizes(inputs)
+
+    def work(mask: Mask, length: int) -> tuple[float, float, float]:
+        """Queries, pairs as if of head size 64, and blocks."""
+        plan = mask.plan(length, block_size=blocks)
+        live = np.asarray(chosen.blocks_executed(plan))
+        count = float(live.sum()) * (s.B * s.N // math.prod(live.shape[:2]))
+        size = (s.P + s.D) / 128 * plan.block_q * plan.block_k
+        return float(s.B * s.N * length), count * size, count
+
+    def shares(length: int) -> dict[str, float]:
+        """Of full attention's time, by direction."""
+        sparse, dense = work(mask, length), work(full(), length)
+        return {d: f.seconds(*sparse) / f.seconds(*dense) for d, f in fits.items()}
+
+    text = "of full attention's time about " + ", ".join(
+        f"{share:.0%} {direction}" for direction, share in shares(s.T).items()
+    )
+    # What the mask's arrays would be at another length, nobody knows.
+    if not jax.tree.leaves(mask):
+        shorter = [2**n for n in range(5, s.T.bit_length()) if 2**n < s.T]
+        pays = list(
+            itertools.takewhile(
+                lambda length: max(shares(length).values()) < 0.95,
+                (s.T, *reversed(shorter)),
+            )
+        )
+        if pays:
+            text += f"; less from T = {pays[-1]:,} on"
+    return f"{text} (fitted: {measured().where})"
+
+
 def explain(
     query: Any,
     key: Any,
@@ -111,11 +176,13 @@ def explain(
     """
     args, inputs = canonical(query, key, value, options)
     platform = default_platform() if platform is None else platform
-    chosen, passed_over = choose(inputs, options.get("implementation"), platform)
+    name = options.get("implementation")
+    chosen = choose(inputs, name, platform)
     return Explanation(
         describe(args, inputs),
         platform,
         chosen.name,
-        IMPLEMENTATIONS[chosen.name].block_sizes(inputs),
-        passed_over,
+        chosen.block_sizes(inputs),
+        passed_over(inputs, name, platform),
+        crossover(args.mask, inputs, chosen),
     )

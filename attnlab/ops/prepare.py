@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.implementations.plain import zero_dead
 from attnlab.masks.liveness import alive
 from attnlab.masks.planning import (
     blocks_of,
@@ -61,9 +62,20 @@ def prepare(
     size = fine if fine >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK
     blocks = blocks_of(*positions, numbering, (size, size))
     query_alive, key_alive = alive(args.mask, mask_operands, *positions, *blocks)
-    query = _zero_dead(query, query_alive)
-    key, value = _zero_dead(key, key_alive), _zero_dead(value, key_alive)
-    query, key = _project(args.score, query, key)
+    if key_alive is not None and key_alive.shape[1] > key_heads:
+        # Query heads of one group share a key head.
+        grouped = key_alive.reshape(key_alive.shape[0], key_heads, -1, s)
+        key_alive = grouped.any(2)
+    score, logit_scale = args.score.without_scale(query.shape[-1])
+    # Whoever reads the arrays can leave out dead slots; a projection must not see them.
+    name = type(args.score).__name__
+    projected = _project(score, query, key, name)
+    has_dead = query_alive is not None or key_alive is not None
+    if has_dead and not (projected[0] is query and projected[1] is key):
+        clean = zero_dead(query, query_alive), zero_dead(key, key_alive)
+        projected = _project(score, *clean, name)
+        query_alive = None
+    query, key = projected
 
     words = None
     if dropout_rate > 0:
@@ -79,6 +91,7 @@ def prepare(
         query_positions,
         key_positions,
         words,
+        (query_alive, key_alive),
         score=skeleton(args.score),
         modifiers=skeleton(args.modifiers),
         mask=skeleton(args.mask),
@@ -86,6 +99,7 @@ def prepare(
         precision=precision,
         needs_lse=needs_lse,
         numbering=numbering,
+        logit_scale=logit_scale,
     )
 
 
@@ -116,33 +130,23 @@ def positions_of(
     return query, normalise(Operand(positions), batch, "key_positions")
 
 
-def _zero_dead(x: Array, living: Array | None) -> Array:
-    """``[B, L, heads, X]`` with zeros in slots that ``[Bp, Np, L]`` calls dead."""
-    if living is None:
-        return x
-    heads, own = x.shape[2], living.shape[1]
-    if own > heads:  # query heads of one group share a key head
-        living = living.reshape(living.shape[0], heads, own // heads, -1).any(2)
-    return jnp.where(living.swapaxes(1, 2)[..., None], x, jnp.zeros((), x.dtype))
-
-
-def _project(score: Score, query: Array, key: Array) -> tuple[Array, Array]:
+def _project(score: Score, query: Array, key: Array, name: str) -> tuple[Array, Array]:
     try:
         projected = score.project_query(query), score.project_key(key)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"score: {type(score).__name__} cannot project query {query.shape} and "
+            f"score: {name} cannot project query {query.shape} and "
             f"key {key.shape}: {error}"
         ) from error
     if projected[0].dtype != projected[1].dtype:
         raise TypeError(
-            f"score: {type(score).__name__} projects the query to "
+            f"score: {name} projects the query to "
             f"{projected[0].dtype} and the key to {projected[1].dtype}; they must agree"
         )
     sizes = [x.shape[-1] for x in projected]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"score: {type(score).__name__} makes query head size {sizes[0]} and key "
+            f"score: {name} makes query head size {sizes[0]} and key "
             f"head size {sizes[1]}, which must agree; a score that projects "
             "(bilinear, additive) takes different sizes"
         )

@@ -45,8 +45,15 @@ class ScaledDot(Score):
     def project_query(self, query: Array) -> Array:
         """See :class:`attnlab.Score`."""
         if self.scale is None:
-            return query * (1 / math.sqrt(query.shape[-1]))
+            return query * _default_scale(query.shape[-1])
         return (query * jnp.asarray(self.scale)[..., None]).astype(query.dtype)
+
+    def without_scale(self, head_size: int) -> tuple[Score, float]:
+        """See :class:`attnlab.Score`."""
+        # A subclass may do more than this class.
+        if type(self) is ScaledDot and self.scale is None:
+            return Dot(), _default_scale(head_size)
+        return self, 1.0
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -141,6 +148,11 @@ class Cosine(Score):
     def flops_per_key(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
         return 3 * head_size
+
+
+def _default_scale(head_size: int) -> float:
+    # Of no numbers the product is 0, whatever its scale.
+    return 1 / math.sqrt(max(head_size, 1))
 
 
 def _unit(x: Array) -> Array:

@@ -1,5 +1,7 @@
 """A score whose keys were projected before: for caches, and for many queries."""
 
+from typing import Any
+
 from attnlab.types import Array, PyTree, Score, pytree
 
 
@@ -12,6 +14,11 @@ class ProjectedKeys(Score):
     def project_query(self, query: Array) -> Array:
         """See :class:`attnlab.Score`."""
         return self.score.project_query(query)
+
+    def without_scale(self, head_size: int) -> tuple[Score, float]:
+        """See :class:`attnlab.Score`."""
+        score, scale = self.score.without_scale(head_size)
+        return ProjectedKeys(score), scale
 
     def pair_params(self) -> PyTree:
         """See :class:`attnlab.Score`."""
@@ -42,6 +49,11 @@ class ProjectedKeys(Score):
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
         return self.score.flops_per_query(head_size)
+
+
+def bare(score: Score) -> Any:
+    """Without the mark that its keys are projected already."""
+    return score.score if isinstance(score, ProjectedKeys) else score
 
 
 def projected_keys(score: Score) -> Score:

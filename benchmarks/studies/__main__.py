@@ -2,24 +2,35 @@
 
 import argparse
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+try:
+    from rich.console import Console
 
-from attnlab.bench.machine import cores
-from attnlab.bench.wheels import TextUnavailable
-from benchmarks.common import ROOT, parser
-from benchmarks.studies.context import Context
-from benchmarks.studies.errors import Interrupted, StudyError
-from benchmarks.studies.page import write_page
-from benchmarks.studies.parallel import ask_for_devices, make_mesh
-from benchmarks.studies.registry import STUDIES
-from benchmarks.studies.training import resuming
+    from attnlab.bench.machine import cores
+    from attnlab.bench.options import text_folder
+    from attnlab.bench.wheels import TextUnavailable
+    from benchmarks.common import ROOT, parser
+    from benchmarks.studies.check import TOLERANCE, committed, differences
+    from benchmarks.studies.context import Context
+    from benchmarks.studies.errors import Interrupted, StudyError
+    from benchmarks.studies.page import write_page
+    from benchmarks.studies.parallel import ask_for_devices, make_mesh
+    from benchmarks.studies.registry import STUDIES
+    from benchmarks.studies.training import resuming
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"benchmarks.studies: needs {missing.name}, which comes with "
+        'pip install -e ".[studies]"'
+    )
 
 RESULTS = ROOT / "benchmarks" / "studies" / "results"
+#: What the quick forms found, committed; they write into ``quick``, which is not.
+EXPECTED = RESULTS / "expected"
 
 
 def whole(text: str) -> int:
@@ -31,19 +42,23 @@ def whole(text: str) -> int:
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
-    listed = [name for name in STUDIES if not name.startswith("_")]
     options = parser(__doc__ or "", RESULTS)
     options.prog = "python -m benchmarks.studies"
     options.add_argument(
         "study",
         choices=list(STUDIES),
         metavar="NAME",
-        help=f"the study: {', '.join(listed)}",
+        help=f"the study: {', '.join(STUDIES)}",
     )
     options.add_argument(
         "--resume",
         action="store_true",
         help="go on with runs that were stopped, and do not repeat those that are done",
+    )
+    options.add_argument(
+        "--check",
+        action="store_true",
+        help="run the quick form, and compare its losses with the committed ones",
     )
     options.add_argument(
         "--only",
@@ -60,6 +75,13 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
         "English translations, fetched once)",
     )
     options.add_argument(
+        "--text",
+        type=text_folder,
+        metavar="FOLDER",
+        help="your own .txt files, a long document each (the State of the Union "
+        "addresses, fetched once)",
+    )
+    options.add_argument(
         "--devices",
         type=whole,
         default=min(cores(), 8),
@@ -67,7 +89,32 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
         help="parts that the processor is divided into, each with its share of every "
         "batch (one for each core, up to 8)",
     )
-    return options.parse_args(given)
+    read = options.parse_args(given)
+    if read.check and (read.only or read.pairs or read.text):
+        options.error(
+            "argument --check: expected no --only, --pairs or --text: what is "
+            "committed is of all runs, on the texts that are fetched"
+        )
+    return read
+
+
+def check(given: argparse.Namespace, console: Console) -> None:
+    """Runs the quick form elsewhere, and compares.
+
+    Raises:
+        StudyError: if a number is not the committed one.
+    """
+    name = f"{given.study}.json"
+    old = committed(EXPECTED / name)
+    with tempfile.TemporaryDirectory() as folder:
+        changed = {"quick": True, "resume": False, "devices": old["devices"]}
+        changed["out"] = Path(folder)
+        run(argparse.Namespace(**{**vars(given), **changed}), console)
+        new = committed(Path(folder) / "quick" / name)
+    found = differences(old, new)
+    if found:
+        raise StudyError(f"--check: not as committed: {'; '.join(found)}")
+    console.print(f"{given.study}: as committed, within {TOLERANCE:.0%}")
 
 
 def run(given: argparse.Namespace, console: Console) -> None:
@@ -82,6 +129,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
         resume=given.resume,
         only=given.only,
         pairs=given.pairs,
+        text=given.text,
     )
     page = STUDIES[given.study](context)
     for name in given.only:
@@ -93,7 +141,14 @@ def run(given: argparse.Namespace, console: Console) -> None:
     if page is None:
         context.say("no page yet: runs are missing that --only left out")
         return
-    path = write_page(context.out, given.study, page, quick=given.quick)
+    path = write_page(
+        context.out,
+        given.study,
+        page,
+        quick=given.quick,
+        devices=given.devices,
+        runs=context.best,
+    )
     context.say(f"written: {path}, {path.with_suffix('.json').name}")
 
 
@@ -107,7 +162,7 @@ def main(given: Sequence[str]) -> int:
 
     warnings.showwarning = show
     try:
-        run(options, console)
+        (check if options.check else run)(options, console)
     except Interrupted as error:
         messages.print(str(error), style="yellow", soft_wrap=True)
         return 128 + error.signal

@@ -1,5 +1,6 @@
 """Does a sentence fit into one vector?"""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from benchmarks.studies.losses import forced
 from benchmarks.studies.optimisers import adam
 from benchmarks.studies.page import Chart, Page, Table, cost_of, lines
 from benchmarks.studies.parallel import over_batch
+from benchmarks.studies.record import Json
 from benchmarks.studies.scoring import exact_matches, score_by_length
 from benchmarks.studies.sweep import Chosen, train_at_best_rate
 from benchmarks.studies.synthetic import Symbols
@@ -22,21 +24,21 @@ from benchmarks.studies.translators import TRANSLATORS, Sizes, greedy, logits
 #: Reversing sequences needs no language.
 LENGTHS, TESTED, SYMBOLS = (1, 40), (5, 10, 15, 20, 25, 30, 35, 40), 20
 REVERSE_SIZES = Sizes(features=128, hidden_size=128, layers=2, dropout_rate=0.0)
-REVERSE_STEPS, REVERSE_ROWS = 4000, 64
+REVERSE_STEPS, REVERSE_ROWS = 2500, 128
 REVERSE_RATES = (1e-3, 2e-3, 4e-3)
 
 
 def reverse_runs(context: Context) -> dict[str, Chosen] | None:
     """Each model, trained to reverse, at its best rate."""
     quick = context.quick
-    rows = 8 if quick else REVERSE_ROWS
+    rows = 16 if quick else REVERSE_ROWS
+    context = context.dividing(rows)
     lengths = (1, 6) if quick else LENGTHS
     sizes = (
         REVERSE_SIZES._replace(features=8, hidden_size=8) if quick else REVERSE_SIZES
     )
     rates = REVERSE_RATES[:1] if quick else REVERSE_RATES
     whole = 6 if quick else REVERSE_STEPS
-    rows *= context.mesh.size
     task = Symbols("reverse", symbols=SYMBOLS, lengths=lengths, rows=rows)
     # Another seed than that of the test.
     apart = Symbols("reverse", symbols=SYMBOLS, lengths=lengths, rows=rows, seed=1)
@@ -80,12 +82,13 @@ def exact_by_length(
     context: Context, found: dict[str, Chosen]
 ) -> dict[str, list[tuple[float, float]]]:
     """Share of sequences reversed without a mistake, by length."""
+    context = context.dividing(REVERSE_ROWS)
     lengths = (2, 4, 6) if context.quick else TESTED
     task = Symbols(
         "reverse",
         symbols=SYMBOLS,
         lengths=(1, 6) if context.quick else LENGTHS,
-        rows=64 * context.mesh.size,
+        rows=REVERSE_ROWS,
     )
     decode = over_batch(greedy, context.mesh)
     return {
@@ -105,6 +108,18 @@ def exact_by_length(
     }
 
 
+def share(part: Json, whole: Json) -> tuple[float, float]:
+    """A quotient of two scores with intervals, and half the width of its own.
+
+    0 where there is nothing to have a share of, as after a few steps.
+    """
+    if whole["value"] < 0.1:
+        return 0.0, 0.0
+    value = part["value"] / whole["value"]
+    relative = [x["half_width"] / max(x["value"], 1e-9) for x in (part, whole)]
+    return value, value * math.hypot(*relative)
+
+
 def study(context: Context) -> Page | None:
     """Quality by length: of translations, and of sequences reversed."""
     task = Task(context, BUDGET, SIZES)
@@ -117,14 +132,24 @@ def study(context: Context) -> Page | None:
         name: score_by_length(sources, task.translate(chosen.trained.model), references)
         for name, chosen in found.items()
     }
+    # Of the shortest sentences', and of the next class's, which are more.
+    heads = [row["words"] for row in next(iter(classes.values()))]
+    starts = (0, 1)[: len(heads) - 1]
     kept = {
-        name: rows[-1]["bleu"]["value"] / max(rows[0]["bleu"]["value"], 1e-9)
+        name: [share(rows[-1]["bleu"], rows[start]["bleu"]) for start in starts]
         for name, rows in classes.items()
     }
     exact = exact_by_length(context, reversing)
     longest = exact["additive"][-1][0]
     last = {name: points[-1][1] for name, points in exact.items()}
-    first, end = (next(iter(classes.values()))[i]["words"] for i in (0, -1))
+
+    def all_kept(start: int) -> str:
+        each = ((name, *found[start]) for name, found in kept.items())
+        shares = ", ".join(f"{n} {100 * x:.0f} ± {100 * y:.0f} %" for n, x, y in each)
+        return (
+            f"Of its BLEU at {heads[start]} words each keeps, at {heads[-1]}: {shares}."
+        )
+
     panels = {
         metric: {
             name: [(r["mean_words"], r[key]["value"]) for r in rows]
@@ -137,11 +162,9 @@ def study(context: Context) -> Page | None:
         claim="A recurrent encoder squeezes a sentence into one vector; long sentences "
         "do not fit. A decoder that attends to every state of the encoder does not "
         "suffer from length (Bahdanau et al., 2015, figure 2).",
-        answer="Of its BLEU at "
-        f"{first} words, at {end} words "
-        + ", ".join(f"{name} keeps {share:.0%}" for name, share in kept.items())
-        + f". Of sequences of {longest} random symbols, greedily reversed, "
-        + ", ".join(f"{name} gets {share:.0%}" for name, share in last.items())
+        answer=" ".join(map(all_kept, starts))
+        + f" Of sequences of {longest} random symbols, greedily reversed, "
+        + ", ".join(f"{name} gets {right:.0%}" for name, right in last.items())
         + " right to the last symbol.",
         cost=cost_of(
             s

@@ -1,6 +1,7 @@
 """What a study is given: options, a place to train, data."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
+from benchmarks.studies.addresses import Addresses, load_addresses
 from benchmarks.studies.batches import Batches, Example
 from benchmarks.studies.corpus import Corpus, load_corpus
 from benchmarks.studies.errors import StudyError
+from benchmarks.studies.parallel import make_mesh
+from benchmarks.studies.record import Json
 from benchmarks.studies.training import Place, Run, Trained, finished, train
 
 
@@ -27,7 +31,9 @@ class Context:
         resume: go on with runs that are there, and do not repeat those that are done.
         only: names of runs, or of groups of them; empty: all.
         pairs: a table of sentence pairs; None: the verses.
+        text: a folder of long documents; None: the addresses.
         seen: names of the runs that the study asked for.
+        best: of the runs that are done, by name, what their best evaluation found.
     """
 
     name: str
@@ -38,7 +44,9 @@ class Context:
     resume: bool = False
     only: Sequence[str] = ()
     pairs: Path | None = None
+    text: Path | None = None
     seen: list[str] = dataclasses.field(default_factory=list)
+    best: dict[str, Json] = dataclasses.field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -64,6 +72,12 @@ class Context:
         Raises:
             StudyError: see :func:`~benchmarks.studies.training.train`.
         """
+        trained = self._train(run)
+        if trained is not None:
+            self.best[run.name] = trained.summary["best"]
+        return trained
+
+    def _train(self, run: Run) -> Trained | None:
         self.seen.append(run.name)
         place = Place(self.folder / run.name, self.mesh, self.console, self.resume)
         if self.wants(run.name):
@@ -101,6 +115,22 @@ class Context:
             **options: as of :class:`~benchmarks.studies.batches.Batches`.
         """
         return Batches(examples, devices=self.mesh.size, **options)
+
+    def dividing(self, rows: int) -> "Context":
+        """The same with as many devices as share so many rows evenly.
+
+        What a run learns from must not depend on who trains it.
+        """
+        mesh = make_mesh(math.gcd(rows, self.mesh.size))
+        return dataclasses.replace(self, mesh=mesh)
+
+    def addresses(self, **options: Any) -> Addresses:
+        """Long documents: the folder of ``--text``, or the addresses.
+
+        Args:
+            **options: as of :func:`~benchmarks.studies.addresses.load_addresses`.
+        """
+        return load_addresses(self.out / "runs", folder=self.text, **options)
 
     def say(self, message: str) -> None:
         """Tells those who wait."""

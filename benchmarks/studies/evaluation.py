@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from benchmarks.studies.batches import Batch
 from benchmarks.studies.losses import Loss
 from benchmarks.studies.parallel import over_batch
 
@@ -17,7 +17,7 @@ from benchmarks.studies.parallel import over_batch
 class MeanLoss:
     """``evaluate(model) -> {"loss": a token, "perplexity": its exponential}``."""
 
-    def __init__(self, loss: Loss, batches: Sequence[Batch], mesh: Mesh):
+    def __init__(self, loss: Loss, batches: Sequence[Any], mesh: Mesh):
         """An evaluation.
 
         Args:
@@ -26,7 +26,7 @@ class MeanLoss:
             mesh: of devices.
         """
 
-        def sums(model: nnx.Module, batch: Batch) -> jax.Array:
+        def sums(model: nnx.Module, batch: Any) -> jax.Array:
             total, count = loss(model, batch, jax.random.key(0))
             return jnp.stack([total, count.astype(total.dtype)])[None]
 

@@ -10,8 +10,9 @@ from flax import nnx
 
 from benchmarks.studies.batches import Batch
 
-#: ``(model, batch, rng) -> (sum of losses, number of target tokens)``.
-Loss = Callable[[nnx.Module, Batch, jax.Array], tuple[jax.Array, jax.Array]]
+#: ``(model, batch, rng) -> (sum of losses, number of target tokens)``; a batch is a
+#: tuple of arrays that lead with the batch's axis.
+Loss = Callable[[nnx.Module, Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def cross_entropy(

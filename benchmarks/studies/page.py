@@ -5,13 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnlab.bench.charts import plt, save
+import numpy as np
+from scipy import stats
+
+from attnlab.bench.charts import save
 from attnlab.bench.files import write_atomically
+from benchmarks.common import lines as lines
+from benchmarks.common import side_by_side
 from benchmarks.studies.record import Json, as_json
 from benchmarks.studies.training import surroundings
-
-#: By label, points from left to right.
-Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,22 @@ def cost_of(summaries: Iterable[Json]) -> str:
     )
 
 
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half the 95 % interval of Student's t; None for one value alone."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    spread = np.std(values, ddof=1) / np.sqrt(len(values))
+    return mean, float(spread * stats.t.ppf(0.975, len(values) - 1))
+
+
+def shown(value: tuple[float, float | None], digits: int = 3) -> str:
+    """``3.214 ± 0.012``."""
+    mean, half = value
+    text = f"{mean:.{digits}f}"
+    return text if half is None else f"{text} ± {half:.{digits}f}"
+
+
 def smooth(
     points: Sequence[tuple[float, float]], width: int
 ) -> list[tuple[float, float]]:
@@ -116,36 +134,18 @@ def smooth(
     ]
 
 
-def lines(
-    panels: Mapping[str, Series], across: str, *, marker: str = "o", log: str = ""
-) -> Any:
-    """A figure of points joined by lines, one panel a quantity.
-
-    Args:
-        panels: by title.
-        across: what the horizontal axis shows.
-        marker: of the points; empty: none.
-        log: axes that are logarithmic: ``x``, ``y``, ``xy``.
-    """
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(5 * len(panels), 4),
-        layout="constrained",
-        squeeze=False,
-    )
-    for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
-        for label, points in series.items():
-            if points:
-                axis.plot(*zip(*points, strict=True), f"{marker}-", label=label, ms=4)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(across)
-        for name in log:
-            axis.set(**{f"{name}scale": "log"})
-        axis.grid(color="0.9")
-        axis.spines[["top", "right"]].set_visible(False)
-        if any(series.values()):
-            axis.legend(fontsize=8, frameon=False)
+def dots(panels: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> Any:
+    """A figure of numbers by name, with half an interval each, one panel a question."""
+    figure, axes = side_by_side(panels, 3.6, 3)
+    for axis, values in zip(axes, panels.values(), strict=True):
+        names = list(values)
+        numbers = [number for number, _ in values.values()]
+        halves = [half or 0 for _, half in values.values()]
+        axis.errorbar(numbers, names, xerr=halves, fmt="o", ms=5)
+        for name, number in zip(names, numbers, strict=True):
+            axis.annotate(f" {number:.3f}", (number, name), fontsize=8, va="bottom")
+        axis.margins(x=0.3, y=0.15)
+        axis.invert_yaxis()
     return figure
 
 

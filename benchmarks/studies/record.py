@@ -1,10 +1,15 @@
 """What a run writes down: its config, a log of its steps, and a summary at the end."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from attnlab.bench.files import write_atomically
 from benchmarks.studies.errors import StudyError
@@ -22,6 +27,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def fingerprint(*trees: Any) -> str:
+    """Of every array in them: for the config of a run that depends on them."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(trees):
+        secret = jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if secret else leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Record:

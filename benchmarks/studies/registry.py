@@ -1,8 +1,18 @@
-"""The studies by name. A name that begins with ``_`` is not listed."""
+"""The studies by name."""
 
 from collections.abc import Callable
 
-from benchmarks.studies import align, bottleneck, scores, smoke, translate
+from benchmarks.studies import (
+    ablations,
+    align,
+    attention_graph,
+    bottleneck,
+    crossover,
+    patterns_lm,
+    recall,
+    scores,
+    translate,
+)
 from benchmarks.studies.context import Context
 from benchmarks.studies.page import Page
 
@@ -14,5 +24,9 @@ STUDIES: dict[str, Study] = {
     "bottleneck": bottleneck.study,
     "scores": scores.study,
     "align": align.study,
-    "_smoke": smoke.study,
+    "patterns-lm": patterns_lm.study,
+    "attention-graph": attention_graph.study,
+    "crossover": crossover.study,
+    "recall": recall.study,
+    "ablations": ablations.study,
 }

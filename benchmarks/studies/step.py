@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.studies.batches import Batch
 from benchmarks.studies.losses import Loss
 from benchmarks.studies.optimisers import Optimiser
 from benchmarks.studies.parallel import AXIS, divided, on_shares, replicated
@@ -94,7 +93,7 @@ class Step:
         self.compile_seconds = 0.0
         self._compiled: dict[Any, Any] = {}
 
-        def local(params: Any, rest: Any, batch: Batch, rng: jax.Array) -> Any:
+        def local(params: Any, rest: Any, batch: Any, rng: jax.Array) -> Any:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(AXIS))
 
             def total(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -115,7 +114,7 @@ class Step:
             out_shardings=whole,
         )
         def step(
-            state: State, rest: Any, batch: Batch, number: jax.Array
+            state: State, rest: Any, batch: Any, number: jax.Array
         ) -> tuple[State, Measured]:
             rng = jax.random.fold_in(jax.random.key(seed), number)
             total, count, gradient = summed(state.params, rest, batch, rng)
@@ -132,7 +131,7 @@ class Step:
 
         self._step = step
 
-    def __call__(self, batch: Batch, number: int) -> Measured:
+    def __call__(self, batch: Any, number: int) -> Measured:
         """Does one step.
 
         Args:

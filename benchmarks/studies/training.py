@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -19,7 +19,6 @@ from rich.console import Console
 
 from attnlab.bench.machine import machine_line, versions
 from benchmarks.common import command
-from benchmarks.studies.batches import Batch
 from benchmarks.studies.checkpoints import Checkpoint, Checkpoints, room_for
 from benchmarks.studies.errors import Diverged, Interrupted, StudyError
 from benchmarks.studies.interrupts import Interrupts
@@ -58,7 +57,7 @@ class Run:
     config: Json
     make_model: Callable[[], nnx.Module]
     loss: Loss
-    batch_at: Callable[[int], Batch]
+    batch_at: Callable[[int], Any]
     optimiser: Optimiser
     steps: int
     evaluate: Callable[[nnx.Module], dict[str, float]]

@@ -70,7 +70,7 @@ def study(context: Context) -> Page | None:
         [
             name,
             chosen.trained.summary["parameters"],
-            chosen.sweep.rate,
+            chosen.rate,
             chosen.trained.summary["best"]["loss"],
             str(scores[name]["bleu"]),
             str(scores[name]["chrf"]),
@@ -140,6 +140,7 @@ def study(context: Context) -> Page | None:
                 for name, found_ in scores.items()
             },
             "sweeps": {name: chosen.sweep.found for name, chosen in found.items()},
+            "whole": {name: chosen.whole for name, chosen in found.items()},
             "runs": {name: chosen.trained.summary for name, chosen in found.items()},
         },
     )

@@ -343,3 +343,13 @@ def test_liveness_is_decided_in_the_grain_but_never_in_tiny_blocks(
         lambda x: attention(x, x, x, mask=mask, implementation="reference"), x
     )
     assert {*seen} == {(expected, expected)}
+
+
+def test_a_block_that_holds_more_than_the_keys_is_partial_from_both_sides():
+    """A kernel that pads keys must hide them, whichever side it walks."""
+    plan = masks.full().plan(96, 130, block_size=32)
+    rows, cols = plan.rows.full, plan.cols.full
+    assert (rows.lo == 0).all()
+    assert (rows.hi == 4).all()  # 130 = 4 * 32 + 2
+    assert (cols.hi - cols.lo)[0, 0, :, 0].tolist() == [3, 3, 3, 3, 0]
+    assert (plan.cols.partial.per_row()[0, 0] == [0, 0, 0, 0, 3]).all()

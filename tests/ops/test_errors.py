@@ -37,7 +37,7 @@ CASES = {
     "length": (call(value=like(V, L=6)), ValueError, "value: length S is 6.*5"),
     "heads of value": (call(value=like(V, N=2)), ValueError, "value: heads K is 2.*3"),
     "groups": (call(query=like(Q, N=4)), ValueError, "query: 4 heads .* 3 key/value"),
-    "head size": (call(key=like(K, H=6)), ValueError, "query head size 8 and key.*6"),
+    "head size": (call(key=like(K, H=6)), ValueError, "ScaledDot .* head size 8 .*6"),
     "score class": (call(score=scores.dot), TypeError, "score: .*class: call it"),
     "score string": (call(score="dot"), TypeError, "score: expected an attnlab score"),
     "score for other sizes": (
@@ -182,8 +182,8 @@ CASES = {
     "implementation": (
         call(implementation="flash"),
         ValueError,
-        "implementation: expected one of native, tiled, jax_nn, reference or None, "
-        "got 'flash'",
+        "implementation: expected one of native, pallas_tpu, tiled, splash, jax_nn, "
+        "reference or None, got 'flash'",
     ),
     "refusal": (
         call(

@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from attnlab import attention_with_stats, scores
 from attnlab.scores.pairwise import tanh_sum
+from attnlab.types import pytree
 from tests.grid import Distance
 
 B, T, S, N, K, H, Q, P, M = 2, 5, 7, 6, 3, 4, 9, 11, 8
@@ -139,6 +140,19 @@ def test_a_users_own_score():
     q_p, k_p = pairs(q, heads(k))
     wanted = -np.sqrt((q_p - k_p) ** 2 + 0.5).sum(-1) * weight[:, None, None]
     np.testing.assert_allclose(logits_of(Distance(weight), q, k), wanted, atol=1e-5)
+
+
+@pytree
+class Negative(scores.scaled_dot):
+    def project_query(self, query):
+        return -super().project_query(query)
+
+
+@pytest.mark.parametrize("wrap", [lambda score: score, scores.projected_keys])
+def test_a_subclass_keeps_what_it_adds(wrap):
+    q, k = inputs()
+    found = logits_of(wrap(Negative()), q, k)
+    np.testing.assert_allclose(found, -logits_of(scores.scaled_dot(), q, k), atol=1e-5)
 
 
 def test_shapes_of_parameters():

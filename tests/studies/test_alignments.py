@@ -1,13 +1,17 @@
 """What attention looks at, word by word, and what counting words says."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from attnlab.nn.parameters import as_arrays
 from benchmarks.studies.align import LINKS, Words, by_words, chosen, hit_rate
 from benchmarks.studies.batches import Batch
 from benchmarks.studies.pairs import Pair
-from benchmarks.studies.scores import shape_of
+from benchmarks.studies.scores import model_maker, shape_of
+from benchmarks.studies.translators import Sizes
 from benchmarks.studies.word_alignment import Ibm1, Word, words_of
 
 
@@ -109,22 +113,47 @@ def test_sentences_shown_are_short_and_others_differ_from_them():
     assert sorted(others) == sorted(pairs[1:3])
 
 
-def test_sharpness_of_known_weights():
-    class Model:
-        def with_weights(self, source, target, *, source_lengths):
-            even = jnp.array([[0.25, 0.25, 0.25, 0.25, 0.0]] * 2)
-            sharp = jnp.array([[1 - 1e-4, 1e-4, 0.0, 0.0, 0.0]] * 2)
-            return None, jnp.stack([even, sharp])
+@pytest.mark.parametrize("size", [1, 60])
+@pytest.mark.parametrize("name", ["dot", "additive"])
+def test_sharpness(name, size):
+    """Of weights that softmax rounds to zero, too."""
+    sizes = Sizes(features=8, hidden_size=8, dropout_rate=0.0)
+    model = model_maker(name, 16)(30, sizes, nnx.Rngs(0))
+    own = model.decoder.attention
+    own.score = jax.tree.map(lambda x: size * x, own.score)
+    if own.query is not None:
+        own.query.kernel[...] *= 5 * size
+    source, target = jax.random.randint(jax.random.key(1), (2, 2, 6), 3, 30)
+    lengths, steps = jnp.array([6, 3]), jnp.array([6, 4])
+    found = np.asarray(shape_of(model, Batch(source, lengths, target, steps)))
 
-    batch = Batch(
-        jnp.zeros((2, 5), int),
-        jnp.array([4, 2]),
-        jnp.zeros((2, 3), int),
-        jnp.array([3, 2]),
+    logits = np.asarray(dense(model, source, target[:, :-1], lengths), np.float64)
+    zeros = 0
+    for b, row in enumerate(found):
+        seen = logits[b, : steps[b] - 1, : lengths[b]]
+        weights = np.exp(seen - seen.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        zeros += (weights < 1e-45).sum()
+        entropy = -(weights * np.log(np.maximum(weights, 1e-300))).sum(-1)
+        expected = [seen.std(-1).sum(), entropy.sum() / np.log(lengths[b]), len(seen)]
+        np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-5)
+    assert (zeros > 0) == (size > 1)
+
+
+def dense(model, source, target, lengths):
+    """Logits ``[B, T, S]``."""
+    encoded = model.encoder(source, lengths=lengths)
+    decoder = model.decoder
+    own = decoder.attention
+    query = decoder._read(target, decoder.start(encoded))[1]
+    score, key = as_arrays(own.score), encoded.states
+    query, key = (
+        x if project is None else project(x)
+        for x, project in ((query, own.query), (key, own.key))
     )
-    found = np.asarray(shape_of(Model(), batch))
-    # The first sentence has two target tokens, the second one.
-    np.testing.assert_allclose(found[0], [0, 2, 2], atol=1e-5)
-    entropy = -((1 - 1e-4) * np.log(1 - 1e-4) + 1e-4 * np.log(1e-4)) / np.log(2)
-    spread = (np.log(1 - 1e-4) - np.log(1e-4)) / 2
-    np.testing.assert_allclose(found[1], [spread, entropy, 1], rtol=1e-3)
+    query = score.project_query(query[:, :, None])[:, :, 0]
+    key = score.project_key(key[:, :, None])[:, :, 0]
+    if score.is_inner_product:
+        return query @ key.swapaxes(1, 2)
+    params = jax.tree.map(lambda x: x[0], score.pair_params())
+    return jax.vmap(lambda q, k: score.compare(params, q, k))(query, key)

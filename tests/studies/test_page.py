@@ -2,13 +2,13 @@
 
 import io
 import json
+import math
 import signal
 
 import pytest
 from rich.console import Console
 
 from benchmarks.studies import __main__ as script
-from benchmarks.studies import smoke
 from benchmarks.studies.context import Context
 from benchmarks.studies.errors import Diverged
 from benchmarks.studies.page import (
@@ -21,7 +21,8 @@ from benchmarks.studies.page import (
     write_page,
 )
 from benchmarks.studies.parallel import make_mesh
-from benchmarks.studies.sweep import sweep
+from benchmarks.studies.sweep import sweep, train_at_best_rate
+from tests.studies import smoke
 from tests.studies.tiny import make_run
 
 
@@ -71,13 +72,14 @@ def test_means_of_neighbours():
 
 @pytest.fixture
 def start(monkeypatch, tmp_path, capsys):
-    """Runs the script; returns its status and what it said."""
+    """Runs the script on a study of its own; returns its status and what it said."""
+    monkeypatch.setitem(script.STUDIES, "smoke", smoke.study)
     monkeypatch.setattr(script, "ask_for_devices", lambda count: None)
 
     def run(*given):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(script.warnings, "showwarning", None)
-            given = ["_smoke", "--quick", "--devices", "2", *given]
+            given = ["smoke", "--quick", "--devices", "2", *given]
             status = script.main([*given, "--out", str(tmp_path)])
         said = capsys.readouterr()
         return status, " ".join((said.out + said.err).split())
@@ -89,8 +91,8 @@ def test_a_study_from_end_to_end(start, tmp_path, monkeypatch):
     status, said = start("--only", "state-16")
     assert (status, "no page yet" in said) == (0, True)
     folder = tmp_path / "quick"
-    assert not (folder / "_smoke.md").exists()
-    first = json.loads((folder / "runs/_smoke/state-16/summary.json").read_text())
+    assert not (folder / "smoke.md").exists()
+    first = json.loads((folder / "runs/smoke/state-16/summary.json").read_text())
 
     before = smoke.Symbols.batch_at
 
@@ -109,29 +111,29 @@ def test_a_study_from_end_to_end(start, tmp_path, monkeypatch):
     status, said = start("--resume")
     assert status == 0
     assert "written:" in said
-    content = json.loads((folder / "_smoke.json").read_text())
+    content = json.loads((folder / "smoke.json").read_text())
     assert [row[0] for row in content["results"]["rows"]] == [8, 16]
-    assert (folder / "_smoke-loss.svg").exists()
-    assert "| state | loss | 1 symbols |" in (folder / "_smoke.md").read_text()
-    again = json.loads((folder / "runs/_smoke/state-16/summary.json").read_text())
+    assert (folder / "smoke-loss.svg").exists()
+    assert "| state | loss | 1 symbols |" in (folder / "smoke.md").read_text()
+    again = json.loads((folder / "runs/smoke/state-16/summary.json").read_text())
     assert again == first
 
     status, said = start("--resume", "--only", "state-17")
     assert status == 1
-    assert "expected runs of _smoke (state-8, state-16), got 'state-17'" in said
+    assert "expected runs of smoke (state-8, state-16), got 'state-17'" in said
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
-        script.main(["_smoke", "--out", str(tmp_path / "file" / "below")])
+        script.main(["align", "--out", str(tmp_path / "file" / "below")])
     assert "expected a folder that can be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", ["0", "two", "-1"])
 def test_devices_are_counted(count, capsys):
     with pytest.raises(SystemExit):
-        script.arguments(["_smoke", f"--devices={count}"])
+        script.arguments(["align", f"--devices={count}"])
     assert "expected a whole number of at least 1" in capsys.readouterr().err
 
 
@@ -163,3 +165,54 @@ def test_the_best_rate(tmp_path):
     only = Context("s", tmp_path, mesh, Console(file=said), only=["long"])
     assert sweep(only, at, [6.0, 5.0]) is None
     assert sweep(only, at, [6.0]) == (6.0, {}, [])  # there is nothing to try
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (2.0, [1.0, 2.0, 4.0]),
+        (4.0, [1.0, 2.0, 4.0, 8.0]),
+        (0.5, [1.0, 2.0, 4.0, 0.5, 0.25]),
+        (64.0, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # as far as it goes
+    ],
+)
+def test_a_sweep_goes_on_where_its_best_rate_is_the_last(best, tried, tmp_path):
+    mesh = make_mesh(2)
+    context = Context("s", tmp_path, mesh, Console(file=io.StringIO()))
+
+    def at(rate):
+        def evaluate(model):
+            return {"loss": abs(math.log2(rate / best))}
+
+        return make_run("short", mesh=mesh, evaluate=evaluate, steps=2)
+
+    found = sweep(context, at, [1.0, 2.0, 4.0])
+    assert list(found.found) == tried
+    assert found.rate == min(tried, key=lambda rate: abs(math.log2(rate / best)))
+    assert len(found.summaries) == len(tried)
+
+
+@pytest.mark.parametrize(("at_last", "rate"), [({2.0: 1.0, 1.0: 0.5}, 1.0),
+                                              ({2.0: 0.5, 1.0: 1.0}, 2.0)])  # fmt: skip
+def test_whole_runs_decide(at_last, rate, tmp_path):
+    """What a short run flatters must prove itself beside the next lower rate."""
+    mesh = make_mesh(2)
+    context = Context("s", tmp_path, mesh, Console(file=io.StringIO()))
+    at_first = {1.0: 3.0, 2.0: 1.0, 4.0: 2.0}
+
+    def make(rate, short):
+        losses = at_first if short else at_last
+
+        def evaluate(model):
+            return {"loss": losses[rate]}
+
+        return make_run("run", mesh=mesh, evaluate=evaluate, steps=2)
+
+    found = train_at_best_rate(context, make, [1.0, 2.0, 4.0])
+    assert (found.rate, found.whole) == (rate, at_last)
+    assert found.trained.summary["best"]["loss"] == at_last[rate]
+    names = [s["name"] for s in found.summaries]
+    assert names == [f"run/rate-{r}" for r in (1, 2, 4)] + [
+        "run/whole-2",
+        "run/whole-1",
+    ]

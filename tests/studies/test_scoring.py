@@ -5,6 +5,7 @@ import pytest
 import sacrebleu
 
 from benchmarks.studies.batches import END, pad
+from benchmarks.studies.bottleneck import share
 from benchmarks.studies.scoring import exact_matches, score, score_by_length
 from benchmarks.studies.translation import padded_length, translate
 
@@ -61,6 +62,12 @@ def test_scores_by_length():
     ]
     alone = score(TRANSLATIONS[6:], REFERENCES[6:], bootstrap=20)
     assert rows[-1]["bleu"] == alone["bleu"]._asdict()
+
+
+def test_shares_of_scores():
+    part, whole = ({"value": x, "half_width": y} for x, y in ((20, 2), (40, 3)))
+    np.testing.assert_allclose(share(part, whole), (0.5, 0.5 * 0.125))
+    assert share(part, {"value": 0.0, "half_width": 0.0}) == (0, 0)
 
 
 def test_exact_matches():

@@ -1,10 +1,16 @@
 """Each study from end to end, tiny: what users start, and what it leaves."""
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
+from attnlab.implementations.measured import read
 from benchmarks.studies import __main__ as script
+from benchmarks.studies import ablations, patterns_lm
+from benchmarks.studies.puzzles import VALUES
 
 WHO = {"il": "he", "elle": "she", "nous": "we", "qui": "who"}
 WHAT = {"mange": "eats", "dort": "sleeps", "chante": "sings", "parle": "speaks"}
@@ -32,14 +38,25 @@ def table(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("study", ["align", "translate", "bottleneck", "scores"])
-def test_study(study, table, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def quick(table, long_texts, tmp_path, monkeypatch, capsys):
+    """``quick(study)`` runs its quick form, and returns the folder of its results."""
     monkeypatch.setattr(script, "ask_for_devices", lambda count: None)
-    given = ["--quick", "--devices", "2", "--pairs", str(table), "--out", str(tmp_path)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.warnings, "showwarning", None)
-        assert script.main([study, *given]) == 0, capsys.readouterr().err
-    folder = tmp_path / "quick"
+
+    def start(study):
+        given = ["--quick", "--devices", "2", "--out", str(tmp_path)]
+        given += ["--pairs", str(table), "--text", str(long_texts)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script.warnings, "showwarning", None)
+            assert script.main([study, *given]) == 0, capsys.readouterr().err
+        return tmp_path / "quick"
+
+    return start
+
+
+@pytest.mark.parametrize("study", ["align", "translate", "bottleneck", "scores"])
+def test_study(study, quick):
+    folder = quick(study)
     page = (folder / f"{study}.md").read_text()
     content = json.loads((folder / f"{study}.json").read_text())
     assert content["quick"] is True
@@ -47,7 +64,8 @@ def test_study(study, table, tmp_path, monkeypatch, capsys):
         assert f"**{part}.**" in page
     charts = [p for p in folder.glob(f"{study}-*.svg") if p.name in page]
     assert charts
-    trained = {p.parent.name for p in folder.glob("runs/translators/*/summary.json")}
+    summaries = folder.glob("runs/translators/*/whole-*/summary.json")
+    trained = {path.parent.parent.name for path in summaries}
     if study == "align":
         assert trained == {"additive"}
         assert content["results"]["rates"]["he"]["count"] > 0
@@ -63,3 +81,75 @@ def test_study(study, table, tmp_path, monkeypatch, capsys):
         assert {len(rows) for rows in content["results"]["classes"].values()} == {4}
     else:
         assert len(content["tables"][0]["rows"]) == 6
+
+
+def results(folder, study):
+    content = json.loads((folder / f"{study}.json").read_text())
+    page = (folder / f"{study}.md").read_text()
+    assert all(f"**{part}.**" in page for part in ("Claim", "Answer", "Cost"))
+    for chart in folder.glob(f"{study}-*.svg"):
+        assert chart.name in page
+    return content["results"]
+
+
+def test_patterns_lm(quick):
+    found = results(quick("patterns-lm"), "patterns-lm")
+    assert {row["pattern"] for row in found["masked"]} == set(
+        patterns_lm.QUICK_PATTERNS
+    )
+    assert {row["pattern"] for row in found["causal"]} < set(patterns_lm.CAUSAL)
+    for row in found["masked"]:
+        assert len(row["by_position"]) == patterns_lm.PARTS
+        useful, executed = row["attention_flops_per_token"]
+        assert 0 < useful <= executed
+
+
+def test_recall(quick):
+    found = results(quick("recall"), "recall")
+    full, window = found["recall"]
+    near, far = full["at"]
+    assert (near["predicted"], far["predicted"], full["connected"]) == (1, 1, 1)
+    assert window["at"][1]["predicted"] == 1 / VALUES
+    assert window["connected"] < 0.2
+    assert len(found["listops"]) == 2
+
+
+def test_ablations(quick):
+    found = results(quick("ablations"), "ablations")
+    assert set(found["runs"]) == set(ablations.CHANGES) - ablations.NOT_QUICK
+    assert found["order"]["masked"]["none"] < 1e-5
+    assert min(v for n, v in found["order"]["masked"].items() if n != "none") > 1e-3
+    dot, scaled = (
+        found["runs"][f"{n}/256"]["untrained"] for n in ("dot", "scaled_dot")
+    )
+    ratio = np.divide(dot["deviation"], scaled["deviation"])
+    np.testing.assert_allclose(ratio, 16, rtol=1e-3)
+
+
+def test_crossover(quick):
+    folder = quick("crossover")
+    found = results(folder, "crossover")
+    (name,) = read(folder / "measured.json").fits
+    assert name == found["rows"][0]["implementation"]
+    shares = {r["series"]: r["density"] for r in found["rows"] if " of " in r["series"]}
+    assert shares["window of 12.5%"] == pytest.approx(0.125, abs=0.01)
+
+
+def test_attention_graph(quick):
+    found = results(quick("attention-graph"), "attention-graph")
+    both = found["both directions"]
+    assert both["window+anchor"]["layers"] == 2 < both["window"]["layers"]
+    assert both["dilated"]["unreachable"] > 0.7
+
+
+@pytest.mark.parametrize("name", ["rich", "orbax", "sacrebleu"])
+def test_what_must_be_installed_is_named(name):
+    code = f"import runpy, sys; sys.modules[{name!r}] = None; sys.argv = ['x', 'align']"
+    code += ";runpy.run_module('benchmarks.studies', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"benchmarks.studies: needs {name}")
+    assert done.stderr.endswith('which comes with pip install -e ".[studies]"\n')
+    assert done.stderr.count("\n") == 1

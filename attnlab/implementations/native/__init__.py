@@ -27,10 +27,11 @@ from attnlab.implementations.native.program import (
     score_code,
     unknown,
 )
+from attnlab.implementations.tile import may_round
 from attnlab.masks.base import Mask, visible_pairs
 from attnlab.masks.planning import plan_of
 from attnlab.scores.pairwise import Mlp
-from attnlab.scores.projected import ProjectedKeys
+from attnlab.scores.projected import bare
 from attnlab.types import (
     Array,
     AttentionInputs,
@@ -52,8 +53,6 @@ _SLICE, _MOST_SLICES = 512, 8
 _FEW_QUERIES, _MOST_FORWARD_SLICES = 4, 64
 #: Keys for which a mask that the kernel does not know is evaluated at once.
 _BITS_BLOCK = 512
-#: Precisions that let 16-bit inputs be multiplied as such, weights rounded to 16 bits.
-_ROUGH = (None, "default", "fastest", "bfloat16", lax.Precision.DEFAULT)
 #: Bytes that a call may hold beyond O(T + S), at most: bits of masks that the kernel
 #: does not know, and the gradient of a bias that heads or examples share, one for each.
 _MOST_BYTES = 2**30
@@ -65,6 +64,7 @@ class Native(Implementation):
     name = "native"
     platforms = ("cpu",)
     exportable = False
+    reads_raw = True
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
         """See :class:`attnlab.types.Implementation`."""
@@ -293,7 +293,7 @@ class _Call:
             modifiers += [kind, argument, before, after, place]
         program = [
             *code,
-            _narrow_products(inputs),
+            may_round(inputs),
             _few_queries(inputs),
             below,
             plan.block_q,
@@ -305,6 +305,7 @@ class _Call:
             param_gradient,
             words,
             d_lse,
+            *(-1 if x is None else self.add(x) for x in inputs.living),
             len(inputs.modifiers),
             *modifiers,
             *mask_program(inputs.mask, inputs.mask_operands, self.buffers, self.bits),
@@ -314,6 +315,7 @@ class _Call:
             *self.buffers.arrays,
             program=np.asarray(program, np.int64),
             keep_scale=np.float64(scale),
+            logit_scale=np.float64(inputs.logit_scale),
         )
 
     def bits(self, mask: Mask, operands: PyTree) -> Array:
@@ -385,18 +387,7 @@ class _Call:
 
 def _few_queries(inputs: AttentionInputs) -> bool:
     """Whether queries are so few that vectors lie along the keys instead."""
-    score = (
-        inputs.score.score if isinstance(inputs.score, ProjectedKeys) else inputs.score
-    )
+    score = bare(inputs.score)
     deep = isinstance(score, Mlp) and len(score.hidden) > 0
     alike = inputs.key.dtype == inputs.value.dtype
     return inputs.sizes.T <= _FEW_QUERIES and alike and not deep
-
-
-def _narrow_products(inputs: AttentionInputs) -> bool:
-    """Whether 16-bit inputs may be multiplied as such (weights are rounded then)."""
-    config: Any = jax.config
-    asked = inputs.precision
-    if asked is None:
-        asked = config.jax_default_matmul_precision
-    return asked in _ROUGH

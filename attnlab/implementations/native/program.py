@@ -17,7 +17,7 @@ from attnlab.masks.structural import Anchor, Chunked, Window
 from attnlab.modifiers.bias import Bias, SoftCap
 from attnlab.modifiers.relative import Alibi, RelativeTable
 from attnlab.scores.pairwise import Additive, Mlp
-from attnlab.scores.projected import ProjectedKeys
+from attnlab.scores.projected import bare
 from attnlab.types import Array, Modifier, PyTree, Score
 
 _INNER, _ADDITIVE, _MLP = range(3)
@@ -53,8 +53,7 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 def score_code(score: Score) -> tuple[int, int] | None:
     """(score, activation) as the kernel knows them; None if it does not."""
-    if isinstance(score, ProjectedKeys):
-        return score_code(score.score)
+    score = bare(score)
     if score.is_inner_product:
         return _INNER, 0
     if type(score).compare is Additive.compare:

@@ -1,6 +1,7 @@
 """What no grid of values shows: threads, devices, run to run, rounding to 16 bits."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -346,6 +347,78 @@ def test_a_perceptron_shows_a_nan(activation):
     ]
     np.testing.assert_array_equal(*(jnp.isnan(x) for x in outputs))
     np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [3, 40])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_slots_that_nobody_sees_are_not_read(t, dtype):
+    rng = np.random.default_rng(0)
+    seen = rng.random((1, 1, t, 70)) < 0.7
+    seen[:, :, :, [4, 5, 9, 66, 69]] = seen[:, :, 1] = False
+    q, k, v, _ = (x.astype(dtype) for x in arrays(t, 70))
+    added = jax.random.normal(jax.random.key(1), (4, t, 70))
+
+    @jax.jit
+    def both(q, k, v):
+        def loss(q, k, v, added):
+            output = attention(
+                q,
+                k,
+                v,
+                mask=seen,
+                modifiers=(modifiers.bias(added), modifiers.soft_cap(5.0)),
+                # So that 16-bit inputs are multiplied as such, in forms of their own.
+                precision="default",
+                implementation="native",
+            )
+            return (output.astype(jnp.float32) ** 2).sum(), output
+
+        return jax.grad(loss, (0, 1, 2, 3), has_aux=True)(q, k, v, added)
+
+    def poisoned(x, dead):
+        return x.at[:, dead].set(jnp.nan)
+
+    keys = ~seen.any((0, 1, 2))
+    found = both(*(poisoned(x, at) for x, at in ((q, [1]), (k, keys), (v, keys))))
+    jax.tree.map(np.testing.assert_array_equal, found, both(q, k, v))
+    assert (np.asarray(found[0][1], np.float32)[:, keys] == 0).all()
+    assert not jax.tree.reduce(lambda a, x: a | jnp.isnan(x).any(), found, False)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("t", "mask"),
+    [
+        (1, masks.sliding_window(1023, 0)),
+        (4096, masks.sliding_window(255, 0)),
+        (4096, masks.random_blocks(0, 2, 64, 64)),
+        (4096, masks.lengths(key=np.array([4000]))),
+    ],
+)
+def test_arrays_are_read_where_they_lie(t, mask, backward):
+    """Neither their scale nor dead slots cost a copy."""
+    q, k, v = (
+        jax.ShapeDtypeStruct((1, n, 4, 64), jnp.float32) for n in (t, 4096, 4096)
+    )
+
+    def run(q, k, v, mask, offset):
+        def once(q, k, v):
+            return attention(
+                q, k, v, mask=mask, query_offset=offset, implementation="native"
+            )
+
+        if not backward:
+            return once(q, k, v)
+        output, pull = jax.vjp(once, q, k, v)
+        return pull(output)
+
+    program = jax.jit(run).lower(q, k, v, mask, 4096 - t).compile().as_text()
+    entry = program[program.index("\nENTRY") :]
+    made = re.findall(r"= f32\[1,4096,4,64\]\S* ([\w-]+)\(", entry)
+    assert "parameter" in made
+    # In training, the gradient from above is zeroed where a query sees nothing.
+    assert made.count("fusion") == (backward and t > 1)
+    assert set(made) <= {"parameter", "fusion", "get-tuple-element"}
 
 
 @pytest.mark.parametrize("t", [1, 40])

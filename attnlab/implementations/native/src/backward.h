@@ -64,7 +64,7 @@ void load_panel(const Problem& c, Work<E>& w, int64_t b, int64_t n, int64_t t0, 
   s.panel = Panel(c, b, n, t0, t1);
   float* rows = w.rows.get(kLanes * (p_stride + d_stride));
   float* d_rows = rows + kLanes * p_stride;
-  load_rows(c, c.arg(0), s.panel, c.P, p_stride, 1.0f, rows);
+  load_rows(c, c.arg(0), s.panel, c.P, p_stride, (float)c.call.logit_scale, rows);
   load_rows(c, c.arg(11), s.panel, c.D, d_stride, (float)c.call.keep_scale, d_rows);
   s.q = w.q.get(up(c.P, 2) * kLanes), s.d_o = w.d_o.get(up(c.D, 2) * kLanes);
   to_lanes(rows, p_stride, c.P, s.q);
@@ -333,6 +333,7 @@ void finish_queries(const Problem& c, int64_t b, int64_t n, int64_t r) {
       const float* part = query_gradient(c, slice, b, n, r) + i * size;
       for (int64_t x = 0; x < size; ++x) total[x] = slice ? total[x] + part[x] : part[x];
     }
+    for (int64_t x = 0; x < size; ++x) total[x] *= (float)c.call.logit_scale;
     from_lanes(total, c.P, stride, rows);
     for (int l = 0; l < least(kLanes, t1 - t); ++l)
       store_floats(c.ret(0), c.query_at(b, t + l, n, c.P), c.P, rows + l * stride);

@@ -81,6 +81,7 @@ struct Few {
   float *z, *tile;               // [rows][kKeys]; [kKeys][kLanes] for modifiers
   uint32_t (*words)[kKeys];      // [N], one bit a query
   bool* sees;                    // [N]: some key of the tile
+  float* nothing;                // [P or D]
   int64_t s0 = 0, count = 0;
   int64_t first = 0, end = 0;    // keys of the tile that some head sees
   Buffer<float>&values, &before;
@@ -96,14 +97,17 @@ struct Few {
     static thread_local Buffer<Panel> panel_room;
     static thread_local Buffer<uint32_t[kKeys]> word_room;
     static thread_local Buffer<bool> sees_room;
+    static thread_local Buffer<float> nothing_room;
     panels = panel_room.get(c.N);
     words = word_room.get(c.N);
     sees = sees_room.get(c.N);
+    nothing = nothing_room.get(most(p_wide, d_wide));
+    memset(nothing, 0, most(p_wide, d_wide) * 4);
     q = w.q.get(rows * p_wide);
     weight = w.network.get(c.N * p_wide);
     z = w.probs.get(rows * kKeys);
     tile = w.tile.get(kKeys * kLanes);
-    gather(c.arg(0), c.P, p_wide, 1.0f, q);
+    gather(c.arg(0), c.P, p_wide, (float)c.call.logit_scale, q);
     for (int64_t n = 0; n < c.N; ++n) {
       panels[n] = Panel(c, b, n, 0, c.T);
       if (c.score == kInner) continue;
@@ -113,7 +117,8 @@ struct Few {
     }
   }
 
-  // All queries' rows of an array [B, T, N, size], zeros behind them.
+  // All queries' rows of an array [B, T, N, size], zeros behind them. What dead ones hold
+  // goes no further than logits, all of which are hidden.
   void gather(const Array& x, int64_t size, int64_t width, float scale, float* out) const {
     for (int64_t n = 0; n < c.N; ++n)
       for (int64_t t = 0; t < c.T; ++t) {
@@ -147,11 +152,16 @@ struct Few {
     first = first / kWidth * kWidth;
   }
 
-  // Keys [at, at + kWidth) of the tile; the last one again beyond its end.
+  // Keys [at, at + kWidth) of the tile, zeros for dead ones; the last one again beyond
+  // its end.
   template <class T>
   void slots(const T* x, int64_t at, int64_t kh, int64_t size, const T** out) const {
-    for (int64_t i = 0; i < kWidth; ++i)
-      out[i] = x + c.key_at(b, s0 + least(at + i, count - 1), kh, size);
+    const bool* lives = living(c, c.living_keys, b, kh, s0);
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const int64_t slot = least(at + i, count - 1);
+      out[i] = !lives || lives[slot] ? x + c.key_at(b, s0 + slot, kh, size)
+                                     : (const T*)nothing;
+    }
   }
 
   // Logits of keys [first, end) before the modifiers.

@@ -45,13 +45,15 @@ Work<E>& work() {
   return w;
 }
 
-// Queries [t0, t0 + lanes) as rows [kLanes][stride], zeros where there are none.
+// Queries [t0, t0 + lanes) as rows [kLanes][stride], zeros where there are none, or dead.
 void load_rows(const Problem& c, const Array& x, const Panel& p, int64_t size,
                int64_t stride, float scale, float* rows) {
+  const bool* lives = living(c, c.living_queries, p.b, p.n, p.t0);
   for (int i = 0; i < kLanes; ++i) {
     float* row = rows + i * stride;
-    if (i < p.lanes) load_floats(x, c.query_at(p.b, p.t0 + i, p.n, size), size, row);
-    memset(row + (i < p.lanes ? size : 0), 0, (stride - (i < p.lanes ? size : 0)) * 4);
+    const int64_t read = i < p.lanes && (!lives || lives[i]) ? size : 0;
+    if (read) load_floats(x, c.query_at(p.b, p.t0 + i, p.n, size), size, row);
+    memset(row + read, 0, (stride - read) * 4);
   }
   if (scale != 1.0f)
     for (int64_t i = 0; i < kLanes * stride; ++i) rows[i] *= scale;
@@ -143,7 +145,7 @@ void forward_rows(const Problem& c, int64_t b, int64_t n, int64_t r) {
     State<E>& s = states[i];
     s.panel = Panel(c, b, n, t0 + i * kLanes, t1);
     s.q = q + i * q_size, s.o = o + i * o_size;
-    load_rows(c, c.arg(0), s.panel, c.P, stride, 1.0f, rows);
+    load_rows(c, c.arg(0), s.panel, c.P, stride, (float)c.call.logit_scale, rows);
     to_lanes(rows, stride, c.P, s.q);
     s.sums.reset();
   }

@@ -19,8 +19,11 @@ namespace {
 std::atomic<const Kernel*> used{nullptr};
 
 Array array_of(void* data, ffi::DataType type, ffi::AnyBuffer::Dimensions dims) {
+  // An array of nothing may come without an address, which memcpy must not be given
+  // even to copy nothing.
+  static char nothing[64];
   Array array;
-  array.data = data;
+  array.data = data == nullptr ? nothing : data;
   array.rank = static_cast<int>(dims.size());
   std::copy(dims.begin(), dims.end(), array.dims);
   switch (type) {
@@ -41,7 +44,7 @@ void share(void* pool, int64_t count, void (*body)(void*, int64_t), void* contex
 
 ffi::Error run(void (*Kernel::*pass)(const Call&), ffi::ThreadPool& pool,
                ffi::RemainingArgs& args, ffi::RemainingRets& rets,
-               ffi::Span<const int64_t> program, double keep_scale) {
+               ffi::Span<const int64_t> program, double keep_scale, double logit_scale) {
   const Kernel* kernel = used.load();
   if (kernel == nullptr) kernel = chosen().isa.kernel;
   if (kernel == nullptr) {
@@ -57,19 +60,20 @@ ffi::Error run(void (*Kernel::*pass)(const Call&), ffi::ThreadPool& pool,
     results.push_back(array_of(x->untyped_data(), x->element_type(), x->dimensions()));
   }
   (kernel->*pass)({arguments.data(), results.data(), program.begin(), keep_scale,
-                   {&pool, share}});
+                   logit_scale, {&pool, share}});
   return ffi::Error::Success();
 }
 
 ffi::Error forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                   ffi::Span<const int64_t> program, double keep_scale) {
-  return run(&Kernel::forward, pool, args, rets, program, keep_scale);
+                   ffi::Span<const int64_t> program, double keep_scale,
+                   double logit_scale) {
+  return run(&Kernel::forward, pool, args, rets, program, keep_scale, logit_scale);
 }
 
 ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
                     ffi::RemainingRets rets, ffi::Span<const int64_t> program,
-                    double keep_scale) {
-  return run(&Kernel::backward, pool, args, rets, program, keep_scale);
+                    double keep_scale, double logit_scale) {
+  return run(&Kernel::backward, pool, args, rets, program, keep_scale, logit_scale);
 }
 
 }  // namespace
@@ -85,7 +89,8 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
                                     .RemainingArgs()                     \
                                     .RemainingRets()                     \
                                     .Attr<ffi::Span<const int64_t>>("program") \
-                                    .Attr<double>("keep_scale"))
+                                    .Attr<double>("keep_scale")          \
+                                    .Attr<double>("logit_scale"))
 
 ATTNLAB_HANDLER(AttnlabForward, attnlab::forward);
 ATTNLAB_HANDLER(AttnlabBackward, attnlab::backward);

@@ -36,7 +36,8 @@ struct Call {
   const Array* args;
   const Array* rets;
   const int64_t* program;
-  double keep_scale;  // 1 / (1 - dropout rate)
+  double keep_scale;   // 1 / (1 - dropout rate)
+  double logit_scale;  // queries are multiplied by it as they are read
   Parallel parallel;
 };
 

@@ -21,10 +21,10 @@ class Buffer {
  public:
   ~Buffer() { free(data_); }
   T* get(int64_t n) {
-    if (n > size_) {
+    if (n > size_ || data_ == nullptr) {  // room for nothing has an address, too
       free(data_);
       size_ = 0;
-      data_ = (T*)aligned_alloc(64, up(n * sizeof(T), 64));
+      data_ = (T*)aligned_alloc(64, up((n > 0 ? n : 1) * sizeof(T), 64));
       if (data_ == nullptr) abort();
       size_ = n;
     }
@@ -198,6 +198,7 @@ struct Problem {
   int64_t num_params, first_param, first_param_gradient;
   int64_t words;  // argument, or -1
   int64_t d_lse;  // argument, or -1
+  int64_t living_queries, living_keys;  // arguments, or -1
   int num_modifiers;
   Modifier* modifiers;
   const int64_t* mask;
@@ -215,8 +216,9 @@ struct Problem {
     drop_below = p[4], block_q = p[5], block_k = p[6], slices = p[7], wanted = p[8];
     num_params = p[9], first_param = p[10], first_param_gradient = p[11];
     words = p[12], d_lse = p[13];
-    num_modifiers = (int)p[14];
-    p += 15;
+    living_queries = p[14], living_keys = p[15];
+    num_modifiers = (int)p[16];
+    p += 17;
     for (int i = 0; i < num_modifiers; ++i, p += 5) {
       // Trivially copyable; `storage` is raw.
       Modifier m = {(ModifierKind)p[0], Operand(c.args[p[1]]), p[2], p[3], p[4]};
@@ -237,6 +239,16 @@ struct Problem {
     return ((b * S + s) * K + k) * size;
   }
 };
+
+// Which slots of a head, from one on, see or are seen by anything; null: all. What the
+// others hold, NaN maybe, must not be read.
+INLINE const bool* living(const Problem& c, int64_t argument, int64_t b, int64_t head,
+                          int64_t first) {
+  if (argument < 0) return nullptr;
+  const Array& x = c.arg(argument);  // [B or 1, heads or 1, length]
+  const int64_t row = (x.dims[0] == 1 ? 0 : b) * x.dims[1] + (x.dims[1] == 1 ? 0 : head);
+  return (const bool*)x.data + row * x.dims[2] + first;
+}
 
 // A panel of queries of one head.
 struct Panel {

@@ -40,46 +40,56 @@ INLINE void sizes_of(Keys<Pair>& k, int64_t p, int64_t d) {
   k.value_width = up(d, kRows), k.value_stride = (d + 1) / 2;
 }
 
-// Copies keys [s0, s0 + count) of one head; rows up to a multiple of kRows are zero.
+// Copies keys [s0, s0 + count) of one head; dead rows, and those up to a multiple of
+// kRows, are zero.
 void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t count,
                bool backward, Keys<float>& k) {
   (void)backward;
   const Array &key = c.arg(1), &value = c.arg(2);
-  for (int64_t i = 0; i < count; ++i) {
+  const bool* lives = living(c, c.living_keys, b, kh, s0);
+  for (int64_t i = 0; i < up(count, kRows); ++i) {
     float* r = k.rows + i * k.stride;
-    load_floats(key, c.key_at(b, s0 + i, kh, c.P), c.P, r);
-    for (int64_t p = c.P; p < k.stride; ++p) r[p] = 0;
     float* v = k.values + i * k.value_width;
-    load_floats(value, c.key_at(b, s0 + i, kh, c.D), c.D, v);
-    for (int64_t d = c.D; d < k.value_width; ++d) v[d] = 0;
-  }
-  for (int64_t i = count; i < up(count, kRows); ++i) {
-    memset(k.rows + i * k.stride, 0, k.stride * 4);
-    memset(k.values + i * k.value_width, 0, k.value_width * 4);
+    if (i < count && (!lives || lives[i])) {
+      load_floats(key, c.key_at(b, s0 + i, kh, c.P), c.P, r);
+      for (int64_t p = c.P; p < k.stride; ++p) r[p] = 0;
+      load_floats(value, c.key_at(b, s0 + i, kh, c.D), c.D, v);
+      for (int64_t d = c.D; d < k.value_width; ++d) v[d] = 0;
+    } else {
+      memset(r, 0, k.stride * 4);
+      memset(v, 0, k.value_width * 4);
+    }
   }
 }
 
-void pack_pairs(const uint16_t* x, int64_t row_stride, int64_t count, int64_t size,
-                int64_t width, Pair* out) {
+void pack_pairs(const uint16_t* x, int64_t row_stride, const bool* lives, int64_t count,
+                int64_t size, int64_t width, Pair* out) {
   for (int64_t i = 0; i < up(count, kRows); i += 2) {
     const uint16_t* a = x + i * row_stride;
     const uint16_t* b = a + row_stride;
     Pair* o = out + i / 2 * width;
-    if (i + 1 < count)
+    const bool first = i < count && (!lives || lives[i]);
+    const bool second = i + 1 < count && (!lives || lives[i + 1]);
+    if (first && second)
       for (int64_t p = 0; p < size; ++p) o[p].bits = a[p] | (uint32_t)b[p] << 16;
-    else if (i < count)
+    else if (first)
       for (int64_t p = 0; p < size; ++p) o[p].bits = a[p];
+    else if (second)
+      for (int64_t p = 0; p < size; ++p) o[p].bits = (uint32_t)b[p] << 16;
     else
       memset((void*)o, 0, size * 4);
     for (int64_t p = size; p < width; ++p) o[p].bits = 0;
   }
 }
 
-void pack_rows(const uint16_t* x, int64_t row_stride, int64_t count, int64_t size,
-               int64_t stride, Pair* out) {
+void pack_rows(const uint16_t* x, int64_t row_stride, const bool* lives, int64_t count,
+               int64_t size, int64_t stride, Pair* out) {
   for (int64_t i = 0; i < count; ++i) {
     if (size % 2) out[(i + 1) * stride - 1].bits = 0;
-    memcpy((void*)(out + i * stride), x + i * row_stride, size * 2);
+    if (!lives || lives[i])
+      memcpy((void*)(out + i * stride), x + i * row_stride, size * 2);
+    else
+      memset((void*)(out + i * stride), 0, size * 2);
   }
   memset((void*)(out + count * stride), 0, (up(count, kRows) - count) * stride * 4);
 }
@@ -88,12 +98,13 @@ void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t coun
                bool backward, Keys<Pair>& k) {
   const uint16_t* key = (const uint16_t*)c.arg(1).data + c.key_at(b, s0, kh, c.P);
   const uint16_t* value = (const uint16_t*)c.arg(2).data + c.key_at(b, s0, kh, c.D);
-  pack_rows(key, c.K * c.P, count, c.P, k.stride, k.rows);
+  const bool* lives = living(c, c.living_keys, b, kh, s0);
+  pack_rows(key, c.K * c.P, lives, count, c.P, k.stride, k.rows);
   if (backward) {
-    pack_pairs(key, c.K * c.P, count, c.P, k.width, k.across);
-    pack_rows(value, c.K * c.D, count, c.D, k.value_stride, k.value_rows);
+    pack_pairs(key, c.K * c.P, lives, count, c.P, k.width, k.across);
+    pack_rows(value, c.K * c.D, lives, count, c.D, k.value_stride, k.value_rows);
   } else {
-    pack_pairs(value, c.K * c.D, count, c.D, k.value_width, k.values);
+    pack_pairs(value, c.K * c.D, lives, count, c.D, k.value_width, k.values);
   }
 }
 

@@ -1,0 +1,95 @@
+"""Sizes of blocks: from a table for each generation of TPUs, by head size."""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.experimental.pallas import tpu as pltpu
+
+#: A file that takes the table's place: what ``attnlab tune`` writes.
+VARIABLE = "ATTNLAB_TPU_BLOCKS"
+_TABLE = Path(__file__).with_name("blocks.json")
+
+
+class Blocks(NamedTuple):
+    """Sizes of a kernel's blocks.
+
+    Attributes:
+        q: queries.
+        k: keys.
+        chunk: keys that are computed at once; divides ``k``.
+    """
+
+    q: int
+    k: int
+    chunk: int
+
+
+#: Where nobody knows for which TPU: the least vector memory holds them.
+CAUTIOUS = Blocks(512, 512, 256)
+
+
+class Device(NamedTuple):
+    """The TPU that is compiled for.
+
+    Attributes:
+        kind: as JAX names it; None: unknown.
+        memory: bytes of vector memory of a core.
+    """
+
+    kind: str | None
+    memory: int
+
+
+def device() -> Device:
+    """The default device, or the one of ``jax.sharding.use_abstract_mesh``."""
+    try:
+        found = pltpu.get_tpu_info()
+    except ValueError:
+        return Device(None, 2**24)
+    return Device(str(found.chip_version.value), found.vmem_capacity_bytes)
+
+
+def limit() -> int:
+    """Bytes of vector memory that a kernel may take: XLA keeps arrays there, too."""
+    return device().memory // 2
+
+
+@functools.cache
+def read(path: Path) -> dict[str, dict[str, dict[str, Blocks]]]:
+    """A table: by generation, head size, and pass.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return {
+            kind: {
+                size: {name: Blocks(*blocks) for name, blocks in passes.items()}
+                for size, passes in sizes.items()
+            }
+            for kind, sizes in content.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no table of blocks as 'attnlab tune' writes it: {error}"
+        ) from error
+
+
+def best(head_size: int, of: str) -> Blocks:
+    """The best sizes for long inputs.
+
+    Args:
+        head_size: of queries or values, the greater.
+        of: "forward" or "backward".
+    """
+    given = os.environ.get(VARIABLE)
+    sizes = read(Path(given) if given else _TABLE).get(device().kind or "", {})
+    known = sorted((int(size), passes) for size, passes in sizes.items())
+    if not known:
+        return CAUTIOUS
+    at_least = [passes for size, passes in known if size >= head_size]
+    return (at_least[0] if at_least else known[-1][1]).get(of, CAUTIOUS)

@@ -1,0 +1,313 @@
+"""Scores as tile kernels: inner products on the matrix unit, additive, perceptrons."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from attnlab.implementations.pallas_tpu.blocks import Blocks
+from attnlab.implementations.pallas_tpu.call import NT, Products
+from attnlab.implementations.pallas_tpu.logits import Part
+from attnlab.implementations.pallas_tpu.operands import Place, Reader
+from attnlab.modifiers.bias import SoftCap
+from attnlab.scores.pairwise import Mlp
+from attnlab.scores.projected import bare
+from attnlab.types import Array, AttentionInputs
+
+#: Keys of an additive score that are compared in one step of a loop.
+_KEYS = 16
+
+
+class Given(NamedTuple):
+    """What a comparison reads: references, and how matrices are multiplied.
+
+    Attributes:
+        q: the block of queries, ``[P, queries]``; in the backward pass of an inner
+            product ``[queries, P]``.
+        k: the block of keys, ``[keys, P]``.
+        k_across: the same as ``[P, keys]``; None in the forward pass.
+        params: to ``Comparison.params``.
+        room: to ``Comparison.room``.
+        product: of matrices.
+    """
+
+    q: Any
+    k: Any
+    k_across: Any
+    params: Sequence[Any]
+    room: Sequence[Any]
+    product: Products
+
+
+class Sums(NamedTuple):
+    """References to the gradients that a comparison adds to.
+
+    Attributes:
+        q: ``[P, queries]``.
+        k: ``[keys, P]``.
+        params: of ``Comparison.gradient_shapes``; none where nobody asks.
+    """
+
+    q: Any
+    k: Any
+    params: Sequence[Any]
+
+
+class Comparison:
+    """How the logits of a block are computed. This one: inner products."""
+
+    #: Whether the backward pass reads queries as ``[P, queries]``, as the forward does.
+    queries_across = False
+
+    def __init__(self, inputs: AttentionInputs):
+        """For these inputs."""
+        self.inputs = inputs
+
+    @property
+    def dtype(self) -> Any:
+        """In which the kernel holds queries and keys."""
+        return self.inputs.query.dtype
+
+    def bound(self) -> Array | None:
+        """What no logit exceeds in size; None: unknown."""
+        inputs = self.inputs
+        capped = _capped(inputs)
+        if capped is not None or inputs.modifiers:
+            return capped
+        norms = [
+            jnp.square(x.astype(jnp.float32)).sum(-1).max(1, initial=0)
+            for x in (inputs.query, inputs.key)
+        ]
+        queries = norms[0].reshape(*norms[1].shape, -1)
+        return jnp.sqrt((queries * norms[1][..., None]).max(initial=0))
+
+    def params(self, place: Callable[..., Place]) -> list[Reader]:
+        """The parameters of the score, as the kernel takes them."""
+        return []
+
+    def room(self, blocks: Blocks) -> list[Any]:
+        """Memory that the comparison needs."""
+        return []
+
+    def logits(self, given: Given, part: Part) -> Array:
+        """Of a part of the keys, ``[keys, queries]``."""
+        return given.product(given.k[part.keys, :], given.q[...])
+
+    def logits_again(self, given: Given, part: Part) -> Array:
+        """As ``logits``, in the backward pass: see ``queries_across``."""
+        return given.product(given.k[part.keys, :], given.q[...], NT)
+
+    def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
+        """Of what ``pull`` sums for the parameters of one head."""
+        return []
+
+    def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
+        """Adds what a gradient ``d [keys, queries]`` makes of those of the inputs."""
+        sums.q[...] += given.product(given.k_across[:, part.keys], d)
+        sums.k[part.keys, :] += given.product(d, given.q[...])
+
+    def finish_gradients(self, found: Sequence[Array]) -> Any:
+        """Sums ``[B, N, *shape]`` as gradients ``[B, N, 1, 1, *payload]``."""
+        raise NotImplementedError("an inner product has no parameters")
+
+
+class _AdditiveComparison(Comparison):
+    @property
+    def dtype(self) -> Any:
+        return jnp.float32
+
+    def _weight(self) -> Array:
+        (weight,) = jax.tree.leaves(self.inputs.pair_params)
+        return weight.reshape(weight.shape[1], -1).astype(jnp.float32)
+
+    def bound(self) -> Array | None:
+        capped = _capped(self.inputs)
+        if capped is not None or self.inputs.modifiers:
+            return capped
+        return jnp.abs(self._weight()).sum(-1).max(initial=0)
+
+    def params(self, place: Callable[..., Place]) -> list[Reader]:
+        # In vector memory: in scalar memory the compiler's static profile fails.
+        return [_by_head(self._weight()[..., None], place)]
+
+    def room(self, blocks: Blocks) -> list[Any]:
+        return [pltpu.VMEM((blocks.chunk, blocks.q), jnp.float32)]
+
+    def logits(self, given: Given, part: Part) -> Array:
+        (weight,), (z,), q, k = given.params, given.room, given.q, given.k
+
+        def some(i: Array, _: None) -> None:
+            key = k[pl.ds(part.first + i * _KEYS, _KEYS), :]
+            total = jnp.zeros((_KEYS, z.shape[1]), jnp.float32)
+            for p in range(weight.shape[0]):
+                unit = slice(p, p + 1)
+                total += weight[unit, :] * jnp.tanh(key[:, unit] + q[unit, :])
+            z[pl.ds(i * _KEYS, _KEYS), :] = total
+
+        lax.fori_loop(0, part.size // _KEYS, some, None)
+        return z[...]
+
+    queries_across = True
+    logits_again = logits
+
+    def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
+        (weight,) = jax.tree.leaves(self.inputs.pair_params)
+        return [(weight.shape[-1], blocks.q)]
+
+    def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
+        (weight,), (z,), q, k = given.params, given.room, given.q, given.k
+        size = weight.shape[0]
+        z[...] = d
+        lane = lax.broadcasted_iota(jnp.int32, (_KEYS, size), 1)
+        zero = jnp.zeros((_KEYS, z.shape[1]), jnp.float32)
+
+        def unit(p: Array, _: None) -> None:
+            query, w = q[pl.ds(p, 1), :], weight[pl.ds(p, 1), :]
+
+            def some(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+                keys = pl.ds(part.first + i * _KEYS, _KEYS)
+                at = lane == p
+                key = jnp.where(at, k[keys, :], 0).sum(1, keepdims=True)
+                t = jnp.tanh(key + query)
+                d = z[pl.ds(i * _KEYS, _KEYS), :]
+                weighted = d * t
+                inner = d - weighted * t
+                d_key = inner.sum(1, keepdims=True) * w
+                sums.k[keys, :] += jnp.where(at, d_key, 0)
+                return found[0] + inner, found[1] + weighted
+
+            count = part.size // _KEYS
+            d_query, d_weight = lax.fori_loop(0, count, some, (zero, zero))
+            sums.q[pl.ds(p, 1), :] += d_query.sum(0, keepdims=True) * w
+            for ref in sums.params:
+                ref[pl.ds(p, 1), :] += d_weight.sum(0, keepdims=True)
+
+        lax.fori_loop(0, size, unit, None)
+
+    def finish_gradients(self, found: Sequence[Array]) -> Any:
+        structure = jax.tree.structure(self.inputs.pair_params)
+        return jax.tree.unflatten(structure, [found[0].sum(-1)])
+
+
+class _MlpComparison(Comparison):
+    @property
+    def dtype(self) -> Any:
+        return jnp.float32
+
+    def _columns(self) -> list[Array]:
+        """Matrices transposed, vectors as columns: ``[N or 1, rows, columns]``."""
+
+        def column(x: Array) -> Array:
+            x = x.reshape(x.shape[1], *x.shape[4:]).astype(jnp.float32)
+            return x.swapaxes(1, 2) if x.ndim == 3 else x[..., None]
+
+        return [column(x) for x in jax.tree.leaves(self.inputs.pair_params)]
+
+    def bound(self) -> Array | None:
+        return _capped(self.inputs)
+
+    def params(self, place: Callable[..., Place]) -> list[Reader]:
+        return [_by_head(x, place) for x in self._columns()]
+
+    def room(self, blocks: Blocks) -> list[Any]:
+        return [pltpu.VMEM((blocks.chunk, blocks.q), jnp.float32)]
+
+    def one_key(
+        self, query: Array, key: Array, params: Sequence[Array], product: Products
+    ) -> Array:
+        """``[P, queries], [P, 1] -> [1, queries]``."""
+        activation = bare(self.inputs.score).activation
+        *hidden, weight = params
+        x = activation(query + key)
+        for matrix, bias in zip(hidden[::2], hidden[1::2], strict=True):
+            x = activation(product(matrix, x) + bias)
+        return (weight * x).sum(0, keepdims=True)
+
+    def logits(self, given: Given, part: Part) -> Array:
+        (z,), q, k = given.room, given.q, given.k
+        product = given.product._replace(dtype=jnp.float32)
+
+        def one(i: Array, _: None) -> None:
+            key = k[pl.ds(part.first + i, 1), :].T
+            params_ = [ref[...] for ref in given.params]
+            z[pl.ds(i, 1), :] = self.one_key(q[...], key, params_, product)
+
+        lax.fori_loop(0, part.size, one, None)
+        return z[...]
+
+    queries_across = True
+    logits_again = logits
+
+    def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
+        return [x.shape[1:] for x in self._columns()]
+
+    def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
+        (z,), q, k = given.room, given.q, given.k
+        product = given.product._replace(dtype=jnp.float32)
+        z[...] = d
+
+        values = [ref[...] for ref in given.params]
+
+        def one(
+            i: Array, total: tuple[Array, list[Array]]
+        ) -> tuple[Array, list[Array]]:
+            row = pl.ds(part.first + i, 1)
+            _, pull = jax.vjp(
+                lambda q, k, params: self.one_key(q, k, params, product),
+                q[...],
+                k[row, :].T,
+                values,
+            )
+            d_query, d_key, d_params = pull(z[pl.ds(i, 1), :])
+            sums.k[row, :] += d_key.T
+            return jax.tree.map(
+                jnp.add, total, (d_query, d_params if sums.params else [])
+            )
+
+        start = jnp.zeros(q.shape, jnp.float32), [jnp.zeros_like(x) for x in values]
+        start = start if sums.params else (start[0], [])
+        d_query, d_params = lax.fori_loop(0, part.size, one, start)
+        sums.q[...] += d_query
+        for ref, found in zip(sums.params, d_params, strict=True):
+            ref[...] += found
+
+    def finish_gradients(self, found: Sequence[Array]) -> Any:
+        leaves, structure = jax.tree.flatten(self.inputs.pair_params)
+        # A matrix was held transposed, a vector as a column.
+        found = [
+            x.swapaxes(2, 3) if leaf.ndim == 6 else x[..., 0]
+            for x, leaf in zip(found, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, found)
+
+
+def _by_head(x: Array, place: Callable[..., Place]) -> Reader:
+    """``[N or 1, rows, columns]``, whole, of the head that a step works for."""
+
+    def index(*index: Any) -> tuple[Any, ...]:
+        return place(*index).head if x.shape[0] > 1 else 0, 0, 0
+
+    spec = pl.BlockSpec((None, *x.shape[1:]), index)
+    return Reader(x, spec, lambda ref, *_: ref[...])
+
+
+def comparison(inputs: AttentionInputs) -> Comparison:
+    """How the logits of these inputs are computed."""
+    score = bare(inputs.score)
+    if score.is_inner_product:
+        return Comparison(inputs)
+    if isinstance(score, Mlp):
+        return _MlpComparison(inputs)
+    return _AdditiveComparison(inputs)
+
+
+def _capped(inputs: AttentionInputs) -> Array | None:
+    """The bound that a soft cap sets, where it is the last modifier."""
+    if not (inputs.modifiers and isinstance(inputs.modifiers[-1], SoftCap)):
+        return None
+    (cap,) = inputs.modifier_operands[-1]
+    return jnp.abs(cap).max(initial=0).astype(jnp.float32)

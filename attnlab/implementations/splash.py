@@ -1,0 +1,119 @@
+"""An adapter to JAX's own splash attention for TPU: what it does as our laws say."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab.masks.base import Mask
+from attnlab.masks.planning import dense_visible
+from attnlab.types import Array, AttentionInputs, Implementation
+
+#: It holds a structural mask as an array while a program is traced: pairs, at most.
+_MOST_PAIRS = 2**27
+
+
+class Splash(Implementation):
+    """``jax.experimental.pallas.ops.tpu.splash_attention``; structural masks."""
+
+    name = "splash"
+    differentiable = True
+    platforms = ("tpu",)
+
+    #: As ``pallas_call`` takes it: to run elsewhere, slowly.
+    interpret: ClassVar[bool] = False
+    #: Of which lengths must be multiples.
+    lanes: ClassVar[int] = 128
+
+    def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
+        """See :class:`attnlab.types.Implementation`."""
+        s = inputs.sizes
+        reasons = []
+        if not inputs.score.is_inner_product:
+            reasons.append("the score is not an inner product")
+        if inputs.modifiers:
+            reasons.append("it has no modifiers")
+        if inputs.dropout_rate > 0:
+            reasons.append("it has no dropout")
+        if inputs.needs_lse:
+            reasons.append("its log-sum-exp carries no gradient")
+        if jax.tree.leaves(inputs.mask_operands):
+            reasons.append("the mask carries data")
+        if not inputs.index_positions:
+            reasons.append("positions are given")
+        if inputs.query.dtype not in (jnp.float32, jnp.bfloat16):
+            reasons.append(
+                f"it computes float32 and bfloat16, not {inputs.query.dtype}"
+            )
+        if inputs.precision is not None:
+            reasons.append("it takes no precision=")
+        if s.T % self.lanes or s.S % self.lanes or 0 in s:
+            reasons.append(f"lengths must be multiples of {self.lanes}")
+        elif s.T * s.S > _MOST_PAIRS:
+            reasons.append("the mask as an array needs too much memory")
+        return tuple(reasons)
+
+    def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
+        """See :class:`attnlab.types.Implementation`."""
+        s = inputs.sizes
+        return self._block(s.T), self._block(s.S)
+
+    def _block(self, length: int) -> int:
+        sizes = (1024, 512, 256, 128)
+        return next((n for n in sizes if length % n == 0), max(length, 1))
+
+    def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
+        """See :class:`attnlab.types.Implementation`."""
+        s = inputs.sizes
+        seen = _dense(inputs.mask, s.T, s.S, s.N)
+        made = self._kernel(seen, *self.block_sizes(inputs))
+        arrays = (x.swapaxes(1, 2) for x in (inputs.query, inputs.key, inputs.value))
+        output = jax.vmap(made)(*arrays).swapaxes(1, 2)
+        # Where a whole row is hidden it yields the mean of the values; we want zero.
+        output = jnp.where(np.any(seen, axis=-1).T[None, :, :, None], output, 0)
+        dtype = inputs.accumulation_dtype
+        return output.astype(dtype), jnp.zeros(output.shape[:3], dtype)
+
+    def _kernel(self, seen: np.ndarray, block_q: int, block_k: int) -> Any:
+        # Here and not above: only who asks for it pays for the import.
+        from jax.experimental.pallas.ops.tpu.splash_attention import (
+            splash_attention_kernel as splash,
+        )
+        from jax.experimental.pallas.ops.tpu.splash_attention import (
+            splash_attention_mask as splash_masks,
+        )
+
+        return splash.make_splash_mha(
+            splash_masks.MultiHeadMask([splash_masks.NumpyMask(x) for x in seen]),
+            block_sizes=block_sizes(block_q, block_k),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=self.interpret,
+        )
+
+
+def block_sizes(q: int, k: int, fused: bool = False) -> Any:
+    """The same sizes for each of its kernels; ``fused``: one for the backward pass."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+
+    alone: dict[str, Any] = {} if fused else {"block_q_dq": q, "block_kv_dq": k}
+    return splash.BlockSizes(
+        block_q=q,
+        block_kv=k,
+        block_q_dkv=q,
+        block_kv_dkv=k,
+        use_fused_bwd_kernel=fused,
+        **alone,
+    )
+
+
+def _dense(mask: Mask, t: int, s: int, heads: int) -> np.ndarray:
+    """A structural mask, ``[N, T, S]``."""
+    with jax.ensure_compile_time_eval():
+        rows = jnp.arange(t, dtype=jnp.int32)[None, None, :, None]
+        cols = jnp.arange(s, dtype=jnp.int32)[None, None, None, :]
+        seen = np.asarray(dense_visible(mask, mask.operands(t, s), rows, cols))[0]
+    return np.broadcast_to(seen, (heads, t, s))

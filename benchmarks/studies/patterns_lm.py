@@ -1,0 +1,303 @@
+"""Do sparse patterns do well on long text, and what do they save?"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnlab import cost
+from attnlab.bench.timing import Repeats, interleave
+from attnlab.masks import Mask
+from benchmarks.studies.context import Context
+from benchmarks.studies.evaluation import MeanLoss
+from benchmarks.studies.language_models import (
+    OWN,
+    PATTERNS,
+    Budget,
+    Sizes,
+    anchors_of_own,
+    language_model,
+    layer_masks,
+    loss,
+    losses_and_hits,
+)
+from benchmarks.studies.optimisers import adam
+from benchmarks.studies.page import Page, interval
+from benchmarks.studies.parallel import over_batch
+from benchmarks.studies.patterns_page import page
+from benchmarks.studies.record import Json, fingerprint
+from benchmarks.studies.step import Step
+from benchmarks.studies.stretches import Stretches
+from benchmarks.studies.sweep import Chosen, train_at_best_rate
+from benchmarks.studies.training import Run, Trained
+
+#: Masked: every pattern. Causal: the ones that decoders use.
+CAUSAL = (
+    "full",
+    "window",
+    "random",
+    "window+random",
+    "window+anchor",
+    "all three",
+    "dilated",
+)
+RATES = (1e-3, 2e-3, 4e-3)
+#: The model that the rate is chosen for; all get the same.
+SWEPT = "window"
+#: Nats between neighbours in the table below which chance is asked to speak.
+CLOSE = 0.05
+SEEDS = 3
+#: Parts of a context whose losses are told apart.
+PARTS = 16
+
+
+BUDGET = Budget(steps=640, length=4096, rows=1)
+QUICK = Budget(6, 128, 2, 400, limit=12, test=2, dev=2, sizes=Sizes(16, 2, 2))
+QUICK_PATTERNS = ("full", "window", "all three", OWN)
+
+
+class Task:
+    """Masked or causal language modelling under one budget."""
+
+    def __init__(self, context: Context, causal: bool):
+        self.budget = budget = QUICK if context.quick else BUDGET
+        self.context, self.causal = context.dividing(budget.rows), causal
+        self.data = budget.read(context)
+        names = CAUSAL if causal else (*PATTERNS, OWN)
+        self.names = tuple(n for n in names if not context.quick or n in QUICK_PATTERNS)
+        self.test = self._stretches(self.data.test).all()
+        dev_batches = self._stretches(self.data.dev).all()
+        self._evaluate = MeanLoss(loss, dev_batches, self.context.mesh)
+
+    @property
+    def kind(self) -> str:
+        return "causal" if self.causal else "masked"
+
+    def _stretches(self, stream: np.ndarray, seed: int = 0) -> Stretches:
+        return Stretches(
+            stream,
+            length=self.budget.length,
+            rows=self.budget.rows,
+            vocabulary_size=self.data.vocabulary.size,
+            causal=self.causal,
+            seed=seed,
+        )
+
+    def run(
+        self, name: str, pattern: str, rate: float, seed: int = 0, short: bool = False
+    ) -> Run:
+        """One training run, named ``KIND/NAME``."""
+        train = self._stretches(self.data.train, seed)
+        steps = max(self.budget.steps // 8, 3) if short else self.budget.steps
+        warmup = max(steps // 10, 1)
+        mask = self.masks(pattern, seed)
+        own = anchors_of_own(self.budget.length) if pattern == OWN else 0
+        return Run(
+            name=f"{self.kind}/{name}",
+            config={
+                "pattern": pattern,
+                "masks": [repr(m) for m in mask],
+                "drawn": fingerprint(mask, train.batch_at(0)),
+                "budget": self.budget.config(),
+                "data": self.data.fingerprint,
+                "rate": rate,
+            },
+            make_model=lambda: language_model(
+                train.vocabulary_size,
+                self.budget.sizes,
+                mask,
+                causal=self.causal,
+                own_projections=own,
+                rngs=nnx.Rngs(seed),
+            ),
+            loss=loss,
+            batch_at=train.batch_at,
+            optimiser=adam(rate, steps=steps, warmup=warmup),
+            steps=steps,
+            evaluate=self._evaluate,
+            evaluate_every=max(steps // 4, min(3, steps)),
+            seed=seed,
+        )
+
+    def masks(self, pattern: str, seed: int = 0) -> list[Mask]:
+        """Of each layer."""
+        name = "window+anchor" if pattern == OWN else pattern
+        length, layers = self.budget.length, self.budget.sizes.layers
+        return layer_masks(name, length, layers, self.causal, seed)
+
+    def step_seconds(self, rate: float) -> dict[str, float]:
+        """Of a step with each pattern, one beside the other: the machine varies."""
+        calls = {}
+        for pattern in self.names:
+            run = self.run(pattern, pattern, rate)
+            step = Step(
+                run.make_model(), loss, run.optimiser, run.seed, self.context.mesh
+            )
+            calls[pattern] = functools.partial(step, run.batch_at(0), 0)
+        rounds = Repeats(3, 3) if self.context.quick else Repeats(7, 7)
+        return {name: t.median for name, t in interleave(calls, rounds).items()}
+
+    def attention_flops(self, pattern: str) -> tuple[float, float]:
+        """Of a training step a token, useful and executed, all layers together."""
+        length, sizes = self.budget.length, self.budget.sizes
+        shape = (1, length, sizes.heads, sizes.features // sizes.heads)
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        prices = [cost(x, x, x, mask=mask) for mask in self.masks(pattern)]
+        useful = sum(p.flops_forward + p.flops_backward for p in prices)
+        done = sum(p.flops_forward_executed + p.flops_backward_executed for p in prices)
+        return useful / length, done / length
+
+    def on_test(self, model: Any) -> "OnTest":
+        """Loss and accuracy on the test documents."""
+        sums = over_batch(_by_position, self.context.mesh)
+        rows = [np.asarray(sums(model, batch), np.float64) for batch in self.test]
+        total, hits, count = np.concatenate(rows).sum(0)
+        loss, accuracy = total.sum() / count.sum(), hits.sum() / count.sum()
+        total, count = (x.reshape(PARTS, -1).sum(1) for x in (total, count))
+        middle = (np.arange(PARTS) + 0.5) * self.budget.length / PARTS
+        curve = zip(middle.tolist(), (total / count).tolist(), strict=True)
+        return OnTest(float(loss), float(accuracy), list(curve))
+
+
+class OnTest(NamedTuple):
+    """How a model does on documents that nobody has seen.
+
+    Attributes:
+        loss: a token.
+        accuracy: share of tokens of which the right one is the most probable.
+        by_position: (position, loss) in each part of the context.
+    """
+
+    loss: float
+    accuracy: float
+    by_position: list[tuple[float, float]]
+
+
+def _by_position(model: Any, batch: Any) -> jax.Array:
+    """``[B, 3, T]``: loss, hit, and whether the token is asked for."""
+    found = losses_and_hits(model, batch)
+    return jnp.stack([*found, batch.counted.astype(jnp.float32)], 1)
+
+
+def close_rows(found: dict[str, float]) -> list[str]:
+    """Those with a neighbour within :data:`CLOSE`, best first."""
+    ranked = sorted(found, key=lambda name: found[name])
+    gaps = [found[b] - found[a] for a, b in zip(ranked, ranked[1:], strict=False)]
+    near = [gap < CLOSE for gap in gaps]
+    return [
+        name
+        for i, name in enumerate(ranked)
+        if (i > 0 and near[i - 1]) or (i < len(near) and near[i])
+    ]
+
+
+class Runs(NamedTuple):
+    """What was trained for one task.
+
+    Attributes:
+        chosen: the rate of all, found for :data:`SWEPT`.
+        by_pattern: by name, then by seed.
+    """
+
+    chosen: Chosen
+    by_pattern: dict[str, dict[int, Trained]]
+
+    def summaries(self) -> list[Json]:
+        """Of every run."""
+        kept = [t.summary for runs in self.by_pattern.values() for t in runs.values()]
+        return [*kept, *(s for s in self.chosen.summaries if s not in kept)]
+
+
+def train_patterns(task: Task) -> Runs | None:
+    """Each pattern once, then full attention and the close ones with more seeds."""
+    context = task.context
+    chosen = train_at_best_rate(
+        context,
+        lambda rate, short: task.run(SWEPT, SWEPT, rate, short=short),
+        RATES[:1] if context.quick else RATES,
+    )
+    if chosen is None:
+        return None
+
+    def train(pattern: str, seed: int) -> Trained | None:
+        if (pattern, seed) == (SWEPT, 0):
+            return chosen.trained
+        name = f"{pattern.replace(' ', '-')}/seed-{seed}"
+        return context.train(task.run(name, pattern, chosen.rate, seed))
+
+    def train_all(wanted: Iterable[tuple[str, int]]) -> bool:
+        """Whether none is left out."""
+        for pattern, seed in wanted:
+            trained = train(pattern, seed)
+            if trained is not None:
+                found.setdefault(pattern, {})[seed] = trained
+        return all(seed in found.get(pattern, {}) for pattern, seed in wanted)
+
+    found: dict[str, dict[int, Trained]] = {}
+    if not train_all([(pattern, 0) for pattern in task.names]):
+        return None
+    first = {name: runs[0].summary["best"]["loss"] for name, runs in found.items()}
+    again = dict.fromkeys(["full", *close_rows(first)])
+    seeds = range(1, 1 if context.quick else SEEDS)
+    if not train_all([(pattern, seed) for pattern in again for seed in seeds]):
+        return None
+    return Runs(chosen, found)
+
+
+def results_of(task: Task, found: Runs) -> list[Json]:
+    """A row for each pattern, best first."""
+    seconds = task.step_seconds(found.chosen.rate)
+    tests = {
+        name: {seed: task.on_test(t.model) for seed, t in runs.items()}
+        for name, runs in found.by_pattern.items()
+    }
+    rows: list[Json] = []
+    for name, runs in found.by_pattern.items():
+        useful, executed = task.attention_flops(name)
+        own, full = tests[name], tests["full"]
+        # A seed gives all patterns the same data in the same order.
+        apart = [own[seed].loss - full[seed].loss for seed in own if seed in full]
+        rows.append({
+            "pattern": name,
+            "density": float(
+                np.mean([m.density(task.budget.length) for m in task.masks(name)])
+            ),
+            "seeds": len(runs),
+            "dev_loss": interval([t.summary["best"]["loss"] for t in runs.values()]),
+            "test_loss": interval([t.loss for t in own.values()]),
+            "against_full": interval(apart),
+            "test_accuracy": interval([100 * t.accuracy for t in own.values()]),
+            "by_position": np.mean([t.by_position for t in own.values()], 0).tolist(),
+            "seconds_per_step": seconds[name],
+            "minutes": runs[0].summary["seconds"] / 60,
+            "speed_against_full": seconds["full"] / seconds[name],
+            "attention_flops_per_token": [useful, executed],
+            "parameters": runs[0].summary["parameters"],
+            "tokens": [t.summary["tokens"] for t in runs.values()],
+        })
+    return sorted(rows, key=lambda row: row["test_loss"][0])
+
+
+def study(context: Context) -> Page | None:
+    """Each pattern, masked and causal."""
+    tasks = [Task(context, causal) for causal in (False, True)]
+    trained = [train_patterns(task) for task in tasks]
+    done = {
+        task.kind: found
+        for task, found in zip(tasks, trained, strict=True)
+        if found is not None
+    }
+    if len(done) < len(tasks):
+        return None
+    return page(
+        {task.kind: results_of(task, done[task.kind]) for task in tasks},
+        {kind: found.chosen for kind, found in done.items()},
+        SWEPT,
+        tasks[0].budget,
+        tasks[0].data.counts,
+        [s for found in done.values() for s in found.summaries()],
+    )

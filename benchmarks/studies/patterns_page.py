@@ -1,0 +1,144 @@
+"""What the pattern study found, on a page."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from benchmarks.studies.language_models import OWN, Budget
+from benchmarks.studies.page import Chart, Page, Table, cost_of, lines, shown
+from benchmarks.studies.record import Json
+from benchmarks.studies.sweep import Chosen
+
+
+def table(kind: str, rows: Sequence[Json]) -> Table:
+    """The numbers of one kind of task, "masked" or "causal"."""
+    what = "the next token" if kind == "causal" else "15 % of the tokens, hidden"
+    return Table(
+        f"{kind.capitalize()}: {what}. Loss in nats, ± half a 95 % interval where "
+        "there are several seeds; differences from full attention are of runs with the "
+        "same data in the same order. Seconds: of a step, all patterns in turns. The "
+        f"operations of {OWN} leave out those of its anchors.",
+        [
+            "pattern",
+            "density",
+            "seeds",
+            "dev loss",
+            "test loss",
+            "against full",
+            "accuracy, %",
+            "s a step",
+            "speed",
+            "attention MFLOP a token",
+            "parameters",
+        ],
+        [
+            [
+                row["pattern"],
+                f"{row['density']:.1%}",
+                row["seeds"],
+                shown(row["dev_loss"]),
+                shown(row["test_loss"]),
+                shown(row["against_full"]),
+                shown(row["test_accuracy"], 1),
+                row["seconds_per_step"],
+                f"{row['speed_against_full']:.2f}x",
+                row["attention_flops_per_token"][0] / 1e6,
+                row["parameters"],
+            ]
+            for row in rows
+        ],
+    )
+
+
+def answer(kind: str, rows: Sequence[Json]) -> str:
+    """What a table says, in two sentences."""
+    by_name = {row["pattern"]: row for row in rows}
+    full = shown(by_name["full"]["test_loss"])
+    sparse = [row for row in rows if row["density"] < 0.25]
+    losses_of = ", ".join(
+        f"{row['pattern']} {shown(row['against_full'])}" for row in sparse
+    )
+    slowest = min(sparse, key=lambda row: row["speed_against_full"])
+    return (
+        f"{kind.capitalize()}, against full attention ({full} nats): "
+        f"{losses_of}. The slowest sparse pattern, {slowest['pattern']}, trains "
+        f"{slowest['speed_against_full']:.2f} times as fast. "
+    )
+
+
+def page(
+    found: Mapping[str, Sequence[Json]],
+    chosen: Mapping[str, Chosen],
+    swept: str,
+    budget: Budget,
+    counts: Json,
+    summaries: Iterable[Json],
+) -> Page:
+    """What was found.
+
+    Args:
+        found: rows by kind of task, best first.
+        chosen: how the rate of each kind was found.
+        swept: the pattern that it was found for.
+        budget: of every run.
+        counts: of the documents.
+        summaries: of every run.
+    """
+    charts = []
+    for kind, rows in found.items():
+        by_seconds, by_flops = (
+            {r["pattern"]: [(x(r), r["test_loss"][0])] for r in rows}
+            for x in (
+                lambda r: r["seconds_per_step"],
+                lambda r: r["attention_flops_per_token"][0] / 1e6,
+            )
+        )
+        charts += [
+            Chart(
+                f"{kind}-cost",
+                f"{kind.capitalize()}: test loss by measured seconds a step, and "
+                "by operations of attention a token.",
+                lines(
+                    {"seconds a step": by_seconds, "MFLOP a token": by_flops},
+                    "cost",
+                    log="x",
+                ),
+            ),
+            Chart(
+                f"{kind}-position",
+                f"{kind.capitalize()}: test loss by position in the context.",
+                lines(
+                    {
+                        "test loss": {
+                            r["pattern"]: [tuple(p) for p in r["by_position"]]
+                            for r in rows
+                        }
+                    },
+                    "position",
+                ),
+            ),
+        ]
+    documents = ", ".join(f"{n} {part}" for part, n in counts["documents"].items())
+    return Page(
+        title="Do sparse patterns do well?",
+        claim="Self-attention over all pairs is expensive; people try sparse patterns: "
+        "anchor words, a sliding window, random, fully connected. Of BigBird's parts "
+        "none alone is enough, window and random together come close to full attention "
+        "(Zaheer et al., 2020, table 1: masked accuracy 64.2 full, 60.1 random, 58.3 "
+        "window, 62.7 both; no row for anchors alone).",
+        answer="".join(answer(kind, rows) for kind, rows in found.items())
+        + "A rate of "
+        + " and ".join(f"{c.rate:g} ({kind})" for kind, c in chosen.items())
+        + f", the best for {swept} (sweep, then whole runs: "
+        + "; ".join(
+            ", ".join(f"{r:g} {v:.3f}" for r, v in c.whole.items())
+            for c in chosen.values()
+        )
+        + f"). Contexts of {budget.length:,} subwords, "
+        f"{budget.steps * budget.rows * budget.length:,} subwords a run; documents: "
+        f"{documents}. BigBird's models are a hundred times as large, start from "
+        "RoBERTa's weights and see many more words, so that long contexts can pay "
+        "there where here most of a loss is that of the words nearby.",
+        cost=cost_of(summaries),
+        tables=[table(kind, rows) for kind, rows in found.items()],
+        charts=charts,
+        results=dict(found),
+    )

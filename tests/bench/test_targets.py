@@ -1,0 +1,294 @@
+"""Programs for TPUs that are not here, compiled by the TPU's own compiler."""
+
+import contextlib
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnlab import attention, masks
+from attnlab.bench import cli, static, static_cli, targets, tune
+from attnlab.bench.cases import Spec
+from attnlab.bench.deviceless import schedules, vector_memory
+from attnlab.bench.targets import TARGETS, Kernel, Study, study
+from attnlab.implementations import IMPLEMENTATIONS
+from attnlab.implementations.pallas_tpu.blocks import Blocks
+from benchmarks import tpu_baseline
+from tests.implementations import interpreted
+
+needs_compiler = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="the TPU compiler is not installed"
+)
+
+SMALL = Spec(dtype="bfloat16", length=1024, heads=2, key_heads=2, head_size=64)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("targets")
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", TARGETS)
+def test_any_function_compiles(target, cache, monkeypatch):
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+    found = study(lambda a, b: jnp.tanh(a @ b), x, x, target=target, cache=cache)
+    assert found.kernels
+    assert found.arguments == 2 * 256 * 256 * 2
+    assert all(k.bundles > 0 for k in found.kernels)
+    if target == "tpu:v4":
+        assert "no cycles" in found.why
+    else:
+        assert found.cycles > 0
+    # Once more, from the cache: no compiler is asked.
+    monkeypatch.setattr(targets, "_compile", None)
+    again = study(lambda a, b: jnp.tanh(a @ b), x, x, target=target, cache=cache)
+    assert again == found
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_as_well_as_they_did(target, cache):
+    before = json.loads(tpu_baseline.FILE.read_text())[target]
+    for name in tpu_baseline.KERNELS:
+        now = tpu_baseline.numbers(tpu_baseline.compiled(name, target, cache))
+        assert now.keys() == before[name].keys()
+        for _, old, new in tpu_baseline.differences(before[name], now):
+            assert not tpu_baseline.worse(old, new), (name, before[name], now)
+
+
+@needs_compiler
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 192, 256])
+def test_every_head_size_compiles(head_size, cache):
+    """Both passes, on the least memory and on the newest."""
+    shapes = [
+        jax.ShapeDtypeStruct((1, 300, heads, size), jnp.float32)
+        for heads, size in ((2, head_size), (1, head_size), (1, 64))
+    ]
+
+    def loss(q, k, v):
+        return attention(
+            q, k, v, mask=masks.causal(), implementation="pallas_tpu"
+        ).sum()
+
+    for target in ("tpu:v4", "tpu:tpu7x"):
+        found = study(jax.grad(loss, (0, 1, 2)), *shapes, target=target, cache=cache)
+        assert found.kernel("attnlab_forward")
+        assert found.kernel("attnlab_backward")
+
+
+@needs_compiler
+def test_a_slower_kernel_is_noticed(cache, monkeypatch):
+    """The same kernel, made to do its work twice."""
+    name, target = "forward full", "tpu:v5e"
+    before = json.loads(tpu_baseline.FILE.read_text())[target][name]
+    monkeypatch.setattr(tpu_baseline, "BLOCKS", Blocks(128, 128, 128))
+    now = tpu_baseline.numbers(tpu_baseline.compiled(name, target, cache))
+    kernel = "attnlab_forward_bounded"
+    assert tpu_baseline.worse(before[kernel]["cycles"], now[kernel]["cycles"])
+
+
+def test_what_counts_as_worse():
+    assert not tpu_baseline.worse(100, 103)
+    assert tpu_baseline.worse(100, 104)
+    assert not tpu_baseline.worse(100, 50)
+    assert tpu_baseline.worse(100, None)
+    assert not tpu_baseline.worse(None, 5)
+    found = list(tpu_baseline.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}))
+    assert found == [("a: b", 1, 3), ("a: c", 2, None)]
+
+
+@needs_compiler
+def test_too_much_memory_is_a_reason_and_no_crash(cache):
+    def large(x):
+        all_pairs = x[:, None] * x
+        return all_pairs @ all_pairs
+
+    shape = jax.ShapeDtypeStruct((2**20,), jnp.float32)
+    found = study(large, shape, target="tpu:v5e", cache=cache)
+    assert found.cycles is None
+    assert found.why
+
+
+def test_without_the_compiler(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    shape = jax.ShapeDtypeStruct((8,), jnp.float32)
+    with pytest.raises(targets.CompilerMissing, match=r"attnlab\[tpu-aot\]"):
+        study(jnp.sin, shape, target="tpu:v5e")
+    with pytest.raises(ValueError, match="target: expected one of tpu:v4, "):
+        study(jnp.sin, shape, target="tpu:v99")
+
+
+def test_a_schedule_is_read(tmp_path):
+    table = "== CAPACITY:\nMXU, VLOAD:FILL, VSTORE:SPILL\n 2 3 2\n== UTILIZATION:\n"
+    name = "123-attnlab_forward.1-01-final_hlo-static-per-bundle-utilization.txt"
+    (tmp_path / name).write_text(table + "2 0 1\n1 1 0\n1 0 1\n\n")
+    ((found, schedule),) = schedules(tmp_path)
+    assert found == "attnlab_forward.1"
+    assert schedule == {
+        "bundles": 3,
+        "slots": {
+            "MXU": round(4 / 6, 4),
+            "VLOAD:FILL": round(1 / 9, 4),
+            "VSTORE:SPILL": round(2 / 6, 4),
+        },
+        "fills": 1,
+        "spills": 2,
+    }
+    line = (
+        '  %a.1 = f32[8] custom-call(%b), backend_config={"used_scoped_memory_configs":'
+        '[{"memory_space":"1","offset":"0","size":"77"}]}'
+    )
+    assert vector_memory(line) == {"a.1": 77}
+
+
+def told(cycles_of):
+    """A compiler that answers by the kernels that it is asked for."""
+
+    def answer(fn, *shapes, target, cache=None):
+        length = shapes[0].shape[1]
+        kernels = tuple(
+            Kernel(f"{name}.1", cycles(length), 100, 10, {}, 0, 5)
+            for name, cycles in cycles_of.items()
+        )
+        return Study(target, kernels)
+
+    return answer
+
+
+def test_cycles_follow_the_plan(monkeypatch):
+    """Each block costs what the difference of two problems says, so many there are."""
+    blocks = Blocks(128, 128, 128)
+
+    def cycles(length):
+        return 1000 + 7 * (length // 128) ** 2
+
+    names = ("attnlab_forward_bounded", "splash_mha_fwd")
+    monkeypatch.setattr(static, "study", told(dict.fromkeys(names, cycles)))
+    spec = Spec(pattern="causal", dtype="bfloat16", length=1024, head_size=64)
+    row = static.row(spec, "forward", "tpu:v5e", blocks=blocks)
+    live = masks.causal().plan(1024, block_size=128).rows
+    full, partial = (8 * int(x.per_row().sum()) for x in live)
+    assert (row.full, row.partial, row.total) == (full, partial, 8 * 64)
+    assert row.block_cycles == (7, 7)
+    assert row.cycles == 7 * (full + partial)
+    assert row.ratio_to_splash == pytest.approx(1)
+    assert row.bounds["matrix units"] == pytest.approx(
+        2 * (full + partial) * 128 * 128 * 64 / 65_536
+    )
+    assert "pallas_tpu_128x128x128" not in IMPLEMENTATIONS
+
+
+def test_a_command_writes_its_rows(monkeypatch, tmp_path, capsys):
+    names = ("attnlab_forward_bounded", "splash_mha_fwd")
+    monkeypatch.setattr(static, "study", told(dict.fromkeys(names, lambda n: n * n)))
+    out = tmp_path / "out"
+    arguments = ["--shape", "b=1,t=2048,n=2,h=64", "--mask", "full", "window"]
+    code = cli.main(["static", *arguments, "--target", "tpu:v6e", "--out", str(out)])
+    assert code == 0
+    rows = json.loads((out / "static.json").read_text())
+    assert [r["spec"]["pattern"] for r in rows] == ["full", "window"]
+    assert all(r["target"] == "tpu:v6e" and r["cycles"] > 0 for r in rows)
+    assert rows[0]["command"][:2] == ["attnlab", "static"]
+    assert "for ratios, not times" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "t=0"], "expected letters of b,t,s,n,k,h with sizes"),
+        (["--shape", "n=3,k=2"], "k=2 does not divide n=3"),
+        (["--blocks", "100x128x128"], "must be multiples of 128"),
+        (["--blocks", "128x128"], "expected queries x keys x keys at once"),
+        (["--target", "tpu:v9"], "invalid choice"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["static", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_shapes_have_defaults():
+    assert static_cli.shape("t=8") == {
+        "query_length": 8,
+        "length": 8,
+        "heads": 1,
+        "key_heads": 1,
+        "head_size": 128,
+    }
+
+
+def test_the_best_blocks_become_a_table(monkeypatch, tmp_path):
+    out = tmp_path / "table.json"
+    out.write_text('{"v6e": {"64": {"forward": [128, 128, 128]}}, "v5e": {}}')
+
+    def cost(spec, of, target, blocks):
+        if blocks.q == 2048:
+            return None
+        wanted = (1024, 512, 256) if of == "forward" else (512, 1024, 512)
+        return sum(abs(a - b) for a, b in zip(blocks, wanted, strict=True))
+
+    monkeypatch.setattr(tune, "by_cycles", cost)
+    command = ["tune", "--target", "tpu:v5e", "--head-size", "64", "--out", str(out)]
+    assert cli.main(command) == 0
+    assert json.loads(out.read_text()) == {
+        "v6e": {"64": {"forward": [128, 128, 128]}},
+        "v5e": {"64": {"forward": [1024, 512, 256], "backward": [512, 1024, 512]}},
+    }
+
+
+def test_tuning_here_needs_a_tpu(tmp_path, capsys):
+    assert cli.main(["tune", "--out", str(tmp_path / "table.json")]) == 1
+    assert "expected a TPU, found cpu" in capsys.readouterr().err
+    assert not (tmp_path / "table.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "broken.json"], "broken.json is no table of blocks"),
+        (["--out", "file/table.json"], "expected a folder that can be written to"),
+        (["--head-size", "0", "--out", "new.json"], "a whole number of at least 1"),
+        ([], "the following arguments are required: --out"),
+    ],
+)
+def test_bad_options_of_the_tuner(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "broken.json").write_text("[1]")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["tune", "--target", "tpu:v5e", *arguments])
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "broken.json").read_text() == "[1]"
+
+
+@pytest.mark.parametrize("of", ["forward", "backward"])
+def test_time_is_taken_of_the_sizes_asked_for(of, monkeypatch):
+    made = interpreted.Interpreted()
+    interpreted.register(monkeypatch, made)
+    asked = []
+
+    @contextlib.contextmanager
+    def sized(blocks):
+        asked.append(blocks)
+        yield made
+
+    monkeypatch.setattr(static, "sized", sized)
+    spec = Spec(heads=1, key_heads=1, head_size=8)
+    assert tune.by_time(spec, of, Blocks(32, 64, 32)) > 0
+    assert asked == [Blocks(32, 64, 32)]
+
+
+def test_short_sides_are_counted_in_the_blocks_that_they_get(monkeypatch):
+    names = ("attnlab_forward_bounded", "splash_mha_fwd")
+    monkeypatch.setattr(static, "study", told(dict.fromkeys(names, lambda n: n * n)))
+    spec = Spec(dtype="bfloat16", length=200, heads=1, key_heads=1, head_size=64)
+    row = static.row(spec, "forward", "tpu:v5e", blocks=Blocks(1024, 1024, 512))
+    assert row.blocks == (256, 256, 256)
+    assert row.full + row.partial == 1
+    assert row.bounds["function unit"] == 256 * 256 / 1024

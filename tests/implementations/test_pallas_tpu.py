@@ -1,0 +1,364 @@
+"""Law 1 for the TPU kernels, interpreted; what they are for runs nowhere here.
+
+``ATTNLAB_EVERY=n`` takes each n-th cell only.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from attnlab import (
+    Modifier,
+    attention,
+    attention_with_stats,
+    explain,
+    masks,
+    modifiers,
+    scores,
+)
+from attnlab.implementations import IMPLEMENTATIONS
+from attnlab.implementations.pallas_tpu import blocks
+from attnlab.implementations.pallas_tpu.blocks import Blocks
+from attnlab.implementations.pallas_tpu.call import fit
+from attnlab.implementations.pallas_tpu.steps import by_key, by_query
+from attnlab.ops.explain import canonical
+from attnlab.ops.prepare import prepare
+from attnlab.ops.validate import check
+from attnlab.types import pytree
+from tests import grid
+from tests.implementations import interpreted
+from tests.implementations.interpreted import NAME, Interpreted
+from tests.test_conformance import CELLS, conform
+
+#: What the kernels do not know, by design.
+REFUSED = {
+    "own": "it does not know the score Distance",
+    "t5": "RelativeTable is no function of one pair at a time",
+    "t5_causal": "RelativeTable is no function of one pair at a time",
+    "clipped": "RelativeTable is no function of one pair at a time",
+    "float16": "it computes float32 and bfloat16, not float16",
+    "float64": "it computes float32 and bfloat16, not float64",
+}
+TAKEN = [cell for cell in CELLS if not set(REFUSED) & set(cell)]
+EVERY = int(os.environ.get("ATTNLAB_EVERY", "3"))
+#: Several blocks each way, the last ones incomplete.
+LENGTHS = {"wide": (70, 150), "tall": (150, 70), "square": (97, 97)}
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    interpreted.register(monkeypatch)
+
+
+@pytest.mark.parametrize("cell", TAKEN[::EVERY], ids=str)
+def test_cell(cell, tile, monkeypatch):
+    for name, lengths in LENGTHS.items():
+        monkeypatch.setitem(grid.LENGTHS, name, lengths)
+    if cell.tiles == "chunks":
+        interpreted.one_row_segments(monkeypatch)
+    conform(cell, tile, monkeypatch, NAME)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_refused_gives_its_reason(name):
+    cell = next(c for c in CELLS if set(REFUSED) & set(c) == {name})
+    problem = grid.build(cell)
+    options = {**problem.data, **problem.fixed, "dropout_rate": problem.dropout_rate}
+    with jax.enable_x64(name == "float64"):
+        with pytest.raises(NotImplementedError, match=REFUSED[name]):
+            explain(**options, implementation="pallas_tpu", platform="tpu")
+        assert explain(**options, platform="tpu").implementation == "tiled"
+
+
+def test_a_tpu_gets_the_kernels():
+    x = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+    answer = explain(x, x, x, mask=masks.causal(), platform="tpu")
+    assert answer.implementation == "pallas_tpu"
+    assert "it runs on tpu, not on cpu" in str(explain(x, x, x, platform="cpu"))
+
+
+def random(*shape, seed=0, scale=1.0, dtype=np.float32):
+    made = np.random.default_rng(seed).normal(size=shape) * scale
+    return made.astype(dtype)
+
+
+def record(q, k, v, dropout_rate=0.0, **options):
+    """The canonical record of a call."""
+    args = check(q, k, v, dropout_rate=dropout_rate, **options)
+    return prepare(args, dropout_rate=dropout_rate, precision=None, needs_lse=True)
+
+
+def both_passes(implementation, inputs, d_output, d_lse):
+    """Output, log-sum-exp, and the gradients of all that is learned."""
+    output, lse = implementation.forward(inputs)
+    floating = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.floating), inputs)
+    wanted = jax.tree.leaves(floating)
+    found = implementation.backward(inputs, output, lse, d_output, d_lse, wanted)
+    return output, lse, [x for x in found if x is not None]
+
+
+def agrees_with_tiled(implementation, inputs, *cotangents):
+    found = both_passes(implementation, inputs, *cotangents)
+    wanted = both_passes(IMPLEMENTATIONS["tiled"], inputs, *cotangents)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5),
+        found,
+        wanted,
+    )
+
+
+EDGES = {
+    "causal": lambda t, s: dict(mask=masks.causal(), query_offset=5),
+    "lengths": lambda t, s: dict(
+        mask=masks.lengths(query=np.array([t, 0]), key=np.array([s, 1]))
+    ),
+    "documents": lambda t, s: dict(
+        mask=masks.documents(np.zeros((2, t), np.int32), np.zeros((2, s), np.int32))
+    ),
+    "dense": lambda t, s: dict(mask=random(2, 1, t, s) > 0),
+    "bias": lambda t, s: dict(modifiers=[modifiers.bias(random(2, 2, t, s))]),
+    "alibi": lambda t, s: dict(modifiers=[modifiers.alibi(2)]),
+    "dropout": lambda t, s: dict(dropout_rate=0.3, dropout_rng=jax.random.key(1)),
+    "places": lambda t, s: dict(
+        query_positions=np.arange(t), key_positions=np.arange(s) - 1
+    ),
+}
+
+
+@pytest.mark.parametrize(("t", "s"), [(1, 70), (70, 1), (1, 1)])
+@pytest.mark.parametrize("name", EDGES)
+def test_one_query_or_one_key(name, t, s):
+    q, k, v = (random(2, n, 2, 8, seed=n) for n in (t, s, s))
+    inputs = record(q, k, v, **EDGES[name](t, s))
+    cotangents = random(2, t, 2, 8, seed=4), random(2, t, 2, seed=5)
+    agrees_with_tiled(Interpreted(), inputs, *cotangents)
+
+
+@pytree
+class Root(Modifier):
+    """A user's own, infinitely steep at 0: there lie the logits of padding."""
+
+    def apply(self, logits, tile, *operands):
+        return jnp.sign(logits) * jnp.sqrt(jnp.abs(logits))
+
+
+@pytest.mark.parametrize("name", [NAME, "tiled"])
+def test_a_slope_that_is_not_finite_counts_only_where_it_is_seen(name):
+    q, k, v = (random(1, 40, 2, 8, seed=n) for n in range(3))
+    mask = masks.lengths(key=np.array([30]))
+
+    def loss(q, k, v):
+        given = dict(mask=mask, modifiers=[Root()], implementation=name)
+        return (attention(q, k, v, **given) ** 2).sum()
+
+    assert all(np.isfinite(x).all() for x in jax.grad(loss, (0, 1, 2))(q, k, v))
+
+
+#: For the interpreter that simulates memory: one of each way through the kernels.
+SIMULATED = {
+    "full": {},
+    "causal": dict(mask=masks.causal()),
+    "bits": dict(mask=masks.causal() & masks.dense(random(70, 70) > 0)),
+    "documents": dict(mask=masks.documents(np.arange(70) // 30)),
+    "additive": dict(
+        score=scores.additive.init(jax.random.key(0), 16, hidden_size=5, num_heads=2)
+    ),
+    "perceptron": dict(
+        score=scores.mlp.init(jax.random.key(0), 16, hidden_sizes=[5], num_heads=2)
+    ),
+    "alibi": dict(mask=masks.sliding_window(9, 3), modifiers=[modifiers.alibi(2)]),
+    "dropout": dict(dropout_rate=0.2, dropout_rng=jax.random.key(3)),
+}
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_memory_is_read_only_where_it_was_written(name):
+    class Simulated(Interpreted):
+        interpret = pltpu.InterpretParams(
+            detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+        )
+
+    q, k, v = (random(1, 70, 2, 16, seed=n) for n in range(3))
+    inputs = record(q, k, v, **SIMULATED[name])
+    cotangents = random(1, 70, 2, 16, seed=4), random(1, 70, 2, seed=5)
+    agrees_with_tiled(Simulated(), inputs, *cotangents)
+
+
+@pytest.mark.parametrize(("scale", "bounded"), [(0.5, True), (3.0, False)])
+def test_large_logits_go_the_safe_way(scale, bounded):
+    q, k, v = (random(1, 97, 2, 16, seed=n) for n in range(3))
+    q, k = q * scale, k * scale
+    score = scores.dot()
+    wanted = attention_with_stats(q, k, v, score=score, implementation="reference")
+    # Without a running maximum, some of the large ones would be infinite.
+    assert (np.asarray(wanted.lse).max() < 60) == bounded
+    found = attention_with_stats(q, k, v, score=score, implementation=NAME)
+    np.testing.assert_allclose(found.output, wanted.output, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.lse, wanted.lse, rtol=1e-5, atol=1e-5)
+    text = str(jax.make_jaxpr(IMPLEMENTATIONS[NAME].forward)(record(q, k, v)))
+    assert "attnlab_forward_bounded" in text
+    assert "attnlab_forward_online" in text
+
+
+def walk(steps, lead):
+    """Every step that a grid makes, in order."""
+    for example in range(lead[0]):
+        for head in range(lead[1]):
+            for place in np.ndindex(*(int(n) for n in steps.grid)):
+                words = [np.asarray(x) for x in steps.words]
+                yield example, head, steps.at((example, head, *place), words)
+
+
+PLANS = {
+    "full": masks.full(),
+    "causal": masks.causal(),
+    "window": masks.sliding_window(20, 5),
+    "nothing": ~masks.full(),
+    "few": masks.prefix(10) & masks.chunked(30),
+    "per_head": masks.per_head([masks.causal(), masks.full(), masks.prefix(40)] * 2),
+}
+
+
+@pytest.mark.parametrize("segment", [1, 2, 4])
+@pytest.mark.parametrize("name", PLANS)
+def test_the_steps_are_the_plan(name, segment):
+    """Each live block once, with its marks; sums start and end where they should."""
+    mask, t, s, size, group = PLANS[name], 97, 130, 32, 2
+    plan = fit(mask.plan(t, s, block_size=size), (size, size))
+    heads = plan.rows.full.lo.shape[1]
+    for steps, live, outers, group_ in (
+        (by_query(plan), plan.rows, -(-t // size), 1),
+        (by_key(plan, group, segment), plan.cols, -(-s // size), group),
+    ):
+        lists = max(heads // group_, 1)
+        seen, open_sums = [], None
+        for _, head, step in walk(steps, (1, lists)):
+            if step.first:
+                assert open_sums is None
+                open_sums = (head, int(step.segment), int(step.outer))
+            if open_sums is None:  # the list of another head is longer
+                assert not step.active
+                continue
+            assert open_sums == (head, int(step.segment), int(step.outer))
+            if step.active:
+                masked = bool(step.masked)
+                place = head * group_ + int(step.member) if heads > 1 else 0
+                seen.append((place, int(step.outer), int(step.inner), masked))
+                if group_ > 1:
+                    assert int(step.inner) // segment == int(step.segment)
+            if step.last:
+                open_sums = None
+        assert open_sums is None
+        wanted = []
+        for masked, found in enumerate(live):
+            for n in range(heads):
+                for o in range(outers):
+                    bounds = zip(found.lo[0, n, o], found.hi[0, n, o], strict=True)
+                    for lo, hi in bounds:
+                        wanted += [(n, o, i, bool(masked)) for i in range(lo, hi)]
+        times = group_ if heads == 1 else 1
+        assert sorted(seen) == sorted(wanted * times)
+
+
+def test_blocks_that_are_dead_are_not_fetched():
+    plan = masks.sliding_window(64, 0).plan(4096, block_size=128)
+    steps = by_query(fit(plan, (128, 128)))
+    assert steps.grid == (32 + 31,)
+    assert by_key(fit(plan, (128, 128)), 1, 32).grid == (32 + 31,)
+
+
+def test_new_documents_do_not_compile_again():
+    q = random(1, 97, 2, 16)
+    traces = []
+
+    @jax.jit
+    def run(q, ids):
+        traces.append(1)
+        return attention(q, q, q, mask=masks.documents(ids), implementation=NAME)
+
+    for cut in (10, 50, 90):
+        ids = (np.arange(97) >= cut).astype(np.int32)[None]
+        wanted = attention(
+            q, q, q, mask=masks.documents(ids), implementation="reference"
+        )
+        np.testing.assert_allclose(run(q, ids), wanted, rtol=1e-5, atol=1e-5)
+    assert len(traces) == 1
+
+
+def sizes(t, s, head_size=64, of="forward"):
+    class Sized(interpreted.PallasTpu):
+        blocks = Blocks(1024, 1024, 512)
+
+    q = jax.ShapeDtypeStruct((1, t, 1, head_size), jnp.float32)
+    k = jax.ShapeDtypeStruct((1, s, 1, head_size), jnp.float32)
+    _, inputs = canonical(q, k, k, {})
+    return Sized().sizes(inputs, of), Sized().unsupported(inputs)
+
+
+def test_blocks_fit_the_lengths():
+    with on("TPU v5 lite"):
+        assert sizes(4096, 8192) == ((1024, 1024, 512), ())
+        assert sizes(100, 300) == ((128, 384, 384), ())
+        assert sizes(1, 700) == ((128, 768, 128), ())
+
+
+def on(kind):
+    device = jax.sharding.AbstractDevice(kind, 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_blocks_fit_the_memory():
+    with on("TPU v5 lite"):
+        assert sizes(8192, 8192, 256, "backward")[0] == (1024, 1024, 512)
+    with on("TPU v4"):  # 16 MiB
+        smaller, reasons = sizes(8192, 8192, 256, "backward")
+        assert smaller.q * smaller.k < 2**20
+        assert reasons == ()
+        _, reasons = sizes(8192, 8192, 2**14)
+        assert "needs" in reasons[0]
+        assert "MiB of vector memory" in reasons[0]
+
+
+def test_what_needs_too_much_is_refused():
+    x = jax.ShapeDtypeStruct((4, 8192, 8, 64), jnp.bfloat16)
+    shared = modifiers.bias(jnp.zeros((8192, 8192), jnp.bfloat16))
+    with pytest.raises(NotImplementedError, match="gradient of Bias, which all share"):
+        explain(
+            x, x, x, modifiers=[shared], implementation="pallas_tpu", platform="tpu"
+        )
+    unknown = masks.random_blocks(0, 3, 64, 128)
+    assert explain(x, x, x, mask=unknown, platform="tpu").implementation == "pallas_tpu"
+    x = jax.ShapeDtypeStruct((32, 8192, 8, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="bits of the mask"):
+        explain(x, x, x, mask=unknown, implementation="pallas_tpu", platform="tpu")
+
+
+def test_lists_that_scalar_memory_cannot_hold_are_refused():
+    ours = {"implementation": "pallas_tpu", "platform": "tpu"}
+    x = jax.ShapeDtypeStruct((64, 32768, 1, 64), jnp.bfloat16)
+    packed = masks.documents(np.zeros((64, 32768), np.int32))
+    with pytest.raises(NotImplementedError, match="KiB of scalar memory"):
+        explain(x, x, x, mask=packed, **ours)
+    # A structural mask has one list for all, and full attention none.
+    explain(x, x, x, mask=masks.causal(), **ours)
+
+
+def test_the_table_is_read_and_may_be_replaced(tmp_path, monkeypatch):
+    with on("TPU v5 lite"):
+        assert blocks.best(128, "forward") != blocks.CAUTIOUS
+        path = tmp_path / "table.json"
+        path.write_text('{"v5e": {"64": {"forward": [256, 128, 128]}}}')
+        monkeypatch.setenv(blocks.VARIABLE, str(path))
+        assert blocks.best(200, "forward") == (256, 128, 128)
+        assert blocks.best(200, "backward") == blocks.CAUTIOUS
+        broken = tmp_path / "broken.json"
+        broken.write_text("[1]")
+        monkeypatch.setenv(blocks.VARIABLE, str(broken))
+        with pytest.raises(ValueError, match="no table of blocks"):
+            blocks.best(64, "forward")
+    assert blocks.device().kind is None
