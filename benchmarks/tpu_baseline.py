@@ -2,7 +2,10 @@
 
 Compiles a set of kernels for every generation of TPUs, with the TPU's own compiler and
 no TPU (``pip install "attnlab[tpu-aot]"``), and holds cycles, spills and vector memory
-to the file beside the other results: 3 % more of any of them is a failure.
+to the file beside the other results: 3 % more of any of them is a failure. XLA decides
+where a kernel's arrays lie, from what is around it: a kernel reads and writes them
+faster in vector memory. So another program around the same kernel may change cycles and
+memory; its spills stay.
 
     python -m benchmarks.tpu_baseline            compares
     python -m benchmarks.tpu_baseline --write    shows what changed, and writes it down
