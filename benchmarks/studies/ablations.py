@@ -106,7 +106,16 @@ class Task:
             evaluate=MeanLoss(loss, self.batches("dev", causal), self.context.mesh),
             evaluate_every=max(budget.steps // 4, min(3, budget.steps)),
             seed=seed,
+            measure=lambda model, log: self.measure(name, model, log),
         )
+
+    def measure(self, name: str, model: Any, log: list[Json]) -> Json:
+        """Of a trained model."""
+        return {
+            "test_loss": self.test_loss(name, model),
+            "gradient_norm": [gradient_norm(log, s) for s in (0.1, -0.1)],
+            "inside": self.look_inside(name, model)._asdict(),
+        }
 
     def train(self, name: str) -> "Trial | None":
         """A change at its best rate, with every seed; None where runs are left out."""
@@ -199,17 +208,18 @@ def study(context: Context) -> Page | None:
 def _row(task: Task, name: str, trial: Trial) -> Json:
     new: Any = task.make(name)
     new.eval()
-    first = trial.seeds[0]
+    first = trial.seeds[0].summary
+    measured = [t.summary["measured"] for t in trial.seeds]
     seconds = sum(t.summary["seconds"] for t in trial.seeds)
     return {
         "rate": trial.rate,
         "dev_loss": interval([t.summary["best"]["loss"] for t in trial.seeds]),
-        "test_loss": interval([task.test_loss(name, t.model) for t in trial.seeds]),
-        "parameters": first.summary["parameters"],
+        "test_loss": interval([m["test_loss"] for m in measured]),
+        "parameters": first["parameters"],
         "milliseconds_per_step": 1e3
         * seconds
         / sum(t.summary["steps"] for t in trial.seeds),
-        "gradient_norm": [gradient_norm(first, s) for s in (0.1, -0.1)],
+        "gradient_norm": measured[0]["gradient_norm"],
         "untrained": task.look_inside(name, new)._asdict(),
-        "trained": task.look_inside(name, first.model)._asdict(),
+        "trained": measured[0]["inside"],
     }

@@ -13,9 +13,17 @@ from benchmarks.studies.addresses import Addresses, load_addresses
 from benchmarks.studies.batches import Batches, Example
 from benchmarks.studies.corpus import Corpus, load_corpus
 from benchmarks.studies.errors import StudyError
+from benchmarks.studies.ledger import Ledger
 from benchmarks.studies.parallel import make_mesh
 from benchmarks.studies.record import Json
-from benchmarks.studies.training import Place, Run, Trained, finished, train
+from benchmarks.studies.training import (
+    Measure,
+    Place,
+    Run,
+    Trained,
+    finished,
+    train,
+)
 
 
 @dataclasses.dataclass
@@ -53,6 +61,11 @@ class Context:
         """Of what the study's runs leave."""
         return self.out / "runs" / self.name
 
+    @property
+    def ledger(self) -> Ledger:
+        """Of the study's runs that are done."""
+        return Ledger(self.out / f"{self.name}.runs.jsonl")
+
     def shared(self, name: str) -> "Context":
         """The same for runs that several studies share."""
         return dataclasses.replace(self, name=name)
@@ -72,13 +85,29 @@ class Context:
         Raises:
             StudyError: see :func:`~benchmarks.studies.training.train`.
         """
-        trained = self._train(run)
+        self.seen.append(run.name)
+        measure = run.measure
+        trained = self._measure(run, measure) if measure else self._train(run)
         if trained is not None:
             self.best[run.name] = trained.summary["best"]
         return trained
 
+    def _measure(self, run: Run, measure: Measure) -> Trained | None:
+        """The numbers of a run alone, from the ledger if they are there."""
+        # What cannot be kept is better known before hours of training.
+        identity, ledger = run.identity(self.mesh), self.ledger
+        read = self.resume or not self.wants(run.name)
+        summary = ledger.find(identity) if read else None
+        if summary is None:
+            trained = self._train(run)
+            if trained is None:
+                return None
+            measured = measure(trained.model, trained.log)
+            summary = {**trained.summary, "measured": measured}
+            ledger.keep(identity, summary)
+        return Trained(summary, None, [])
+
     def _train(self, run: Run) -> Trained | None:
-        self.seen.append(run.name)
         place = Place(self.folder / run.name, self.mesh, self.console, self.resume)
         if self.wants(run.name):
             return train(run, place)

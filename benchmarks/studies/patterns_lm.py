@@ -121,6 +121,7 @@ class Task:
             evaluate=self._evaluate,
             evaluate_every=max(steps // 4, min(3, steps)),
             seed=seed,
+            measure=lambda model, _: {} if short else self.on_test(model),
         )
 
     def masks(self, pattern: str, seed: int = 0) -> list[Mask]:
@@ -151,30 +152,25 @@ class Task:
         done = sum(p.flops_forward_executed + p.flops_backward_executed for p in prices)
         return useful / length, done / length
 
-    def on_test(self, model: Any) -> "OnTest":
-        """Loss and accuracy on the test documents."""
+    def on_test(self, model: Any) -> Json:
+        """Loss and accuracy on the test documents.
+
+        Returns:
+            ``loss`` a token, ``accuracy``: the share of tokens of which the right one
+            is the most probable, ``by_position``: ``[position, loss]`` in each part of
+            the context.
+        """
         sums = over_batch(_by_position, self.context.mesh)
         rows = [np.asarray(sums(model, batch), np.float64) for batch in self.test]
         total, hits, count = np.concatenate(rows).sum(0)
         loss, accuracy = total.sum() / count.sum(), hits.sum() / count.sum()
         total, count = (x.reshape(PARTS, -1).sum(1) for x in (total, count))
         middle = (np.arange(PARTS) + 0.5) * self.budget.length / PARTS
-        curve = zip(middle.tolist(), (total / count).tolist(), strict=True)
-        return OnTest(float(loss), float(accuracy), list(curve))
-
-
-class OnTest(NamedTuple):
-    """How a model does on documents that nobody has seen.
-
-    Attributes:
-        loss: a token.
-        accuracy: share of tokens of which the right one is the most probable.
-        by_position: (position, loss) in each part of the context.
-    """
-
-    loss: float
-    accuracy: float
-    by_position: list[tuple[float, float]]
+        return {
+            "loss": float(loss),
+            "accuracy": float(accuracy),
+            "by_position": np.stack([middle, total / count], 1).tolist(),
+        }
 
 
 def _by_position(model: Any, batch: Any) -> jax.Array:
@@ -252,7 +248,7 @@ def results_of(task: Task, found: Runs) -> list[Json]:
     """A row for each pattern, best first."""
     seconds = task.step_seconds(found.chosen.rate)
     tests = {
-        name: {seed: task.on_test(t.model) for seed, t in runs.items()}
+        name: {seed: t.summary["measured"] for seed, t in runs.items()}
         for name, runs in found.by_pattern.items()
     }
     rows: list[Json] = []
@@ -260,7 +256,8 @@ def results_of(task: Task, found: Runs) -> list[Json]:
         useful, executed = task.attention_flops(name)
         own, full = tests[name], tests["full"]
         # A seed gives all patterns the same data in the same order.
-        apart = [own[seed].loss - full[seed].loss for seed in own if seed in full]
+        curve = np.mean([t["by_position"] for t in own.values()], 0)
+        apart = [own[s]["loss"] - full[s]["loss"] for s in own if s in full]
         rows.append({
             "pattern": name,
             "density": float(
@@ -268,10 +265,10 @@ def results_of(task: Task, found: Runs) -> list[Json]:
             ),
             "seeds": len(runs),
             "dev_loss": interval([t.summary["best"]["loss"] for t in runs.values()]),
-            "test_loss": interval([t.loss for t in own.values()]),
+            "test_loss": interval([t["loss"] for t in own.values()]),
             "against_full": interval(apart),
-            "test_accuracy": interval([100 * t.accuracy for t in own.values()]),
-            "by_position": np.mean([t.by_position for t in own.values()], 0).tolist(),
+            "test_accuracy": interval([100 * t["accuracy"] for t in own.values()]),
+            "by_position": curve.tolist(),
             "seconds_per_step": seconds[name],
             "minutes": runs[0].summary["seconds"] / 60,
             "speed_against_full": seconds["full"] / seconds[name],

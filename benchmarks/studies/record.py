@@ -39,6 +39,30 @@ def fingerprint(*trees: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def same_run(found: Json, identity: Json, where: str) -> None:
+    """Is what was found the run that is asked for?
+
+    Args:
+        found: what was written of its identity.
+        identity: as asked for.
+        where: it was found.
+
+    Raises:
+        StudyError: if it is not.
+    """
+    wanted = json.loads(as_json(identity))
+    if found == wanted:
+        return
+    differences = "; ".join(
+        f"{name} was {_short(old)}, is {_short(new)}"
+        for name, old, new in _differences(found, wanted)
+    )
+    raise StudyError(
+        f"{where} holds a run of another config ({differences}); run without --resume "
+        "to train it anew, or give another --out"
+    )
+
+
 class Record:
     """The folder of one run.
 
@@ -85,17 +109,8 @@ class Record:
         found = read_json(self.folder / "config.json")
         if found is None:
             return False
-        wanted = json.loads(as_json(identity))
-        if found == wanted:
-            return True
-        differences = "; ".join(
-            f"{name} was {_short(old)}, is {_short(new)}"
-            for name, old, new in _differences(found, wanted)
-        )
-        raise StudyError(
-            f"{self.folder} holds a run of another config ({differences}); run without "
-            "--resume to train it anew, or give another --out"
-        )
+        same_run(found, identity, str(self.folder))
+        return True
 
     def summary(self) -> Json | None:
         """Of a run that reached its end."""

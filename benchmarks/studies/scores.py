@@ -1,6 +1,6 @@
 """Which function should compare decoder and encoder, and how large should it be?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ from benchmarks.studies.batches import Batch
 from benchmarks.studies.context import Context
 from benchmarks.studies.page import Chart, Page, Table, cost_of, lines
 from benchmarks.studies.parallel import over_batch
+from benchmarks.studies.record import Json
 from benchmarks.studies.scoring import score
-from benchmarks.studies.training import Trained
 from benchmarks.studies.translate import counts_of
 from benchmarks.studies.translation_runs import Budget, Task
 from benchmarks.studies.translators import Sizes
@@ -152,9 +152,9 @@ def sharpness(task: Task, model: Any) -> tuple[float, float]:
     return float(spread / count), float(entropy / count)
 
 
-def gradient_norm(trained: Trained, share: float) -> float:
-    """Median over the first (or, with a negative share, the last) steps."""
-    norms = [line["gradient_norm"] for line in trained.log if "gradient_norm" in line]
+def gradient_norm(log: Iterable[Json], share: float) -> float:
+    """Median over the first (or, with a negative share, the last) steps of a run."""
+    norms = [line["gradient_norm"] for line in log if "gradient_norm" in line]
     count = max(int(abs(share) * len(norms)), 1)
     return float(np.median(norms[:count] if share > 0 else norms[-count:]))
 
@@ -200,7 +200,7 @@ def study(context: Context) -> Page | None:
             "bleu": bleu._asdict(),
             "logit_deviation": [before[0], after[0]],
             "relative_entropy": [before[1], after[1]],
-            "gradient_norm": [gradient_norm(trained, s) for s in (0.1, -0.1)],
+            "gradient_norm": [gradient_norm(trained.log, s) for s in (0.1, -0.1)],
         }
         results.append(result)
         rows.append([

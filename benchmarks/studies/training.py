@@ -31,6 +31,9 @@ from benchmarks.studies.step import State, Step
 #: Of what is on disk; another one is another config.
 FORMAT = 1
 
+#: ``measure(model, log)``, of a run that is done.
+Measure = Callable[[nnx.Module, list[Json]], Json]
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -51,6 +54,9 @@ class Run:
         best: which of the numbers says what the best checkpoint is.
         higher_is_better: whether it does so by being high.
         seed: of dropout.
+        measure: numbers of the best model and the log, for a page that needs no more;
+            they are kept, see :class:`~benchmarks.studies.ledger.Ledger`. None: the
+            page needs the model.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Run:
     best: str = "loss"
     higher_is_better: bool = False
     seed: int = 0
+    measure: Measure | None = None
 
     def parameters(self) -> str:
         """Names and shapes of the model's, in short."""
@@ -93,13 +100,14 @@ class Trained(NamedTuple):
     """A run that reached its end.
 
     Attributes:
-        summary: as ``summary.json`` has it.
-        model: with the parameters of the best evaluation, dropout off.
-        log: of every step and evaluation.
+        summary: as ``summary.json`` has it; ``measured`` is what ``Run.measure`` said.
+        model: with the parameters of the best evaluation, dropout off; None where
+            ``Run.measure`` is there, instead of it.
+        log: of every step and evaluation; empty where there is no model.
     """
 
     summary: Json
-    model: nnx.Module
+    model: Any
     log: list[Json]
 
 

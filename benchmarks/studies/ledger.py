@@ -1,0 +1,75 @@
+"""Finished runs in one small file: a table may be filled in several sittings."""
+
+import json
+from pathlib import Path
+
+from attnlab.bench.files import write_atomically
+from benchmarks.studies.errors import StudyError
+from benchmarks.studies.record import Json, same_run
+
+
+class Ledger:
+    """What a page needs of each run that is done, a line each; no model is needed.
+
+    Where folders of runs are lost, or were left on another machine, these runs need not
+    be trained again.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path):
+        """Reads what is there.
+
+        Raises:
+            StudyError: if that is not what was written.
+        """
+        self.path, self._lines = path, _read(path)
+
+    def find(self, identity: Json) -> Json | None:
+        """The summary of a run.
+
+        Args:
+            identity: see :meth:`~benchmarks.studies.training.Run.identity`.
+
+        Raises:
+            StudyError: if there is one of that name with another config.
+        """
+        known = self._lines.get(identity["name"])
+        if known is None:
+            return None
+        same_run(known["identity"], identity, f"{self.path}: {identity['name']}")
+        return known["summary"]
+
+    def keep(self, identity: Json, summary: Json) -> None:
+        """Writes a run down, in the place of an earlier one of its name.
+
+        Raises:
+            StudyError: if the file cannot be written to; it stays as it was.
+        """
+        self._lines[identity["name"]] = {"identity": identity, "summary": summary}
+        lines = (json.dumps(x, allow_nan=False) + "\n" for x in self._lines.values())
+        try:
+            write_atomically(self.path, "".join(lines).encode())
+        except OSError as error:
+            raise StudyError(
+                f"{self.path} cannot be written to ({error.strerror}); the run itself "
+                "is kept: make room and go on with --resume"
+            ) from error
+
+
+def _read(path: Path) -> dict[str, Json]:
+    """By name of the run."""
+    found: dict[str, Json] = {}
+    if not path.exists():
+        return found
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            found[line["identity"]["name"]] = line
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(
+                f"{path}: line {number} is not what was written there; mend or remove "
+                "it"
+            ) from error
+    return found
