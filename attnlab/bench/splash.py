@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from attnlab.bench.cases import WINDOW
+from attnlab.implementations.pallas_tpu.blocks import Blocks
 from attnlab.implementations.splash import block_sizes
 
 #: Patterns that it evaluates in the kernel, as ours does.
@@ -39,7 +40,7 @@ def expresses(pattern: str, score: str) -> bool:
 def every_block(
     pattern: str,
     length: int,
-    blocks: tuple[int, int],
+    blocks: Blocks,
     *,
     masked: bool,
     fused: bool,
@@ -49,7 +50,7 @@ def every_block(
     Args:
         pattern: one that it expresses.
         length: T and S.
-        blocks: queries and keys in a block.
+        blocks: sizes.
         masked: whether each block is masked.
         fused: whether its backward pass is one kernel.
     """

@@ -7,6 +7,7 @@ are comes from the plan. These are estimates: for ratios, not times.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -251,24 +252,33 @@ def splash_per_block(
     masked: bool,
     cache: Path | None = None,
 ) -> float | None:
-    """What a block of JAX's splash attention costs, the cheaper of its ways."""
+    """What a block of JAX's splash attention costs, the cheapest of its ways.
+
+    They are: as many keys at once as ours or all, and a backward pass in one kernel or
+    in two.
+    """
     found = []
-    for fused in (False, True) if of == "backward" else (False,):
+    each = math.lcm(blocks.q, blocks.k)
+    many = each // blocks.q * (each // blocks.k)
+    chunks = dict.fromkeys((blocks.chunk, blocks.k))
+    ways = itertools.product(chunks, {False, of == "backward"})
+    for chunk, fused in ways:
+        sizes = blocks._replace(chunk=chunk)
 
         def make(
-            side: int, fused: bool = fused
+            side: int, sizes: Blocks = sizes, fused: bool = fused
         ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-            length = blocks.q * side
+            length = each * side
             shape = jax.ShapeDtypeStruct((1, length, spec.head_size), spec.dtype)
             attend = splash.every_block(
-                spec.pattern, length, (blocks.q, blocks.q), masked=masked, fused=fused
+                spec.pattern, length, sizes, masked=masked, fused=fused
             )
             return the_pass(attend, of), (shape,) * 3
 
         name = "splash_mha_fwd" if of == "forward" else "splash_mha_d"
         cycles = _slope(make, name, of, target, cache).cycles
         if cycles is not None:
-            found.append(cycles * blocks.k / blocks.q)
+            found.append(cycles / many)
     return min(found, default=None)
 
 

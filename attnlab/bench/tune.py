@@ -27,8 +27,9 @@ it where {VARIABLE} names the file. "here" is the TPU of this machine, measured;
 target is one that need not be here, by its compiler's static cycles."""
 
 HERE = "here"
-#: What is tried: queries, keys, and keys at once.
-_SIZES, _KEYS, _CHUNKS = (512, 1024, 2048), (512, 1024, 2048), (256, 512)
+#: What is tried: queries, keys, and keys at once. Of more queries the compiler needs
+#: minutes, and each attention of a model would.
+_SIZES, _KEYS, _CHUNKS = (512, 1024), (512, 1024, 2048), (256, 512)
 
 #: ``measure(blocks) -> cost of a pair``, None where they do not work.
 Measure = Callable[[Blocks], float | None]

@@ -93,8 +93,15 @@ class Splash(Implementation):
         )
 
 
-def block_sizes(q: int, k: int, fused: bool = False) -> Any:
-    """The same sizes for each of its kernels; ``fused``: one for the backward pass."""
+def block_sizes(q: int, k: int, chunk: int | None = None, fused: bool = False) -> Any:
+    """The same sizes for each of its kernels.
+
+    Args:
+        q: queries.
+        k: keys.
+        chunk: keys that are computed at once; None: all.
+        fused: one kernel for the backward pass.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
     )
@@ -103,8 +110,10 @@ def block_sizes(q: int, k: int, fused: bool = False) -> Any:
     return splash.BlockSizes(
         block_q=q,
         block_kv=k,
+        block_kv_compute=chunk,
         block_q_dkv=q,
         block_kv_dkv=k,
+        block_kv_dkv_compute=chunk,
         use_fused_bwd_kernel=fused,
         **alone,
     )

@@ -15,7 +15,7 @@ from attnlab.bench.deviceless import schedules, vector_memory
 from attnlab.bench.targets import TARGETS, Kernel, Study, study
 from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.pallas_tpu.blocks import Blocks
-from benchmarks import tpu_baseline
+from benchmarks import tpu, tpu_baseline
 from tests.implementations import interpreted
 
 needs_compiler = pytest.mark.skipif(
@@ -292,3 +292,57 @@ def test_short_sides_are_counted_in_the_blocks_that_they_get(monkeypatch):
     assert row.blocks == (256, 256, 256)
     assert row.full + row.partial == 1
     assert row.bounds["function unit"] == 256 * 256 / 1024
+
+
+@pytest.mark.parametrize("of", ["forward", "backward"])
+def test_blocks_need_not_be_square(of, monkeypatch):
+    """A pair costs 3 cycles of ours, 4 of the other's, however pairs are cut."""
+    ours, splash = {
+        "forward": ("attnlab_forward_bounded", "splash_mha_fwd"),
+        "backward": ("attnlab_backward", "splash_mha_dq"),
+    }[of]
+    costs = {ours: lambda n: 50 + 3 * n * n, splash: lambda n: 90 + 4 * n * n}
+    monkeypatch.setattr(static, "study", told(costs))
+    spec = Spec(dtype="bfloat16", head_size=64)
+    for blocks in (Blocks(512, 1024, 256), Blocks(256, 128, 128)):
+        pairs = blocks.q * blocks.k
+        for measure, each in ((static.per_block, 3), (static.splash_per_block, 4)):
+            found = measure(spec, blocks, of, "tpu:v5e", masked=False)
+            assert getattr(found, "cycles", found) == each * pairs
+
+
+def test_each_kernel_is_shown_at_its_best_blocks(monkeypatch, tmp_path, capsys):
+    costs = {
+        tpu.by_cycles: {Blocks(512, 512, 512): 6.0, Blocks(1024, 512, 512): 3.0},
+        tpu.by_splash: {Blocks(512, 512, 512): 4.0, Blocks(1024, 512, 512): 5.0},
+    }
+    for measure, found in costs.items():
+        monkeypatch.setattr(
+            tpu,
+            measure.__name__,
+            lambda spec, of, target, blocks, found=found: found.get(blocks),
+        )
+    names = {
+        "attnlab_forward_bounded": lambda n: 2 * n * n,
+        "attnlab_backward": lambda n: 2 * n * n,
+        "splash_mha_fwd": lambda n: 8 * n * n,
+        "splash_mha_dq": lambda n: 8 * n * n,
+    }
+    monkeypatch.setattr(static, "study", told(names))
+    out = ["--out", str(tmp_path)]
+    options = ["tpu", "--target", "tpu:v6e", "--head-size", "64", *out]
+    monkeypatch.setattr("sys.argv", options)
+    tpu.main()
+    content = json.loads((tmp_path / "tpu.json").read_text())
+    assert [row["pass"] for row in content["inner"]] == ["forward", "backward"]
+    for row in content["inner"]:
+        assert row["ours"] == {"blocks": [1024, 512, 512], "cycles_per_pair": 3}
+        assert row["splash"] == {"blocks": [512, 512, 512], "cycles_per_pair": 4}
+        assert row["ratio"] == 0.75
+        for told_of in row["masks"].values():
+            assert told_of == {"partial_over_full": 1, "ratio_to_splash": 0.25}
+    pairs = 2 * 1024  # of additive scores: cycles a pair, pairs a cycle
+    assert [row["over_bound"] for row in content["additive"]] == [
+        pytest.approx(pairs / functions) for functions in (1 + 64, 1 + 2 * 64)
+    ]
+    assert "0.75x splash" in capsys.readouterr().out
