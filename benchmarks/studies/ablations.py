@@ -210,15 +210,11 @@ def _row(task: Task, name: str, trial: Trial) -> Json:
     new.eval()
     first = trial.seeds[0].summary
     measured = [t.summary["measured"] for t in trial.seeds]
-    seconds = sum(t.summary["seconds"] for t in trial.seeds)
     return {
         "rate": trial.rate,
         "dev_loss": interval([t.summary["best"]["loss"] for t in trial.seeds]),
         "test_loss": interval([m["test_loss"] for m in measured]),
         "parameters": first["parameters"],
-        "milliseconds_per_step": 1e3
-        * seconds
-        / sum(t.summary["steps"] for t in trial.seeds),
         "gradient_norm": measured[0]["gradient_norm"],
         "untrained": task.look_inside(name, new)._asdict(),
         "trained": measured[0]["inside"],

@@ -1,6 +1,7 @@
 """What a study is given: options, a place to train, data."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
+from attnlab.bench.timing import Repeats, interleave
 from benchmarks.studies.addresses import Addresses, load_addresses
 from benchmarks.studies.batches import Batches, Example
 from benchmarks.studies.corpus import Corpus, load_corpus
@@ -16,6 +18,7 @@ from benchmarks.studies.errors import StudyError
 from benchmarks.studies.ledger import Ledger
 from benchmarks.studies.parallel import make_mesh
 from benchmarks.studies.record import Json
+from benchmarks.studies.step import Step
 from benchmarks.studies.training import (
     Measure,
     Place,
@@ -127,6 +130,19 @@ class Context:
         found = {run.name: self.train(run) for run in runs}
         done = {name: trained for name, trained in found.items() if trained is not None}
         return done if len(done) == len(found) else None
+
+    def step_seconds(self, runs: Iterable[Run]) -> dict[str, float]:
+        """Of a training step of each run, one beside the other: the machine varies.
+
+        Returns:
+            Medians, by name of the run.
+        """
+        calls = {}
+        for run in runs:
+            step = Step(run.make_model(), run.loss, run.optimiser, run.seed, self.mesh)
+            calls[run.name] = functools.partial(step, run.batch_at(0), 0)
+        rounds = Repeats(3, 3) if self.quick else Repeats(7, 7)
+        return {name: t.median for name, t in interleave(calls, rounds).items()}
 
     def corpus(self, **options: Any) -> Corpus:
         """Parallel text: the table of ``--pairs``, or the verses.

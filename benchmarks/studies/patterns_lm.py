@@ -1,6 +1,5 @@
 """Do sparse patterns do well on long text, and what do they save?"""
 
-import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import numpy as np
 from flax import nnx
 
 from attnlab import cost
-from attnlab.bench.timing import Repeats, interleave
 from attnlab.masks import Mask
 from benchmarks.studies.context import Context
 from benchmarks.studies.evaluation import MeanLoss
@@ -30,7 +28,6 @@ from benchmarks.studies.page import Page, interval
 from benchmarks.studies.parallel import over_batch
 from benchmarks.studies.patterns_page import page
 from benchmarks.studies.record import Json, fingerprint
-from benchmarks.studies.step import Step
 from benchmarks.studies.stretches import Stretches
 from benchmarks.studies.sweep import Chosen, train_at_best_rate
 from benchmarks.studies.training import Run, Trained
@@ -131,16 +128,10 @@ class Task:
         return layer_masks(name, length, layers, self.causal, seed)
 
     def step_seconds(self, rate: float) -> dict[str, float]:
-        """Of a step with each pattern, one beside the other: the machine varies."""
-        calls = {}
-        for pattern in self.names:
-            run = self.run(pattern, pattern, rate)
-            step = Step(
-                run.make_model(), loss, run.optimiser, run.seed, self.context.mesh
-            )
-            calls[pattern] = functools.partial(step, run.batch_at(0), 0)
-        rounds = Repeats(3, 3) if self.context.quick else Repeats(7, 7)
-        return {name: t.median for name, t in interleave(calls, rounds).items()}
+        """Of a step with each pattern."""
+        runs = [self.run(pattern, pattern, rate) for pattern in self.names]
+        found = self.context.step_seconds(runs)
+        return dict(zip(self.names, found.values(), strict=True))
 
     def attention_flops(self, pattern: str) -> tuple[float, float]:
         """Of a training step a token, useful and executed, all layers together."""

@@ -169,15 +169,17 @@ def study(context: Context) -> Page | None:
         for name in SCORES
         for size in ((states,) if name == "general" else attention_sizes)
     ]
-    found = context.train_all(
+    runs = [
         task.run(f"{name.replace(' ', '-')}/{size}", model_maker(name, size), RATE)
         for name, size in each
-    )
+    ]
+    found = context.train_all(runs)
     if found is None:
         return None
+    seconds = context.step_seconds(runs)
     references = [p.target for p in task.corpus.split.test]
     rows, results = [], []
-    for (name, size), trained in zip(each, found.values(), strict=True):
+    for (name, size), (run, trained) in zip(each, found.items(), strict=True):
         make, sizes = model_maker(name, size), task.sizes
         new = make(task.corpus.vocabulary.size, sizes, nnx.Rngs(0))
         new.eval()
@@ -193,9 +195,7 @@ def study(context: Context) -> Page | None:
             "attention_size": size,
             "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(own))),
             "flops_per_pair": price.flops_per_pair,
-            "milliseconds_per_step": 1e3
-            * trained.summary["seconds"]
-            / trained.summary["steps"],
+            "milliseconds_per_step": 1e3 * seconds[run],
             "dev_loss": trained.summary["best"]["loss"],
             "bleu": bleu._asdict(),
             "logit_deviation": [before[0], after[0]],
@@ -245,7 +245,8 @@ def study(context: Context) -> Page | None:
             Table(
                 f"One run each at a rate of {RATE:g}; {counts_of(task)}. Deviation of "
                 "logits and relative entropy of weights: untrained → trained; gradient "
-                "norm: median of the first → of the last tenth of the steps.",
+                "norm: median of the first → of the last tenth of the steps. Steps are "
+                "timed in turn, on the same batch.",
                 [
                     "score",
                     "size",

@@ -242,7 +242,7 @@ void backward_keys(const Problem& c, int64_t b, int64_t kh, int64_t slice) {
 
   static thread_local Buffer<NetworkGradients> heads;
   static thread_local Buffer<float> unused;
-  Network network;
+  Network network{};
   NetworkGradients* d_network = heads.get(c.group);
   if (c.score != kInner) {
     network = network_of(c, w.network, b, kh * c.group);

@@ -149,7 +149,7 @@ void forward_rows(const Problem& c, int64_t b, int64_t n, int64_t r) {
     to_lanes(rows, stride, c.P, s.q);
     s.sums.reset();
   }
-  Network network;
+  Network network{};
   if (c.score != kInner) network = network_of(c, w.network, b, n);
   float* tile = w.tile.get(kTile);
   E* probs = w.probs.get(kTile);
