@@ -10,7 +10,7 @@ from flax import nnx
 
 from attnlab import Score, nn, scores
 from attnlab.nn.parameters import as_arrays, as_params
-from attnlab.types import pytree
+from attnlab.types import pytree, static
 from benchmarks.studies.batches import Batch
 from benchmarks.studies.context import Context
 from benchmarks.studies.page import Chart, Page, Table, cost_of, lines
@@ -30,8 +30,9 @@ RATE = 4e-3
 ATTENTION_SIZES = (64, 256, 1024)
 #: Units of the second hidden layer of the perceptron.
 SECOND = 32
-#: Logits are divided by it to be read from weights: none of those is then rounded to 0.
-HEAT = 64.0
+#: Logits are divided by one of them to be read from weights: the first with which none
+#: of those is rounded to 0. With a greater one than it takes, small logits are rounded.
+HEATS = (64.0, 8192.0)
 
 Make = Callable[[Any, int, int, int], Any]
 
@@ -88,13 +89,14 @@ def model_maker(name: str, attention_size: int) -> Callable[..., Any]:
 
 @pytree
 class Heated(Score):
-    """A score divided by ``HEAT``."""
+    """A score divided by a number."""
 
     score: Score
+    heat: float = static()
 
     def project_query(self, query: jax.Array) -> jax.Array:
         query = self.score.project_query(query)
-        return query / HEAT if self.is_inner_product else query
+        return query / self.heat if self.is_inner_product else query
 
     def project_key(self, key: jax.Array) -> jax.Array:
         return self.score.project_key(key)
@@ -103,18 +105,18 @@ class Heated(Score):
         return self.score.pair_params()
 
     def compare(self, params: Any, query: jax.Array, key: jax.Array) -> jax.Array:
-        return self.score.compare(params, query, key) / HEAT
+        return self.score.compare(params, query, key) / self.heat
 
     @property
     def is_inner_product(self) -> bool:
         return self.score.is_inner_product
 
 
-def heated(model: Any) -> Any:
-    """The same decoder, whose logits are divided by ``HEAT``."""
+def heated(model: Any, heat: float) -> Any:
+    """The same decoder, whose logits are divided by a number."""
     model = nnx.clone(model)
     attention = model.decoder.attention
-    attention.score = nnx.data(as_params(Heated(as_arrays(attention.score))))
+    attention.score = nnx.data(as_params(Heated(as_arrays(attention.score), heat)))
     return model
 
 
@@ -130,12 +132,16 @@ def shape_of(model: Any, batch: Batch) -> jax.Array:
             batch.source, batch.target[:, :-1], source_lengths=batch.source_lengths
         )[1]
 
-    weights, flat = weights_of(model), weights_of(heated(model))
+    weights = weights_of(model)
     length = batch.source_lengths[:, None]
     seen = (jnp.arange(weights.shape[-1]) < length)[:, None]
-    # Logits, but for a number that all of a row share.
-    logits = HEAT * jnp.log(jnp.where(seen, flat, 1))
-    spread = logits.std(-1, where=seen)
+    spread = jnp.full(weights.shape[:-1], -jnp.inf)
+    for heat in HEATS:
+        flat = jnp.where(seen, weights_of(heated(model, heat)), 1)
+        # Logits, but for a number that all of a row share; -inf where one is cut.
+        logits = heat * jnp.log(flat)
+        found = jnp.where(flat.min(-1) > 0, logits.std(-1, where=seen), -jnp.inf)
+        spread = jnp.where(jnp.isfinite(spread), spread, found)
     entropy = jax.scipy.special.entr(weights).sum(-1) / jnp.log(jnp.maximum(length, 2))
     real = jnp.arange(spread.shape[1]) < batch.target_lengths[:, None] - 1
     return jnp.stack(

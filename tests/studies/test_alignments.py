@@ -113,7 +113,7 @@ def test_sentences_shown_are_short_and_others_differ_from_them():
     assert sorted(others) == sorted(pairs[1:3])
 
 
-@pytest.mark.parametrize("size", [1, 60])
+@pytest.mark.parametrize("size", [1, 60, 2000])
 @pytest.mark.parametrize("name", ["dot", "additive"])
 def test_sharpness(name, size):
     """Of weights that softmax rounds to zero, too."""
