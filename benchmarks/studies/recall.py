@@ -100,6 +100,7 @@ class Task:
             steps=self.steps,
             evaluate=MeanLoss(loss, dev, self.context.mesh),
             evaluate_every=max(self.steps // 5, min(3, self.steps)),
+            measure=lambda model, _: {"accuracy": self.accuracy(model)},
         )
 
     def train(self) -> dict[str, Trained] | None:
@@ -107,11 +108,18 @@ class Task:
         dev = [b for batches in self.apart(DEV, "dev").values() for b in batches]
         return self.context.train_all(self.run(p, dev) for p in self.patterns)
 
-    def accuracy(self, model: Any, batches: Sequence[Stretch]) -> float:
-        """Share of questions that are answered right."""
+    def tests(self) -> dict[tuple[int, int], list[Stretch]]:
+        """Batches to report, by distance."""
+        return self.apart(TESTED, "test")
+
+    def accuracy(self, model: Any) -> list[float]:
+        """Share of the questions of :meth:`tests` that are answered right."""
         counts = over_batch(_counts, self.context.mesh)
-        rows = np.concatenate([np.asarray(counts(model, b)) for b in batches])
-        return float(rows[:, 0].sum() / rows[:, 1].sum())
+        found = []
+        for batches in self.tests().values():
+            rows = np.concatenate([np.asarray(counts(model, b)) for b in batches])
+            found.append(float(rows[:, 0].sum() / rows[:, 1].sum()))
+        return found
 
     def predicted(
         self, pattern: str, batches: Sequence[Stretch]
@@ -157,7 +165,7 @@ def half_width(share: float, count: int) -> float:
 
 def recall_rows(task: Task, found: dict[str, Trained]) -> list[Json]:
     """Accuracy by distance, and what the graph says of it."""
-    tests = task.apart(TESTED, "test")
+    tests = task.tests()
     rows: list[Json] = []
     for pattern, trained in zip(task.patterns, found.values(), strict=True):
         masks = task.masks(pattern)
@@ -165,9 +173,9 @@ def recall_rows(task: Task, found: dict[str, Trained]) -> list[Json]:
         pairs = task.length * (task.length - 1)
         connected = reach_through(masks, task.length).sum() - task.length
         at = []
-        for distances, batches in tests.items():
+        shares = trained.summary["measured"]["accuracy"]
+        for (distances, batches), measured in zip(tests.items(), shares, strict=True):
             asked = int(sum(np.asarray(b.counted).sum() for b in batches))
-            measured = task.accuracy(trained.model, batches)
             predicted, most = task.predicted(pattern, batches)
             half = half_width(measured, asked)
             at.append({
@@ -191,11 +199,11 @@ def recall_rows(task: Task, found: dict[str, Trained]) -> list[Json]:
 
 def list_rows(task: Task, found: dict[str, Trained]) -> tuple[list[Json], float]:
     """Accuracy on ListOps, and that of the commonest answer alone."""
-    (batches,) = task.apart(TESTED, "test").values()
+    (batches,) = task.tests().values()
     answers = np.concatenate([b.labels[np.asarray(b.counted)] for b in batches])
     rows: list[Json] = []
     for pattern, trained in zip(task.patterns, found.values(), strict=True):
-        share = task.accuracy(trained.model, batches)
+        (share,) = trained.summary["measured"]["accuracy"]
         rows.append({
             "pattern": pattern,
             "accuracy": share,
