@@ -6,9 +6,11 @@ the same sizes of blocks. What was compiled is kept, so that a second call goes 
 the first was stopped.
 """
 
+import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,8 +20,8 @@ from rich.progress import track
 from attnlab.bench.cases import Spec
 from attnlab.bench.options import whole
 from attnlab.bench.static import least, per_block, projected_size, row, splash_per_block
-from attnlab.bench.targets import TARGETS
-from attnlab.bench.tune import by_cycles, candidates
+from attnlab.bench.targets import TARGETS, CompilerMissing
+from attnlab.bench.tune import best_of, by_cycles, candidates
 from attnlab.implementations.pallas_tpu.blocks import Blocks
 from benchmarks.common import parser, write
 
@@ -46,37 +48,28 @@ def by_splash(spec: Spec, of: str, target: str, blocks: Blocks) -> float | None:
     return None if found is None else found / (blocks.q * blocks.k)
 
 
-def cheapest(
-    measure: Callable[[Blocks], float | None], sizes: list[Blocks], label: str
-) -> tuple[Blocks, float] | None:
-    """The best sizes and what a pair costs; None: nothing works."""
-    console = Console(stderr=True)
-    tried = track(sizes, label, console=console, transient=True)
-    costs = {blocks: measure(blocks) for blocks in tried}
-    known = {blocks: cost for blocks, cost in costs.items() if cost is not None}
-    if not known:
-        return None
-    best = min(known, key=lambda blocks: known[blocks])
-    return best, known[best]
-
-
 def rows(
     targets: list[str], head_sizes: list[int], quick: bool
 ) -> Iterator[dict[str, Any]]:
     """Of each TPU, head size and pass: full blocks, then what masks add."""
-    sizes = list(candidates())[:1] if quick else list(candidates())
+    sizes = candidates()[:1] if quick else candidates()
+    console = Console(stderr=True)
     for target in targets:
         for head_size in head_sizes:
             for of in PASSES[:1] if quick else PASSES:
                 spec, label = spec_of(head_size), f"{target} {of} {head_size}"
                 found = {
-                    name: cheapest(
-                        functools.partial(measure, spec, of, target), sizes, label
+                    name: best_of(
+                        functools.partial(measure, spec, of, target),
+                        track(
+                            sizes, f"{label}, {name}", console=console, transient=True
+                        ),
                     )
                     for name, measure in (("ours", by_cycles), ("splash", by_splash))
                 }
                 ours, splash = found["ours"], found["splash"]
                 if ours is None:
+                    print(f"{label}: the compiler tells no cycles")
                     continue
                 yield {
                     "target": target,
@@ -130,6 +123,14 @@ def main() -> None:
     options.add_argument("--head-size", nargs="+", type=whole(1), default=[128, 64])
     given = options.parse_args()
     jax.config.update("jax_platforms", "cpu")
+    try:
+        study_all(given)
+    except CompilerMissing as error:
+        sys.exit(f"benchmarks.tpu: {error}")
+
+
+def study_all(given: argparse.Namespace) -> None:
+    """Says and writes each row as it comes."""
     inner, hidden = [], []
     for each in rows(given.target, given.head_size, given.quick):
         inner.append(each)

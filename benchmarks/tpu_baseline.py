@@ -28,7 +28,7 @@ from attnlab import attention
 from attnlab.bench.cases import Spec
 from attnlab.bench.files import write_atomically
 from attnlab.bench.static import problem, sized, the_pass
-from attnlab.bench.targets import TARGETS, Study, study
+from attnlab.bench.targets import TARGETS, CompilerMissing, Study, study
 from attnlab.implementations.pallas_tpu.blocks import Blocks
 
 FILE = Path(__file__).parent / "results" / "tpu_baseline.json"
@@ -112,7 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     now: dict[str, Any] = {}
     each = [(target, name) for target in given.target for name in KERNELS]
     for target, name in track(each, console=Console(stderr=True), transient=True):
-        now.setdefault(target, {})[name] = numbers(compiled(name, target))
+        try:
+            now.setdefault(target, {})[name] = numbers(compiled(name, target))
+        except CompilerMissing as error:
+            console.print(f"benchmarks.tpu_baseline: {error}", markup=False)
+            return 1
     known = {target: before.get(target) for target in given.target}
     now["versions"] = compilers()
     if before.get("versions") not in (None, now["versions"]):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from attnlab.bench import show, static_cli, tune
 from attnlab.bench.options import Options, add_arguments, read
+from attnlab.bench.targets import CompilerMissing
 
 _DESCRIPTION = """\
 Measures attention on this machine, on real text: every pattern, score and
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "tune":
             return tune.command(given)
         return bench_command(read(bench, given), ["attnlab", *arguments])
+    except CompilerMissing as error:
+        parser.exit(1, f"attnlab {given.command}: {error}\n")
     except KeyboardInterrupt:
         return 130
 

@@ -124,13 +124,12 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
         called: the whole command, for the file.
 
     Returns:
-        0; 1 where the compiler is missing or told no cycles.
+        0; 1 where the compiler told no cycles.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     from attnlab.bench.static import Row, row
-    from attnlab.bench.targets import CompilerMissing
     from attnlab.implementations.pallas_tpu.blocks import Blocks
 
     # Nothing runs; and where libtpu is installed, JAX would look for a TPU, loudly.
@@ -152,9 +151,6 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
                 progress.update(task, description=f"{target} {of} {spec.label}")
                 rows.append(row(spec, of, target, blocks=blocks))
                 progress.advance(task)
-    except CompilerMissing as error:
-        messages.print(f"attnlab static: {error}", style="red", highlight=False)
-        return 1
     except KeyboardInterrupt:
         messages.print("interrupted: keeping what is known", style="yellow")
         if not rows:

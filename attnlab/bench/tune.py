@@ -5,9 +5,10 @@ On a TPU by time; for one that is not here by the compiler's static cycles.
 
 import argparse
 import functools
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,10 @@ _SIZES, _KEYS, _CHUNKS = (512, 1024), (512, 1024, 2048), (256, 512)
 Measure = Callable[[Blocks], float | None]
 
 
-def candidates() -> Iterator[Blocks]:
+def candidates() -> list[Blocks]:
     """Sizes to try."""
-    for q in _SIZES:
-        for k in _KEYS:
-            yield from (Blocks(q, k, chunk) for chunk in _CHUNKS if k % chunk == 0)
+    tried = itertools.product(_SIZES, _KEYS, _CHUNKS)
+    return [Blocks(q, k, chunk) for q, k, chunk in tried if k % chunk == 0]
 
 
 def by_cycles(spec: Spec, of: str, target: str, blocks: Blocks) -> float | None:
@@ -72,15 +72,14 @@ def by_time(spec: Spec, of: str, blocks: Blocks) -> float | None:
     return timing.median / (spec.heads * length**2)
 
 
-def best_of(measure: Measure, report: Callable[[], None]) -> Blocks | None:
-    """The cheapest sizes; None where none work."""
-    costs = {}
-    for blocks in candidates():
-        cost = measure(blocks)
-        if cost is not None:
-            costs[blocks] = cost
-        report()
-    return min(costs, key=lambda blocks: costs[blocks], default=None)
+def best_of(measure: Measure, sizes: Iterable[Blocks]) -> tuple[Blocks, float] | None:
+    """The cheapest of some sizes, and what a pair costs; None where none work."""
+    costs = {blocks: measure(blocks) for blocks in sizes}
+    known = [(cost, blocks) for blocks, cost in costs.items() if cost is not None]
+    if not known:
+        return None
+    cost, blocks = min(known)
+    return blocks, cost
 
 
 def _table(text: str) -> Path:
@@ -148,17 +147,15 @@ def command(given: argparse.Namespace) -> int:
     assert kind is not None
     found: dict[str, dict[str, Sequence[int]]] = {}
     with Progress(console=console, transient=True) as progress:
-        tries = len(list(candidates()))
-        task = progress.add_task("", total=len(wanted) * tries)
         for size, of in wanted:
-            progress.update(task, description=f"head size {size}, {of}")
             spec = Spec(dtype="bfloat16", heads=1, key_heads=1, head_size=size)
             measure: Measure = functools.partial(by_cycles, spec, of, given.target)
             if given.target == HERE:
                 measure = functools.partial(by_time, spec, of)
-            blocks = best_of(measure, lambda: progress.advance(task))
-            if blocks is not None:
-                found.setdefault(str(size), {})[of] = list(blocks)
+            tried = progress.track(candidates(), description=f"head size {size}, {of}")
+            best = best_of(measure, tried)
+            if best is not None:
+                found.setdefault(str(size), {})[of] = list(best[0])
     if not found:
         console.print("attnlab tune: no sizes of blocks work", style="red")
         return 1

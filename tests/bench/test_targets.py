@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,29 @@ def test_without_the_compiler(monkeypatch, capsys, tmp_path):
         study(jnp.sin, shape, target="tpu:v5e")
     with pytest.raises(ValueError, match="target: expected one of tpu:v4, "):
         study(jnp.sin, shape, target="tpu:v99")
+
+
+@pytest.mark.parametrize("command", ["static", "tune", "tpu", "tpu_baseline"])
+def test_commands_say_what_is_missing(command, monkeypatch, capsys, tmp_path):
+    def refuse(*_, **__):
+        raise targets.CompilerMissing('pip install "attnlab[tpu-aot]"')
+
+    for module in (static, tpu_baseline):
+        monkeypatch.setattr(module, "study", refuse)
+    table = tmp_path / "table.json"
+    monkeypatch.setattr("sys.argv", ["tpu", "--quick", "--out", str(tmp_path)])
+    code = {
+        "static": lambda: cli.main(["static", "--out", str(tmp_path)]),
+        "tune": lambda: cli.main(["tune", "--target=tpu:v5e", "--out", str(table)]),
+        "tpu": tpu.main,
+        "tpu_baseline": lambda: sys.exit(tpu_baseline.main([])),
+    }[command]
+    with pytest.raises(SystemExit) as ended:
+        code()
+    said = capsys.readouterr()
+    assert "attnlab[tpu-aot]" in f"{ended.value.code} {said.out} {said.err}"
+    assert ended.value.code != 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_schedule_is_read(tmp_path):
