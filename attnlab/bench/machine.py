@@ -71,6 +71,12 @@ def machine_line() -> str:
     """Processor (and accelerator), cores and memory in one line."""
     model = _key_value_file("/proc/cpuinfo", "model name")
     model = model or platform.processor() or platform.machine()
+    # Some clouds give processors of several generations one name.
+    family = _key_value_file("/proc/cpuinfo", "cpu family")
+    if family:
+        model += (
+            f" (family {family}, model {_key_value_file('/proc/cpuinfo', 'model')})"
+        )
     memory = total_memory()
     parts = [model, f"{cores()} cores"]
     if memory:

@@ -147,6 +147,21 @@ void nested_calls() {
   }
 }
 
+// Each worker begins with units of its own, next to each other.
+void each_has_a_range() {
+  Pool pool(2);
+  std::atomic<int> begun{0};
+  std::vector<int64_t> first(2, -1);
+  parallel_for(pool, 100, [&](int64_t unit, int64_t slot) {
+    if (first[slot] >= 0) return;
+    first[slot] = unit;
+    // Until both have one.
+    for (++begun; begun < 2;) std::this_thread::yield();
+  });
+  CHECK(first[0] == 0);
+  CHECK(first[1] == 50);
+}
+
 // What units wrote is seen after the call.
 void results_are_visible() {
   Pool pool(4);
@@ -164,6 +179,7 @@ int main() {
   busy_pool();
   concurrent_calls();
   nested_calls();
+  each_has_a_range();
   results_are_visible();
   std::puts("parallel_for holds");
 }

@@ -18,13 +18,30 @@ namespace parallel_internal {
 // it then finds no unit, and never touches `run`, which lives in the caller's frame.
 template <class F>
 struct Job {
-  Job(F* run, int64_t count) : run(run), count(count), left(count) {}
+  // Units next to each other read the same keys, which a worker then packs once: each
+  // has a range of its own, and helps the others when that is done.
+  struct alignas(64) Range {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  Job(F* run, int64_t count, int64_t workers)
+      : run(run), workers(workers), ranges(new Range[workers]), left(count) {
+    for (int64_t i = 0; i < workers; ++i) {
+      ranges[i].next = i * count / workers;
+      ranges[i].end = (i + 1) * count / workers;
+    }
+  }
 
   void work(int64_t slot) {
     int64_t done = 0;
-    for (int64_t unit;
-         (unit = next.fetch_add(1, std::memory_order_relaxed)) < count; ++done) {
-      (*run)(unit, slot);
+    for (int64_t i = 0; i < workers; ++i) {
+      Range& range = ranges[(slot + i) % workers];
+      for (int64_t unit; (unit = range.next.fetch_add(1, std::memory_order_relaxed)) <
+                         range.end;
+           ++done) {
+        (*run)(unit, slot);
+      }
     }
     if (done > 0 && left.fetch_sub(done, std::memory_order_acq_rel) == done) {
       { std::lock_guard<std::mutex> lock(mutex); }
@@ -49,8 +66,8 @@ struct Job {
   }
 
   F* const run;
-  const int64_t count;
-  std::atomic<int64_t> next{0};
+  const int64_t workers;
+  const std::unique_ptr<Range[]> ranges;
   std::atomic<int64_t> left;
   std::mutex mutex;
   std::condition_variable finished;
@@ -80,7 +97,7 @@ void parallel_for(Pool& pool, int64_t count, F&& run) {
     for (int64_t unit = 0; unit < count; ++unit) run(unit, int64_t{0});
     return;
   }
-  auto job = std::make_shared<parallel_internal::Job<Run>>(&run, count);
+  auto job = std::make_shared<parallel_internal::Job<Run>>(&run, count, workers);
   for (int64_t slot = 1; slot < workers; ++slot) {
     pool.Schedule([job, slot] { job->work(slot); });
   }

@@ -40,6 +40,19 @@ INLINE void sizes_of(Keys<Pair>& k, int64_t p, int64_t d) {
   k.value_width = up(d, kRows), k.value_stride = (d + 1) / 2;
 }
 
+// Rows of one head lie far apart, where no processor fetches ahead by itself.
+constexpr int64_t kAhead = 8;
+template <class T>
+INLINE void fetch_ahead(const T* x, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(x + i);
+}
+INLINE void fetch_ahead(const Array& x, int64_t at, int64_t size) {
+  if (x.type == Type::f32)
+    fetch_ahead((const float*)x.data + at, size);
+  else
+    fetch_ahead((const uint16_t*)x.data + at, size);
+}
+
 // Copies keys [s0, s0 + count) of one head; dead rows, and those up to a multiple of
 // kRows, are zero.
 void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t count,
@@ -50,6 +63,10 @@ void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t coun
   for (int64_t i = 0; i < up(count, kRows); ++i) {
     float* r = k.rows + i * k.stride;
     float* v = k.values + i * k.value_width;
+    if (i + kAhead < count) {
+      fetch_ahead(key, c.key_at(b, s0 + i + kAhead, kh, c.P), c.P);
+      fetch_ahead(value, c.key_at(b, s0 + i + kAhead, kh, c.D), c.D);
+    }
     if (i < count && (!lives || lives[i])) {
       load_floats(key, c.key_at(b, s0 + i, kh, c.P), c.P, r);
       for (int64_t p = c.P; p < k.stride; ++p) r[p] = 0;
@@ -148,7 +165,7 @@ class TileCache {
   }
 
  private:
-  static constexpr int64_t kCacheBytes = 4 << 20;
+  static constexpr int64_t kCacheBytes = 6 << 20;
   KeyBuffers<E> buffers_;
   Buffer<int64_t> tags_;
   int64_t call_ = 0, slots_ = 0;
