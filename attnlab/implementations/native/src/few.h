@@ -48,27 +48,37 @@ INLINE vf sums_of(vf* v) {
   return v[0];
 }
 
-// out[0 : kWidth]: one query, [up(size, kWidth)], beside each of kWidth keys.
-template <int kComparison, class T>
-INLINE void compare(const Problem& c, const float* query, const float* weight,
+// Queries that share a key head, and vectors of a value, that are in registers at once.
+constexpr int kTogether = kRows / 2;
+
+// out[query][0 : kWidth]: kQueries, [up(size, kWidth)] each, beside each of kWidth keys.
+template <int kComparison, int kQueries, class T>
+INLINE void compare(const Problem& c, const float* queries, const float* const* weights,
                     const T* const* keys, int64_t size, float* out) {
-  const int kind = c.activation;
-  vf sums[kWidth];
-  for (int i = 0; i < kWidth; ++i) sums[i] = (vf){};
-  for (int64_t p = 0; p < size; p += kWidth) {
-    const vf q = load<vf>(query + p);
-    const vf w = kComparison == kProduct ? q : load<vf>(weight + p);
-    for (int i = 0; i < kWidth; ++i) {
-      const vf k = elements(keys[i], p, size);
-      if (kComparison == kProduct)
-        sums[i] += q * k;
-      else if (kComparison == kTanhSum)
-        sums[i] += w * tanh_(q + k);
-      else
-        sums[i] += w * activate(kind, q + k);
+  constexpr int kSome = 4;
+  const int64_t width = up(size, kWidth);
+  vf sums[kQueries][kWidth];
+  for (int first = 0; first < kWidth; first += kSome) {
+    vf some[kQueries][kSome] = {};
+    for (int64_t p = 0; p < size; p += kWidth) {
+      vf k[kSome];
+      for (int i = 0; i < kSome; ++i) k[i] = elements(keys[first + i], p, size);
+      for (int j = 0; j < kQueries; ++j) {
+        const vf q = load<vf>(queries + j * width + p);
+        const vf w = kComparison == kProduct ? q : load<vf>(weights[j] + p);
+        for (int i = 0; i < kSome; ++i)
+          if (kComparison == kProduct)
+            some[j][i] += q * k[i];
+          else if (kComparison == kTanhSum)
+            some[j][i] += w * tanh_(q + k[i]);
+          else
+            some[j][i] += w * activate(c.activation, q + k[i]);
+      }
     }
+    for (int j = 0; j < kQueries; ++j)
+      for (int i = 0; i < kSome; ++i) sums[j][first + i] = some[j][i];
   }
-  store(out, sums_of(sums));
+  for (int j = 0; j < kQueries; ++j) store(out + j * kKeys, sums_of(sums[j]));
 }
 
 // Of one example: all queries, what they are compared with, and what they see of a tile
@@ -167,6 +177,21 @@ struct Few {
     }
   }
 
+  // Calls f(row, count) for all rows of the heads that share a key head and see some of
+  // the tile: rows [row, row + count), which is a constant.
+  template <class F>
+  INLINE void each_row(int64_t kh, F f) const {
+    const int64_t stop = (kh + 1) * c.group;
+    for (int64_t n = kh * c.group; n < stop; ++n) {
+      int64_t row = n * c.T;
+      while (n < stop && sees[n]) ++n;
+      const int64_t end = n * c.T;
+      for (; row + kTogether <= end; row += kTogether)
+        f(row, std::integral_constant<int, kTogether>{});
+      for (; row < end; ++row) f(row, std::integral_constant<int, 1>{});
+    }
+  }
+
   // Logits of keys [first, end) before the modifiers.
   template <int kComparison, class T>
   void logits() {
@@ -175,10 +200,13 @@ struct Few {
     for (int64_t k = first; k < end; k += kWidth)
       for (int64_t kh = 0; kh < c.K; ++kh) {
         slots(keys, k, kh, c.P, at);
-        for (int64_t n = kh * c.group; n < (kh + 1) * c.group; ++n)
-          for (int64_t row = n * c.T; sees[n] && row < (n + 1) * c.T; ++row)
-            compare<kComparison>(c, q + row * p_wide, weight + n * p_wide, at, c.P,
-                                 z + row * kKeys + k);
+        each_row(kh, [&](int64_t row, auto count) {
+          constexpr int kQueries = decltype(count)::value;
+          const float* weights[kQueries];
+          for (int j = 0; j < kQueries; ++j) weights[j] = weight + (row + j) / c.T * p_wide;
+          compare<kComparison, kQueries>(c, q + row * p_wide, weights, at, c.P,
+                                         z + row * kKeys + k);
+        });
       }
   }
 
@@ -214,18 +242,34 @@ INLINE float* part_of(const Problem& c, int64_t slice, int64_t b, int64_t t, int
   return (float*)c.ret(2).data + (((slice * c.B + b) * c.T + t) * c.N + n) * (c.D + 2);
 }
 
-// out[0 : width] += sum over `count` keys of weights[key] * values[key]
-template <class T>
+// out[query][0 : kVectors vectors] += sum over `count` keys of
+// weights[query][key] * values[key][d...]
+template <int kQueries, int kVectors, class T>
+INLINE void add_some(float* out, int64_t d, int64_t size, const float* weights,
+                     const T* const* values, int64_t count) {
+  const int64_t width = up(size, kWidth);
+  vf sums[kQueries][kVectors];
+  for (int j = 0; j < kQueries; ++j)
+    for (int i = 0; i < kVectors; ++i)
+      sums[j][i] = load<vf>(out + j * width + d + i * kWidth);
+  for (int64_t key = 0; key < count; ++key) {
+    vf v[kVectors];
+    for (int i = 0; i < kVectors; ++i) v[i] = elements(values[key], d + i * kWidth, size);
+    for (int j = 0; j < kQueries; ++j)
+      for (int i = 0; i < kVectors; ++i) sums[j][i] += weights[j * kKeys + key] * v[i];
+  }
+  for (int j = 0; j < kQueries; ++j)
+    for (int i = 0; i < kVectors; ++i)
+      store(out + j * width + d + i * kWidth, sums[j][i]);
+}
+template <int kQueries, class T>
 INLINE void add_values(float* out, int64_t size, const float* weights,
                        const T* const* values, int64_t count) {
-  for (int64_t d = 0; d < size; d += kWidth) {
-    vf sums = load<vf>(out + d);
-    if (count == kWidth)
-      for (int i = 0; i < kWidth; ++i) sums += weights[i] * elements(values[i], d, size);
-    else
-      for (int i = 0; i < count; ++i) sums += weights[i] * elements(values[i], d, size);
-    store(out + d, sums);
-  }
+  int64_t d = 0;
+  for (; d + kTogether * kWidth <= up(size, kWidth); d += kTogether * kWidth)
+    add_some<kQueries, kTogether>(out, d, size, weights, values, count);
+  for (; d < size; d += kWidth)
+    add_some<kQueries, 1>(out, d, size, weights, values, count);
 }
 
 INLINE void few_slice(const Problem& c, int64_t slice, int64_t* s0, int64_t* s1) {
@@ -289,9 +333,10 @@ void few_forward(const Problem& c, int64_t b, int64_t slice) {
       for (int64_t kh = 0; kh < c.K; ++kh) {
         few.slots(values, k, kh, c.D, at);
         const int64_t count = least(kWidth, few.count - k);
-        for (int64_t n = kh * c.group; n < (kh + 1) * c.group; ++n)
-          for (int64_t row = n * c.T; few.sees[n] && row < (n + 1) * c.T; ++row)
-            add_values(o + row * few.d_wide, c.D, few.z + row * kKeys + k, at, count);
+        few.each_row(kh, [&](int64_t row, auto rows) {
+          add_values<decltype(rows)::value>(o + row * few.d_wide, c.D,
+                                            few.z + row * kKeys + k, at, count);
+        });
       }
   }
   for (int64_t n = 0; n < c.N; ++n)
@@ -388,8 +433,8 @@ void few_backward(const Problem& c, int64_t b, int64_t slice) {
         for (int64_t k = few.first; k < few.end; k += kWidth) {
           few.slots(values, k, kh, c.D, at);
           for (int64_t row = n * c.T; row < (n + 1) * c.T; ++row)
-            compare<kProduct>(c, above + row * d_wide, nullptr, at, c.D,
-                              d_logits + row * kKeys + k);
+            compare<kProduct, 1>(c, above + row * d_wide, nullptr, at, c.D,
+                                 d_logits + row * kKeys + k);
         }
         for (int64_t t = 0; t < c.T; ++t) {
           const int64_t row = n * c.T + t, place = (b * c.T + t) * c.N + n;
