@@ -65,6 +65,27 @@ def test_several_devices():
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"t": 1501, "s": 70, "n": 32, "k": 1, "d": 64},
+        {"t": 1501, "s": 70, "n": 32, "k": 1, "d": 60},
+        {"t": 1, "s": 13_001, "n": 4, "k": 2, "h": 64, "d": 64},
+    ],
+    ids=lambda sizes: "-".join(map(str, sizes.values())),
+)
+def test_more_than_caches_hold(sizes):
+    """Over 10 MB of results, or of keys and values, take another way to memory."""
+    x = arrays(b=1, **sizes)
+    assert max(4 * x[3].size, 4 * (x[1].size + x[2].size)) > 10 << 20
+    options = {"mask": masks.causal(), "query_offset": max(0, sizes["s"] - sizes["t"])}
+    found, wanted = (
+        both_ways(*x, implementation=name, **options) for name in ("native", "tiled")
+    )
+    for f, w in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-4)
+
+
 PROGRAM = """
 import os, sys
 cores = sorted(os.sched_getaffinity(0))

@@ -163,13 +163,14 @@ struct Few {
   }
 
   // Keys [at, at + kWidth) of the tile, zeros for dead ones; the last one again beyond
-  // its end.
+  // its end. What caches do not hold is fetched ahead.
   template <class T>
   void slots(const T* x, int64_t at, int64_t kh, int64_t size, const T** out) const {
     const bool* lives = living(c, c.living_keys, b, kh, s0 + at);
     const T* const start = x + c.key_at(b, s0 + at, kh, size);
     const int64_t stride = c.K * size, last = count - 1 - at;
-    const int64_t following = least(c.S - s0 - at, 2 * kWidth);
+    const bool is_far = c.B * c.S * c.K * (c.P + c.D) > kCached / (int64_t)sizeof(T);
+    const int64_t following = is_far ? least(c.S - s0 - at, 2 * kWidth) : 0;
     for (int64_t i = kWidth; i < following; ++i) fetch_ahead(start + i * stride, size);
     for (int64_t i = 0; i < kWidth; ++i) {
       const int64_t slot = least(i, last);

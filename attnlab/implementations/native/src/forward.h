@@ -118,15 +118,22 @@ void finish(const Problem& c, Work<E>& w, const State<E>& s) {
   const int64_t stride = up(c.D, kWidth);
   float* rows = w.rows.get(kLanes * stride);
   from_lanes(s.o, c.D, stride, rows);
+  const bool streams = c.B * c.T * c.N * c.D * 4 > kCached && c.D % kWidth == 0 &&
+                       (uintptr_t)output % sizeof(vf) == 0;
   for (int i = 0; i < p.lanes; ++i) {
     const bool alive = s.sums.total[i] > 0;
     const float scale = alive ? (float)c.call.keep_scale / s.sums.total[i] : 0.0f;
     float* o = output + c.query_at(p.b, p.t0 + i, p.n, c.D);
     const float* row = rows + i * stride;
-    for (int64_t d = 0; d < c.D; ++d) o[d] = alive ? row[d] * scale : 0.0f;
+    if (streams)
+      for (int64_t d = 0; d < c.D; d += kWidth)
+        stream(o + d, alive ? load<vf>(row + d) * scale : (vf){});
+    else
+      for (int64_t d = 0; d < c.D; ++d) o[d] = alive ? row[d] * scale : 0.0f;
     lse[(p.b * c.T + p.t0 + i) * c.N + p.n] =
         alive ? s.sums.top[i] + logf(s.sums.total[i]) : -INFINITY;
   }
+  streamed();
 }
 
 template <class E>

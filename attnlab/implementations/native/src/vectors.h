@@ -29,6 +29,8 @@ constexpr int kWidth = 4, kRows = 4, kWideVectors = 2, kWideRows = 4;
 #endif
 constexpr int kLanes = 2 * kWidth;
 constexpr int kKeys = 64;
+// Bytes of an array that caches hold while a call goes over it.
+constexpr int64_t kCached = 10 << 20;
 constexpr float kLowest = -3.4028234663852886e38f;
 
 typedef float vf __attribute__((vector_size(kWidth * 4)));
@@ -55,6 +57,23 @@ INLINE V load(const T* p) {
 template <class V, class T>
 INLINE void store(T* p, V v) {
   memcpy(p, &v, sizeof v);
+}
+// Stores past the caches; p is aligned to a vector. Other threads see it after `streamed`.
+INLINE void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+INLINE void streamed() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
 }
 INLINE vf splat(float x) { return x - (vf){}; }
 INLINE vi splat(int32_t x) { return x - (vi){}; }
