@@ -17,10 +17,10 @@ from attnlab.bench.contenders import Contender, Prepared, compile_call, too_larg
 from attnlab.types import Array
 
 
-def _refusal(case: Case) -> str | None:
+def _refusal(case: Case, holds_pairs: bool = True) -> str | None:
     if case.spec.score != "scaled_dot":
         return f"it has no {case.spec.score} score"
-    return too_large(case)
+    return too_large(case) if holds_pairs else None
 
 
 class JaxNnPeer:
@@ -71,12 +71,12 @@ class FlaxPeer:
         return compile_call(function, arguments, case.cotangent if backward else None)
 
 
-def _torch_refusal(case: Case) -> str | None:
+def _torch_refusal(case: Case, holds_pairs: bool = True) -> str | None:
     if not _installed("torch"):
         return "torch is not installed"
     if jax.default_backend() != "cpu":
         return "it is compared on CPUs only"
-    return _refusal(case)
+    return _refusal(case, holds_pairs)
 
 
 def _tensor(array: Array) -> Any:
@@ -159,7 +159,7 @@ class FlexPeer:
         compiler = os.environ.get("CXX", "g++")
         if _installed("torch") and shutil.which(compiler) is None:
             return f"torch.compile needs a C++ compiler, and there is no {compiler}"
-        return _torch_refusal(case)
+        return _torch_refusal(case, holds_pairs=case.spec.pattern not in ARITHMETIC)
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab.bench.contenders.Contender`."""
@@ -170,9 +170,14 @@ class FlexPeer:
 
         spec = case.spec
         tensors = [_tensor(x) for x in (case.query, case.key, case.value)]
+        # It would give up compiling after some eight problems, and run unfused.
+        torch._dynamo.reset()
         blocks = None
         if spec.pattern != "full":
-            blocks = create_block_mask(
+            # Compiled, it finds the blocks of a rule without holding every pair.
+            is_rule = spec.pattern in ARITHMETIC
+            create = torch.compile(create_block_mask) if is_rule else create_block_mask
+            blocks = create(
                 _rule(case),
                 B=spec.batch if spec.pattern == "documents" else None,
                 H=None,
@@ -181,8 +186,6 @@ class FlexPeer:
                 device="cpu",
                 BLOCK_SIZE=self.BLOCK_SIZE,
             )
-        # It would give up compiling after some eight problems, and run unfused.
-        torch._dynamo.reset()
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def call() -> Any:
@@ -198,6 +201,10 @@ class FlexPeer:
         start = time.perf_counter()
         call()
         return Prepared(call, _arrays, time.perf_counter() - start, None)
+
+
+#: Patterns whose rule is arithmetic: no table holds every pair.
+ARITHMETIC = ("full", "causal", "window", "causal_window")
 
 
 def _rule(case: Case) -> Callable[..., Any]:

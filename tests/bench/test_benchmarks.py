@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from attnlab.bench import gate
+from attnlab.bench import contenders, gate
 from attnlab.bench.cases import PATTERNS, build
 from attnlab.bench.contenders import Implementation
 from attnlab.bench.peers import PEERS, _rule
@@ -119,10 +119,25 @@ def test_flex_sees_what_the_mask_shows(documents, pattern):
 
 @needs_torch
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_flex_holds_no_pairs_of_a_rule(documents, monkeypatch):
+    monkeypatch.setattr(contenders, "free_memory", lambda: 0)
+    refusals = {
+        pattern: PEERS["flex"].refusal(
+            build(dataclasses.replace(SMALL, pattern=pattern), documents)
+        )
+        for pattern in ("window", "documents")
+    }
+    assert refusals["window"] is None
+    assert "GiB" in refusals["documents"]
+
+
+@needs_torch
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.filterwarnings("ignore")
-def test_flex_agrees_with_the_reference(documents):
+@pytest.mark.parametrize("pattern", ["window", "documents"])
+def test_flex_agrees_with_the_reference(documents, pattern):
     spec = dataclasses.replace(
-        SMALL, pattern="documents", length=150, heads=6, head_size=16
+        SMALL, pattern=pattern, length=150, heads=6, head_size=16
     )
     flex = PEERS["flex"]
     assert statuses(spec, [flex], documents, ("forward",)) == {"flex": ("ok", "")}
