@@ -78,7 +78,7 @@ def machine_line() -> str:
             f" (family {family}, model {_key_value_file('/proc/cpuinfo', 'model')})"
         )
     memory = total_memory()
-    parts = [model, f"{cores()} cores"]
+    parts = [model, "1 core" if cores() == 1 else f"{cores()} cores"]
     if memory:
         parts.append(f"{memory / 2**30:.0f} GiB")
     device = jax.local_devices()[0]
