@@ -17,10 +17,10 @@ from attnlab.bench.contenders import Contender, Prepared, compile_call, too_larg
 from attnlab.types import Array
 
 
-def _refusal(case: Case, holds_pairs: bool = True) -> str | None:
+def _refusal(case: Case) -> str | None:
     if case.spec.score != "scaled_dot":
         return f"it has no {case.spec.score} score"
-    return too_large(case) if holds_pairs else None
+    return None
 
 
 class JaxNnPeer:
@@ -30,7 +30,7 @@ class JaxNnPeer:
 
     def refusal(self, case: Case) -> str | None:
         """See :class:`attnlab.bench.contenders.Contender`."""
-        return _refusal(case)
+        return _refusal(case) or too_large(case)
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab.bench.contenders.Contender`."""
@@ -55,7 +55,7 @@ class FlaxPeer:
         """See :class:`attnlab.bench.contenders.Contender`."""
         if case.spec.heads != case.spec.key_heads:
             return "it has no grouped queries"
-        return _refusal(case)
+        return _refusal(case) or too_large(case)
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab.bench.contenders.Contender`."""
@@ -71,12 +71,12 @@ class FlaxPeer:
         return compile_call(function, arguments, case.cotangent if backward else None)
 
 
-def _torch_refusal(case: Case, holds_pairs: bool = True) -> str | None:
+def _torch_refusal(case: Case) -> str | None:
     if not _installed("torch"):
         return "torch is not installed"
     if jax.default_backend() != "cpu":
         return "it is compared on CPUs only"
-    return _refusal(case, holds_pairs)
+    return _refusal(case)
 
 
 def _tensor(array: Array) -> Any:
@@ -101,7 +101,7 @@ class TorchPeer:
 
     def refusal(self, case: Case) -> str | None:
         """See :class:`attnlab.bench.contenders.Contender`."""
-        return _torch_refusal(case)
+        return _torch_refusal(case) or too_large(case)
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab.bench.contenders.Contender`."""
@@ -159,7 +159,8 @@ class FlexPeer:
         compiler = os.environ.get("CXX", "g++")
         if _installed("torch") and shutil.which(compiler) is None:
             return f"torch.compile needs a C++ compiler, and there is no {compiler}"
-        return _torch_refusal(case, holds_pairs=case.spec.pattern not in ARITHMETIC)
+        is_table = case.spec.pattern not in ("full", *RULES)
+        return _torch_refusal(case) or (too_large(case) if is_table else None)
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab.bench.contenders.Contender`."""
@@ -175,7 +176,7 @@ class FlexPeer:
         blocks = None
         if spec.pattern != "full":
             # Compiled, it finds the blocks of a rule without holding every pair.
-            is_rule = spec.pattern in ARITHMETIC
+            is_rule = spec.pattern in RULES
             create = torch.compile(create_block_mask) if is_rule else create_block_mask
             blocks = create(
                 _rule(case),
@@ -203,20 +204,20 @@ class FlexPeer:
         return Prepared(call, _arrays, time.perf_counter() - start, None)
 
 
-#: Patterns whose rule is arithmetic: no table holds every pair.
-ARITHMETIC = ("full", "causal", "window", "causal_window")
+#: Patterns as arithmetic, which needs no table of every pair.
+RULES: dict[str, Callable[..., Any]] = {
+    "causal": lambda b, h, i, j: i >= j,
+    "window": lambda b, h, i, j: (i - j).abs() <= WINDOW,
+    "causal_window": lambda b, h, i, j: (i >= j) & (i - j < WINDOW),
+}
 
 
 def _rule(case: Case) -> Callable[..., Any]:
     """Whether query ``i`` sees key ``j``, as FlexAttention asks."""
     import torch
 
-    if case.spec.pattern == "causal":
-        return lambda b, h, i, j: i >= j
-    if case.spec.pattern == "window":
-        return lambda b, h, i, j: (i - j).abs() <= WINDOW
-    if case.spec.pattern == "causal_window":
-        return lambda b, h, i, j: (i >= j) & (i - j < WINDOW)
+    if case.spec.pattern in RULES:
+        return RULES[case.spec.pattern]
     table = torch.from_numpy(np.array(case.dense_mask())[:, 0])
     if len(table) == 1:
         # Without the examples' index its kernel is simpler.

@@ -24,7 +24,7 @@ from benchmarks.studies.translate import counts_of
 from benchmarks.studies.translation_runs import Budget, Task
 from benchmarks.studies.translators import Sizes
 
-#: A run takes five minutes on two cores.
+#: A run takes five to sixteen minutes of one core.
 BUDGET = Budget(steps=2000, tokens=2048, evaluate_every=250)
 SIZES = Sizes(features=128, hidden_size=128, dropout_rate=0.0)
 #: Of learning. Whole runs of `translate` settled on the greater one for decoders like

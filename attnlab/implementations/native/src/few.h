@@ -86,6 +86,7 @@ INLINE void compare(const Problem& c, const float* queries, const float* const* 
 struct Few {
   const Problem& c;
   const int64_t b, rows, p_wide, d_wide;
+  const bool is_far;             // keys and values, from the caches
   Panel* panels;                 // [N]
   float *q, *weight;             // [rows][p_wide], [N][p_wide]
   float *z, *tile;               // [rows][kKeys]; [kKeys][kLanes] for modifiers
@@ -102,6 +103,8 @@ struct Few {
         rows(c.N * c.T),
         p_wide(up(c.P, kWidth)),
         d_wide(up(c.D, kWidth)),
+        is_far(c.B * c.S * c.K * (c.P + c.D) >
+               kCached / (c.arg(1).type == Type::f32 ? 4 : 2)),
         values(w.values),
         before(w.before) {
     static thread_local Buffer<Panel> panel_room;
@@ -169,7 +172,6 @@ struct Few {
     const bool* lives = living(c, c.living_keys, b, kh, s0 + at);
     const T* const start = x + c.key_at(b, s0 + at, kh, size);
     const int64_t stride = c.K * size, last = count - 1 - at;
-    const bool is_far = c.B * c.S * c.K * (c.P + c.D) > kCached / (int64_t)sizeof(T);
     const int64_t following = is_far ? least(c.S - s0 - at, 2 * kWidth) : 0;
     for (int64_t i = kWidth; i < following; ++i) fetch_ahead(start + i * stride, size);
     for (int64_t i = 0; i < kWidth; ++i) {

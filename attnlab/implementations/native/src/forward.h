@@ -133,7 +133,7 @@ void finish(const Problem& c, Work<E>& w, const State<E>& s) {
     lse[(p.b * c.T + p.t0 + i) * c.N + p.n] =
         alive ? s.sums.top[i] + logf(s.sums.total[i]) : -INFINITY;
   }
-  streamed();
+  if (streams) streamed();
 }
 
 template <class E>

@@ -40,7 +40,8 @@ INLINE void sizes_of(Keys<Pair>& k, int64_t p, int64_t d) {
   k.value_width = up(d, kRows), k.value_stride = (d + 1) / 2;
 }
 
-// Rows of one head lie far apart, where no processor fetches ahead by itself.
+// Rows of one head lie far apart, where no processor fetches ahead by itself. What only
+// does this must be inlined: GCC drops calls of it, as of a function without an effect.
 constexpr int64_t kAhead = 8;
 template <class T>
 INLINE void fetch_ahead(const T* x, int64_t size) {
