@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,26 @@ def test_more_than_caches_hold(sizes):
     )
     for f, w in zip(found, wanted, strict=True):
         np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-4)
+
+
+def huge_pages_are_given():
+    """Whether a program that asks for huge pages gets them."""
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return modes.exists() and "[never]" not in modes.read_text()
+
+
+@pytest.mark.skipif("not huge_pages_are_given()", reason="the system has none")
+def test_large_results_lie_in_huge_pages():
+    """What is mapped anew for each call is not faulted in by pages of 4 KiB."""
+    import resource
+
+    x = arrays(b=1, t=1 << 15, s=1, n=8, k=8, h=16, d=64)  # a result of 64 MB
+    call = jax.jit(lambda q, k, v: attention(q, k, v, implementation="native"))
+    jax.block_until_ready(call(*x[:3]))
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(call(*x[:3]))
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    assert faults < 4 * x[3].size / 4096 / 2
 
 
 PROGRAM = """

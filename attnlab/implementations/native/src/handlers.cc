@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "isa.h"
 #include "kernel.h"
 #include "parallel.h"
@@ -37,6 +41,18 @@ Array array_of(void* data, ffi::DataType type, ffi::AnyBuffer::Dimensions dims) 
   return array;
 }
 
+// Asks for huge pages under a result. What malloc maps anew for each call (on Linux,
+// anything over 32 MB) is otherwise faulted in by pages of 4 KiB, which took a sixth of
+// the time of a window over 16,384 tokens. Where the system has none, nothing changes.
+void in_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & -kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & -kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 void share(void* pool, int64_t count, void (*body)(void*, int64_t), void* context) {
   parallel_for(*static_cast<ffi::ThreadPool*>(pool), count,
                [=](int64_t unit, int64_t) { body(context, unit); });
@@ -58,6 +74,7 @@ ffi::Error run(void (*Kernel::*pass)(const Call&), ffi::ThreadPool& pool,
   for (size_t i = 0; i < rets.size(); ++i) {
     auto x = rets.get<ffi::AnyBuffer>(i).value();
     results.push_back(array_of(x->untyped_data(), x->element_type(), x->dimensions()));
+    in_huge_pages(x->untyped_data(), x->size_bytes());
   }
   (kernel->*pass)({arguments.data(), results.data(), program.begin(), keep_scale,
                    logit_scale, {&pool, share}});
