@@ -14,9 +14,9 @@ FILLERS, KEYS, VALUES = 16, 16, 16
 class Recall:
     """Somewhere a key and its value; far behind, the key again: which value?
 
-    A row has as many questions as pairs, each at a distance of its own; keys differ, so
-    there is one answer. The value stands right behind its key; a question for a key is
-    another sign than the key itself.
+    A row has some questions for each pair, each at a distance of its own; keys differ,
+    so there is one answer. The value stands right behind its key; a question for a key
+    is another sign than the key itself.
 
     Attributes:
         vocabulary_size: V.
@@ -31,6 +31,7 @@ class Recall:
         rows: int,
         distances: tuple[int, int],
         pairs: int = 8,
+        questions: int = 1,
         seed: int = 0,
     ):
         """A task.
@@ -41,6 +42,7 @@ class Recall:
             distances: the least and the greatest number of positions from a value to
                 the question for it; each question draws one, its logarithm uniform.
             pairs: in a row, at most ``KEYS``.
+            questions: for each pair, at most: those that find no place are left out.
             seed: of everything drawn.
         """
         low, high = distances
@@ -49,7 +51,8 @@ class Recall:
                 f"distances: expected 1 <= least <= most <= {length - 2}, got "
                 f"{distances}"
             )
-        self._length, self._rows, self._pairs = length, rows, pairs
+        self._length, self._rows = length, rows
+        self._pairs, self._questions = pairs, questions
         self._distances, self._seed = distances, seed
 
     def batch_at(self, step: int) -> Stretch:
@@ -89,21 +92,24 @@ class Recall:
         free = np.ones(self._length, bool)
         keys = random.permutation(KEYS)[: self._pairs]
         values = random.integers(0, VALUES, self._pairs)
+        low, high = np.log(distances)
         for key, value in zip(keys, values, strict=True):
-            low, high = np.log(distances)
-            distance = round(float(np.exp(random.uniform(low, high))))
-            starts = np.arange(self._length - distance - 1)
-            fits = free[starts] & free[starts + 1] & free[starts + 1 + distance]
-            # Where a long distance finds no place any more, one question less.
-            if not fits.any():
-                continue
-            start = int(random.choice(starts[fits]))
-            ask = start + 1 + distance
-            free[[start, start + 1, ask]] = False
-            tokens[start] = FILLERS + key
-            tokens[start + 1] = FILLERS + 2 * KEYS + value
-            tokens[ask] = FILLERS + KEYS + key
-            labels[ask], counted[ask] = tokens[start + 1], True
+            # The first question finds the pair a place, others are for it where it is.
+            places = free[:-1] & free[1:]
+            for _ in range(self._questions):
+                distance = round(float(np.exp(random.uniform(low, high))))
+                (starts,) = np.nonzero(places[:-distance] & free[distance + 1 :])
+                # Where a long distance finds no place any more, one question less.
+                if not starts.size:
+                    continue
+                start = int(random.choice(starts))
+                ask = start + 1 + distance
+                free[[start, start + 1, ask]] = False
+                places = np.arange(len(places)) == start
+                tokens[start] = FILLERS + key
+                tokens[start + 1] = FILLERS + 2 * KEYS + value
+                tokens[ask] = FILLERS + KEYS + key
+                labels[ask], counted[ask] = tokens[start + 1], True
 
 
 def _sum_modulo(values: Sequence[int]) -> int:

@@ -21,9 +21,10 @@ from benchmarks.studies.language_models import (
     losses_and_hits,
 )
 from benchmarks.studies.optimisers import adam
-from benchmarks.studies.page import Chart, Page, Table, cost_of, lines
+from benchmarks.studies.page import Page
 from benchmarks.studies.parallel import over_batch
 from benchmarks.studies.puzzles import KEYS, VALUES, ListOps, Recall
+from benchmarks.studies.recall_page import page
 from benchmarks.studies.record import Json, fingerprint
 from benchmarks.studies.stretches import Stretch
 from benchmarks.studies.training import Run, Trained
@@ -34,6 +35,12 @@ LENGTH, ROWS, STEPS, RATE = 256, 32, 1500, 2e-3
 DISTANCES = ((1, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 224))
 #: Batches of the test, for each distance; of ListOps in all; likewise to choose by.
 TESTED, DEV = 16, 4
+#: What is asked: for the one value of a row, wherever the question stands; or for that
+#: of several which the question names.
+PUZZLES = {
+    "reach": {"pairs": 1, "questions": 8},
+    "recall": {"pairs": 8, "questions": 1},
+}
 #: Of ListOps.
 LISTS = ("full", "window", "anchor", "random", "window+anchor", "all three")
 
@@ -53,16 +60,20 @@ class Task:
         self.steps = 6 if quick else STEPS
         self.length = 64 if quick else LENGTH
         self.distances = ((1, 4), (30, 34)) if quick else DISTANCES
-        self.patterns = tuple(PATTERNS) if name == "recall" else LISTS
+        self.patterns = LISTS if name == "listops" else tuple(PATTERNS)
         if quick:
             self.patterns = self.patterns[:2]
 
     def data(self) -> Recall | ListOps:
         """What the models learn from."""
-        if self.name == "recall":
-            whole = (self.distances[0][0], self.distances[-1][1])
-            return Recall(length=self.length, rows=self.rows, distances=whole)
-        return ListOps(length=self.length, rows=self.rows)
+        if self.name == "listops":
+            return ListOps(length=self.length, rows=self.rows)
+        return Recall(
+            length=self.length,
+            rows=self.rows,
+            distances=(self.distances[0][0], self.distances[-1][1]),
+            **PUZZLES[self.name],
+        )
 
     def apart(self, count: int, purpose: str) -> dict[tuple[int, int], list[Stretch]]:
         """Batches that no model learns from, by distance; ListOps knows none."""
@@ -128,16 +139,18 @@ class Task:
 
         Returns:
             The share that can be answered, because paths lead to the question from the
-            value and from its key, and a guess for each of the others; and what nobody
-            can exceed: a guess only where the value itself is out of reach.
+            value and, unless it is the only one, from its key, and a guess for each of
+            the others; and what nobody can exceed: a guess only where the value itself
+            is out of reach.
         """
         seen = reach_through(self.masks(pattern), self.length)
+        only = self.name == "reach"
         both, alone = [], []
         for batch in batches:
             tokens = np.asarray(batch.tokens)
             for row, ask in zip(*np.nonzero(batch.counted), strict=True):
                 (key,) = np.flatnonzero(tokens[row] == tokens[row, ask] - KEYS)
-                both.append(seen[ask, key] and seen[ask, key + 1])
+                both.append((only or seen[ask, key]) and seen[ask, key + 1])
                 alone.append(seen[ask, key + 1])
         guess = 1 / VALUES
         expected, most = (
@@ -213,115 +226,19 @@ def list_rows(task: Task, found: dict[str, Trained]) -> tuple[list[Json], float]
     return rows, float(np.bincount(answers).max() / len(answers))
 
 
-def span(distances: tuple[int, int]) -> str:
-    """``9-16``."""
-    return "-".join(map(str, distances))
-
-
 def study(context: Context) -> Page | None:
-    """Recall by distance, and ListOps, through every pattern."""
-    recall, lists = Task(context, "recall"), Task(context, "listops")
-    recalled, listed = (task.train() for task in (recall, lists))
-    if recalled is None or listed is None:
+    """Reach and recall by distance, and ListOps, through every pattern."""
+    tasks = [Task(context, name) for name in (*PUZZLES, "listops")]
+    trained = [runs for task in tasks if (runs := task.train()) is not None]
+    if len(trained) < len(tasks):
         return None
-    rows = recall_rows(recall, recalled)
-    lists_rows, commonest = list_rows(lists, listed)
-    cells = [(row["pattern"], at) for row in rows for at in row["at"]]
-    beyond = [
-        f"{name} at {span(at['distances'])}" for name, at in cells if at["beyond"]
-    ]
-    errors = [abs(at["accuracy"] - at["predicted"]) for _, at in cells]
-    worst, at_worst = max(
-        cells, key=lambda c: abs(c[1]["accuracy"] - c[1]["predicted"])
-    )
-    best, least = (
-        choose(lists_rows, key=lambda r: r["accuracy"]) for choose in (max, min)
-    )
-
-    def percent(row: Json) -> str:
-        return f"{row['accuracy']:.1%} ± {row['half_width']:.1%}"
-
-    layers = recall.sizes.layers
-    return Page(
-        title="Does the graph tell from how far a model recalls?",
-        claim="A pattern is a graph, and a layer is a step on it: what a word can know "
-        "after some layers is what paths of that length reach. A window needs many "
-        "layers, random edges and anchors few.",
-        answer=f"The graph of {layers} layers says what can be recalled: measured "
-        f"accuracy is {np.mean(errors):.1%} from it on average over {len(cells)} cells "
-        f"of pattern and distance, most in {worst} at {span(at_worst['distances'])} "
-        f"({at_worst['accuracy']:.0%} measured, {at_worst['predicted']:.0%} said). "
-        + (
-            f"Beyond what any model can know: {', '.join(beyond)}. "
-            if beyond
-            else "Nowhere does a model know what no path brings. "
-        )
-        + f"ListOps of {lists.length // 4} to {lists.length} tokens: {best['pattern']} "
-        f"is best ({percent(best)}), {least['pattern']} last ({percent(least)}); the "
-        f"commonest answer alone is right in {commonest:.1%}. Each is one run. Long "
-        "Range Arena's lists have 500 to 2,000 tokens, its models more parameters and "
-        "steps, and its best results are near 37 %.",
-        cost=cost_of(t.summary for t in (*recalled.values(), *listed.values())),
-        tables=[
-            Table(
-                "Recall by the distance from value to question, measured / as the "
-                f"graph says, in percent; a guess gets {1 / VALUES:.0%}. Connected: "
-                f"pairs of {recall.length} words, by {layers} layers; layers: to full "
-                "reach, if one alone were repeated; never: pairs that it does not "
-                "connect.",
-                [
-                    "pattern",
-                    "connected",
-                    "layers",
-                    "never",
-                    *(span(d) for d in recall.distances),
-                ],
-                [
-                    [
-                        row["pattern"],
-                        f"{row['connected']:.0%}",
-                        row["layers_to_full_reach"],
-                        f"{row['unreachable']:.0%}",
-                        *(
-                            f"{100 * a['accuracy']:.0f} / {100 * a['predicted']:.0f}"
-                            for a in row["at"]
-                        ),
-                    ]
-                    for row in rows
-                ],
-            ),
-            Table(
-                f"ListOps, {lists.length // 4} to {lists.length} tokens, ± half a 95 % "
-                "interval.",
-                ["pattern", "layers", "accuracy"],
-                [
-                    [row["pattern"], row["layers_to_full_reach"], percent(row)]
-                    for row in lists_rows
-                ],
-            ),
-        ],
-        charts=[
-            Chart(
-                "distance",
-                "Recall by distance: measured, and as the graph says.",
-                lines(
-                    {
-                        what: {
-                            row["pattern"]: [
-                                (float(np.mean(a["distances"])), a[key])
-                                for a in row["at"]
-                            ]
-                            for row in rows
-                        }
-                        for what, key in (
-                            ("measured", "accuracy"),
-                            ("predicted", "predicted"),
-                        )
-                    },
-                    "distance",
-                    log="x",
-                ),
-            )
-        ],
-        results={"recall": rows, "listops": lists_rows, "commonest": commonest},
+    *puzzles, lists = zip(tasks, trained, strict=True)
+    list_table, commonest = list_rows(*lists)
+    return page(
+        {task.name: recall_rows(task, runs) for task, runs in puzzles},
+        list_table,
+        commonest,
+        length=tasks[0].length,
+        layers=tasks[0].sizes.layers,
+        summaries=[t.summary for runs in trained for t in runs.values()],
     )

@@ -52,6 +52,20 @@ def test_recall_at_one_distance():
         assert tokens[row, ask - 10] == tokens[row, ask] - KEYS
 
 
+def test_several_questions_for_one_pair():
+    task = Recall(length=64, rows=8, distances=(2, 40), pairs=1, questions=6)
+    asked = []
+    for tokens, labels, counted in zip(*map(np.asarray, task.batch_at(0)), strict=True):
+        (key,) = np.flatnonzero((tokens >= FILLERS) & (tokens < FILLERS + KEYS))
+        questions = np.flatnonzero(counted)
+        assert (tokens[questions] == tokens[key] + KEYS).all()
+        assert (labels[questions] == tokens[key + 1]).all()
+        distances = questions - key - 1
+        assert 2 <= distances.min() <= distances.max() <= 40
+        asked.append(len(questions))
+    assert 4 < np.mean(asked) <= max(asked) <= 6
+
+
 def test_a_distance_that_does_not_fit():
     message = r"distances: expected 1 <= least <= most <= 14, got \(3, 15\)"
     with pytest.raises(ValueError, match=message):
@@ -127,6 +141,11 @@ def test_what_the_graph_says(mesh, tmp_path):
     # Every fourth word alone: value and key are never in one class.
     expected, most = task.predicted("dilated", near)
     assert expected == guess < most
+    # Where there is one value alone, nobody needs the key.
+    task = Task(task.context, "reach")
+    near, _ = task.apart(4, "test").values()
+    expected, most = task.predicted("dilated", near)
+    assert guess < expected == most < 1
 
 
 def test_half_width():

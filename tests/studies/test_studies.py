@@ -106,11 +106,12 @@ def test_patterns_lm(quick):
 
 def test_recall(quick):
     found = results(quick("recall"), "recall")
-    full, window = found["recall"]
-    near, far = full["at"]
-    assert (near["predicted"], far["predicted"], full["connected"]) == (1, 1, 1)
-    assert window["at"][1]["predicted"] == 1 / VALUES
-    assert window["connected"] < 0.2
+    for puzzle in ("reach", "recall"):
+        full, window = found[puzzle]
+        near, far = full["at"]
+        assert (near["predicted"], far["predicted"], full["connected"]) == (1, 1, 1)
+        assert window["at"][1]["predicted"] == 1 / VALUES
+        assert window["connected"] < 0.2
     assert len(found["listops"]) == 2
 
 
