@@ -106,6 +106,8 @@ def lines(
             if points:
                 axis.plot(*zip(*points, strict=True), f"{marker}-", label=label, ms=4)
         axis.set_xlabel(across)
+        if "x" not in log:
+            axis.locator_params(axis="x", integer=True)
         for name in log:
             plain_log(getattr(axis, f"{name}axis"))
         if any(series.values()):

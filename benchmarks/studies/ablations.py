@@ -218,4 +218,11 @@ def _row(task: Task, name: str, trial: Trial) -> Json:
         "gradient_norm": measured[0]["gradient_norm"],
         "untrained": task.look_inside(name, new)._asdict(),
         "trained": measured[0]["inside"],
+        "over_seeds": {
+            "gradient_norm": interval([m["gradient_norm"][0] for m in measured]),
+            **{
+                key: interval([float(np.mean(m["inside"][key])) for m in measured])
+                for key in Inside._fields
+            },
+        },
     }

@@ -61,52 +61,56 @@ def page(
         of(scale[kind], "untrained", "deviation")[largest] for kind in scale
     )
     norm, norm_scaled = (
-        rows[scale[kind][largest]]["gradient_norm"][0] for kind in scale
+        rows[scale[kind][largest]]["over_seeds"]["gradient_norm"] for kind in scale
     )
     by_heads = losses(heads)
     best_heads, worst_heads = (
         choose(by_heads, key=lambda n: by_heads[n][0]) for choose in (min, max)
     )
-    itself = {kind: rows[f"{kind}/rotary"]["trained"] for kind in KINDS}
-    kept, ends = of(residuals, "trained", "kept"), losses(residuals)
+    rotary = {kind: rows[f"{kind}/rotary"] for kind in KINDS}
+    ends = losses(residuals)
+    kept = {n: rows[name]["over_seeds"]["kept"] for n, name in residuals.items()}
     by_place = {kind: losses(positions[kind]) for kind in KINDS}
 
-    def best(values: Mapping[str, tuple[float, float | None]]) -> str:
-        return min((n for n in values if n != "none"), key=lambda n: values[n][0])
+    def placed_best_first(kind: str) -> str:
+        found = by_place[kind]
+        return ", ".join(
+            f"{n} {shown(found[n])}" for n in sorted(found, key=lambda n: found[n][0])
+        )
 
-    best_position = {kind: best(by_place[kind]) for kind in KINDS}
+    def itself(kind: str) -> str:
+        found = rotary[kind]["over_seeds"]
+        share = shown(tuple(x and 100 * x for x in found["itself"]), 0)
+        own = shown(found["own_weight"], 1)
+        return f"{share} % of the cases ({kind}; its weight is {own} equal shares)"
+
     answer = (
         f"Scaling: at head size {largest} the logits of an untrained model deviate by "
         f"{spread:.2f} without the scale and {spread_scaled:.2f} with it, gradients "
-        f"have a norm of {norm:.2f} and {norm_scaled:.2f} in the first tenth, and runs "
-        f"end at {shown(dot)} and {shown(scaled)} nats. Heads: {best_heads} end at "
-        f"{shown(by_heads[best_heads])}, {worst_heads} at "
-        f"{shown(by_heads[worst_heads])}. Positions: if words change places, what an "
-        "untrained model without positions says moves by "
+        f"have a norm of {shown(norm, 2)} and {shown(norm_scaled, 2)} in the first "
+        f"tenth, and runs end at {shown(dot)} and {shown(scaled)} nats. Heads: "
+        f"{best_heads} end at {shown(by_heads[best_heads])}, {worst_heads} at "
+        f"{shown(by_heads[worst_heads])}: a head has {budget.sizes.features} features "
+        "divided by their number, and the paper's models are thirty times as large and "
+        "translate; what heads do for BLEU there need not be what they do for a loss "
+        "here. Positions: if words change places, what an untrained model without "
+        "positions says moves by "
         + "; ".join(
-            f"{moved[kind]['none']:.0e} of their size ({kind}), with "
-            f"{best_position[kind]} ones by {moved[kind][best_position[kind]]:.0e}"
+            f"{moved[kind]['none']:.0e} of its size ({kind}), with rotary ones by "
+            f"{moved[kind]['rotary']:.0e}"
             for kind in KINDS
         )
-        + "; trained without they end at "
-        + "; ".join(
-            f"{shown(by_place[kind]['none'])} ({kind}), "
-            f"with {best_position[kind]} ones "
-            f"at {shown(by_place[kind][best_position[kind]])}"
-            for kind in KINDS
-        )
-        + f". Residuals: a block's output has a cosine of {kept['pre-norm']:.2f} with "
-        f"its input, without them {kept['no residual']:.2f}, and runs end at "
-        f"{shown(ends['pre-norm'])} and {shown(ends['no residual'])}; post-norm "
-        f"{shown(ends['post-norm'])}, no norm {shown(ends['no norm'])}. Self to self "
-        "is the greatest weight in "
-        + " and ".join(
-            f"{np.mean(itself[kind]['itself']):.0%} ({kind}, "
-            f"{np.mean(itself[kind]['own_weight']):.1f} times an equal share)"
-            for kind in KINDS
-        )
-        + " of the cases. The paper's models are thirty times as large and translate: "
-        "what heads do for BLEU there need not be what they do for a loss here."
+        + ": a causal mask alone tells an order. Trained: "
+        + "; ".join(f"{placed_best_first(kind)} ({kind})" for kind in KINDS)
+        + f". {budget.steps} steps may be too few to learn to use what is added to a "
+        "word, or a table. Residuals: a block's output has a cosine of "
+        f"{shown(kept['pre-norm'], 2)} with its input, without them "
+        f"{shown(kept['no residual'], 2)}, and runs end at {shown(ends['pre-norm'])} "
+        f"and {shown(ends['no residual'])}; post-norm {shown(ends['post-norm'])}, no "
+        f"norm {shown(ends['no norm'])}. Self to self is the greatest weight in "
+        + " and ".join(map(itself, KINDS))
+        + ": above its share, not usually the highest; where a residual hands on a "
+        "word itself, attention need not."
     )
     columns = [
         "run",
@@ -195,7 +199,7 @@ def page(
                 lines(
                     {
                         title: {
-                            kind: list(enumerate(itself[kind][key], 1))
+                            kind: list(enumerate(rotary[kind]["trained"][key], 1))
                             for kind in KINDS
                         }
                         for title, key in (
