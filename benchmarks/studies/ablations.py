@@ -219,7 +219,10 @@ def _row(task: Task, name: str, trial: Trial) -> Json:
         "untrained": task.look_inside(name, new)._asdict(),
         "trained": measured[0]["inside"],
         "over_seeds": {
-            "gradient_norm": interval([m["gradient_norm"][0] for m in measured]),
+            "gradient_norm": [
+                interval(norms)
+                for norms in zip(*(m["gradient_norm"] for m in measured), strict=True)
+            ],
             **{
                 key: interval([float(np.mean(m["inside"][key])) for m in measured])
                 for key in Inside._fields

@@ -61,7 +61,7 @@ def page(
         of(scale[kind], "untrained", "deviation")[largest] for kind in scale
     )
     norm, norm_scaled = (
-        rows[scale[kind][largest]]["over_seeds"]["gradient_norm"] for kind in scale
+        rows[scale[kind][largest]]["over_seeds"]["gradient_norm"][0] for kind in scale
     )
     by_heads = losses(heads)
     best_heads, worst_heads = (
@@ -82,7 +82,11 @@ def page(
         found = rotary[kind]["over_seeds"]
         share = shown(tuple(x and 100 * x for x in found["itself"]), 0)
         own = shown(found["own_weight"], 1)
-        return f"{share} % of the cases ({kind}; its weight is {own} equal shares)"
+        usual = "usually" if found["itself"][0] > 0.5 else "not usually"
+        return (
+            f"{usual} the greatest weight: in {share} % of the cases ({kind}), at "
+            f"{own} times an equal share"
+        )
 
     answer = (
         f"Scaling: at head size {largest} the logits of an untrained model deviate by "
@@ -100,17 +104,16 @@ def page(
             f"{moved[kind]['rotary']:.0e}"
             for kind in KINDS
         )
-        + ": a causal mask alone tells an order. Trained: "
+        + ". Trained: "
         + "; ".join(f"{placed_best_first(kind)} ({kind})" for kind in KINDS)
-        + f". {budget.steps} steps may be too few to learn to use what is added to a "
+        + f". In {budget.steps} steps a model may not learn to use what is added to a "
         "word, or a table. Residuals: a block's output has a cosine of "
         f"{shown(kept['pre-norm'], 2)} with its input, without them "
         f"{shown(kept['no residual'], 2)}, and runs end at {shown(ends['pre-norm'])} "
         f"and {shown(ends['no residual'])}; post-norm {shown(ends['post-norm'])}, no "
-        f"norm {shown(ends['no norm'])}. Self to self is the greatest weight in "
-        + " and ".join(map(itself, KINDS))
-        + ": above its share, not usually the highest; where a residual hands on a "
-        "word itself, attention need not."
+        f"norm {shown(ends['no norm'])}. Self to self is "
+        + ", and ".join(map(itself, KINDS))
+        + "; where a residual hands on a word itself, attention need not."
     )
     columns = [
         "run",

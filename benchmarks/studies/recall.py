@@ -144,7 +144,7 @@ class Task:
             is out of reach.
         """
         seen = reach_through(self.masks(pattern), self.length)
-        only = self.name == "reach"
+        only = PUZZLES[self.name]["pairs"] == 1
         both, alone = [], []
         for batch in batches:
             tokens = np.asarray(batch.tokens)

@@ -58,19 +58,18 @@ def answer(
     return (
         "Where a row holds one value to pass on, accuracy is "
         f"{deviation(puzzles['reach'])}. Where it holds eight, and the question tells "
-        f"which, it is {deviation(puzzles['recall'])}: those on the way know not yet "
-        "which will be asked for, and must keep all. "
+        f"which, it is {deviation(puzzles['recall'])}; whoever is on the way knows not "
+        "yet which will be asked for, and must keep all. "
         + (
             f"Beyond what any model can know: {', '.join(beyond)}. "
             if beyond
-            else "Nowhere does a model know what no path brings. "
+            else "Nowhere does a model know what no path brings: the graph is a bound. "
         )
-        + "So the graph is a bound on what a pattern can do; how much of it so many "
-        f"steps of training teach is another matter. ListOps: {best['pattern']} is "
-        f"best ({percent(best)}), {least['pattern']} last ({percent(least)}); the "
-        f"commonest answer alone is right in {commonest:.1%}. Each is one run. Long "
-        "Range Arena's lists have 500 to 2,000 tokens, its models more parameters and "
-        "steps, and its best results are near 37 %."
+        + f"ListOps: {best['pattern']} is best ({percent(best)}), {least['pattern']} "
+        f"last ({percent(least)}); the commonest answer alone is right in "
+        f"{commonest:.1%}. Each is one run. Long Range Arena's lists have 500 to 2,000 "
+        "tokens, its models more parameters and steps, and its best results are near "
+        "37 %."
     )
 
 
