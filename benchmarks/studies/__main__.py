@@ -132,12 +132,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
         text=given.text,
     )
     page = STUDIES[given.study](context)
-    for name in given.only:
-        if not any(s == name or s.startswith(f"{name}/") for s in context.seen):
-            raise StudyError(
-                f"--only: expected runs of {given.study} "
-                f"({', '.join(context.seen)}), got {name!r}"
-            )
+    context.expect_only()
     if page is None:
         context.say("no page yet: runs are missing that --only left out")
         return

@@ -79,6 +79,19 @@ class Context:
             name == wanted or name.startswith(f"{wanted}/") for wanted in self.only
         )
 
+    def expect_only(self) -> None:
+        """To be asked once all runs are known.
+
+        Raises:
+            StudyError: if ``--only`` names a run that the study does not have.
+        """
+        for name in self.only:
+            if not any(s == name or s.startswith(f"{name}/") for s in self.seen):
+                raise StudyError(
+                    f"--only: expected runs of {self.name} "
+                    f"({', '.join(self.seen)}), got {name!r}"
+                )
+
     def train(self, run: Run) -> Trained | None:
         """Trains a run, or reads it where it is done and need not be repeated.
 
@@ -136,7 +149,11 @@ class Context:
 
         Returns:
             Medians, by name of the run.
+
+        Raises:
+            StudyError: see :meth:`expect_only`.
         """
+        self.expect_only()
         calls = {}
         for run in runs:
             step = Step(run.make_model(), run.loss, run.optimiser, run.seed, self.mesh)

@@ -1,5 +1,6 @@
 """The page, the command line, sweeps."""
 
+import dataclasses
 import io
 import json
 import math
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from benchmarks.studies import __main__ as script
 from benchmarks.studies.context import Context
-from benchmarks.studies.errors import Diverged
+from benchmarks.studies.errors import Diverged, StudyError
 from benchmarks.studies.page import (
     Chart,
     Page,
@@ -121,6 +122,16 @@ def test_a_study_from_end_to_end(start, tmp_path, monkeypatch):
     status, said = start("--resume", "--only", "state-17")
     assert status == 1
     assert "expected runs of smoke (state-8, state-16), got 'state-17'" in said
+
+
+def test_a_run_that_is_not_there_is_told_before_steps_are_timed(tmp_path):
+    given = ["short", "shrot"]
+    context = Context("s", tmp_path, make_mesh(2), Console(), only=given)
+    run = make_run("short/one", mesh=context.mesh, steps=2)
+    context.train(run)
+    timed = dataclasses.replace(run, make_model=lambda: pytest.fail("it is timed"))
+    with pytest.raises(StudyError, match=r"runs of s \(short/one\), got 'shrot'"):
+        context.step_seconds([timed])
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path, capsys):
