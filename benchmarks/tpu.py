@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.progress import track
 
 from attnlab.bench.cases import Spec
+from attnlab.bench.machine import cores
 from attnlab.bench.options import whole
 from attnlab.bench.static import least, per_block, projected_size, row, splash_per_block
 from attnlab.bench.targets import TARGETS, CompilerMissing
-from attnlab.bench.tune import best_of, by_cycles, candidates
+from attnlab.bench.tune import best_of, by_cycles, candidates, costs
 from attnlab.implementations.pallas_tpu.blocks import Blocks
 from benchmarks.common import parser, write
 
@@ -60,10 +61,17 @@ def rows(
                 spec, label = spec_of(head_size), f"{target} {of} {head_size}"
                 found = {
                     name: best_of(
-                        functools.partial(measure, spec, of, target),
                         track(
-                            sizes, f"{label}, {name}", console=console, transient=True
-                        ),
+                            costs(
+                                functools.partial(measure, spec, of, target),
+                                sizes,
+                                at_once=cores(),
+                            ),
+                            f"{label}, {name}",
+                            total=len(sizes),
+                            console=console,
+                            transient=True,
+                        )
                     )
                     for name, measure in (("ours", by_cycles), ("splash", by_splash))
                 }

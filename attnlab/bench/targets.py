@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -258,6 +259,9 @@ def _compile(
             )
         except subprocess.TimeoutExpired:
             return {"why": f"the compiler took more than {timeout:.0f} s"}
+        if done.returncode == -signal.SIGINT:
+            # Both were told to stop: the compiler has no answer, and did not crash.
+            raise KeyboardInterrupt
         if done.returncode:
             lines = [x for x in done.stderr.splitlines() if "failed" in x.lower()]
             said = lines[0].split("] ", 1)[-1][:200] if lines else ""

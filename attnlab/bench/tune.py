@@ -8,7 +8,8 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from attnlab import attention
 from attnlab.bench.cases import Spec
 from attnlab.bench.files import write_atomically
+from attnlab.bench.machine import cores
 from attnlab.bench.options import whole, writable_folder
 from attnlab.bench.targets import TARGETS, on
 from attnlab.implementations.pallas_tpu.blocks import VARIABLE, Blocks, device, read
@@ -72,10 +74,26 @@ def by_time(spec: Spec, of: str, blocks: Blocks) -> float | None:
     return timing.median / (spec.heads * length**2)
 
 
-def best_of(measure: Measure, sizes: Iterable[Blocks]) -> tuple[Blocks, float] | None:
-    """The cheapest of some sizes, and what a pair costs; None where none work."""
-    costs = {blocks: measure(blocks) for blocks in sizes}
-    known = [(cost, blocks) for blocks, cost in costs.items() if cost is not None]
+def costs(
+    measure: Measure, sizes: Sequence[Blocks], at_once: int = 1
+) -> Iterator[tuple[Blocks, float | None]]:
+    """What a pair costs with each of some sizes.
+
+    Args:
+        measure: asked for each.
+        sizes: to try.
+        at_once: how many are measured beside each other: a core for each where
+            ``measure`` waits for a compiler, one where it takes times.
+    """
+    with ThreadPoolExecutor(at_once) as pool:
+        yield from zip(sizes, pool.map(measure, sizes), strict=True)
+
+
+def best_of(
+    costs: Iterable[tuple[Blocks, float | None]],
+) -> tuple[Blocks, float] | None:
+    """The cheapest sizes, and what a pair costs; None where none work."""
+    known = [(cost, blocks) for blocks, cost in costs if cost is not None]
     if not known:
         return None
     cost, blocks = min(known)
@@ -149,11 +167,15 @@ def command(given: argparse.Namespace) -> int:
     with Progress(console=console, transient=True) as progress:
         for size, of in wanted:
             spec = Spec(dtype="bfloat16", heads=1, key_heads=1, head_size=size)
-            measure: Measure = functools.partial(by_cycles, spec, of, given.target)
+            sizes = candidates()
             if given.target == HERE:
-                measure = functools.partial(by_time, spec, of)
-            tried = progress.track(candidates(), description=f"head size {size}, {of}")
-            best = best_of(measure, tried)
+                tried = costs(functools.partial(by_time, spec, of), sizes)
+            else:
+                measure = functools.partial(by_cycles, spec, of, given.target)
+                tried = costs(measure, sizes, at_once=cores())
+            best = best_of(
+                progress.track(tried, len(sizes), description=f"head size {size}, {of}")
+            )
             if best is not None:
                 found.setdefault(str(size), {})[of] = list(best[0])
     if not found:

@@ -3,7 +3,9 @@
 import contextlib
 import importlib.util
 import json
+import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +113,19 @@ def test_too_much_memory_is_a_reason_and_no_crash(cache):
     found = study(large, shape, target="tpu:v5e", cache=cache)
     assert found.cycles is None
     assert found.why
+
+
+@needs_compiler
+def test_an_interrupted_compiler_gave_no_answer(tmp_path, monkeypatch):
+    """Else it would be taken for one that cannot tell cycles, and be kept as such."""
+    stopped = [sys.executable, "-c", "import os; os.kill(os.getpid(), 2)"]
+    before = subprocess.run
+    run = lambda command, **options: before(stopped, **options)
+    monkeypatch.setattr(targets.subprocess, "run", run)
+    shape = jax.ShapeDtypeStruct((8,), jnp.float32)
+    with pytest.raises(KeyboardInterrupt):
+        study(jnp.sin, shape, target="tpu:v5e", cache=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_compiler(monkeypatch, capsys, tmp_path):
@@ -263,6 +278,19 @@ def test_the_best_blocks_become_a_table(monkeypatch, tmp_path):
         "v6e": {"64": {"forward": [128, 128, 128]}},
         "v5e": {"64": {"forward": [1024, 512, 256], "backward": [512, 1024, 512]}},
     }
+
+
+def test_sizes_are_measured_beside_each_other():
+    both = threading.Barrier(2)
+
+    def measure(blocks):
+        both.wait(timeout=60)
+        return None if blocks.q == 1024 else float(blocks.k)
+
+    sizes = [Blocks(512, 512, 256), Blocks(1024, 512, 256)]
+    found = list(tune.costs(measure, sizes, at_once=2))
+    assert found == [(sizes[0], 512.0), (sizes[1], None)]
+    assert tune.best_of(found) == (sizes[0], 512.0)
 
 
 def test_tuning_here_needs_a_tpu(tmp_path, capsys):
