@@ -21,6 +21,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: By label, points from left to right.
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
+#: So many lines that a legend among them would hide some.
+CROWDED = 6
+
 
 def parser(description: str, results: Path = RESULTS) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
@@ -101,6 +104,8 @@ def lines(
         log: axes that are logarithmic: ``x``, ``y``, ``xy``.
     """
     figure, axes = side_by_side(panels, 5, 4)
+    names = {tuple(series) for series in panels.values()}
+    beside = len(names) == 1 and len(min(names)) > CROWDED
     for axis, series in zip(axes, panels.values(), strict=True):
         for label, points in series.items():
             if points:
@@ -110,8 +115,21 @@ def lines(
             axis.locator_params(axis="x", integer=True)
         for name in log:
             plain_log(getattr(axis, f"{name}axis"))
-        if any(series.values()):
+        if any(series.values()) and not beside:
             axis.legend(fontsize=8, frameon=False)
+    if beside:
+        found = {
+            label: handle
+            for axis in axes
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            found.values(),
+            found,
+            loc="outside right center",
+            fontsize=8,
+            frameon=False,
+        )
     return figure
 
 

@@ -247,8 +247,10 @@ def results_of(task: Task, found: Runs) -> list[Json]:
         useful, executed = task.attention_flops(name)
         own, full = tests[name], tests["full"]
         # A seed gives all patterns the same data in the same order.
-        curve = np.mean([t["by_position"] for t in own.values()], 0)
-        apart = [own[s]["loss"] - full[s]["loss"] for s in own if s in full]
+        apart = [own[s]["loss"] - full[s]["loss"] for s in own]
+        curve, beside = (
+            np.mean([found[s]["by_position"] for s in own], 0) for found in (own, full)
+        )
         rows.append({
             "pattern": name,
             "density": float(
@@ -260,6 +262,10 @@ def results_of(task: Task, found: Runs) -> list[Json]:
             "against_full": interval(apart),
             "test_accuracy": interval([100 * t["accuracy"] for t in own.values()]),
             "by_position": curve.tolist(),
+            "by_position_against_full": [
+                [at, own_loss - loss]
+                for (at, own_loss), (_, loss) in zip(curve, beside, strict=True)
+            ],
             "seconds_per_step": seconds[name],
             "minutes": runs[0].summary["seconds"] / 60,
             "speed_against_full": seconds["full"] / seconds[name],
