@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from benchmarks.studies.language_models import OWN, Budget
 from benchmarks.studies.page import Chart, Page, Table, cost_of, lines, shown
 from benchmarks.studies.record import Json
-from benchmarks.studies.sweep import Chosen
+from benchmarks.studies.sweep import Sweep
 
 #: Masked accuracy in percent, best first (Zaheer et al., 2020, table 1).
 PAPER = {"full": 64.2, "window+random": 62.7, "random": 60.1, "window": 58.3}
@@ -95,8 +95,8 @@ def beside_paper(rows: Sequence[Json]) -> str:
 
 def page(
     found: Mapping[str, Sequence[Json]],
-    chosen: Mapping[str, Chosen],
-    swept: str,
+    swept: Mapping[str, Sweep],
+    pattern: str,
     budget: Budget,
     counts: Json,
     summaries: Iterable[Json],
@@ -105,8 +105,8 @@ def page(
 
     Args:
         found: rows by kind of task, best first.
-        chosen: how the rate of each kind was found.
-        swept: the pattern that it was found for.
+        swept: how the rate of each kind was found.
+        pattern: for which it was found.
         budget: of every run.
         counts: of the documents.
         summaries: of every run.
@@ -152,6 +152,14 @@ def page(
                 ),
             ),
         ]
+    tried = "; ".join(
+        ", ".join(
+            f"{rate:g} {'diverged' if loss is None else f'{loss:.3f}'}"
+            for rate, loss in sorted(each.found.items())
+        )
+        for each in swept.values()
+        if each.found
+    )
     documents = ", ".join(f"{n} {part}" for part, n in counts["documents"].items())
     return Page(
         title="Do sparse patterns do well?",
@@ -164,13 +172,10 @@ def page(
         answer="".join(answer(kind, rows) for kind, rows in found.items())
         + beside_paper(found["masked"])
         + "A rate of "
-        + " and ".join(f"{c.rate:g} ({kind})" for kind, c in chosen.items())
-        + f", the best for {swept} (sweep, then whole runs: "
-        + "; ".join(
-            ", ".join(f"{r:g} {v:.3f}" for r, v in c.whole.items())
-            for c in chosen.values()
-        )
-        + f"). Contexts of {budget.length:,} subwords, "
+        + " and ".join(f"{s.rate:g} ({kind})" for kind, s in swept.items())
+        + f", the best for {pattern}"
+        + (f" (dev losses of whole runs: {tried})" if tried else "")
+        + f". Contexts of {budget.length:,} subwords, "
         f"{budget.steps * budget.rows * budget.length:,} subwords a run; documents: "
         f"{documents}.",
         cost=cost_of(summaries),
