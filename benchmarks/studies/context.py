@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -133,6 +134,14 @@ class Context:
             self.say(f"{run.name} is left out: {error}")
             return None
         return train(run, place._replace(resume=True)) if done else None
+
+    def model(self, run: Run) -> nnx.Module:
+        """The model of a run that others begin with.
+
+        The run is trained where it is not done, or where its folder was lost.
+        """
+        place = Place(self.folder / run.name, self.mesh, self.console, resume=True)
+        return train(run, place).model
 
     def train_all(self, runs: Iterable[Run]) -> dict[str, Trained] | None:
         """Trains runs one after another.

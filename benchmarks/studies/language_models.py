@@ -167,6 +167,25 @@ def _with_anchors(
     return nn.MultiHeadAttention(features, heads, anchors=own, rngs=rngs, **options)
 
 
+def copy_parameters(source: nnx.Module, target: nnx.Module) -> None:
+    """Those that both have; projections of anchors begin as the ordinary ones.
+
+    References:
+        Beltagy, Peters, Cohan, "Longformer", 2020, section 3.1 (the initial values).
+    """
+
+    # Copies: what is trained is donated, each array once.
+    def copied(module: nnx.Module) -> nnx.State:
+        return jax.tree.map(jnp.copy, nnx.state(module, nnx.Param))
+
+    nnx.update(target, copied(source))
+    for _, module in nnx.iter_modules(target):
+        if isinstance(module, nn.MultiHeadAttention) and module.anchors is not None:
+            for name in ("query", "key", "value"):
+                own = getattr(module.anchors, name)
+                nnx.update(own, copied(getattr(module, name)))
+
+
 def losses_and_hits(model: Any, batch: Stretch) -> tuple[jax.Array, jax.Array]:
     """Of each label its cross-entropy, and whether it is the most probable.
 

@@ -18,6 +18,7 @@ from benchmarks.studies.language_models import (
     Budget,
     Sizes,
     anchors_of_own,
+    copy_parameters,
     language_model,
     layer_masks,
     loss,
@@ -42,9 +43,8 @@ CAUSAL = (
     "all three",
     "dilated",
 )
-#: Of whole runs: in short ones masked models have not begun to learn from context.
-RATES = (4e-3, 8e-3)
-#: The model that the rate is chosen for; all get the same.
+#: Of whole runs, for :data:`SWEPT`; all patterns get the best one.
+RATES = (2e-3, 4e-3)
 SWEPT = "window"
 #: Nats between neighbours in the table below which chance is asked to speak.
 CLOSE = 0.05
@@ -52,19 +52,36 @@ SEEDS = 3
 #: Parts of a context whose losses are told apart.
 PARTS = 16
 
-
-BUDGET = Budget(steps=640, length=4096, rows=1)
+#: What every pattern begins with: a model that read short contexts with full attention,
+#: as BigBird's and Longformer's begin with RoBERTa. From nothing, a masked model that
+#: sees 4,096 words at once has not begun to use them after 2.6 million.
+BASE, BASE_RATE = Budget(steps=640, length=512, rows=8), 8e-3
+BUDGET = Budget(steps=320, length=4096, rows=1)
 QUICK = Budget(6, 128, 2, 400, limit=12, test=2, dev=2, sizes=Sizes(16, 2, 2))
+QUICK_BASE = QUICK._replace(length=64)
 QUICK_PATTERNS = ("full", "window", "all three", OWN)
 
 
 class Task:
     """Masked or causal language modelling under one budget."""
 
-    def __init__(self, context: Context, causal: bool):
-        self.budget = budget = QUICK if context.quick else BUDGET
+    def __init__(
+        self,
+        context: Context,
+        causal: bool,
+        budget: Budget,
+        base: "Task | None" = None,
+    ):
+        """Reads the documents.
+
+        Args:
+            context: of the study.
+            causal: whether the next token is asked for; else what is hidden.
+            budget: of a run.
+            base: what runs begin with; None: nothing.
+        """
         self.context, self.causal = context.dividing(budget.rows), causal
-        self.data = budget.read(context)
+        self.budget, self.base, self.data = budget, base, budget.read(context)
         names = CAUSAL if causal else (*PATTERNS, OWN)
         self.names = tuple(n for n in names if not context.quick or n in QUICK_PATTERNS)
         self.test = self._stretches(self.data.test).all()
@@ -91,16 +108,25 @@ class Task:
         steps = self.budget.steps
         mask = self.masks(pattern, seed)
         own = anchors_of_own(self.budget.length) if pattern == OWN else 0
+        config: Json = {
+            "pattern": pattern,
+            "masks": [repr(m) for m in mask],
+            "drawn": fingerprint(mask, train.batch_at(0)),
+            "budget": self.budget.config(),
+            "data": self.data.fingerprint,
+            "rate": rate,
+        }
+        begin = None
+        if self.base is not None:
+            base = self.base.base_run(seed)
+            config["base"] = base.config
+
+            def begin(model: nnx.Module) -> None:
+                copy_parameters(self.context.model(base), model)
+
         return Run(
             name=f"{self.kind}/{name}",
-            config={
-                "pattern": pattern,
-                "masks": [repr(m) for m in mask],
-                "drawn": fingerprint(mask, train.batch_at(0)),
-                "budget": self.budget.config(),
-                "data": self.data.fingerprint,
-                "rate": rate,
-            },
+            config=config,
             make_model=lambda: language_model(
                 train.vocabulary_size,
                 self.budget.sizes,
@@ -116,8 +142,13 @@ class Task:
             evaluate=self._evaluate,
             evaluate_every=max(steps // 4, min(3, steps)),
             seed=seed,
+            begin=begin,
             measure=lambda model, _: self.on_test(model),
         )
+
+    def base_run(self, seed: int) -> Run:
+        """What others begin with."""
+        return self.run(f"base/seed-{seed}", "full", BASE_RATE, seed)
 
     def masks(self, pattern: str, seed: int = 0) -> list[Mask]:
         """Of each layer."""
@@ -184,22 +215,34 @@ class Runs(NamedTuple):
     """What was trained for one task.
 
     Attributes:
+        bases: what others begin with, by seed.
         swept: for the rate of all, of which :data:`SWEPT` has the best.
         by_pattern: by name, then by seed.
     """
 
+    bases: dict[int, Trained]
     swept: Sweep
     by_pattern: dict[str, dict[int, Trained]]
 
     def summaries(self) -> list[Json]:
         """Of every run."""
-        kept = [t.summary for runs in self.by_pattern.values() for t in runs.values()]
+        each = [self.bases, *self.by_pattern.values()]
+        kept = [trained.summary for runs in each for trained in runs.values()]
         return [*kept, *(s for s in self.swept.summaries if s not in kept)]
 
 
-def train_patterns(task: Task) -> Runs | None:
+def train_patterns(task: Task, base: Task) -> Runs | None:
     """Each pattern once, then full attention and the close ones with more seeds."""
     context = task.context
+    bases: dict[int, Trained] = {}
+    found: dict[str, dict[int, Trained]] = {}
+
+    def train_base(seed: int) -> None:
+        trained = context.train(base.base_run(seed))
+        if trained is not None:
+            bases[seed] = trained
+
+    train_base(0)
     swept = sweep(
         context,
         lambda rate: task.run(SWEPT, SWEPT, rate),
@@ -207,30 +250,30 @@ def train_patterns(task: Task) -> Runs | None:
     )
     if swept is None:
         return None
-    found: dict[str, dict[int, Trained]] = {}
     for summary in swept.summaries:
         if summary["config"]["rate"] == swept.rate:
             found[SWEPT] = {0: Trained(summary, None, [])}
 
-    def train_all(wanted: Iterable[tuple[str, int]]) -> bool:
+    def train_all(patterns: Iterable[str], seed: int) -> bool:
         """Whether none is left out."""
-        for pattern, seed in wanted:
+        for pattern in patterns:
             if seed in found.get(pattern, {}):
                 continue
             name = f"{pattern.replace(' ', '-')}/seed-{seed}"
             trained = context.train(task.run(name, pattern, swept.rate, seed))
             if trained is not None:
                 found.setdefault(pattern, {})[seed] = trained
-        return all(seed in found.get(pattern, {}) for pattern, seed in wanted)
+        return seed in bases and all(seed in found.get(p, {}) for p in patterns)
 
-    if not train_all([(pattern, 0) for pattern in task.names]):
+    if not train_all(task.names, 0):
         return None
     first = {name: runs[0].summary["best"]["loss"] for name, runs in found.items()}
     again = dict.fromkeys(["full", *close_rows(first)])
-    seeds = range(1, 1 if context.quick else SEEDS)
-    if not train_all([(pattern, seed) for pattern in again for seed in seeds]):
-        return None
-    return Runs(swept, found)
+    done = True
+    for seed in range(1, 1 if context.quick else SEEDS):
+        train_base(seed)
+        done = train_all(again, seed) and done
+    return Runs(bases, swept, found) if done else None
 
 
 def results_of(task: Task, found: Runs) -> list[Json]:
@@ -276,8 +319,14 @@ def results_of(task: Task, found: Runs) -> list[Json]:
 
 def study(context: Context) -> Page | None:
     """Each pattern, masked and causal."""
-    tasks = [Task(context, causal) for causal in (False, True)]
-    trained = [train_patterns(task) for task in tasks]
+    budget, short = (QUICK, QUICK_BASE) if context.quick else (BUDGET, BASE)
+    # What a run learns from must not depend on who trains it: one row, one device.
+    alone = context.dividing(budget.rows)
+    tasks, trained = [], []
+    for causal in (False, True):
+        base = Task(alone, causal, short)
+        tasks.append(Task(alone, causal, budget, base))
+        trained.append(train_patterns(tasks[-1], base))
     done = {
         task.kind: found
         for task, found in zip(tasks, trained, strict=True)
@@ -289,7 +338,11 @@ def study(context: Context) -> Page | None:
         {task.kind: results_of(task, done[task.kind]) for task in tasks},
         {kind: found.swept for kind, found in done.items()},
         SWEPT,
-        tasks[0].budget,
+        (short, budget),
+        {
+            kind: interval([t.summary["best"]["loss"] for t in found.bases.values()])
+            for kind, found in done.items()
+        },
         tasks[0].data.counts,
         [s for found in done.values() for s in found.summaries()],
     )

@@ -81,8 +81,8 @@ def beside_paper(rows: Sequence[Json]) -> str:
         "the paper's order"
         if ranked == both
         else "another order than the paper's, whose models are a hundred times as "
-        "large, start from RoBERTa's weights and see many more words, so that far "
-        "words can pay there where here most of a loss is that of those nearby"
+        "large and see many more words, so that far words can pay there where here "
+        "most of a loss is that of those nearby"
     )
     told = ", ".join(f"{name} {shown(here[name], 1)} %" for name in ranked)
     lacking = (
@@ -93,11 +93,18 @@ def beside_paper(rows: Sequence[Json]) -> str:
     return f"Masked accuracy: {told}: {order}{lacking}. "
 
 
+def tokens(budget: Budget) -> str:
+    """How much a run reads, and how much at once."""
+    read = budget.steps * budget.rows * budget.length
+    return f"{read:,} subwords in contexts of {budget.length:,}"
+
+
 def page(
     found: Mapping[str, Sequence[Json]],
     swept: Mapping[str, Sweep],
     pattern: str,
-    budget: Budget,
+    budgets: tuple[Budget, Budget],
+    bases: Mapping[str, tuple[float, float | None]],
     counts: Json,
     summaries: Iterable[Json],
 ) -> Page:
@@ -107,10 +114,12 @@ def page(
         found: rows by kind of task, best first.
         swept: how the rate of each kind was found.
         pattern: for which it was found.
-        budget: of every run.
+        budgets: of what every run begins with, and of every run.
+        bases: by kind of task, the dev loss of what runs begin with.
         counts: of the documents.
         summaries: of every run.
     """
+    base, budget = budgets
     charts = []
     for kind, rows in found.items():
         by_seconds, by_flops = (
@@ -175,9 +184,14 @@ def page(
         + " and ".join(f"{s.rate:g} ({kind})" for kind, s in swept.items())
         + f", the best for {pattern}"
         + (f" (dev losses of whole runs: {tried})" if tried else "")
-        + f". Contexts of {budget.length:,} subwords, "
-        f"{budget.steps * budget.rows * budget.length:,} subwords a run; documents: "
-        f"{documents}.",
+        + ". Every run goes on, with "
+        + tokens(budget)
+        + ", from a model that read with full attention "
+        + tokens(base)
+        + " (one for each kind and seed; dev losses on such contexts: "
+        + ", ".join(f"{kind} {shown(loss)}" for kind, loss in bases.items())
+        + "), as BigBird's and Longformer's go on from RoBERTa, and anchors' own "
+        f"projections begin as the ordinary ones. Documents: {documents}.",
         cost=cost_of(summaries),
         tables=[table(kind, rows) for kind, rows in found.items()],
         charts=charts,

@@ -54,6 +54,8 @@ class Run:
         best: which of the numbers says what the best checkpoint is.
         higher_is_better: whether it does so by being high.
         seed: of dropout.
+        begin: changes a new model before its first step, for instance to parameters
+            that another run trained; ``config`` must tell which.
         measure: numbers of the best model and the log, for a page that needs no more;
             they are kept, see :class:`~benchmarks.studies.ledger.Ledger`. None: the
             page needs the model.
@@ -71,6 +73,7 @@ class Run:
     best: str = "loss"
     higher_is_better: bool = False
     seed: int = 0
+    begin: Callable[[nnx.Module], None] | None = None
     measure: Measure | None = None
 
     def parameters(self) -> str:
@@ -153,8 +156,10 @@ def train(run: Run, place: Place) -> Trained:
     checkpoints = Checkpoints(record.checkpoints, place.keep)
     if not (place.resume and record.check(identity)):
         record.begin(identity)
-    step = Step(run.make_model(), run.loss, run.optimiser, run.seed, place.mesh)
-    summary = record.summary()
+    model, summary = run.make_model(), record.summary()
+    if summary is None and run.begin is not None:
+        run.begin(model)
+    step = Step(model, run.loss, run.optimiser, run.seed, place.mesh)
     if summary is None:
         room_for(place.folder, step.state, place.keep + 2)
         try:
