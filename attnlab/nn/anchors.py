@@ -15,8 +15,8 @@ from attnlab.types import Array, AttentionResult
 class AnchorProjections(nnx.Module):
     """Projections of their own for anchors that see everything, Longformer style.
 
-    What the anchors see is compared by these; what others see of the anchors, by the
-    ordinary ones.
+    What the anchors see is compared by these, with the positions and norms of all; what
+    others see of the anchors, by the ordinary ones.
 
     Example:
         >>> from attnlab import masks

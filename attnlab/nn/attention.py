@@ -159,8 +159,7 @@ class MultiHeadAttention(nnx.Module):
         self.mask = nnx.data(full() if mask is None else as_mask(mask))
         self.modifiers = nnx.data(tuple(modifiers))
         self.position = Positions() if position is None else position
-        self.query_norm, self.key_norm = query_norm, key_norm
-        self.anchors = anchors
+        self.query_norm, self.key_norm, self.anchors = query_norm, key_norm, anchors
         self.sinks = nnx.data(
             None
             if sinks is None
@@ -241,15 +240,22 @@ class MultiHeadAttention(nnx.Module):
         )
         heads = found.output
         if self.anchors is not None:
-            seen = {"mask": mask, "key_positions": key_positions, "rngs": rngs}
-            heads = self.anchors.replace_rows(
-                heads,
-                query,
-                key,
-                lambda q, kv, where: self._attend(
-                    q, kv, self._score(), query_positions=where, **seen
-                ),
-            )
+            key_at = _positions(key, 0, key_positions)
+
+            def attend(own: Array, memory: KeyValue, slots: Array) -> AttentionResult:
+                at = where[..., slots]
+                keys = self._placed(memory.key, self.key_norm, key_at)
+                return self._attend(
+                    self._placed(own, self.query_norm, at),
+                    memory._replace(key=keys),
+                    self._score(),
+                    mask=mask,
+                    query_positions=at,
+                    key_positions=key_positions,
+                    rngs=rngs,
+                )
+
+            heads = self.anchors.replace_rows(heads, query, key, attend)
         return found._replace(output=self.out(heads))
 
     def project(
@@ -272,11 +278,7 @@ class MultiHeadAttention(nnx.Module):
         _check_features("key", key, self.key)
         if value is not None:
             _check_features("value", value, self.value)
-        positions = _positions(key, 0, positions)
-        keys = self.key(key)
-        if self.key_norm is not None:
-            keys = self.key_norm(keys)
-        keys = self.position.rotate(keys, positions)
+        keys = self._placed(self.key(key), self.key_norm, _positions(key, 0, positions))
         if compare:
             keys = self._score().project_key(keys)
         return KeyValue(keys, self.value(key if value is None else value))
@@ -325,8 +327,7 @@ class MultiHeadAttention(nnx.Module):
         """
         if positions is None:
             positions = cache.next_positions(x.shape[1])
-        memory = self.project(x, positions=positions)
-        following, view = cache.append(*memory, positions)
+        following, view = cache.append(*self.project(x, positions=positions), positions)
         output = self.attend(
             x,
             KeyValue(view.key, view.value),
@@ -340,20 +341,21 @@ class MultiHeadAttention(nnx.Module):
     @property
     def compared_size(self) -> int:
         """P: what the score makes of a key's head, the head size of caches."""
-        shape = jax.ShapeDtypeStruct(
-            (1, 1, self.num_key_heads, self.head_size), jnp.float32
-        )
-        return jax.eval_shape(self._score().project_key, shape).shape[-1]
+        head = (1, 1, self.num_key_heads, self.head_size)
+        keys = jax.ShapeDtypeStruct(head, jnp.float32)
+        return jax.eval_shape(self._score().project_key, keys).shape[-1]
 
     def _score(self) -> Score:
         return as_arrays(self.score)
 
     def _query(self, x: Array, positions: Array) -> Array:
         _check_features("query", x, self.query)
-        query = self.query(x)
-        if self.query_norm is not None:
-            query = self.query_norm(query)
-        return self.position.rotate(query, positions)
+        return self._placed(self.query(x), self.query_norm, positions)
+
+    def _placed(
+        self, heads: Array, norm: Callable[[Array], Array] | None, positions: Array
+    ) -> Array:
+        return self.position.rotate(heads if norm is None else norm(heads), positions)
 
     def _attend(
         self,

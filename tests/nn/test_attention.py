@@ -148,6 +148,34 @@ def test_anchors_have_projections_of_their_own():
     assert float(jnp.abs(found[:, 0] - ordinary[:, 0]).max()) > 1e-2
 
 
+@pytest.mark.parametrize(
+    "position", [lambda rngs: nn.Rotary(), lambda rngs: nn.RelativeBias(2, rngs=rngs)]
+)
+def test_anchors_have_the_positions_and_norms_of_all(position):
+    """Projections of their own that equal the ordinary ones change nothing."""
+
+    def layer(own):
+        rngs = nnx.Rngs(0)
+        return nn.MultiHeadAttention(
+            8,
+            2,
+            mask=masks.longformer(window=2, anchors=1),
+            position=position(rngs),
+            query_norm=nnx.RMSNorm(4, rngs=rngs),
+            key_norm=nnx.RMSNorm(4, rngs=rngs),
+            anchors=own,
+            rngs=rngs,
+        )
+
+    ordinary = layer(None)
+    own = layer(nn.AnchorProjections(8, 2, 4, positions=1, rngs=nnx.Rngs(1)))
+    for name in ("query", "key", "value"):
+        nnx.update(getattr(own.anchors, name), nnx.state(getattr(own, name)))
+    x = inputs(2, 9, 8)
+    for where in ({}, {"query_positions": jnp.arange(9) * 2}):
+        np.testing.assert_allclose(own(x, **where), ordinary(x, **where), atol=1e-5)
+
+
 def test_weights_for_pictures():
     layer = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
     x = inputs(2, 5, 8)

@@ -15,6 +15,7 @@ from benchmarks.studies.language_models import (
     UNITS,
     Sizes,
     anchors_of_own,
+    copy_parameters,
     language_model,
     layer_masks,
     losses_and_hits,
@@ -152,6 +153,29 @@ def test_models_see_what_masks_show(name, causal):
     depends = np.linalg.norm(jax.jacrev(outputs)(x)[:, 0], axis=-1) > 0
     expected = reach_through(mask, length)
     np.testing.assert_array_equal(depends, expected)
+
+
+def test_models_begin_as_others_ended():
+    """Anchors' own projections, too: copies of the ordinary ones change nothing."""
+    length = 2 * UNITS
+    mask = layer_masks("window+anchor", length, 2, False)
+
+    def model(seed, own):
+        sizes, rngs = Sizes(16, 2, 2), nnx.Rngs(seed)
+        return language_model(
+            20, sizes, mask, causal=False, own_projections=own, rngs=rngs
+        )
+
+    source, target = model(0, 0), model(1, anchors_of_own(length))
+    tokens = jax.random.randint(jax.random.key(2), (1, length), 0, 20)
+    before = target(tokens)
+    copy_parameters(source, target)
+    np.testing.assert_allclose(target(tokens), source(tokens), rtol=1e-5, atol=1e-6)
+    assert np.abs(before - source(tokens)).max() > 0.1
+    # Training gives each array away, once.
+    leaves = jax.tree.leaves(nnx.state(target, nnx.Param))
+    kept = jax.tree.leaves(nnx.state(source, nnx.Param))
+    assert len({id(x) for x in [*leaves, *kept]}) == len(leaves) + len(kept)
 
 
 def test_losses_count_what_is_asked():

@@ -1,5 +1,6 @@
 """One step against plain optax; refusals; what does not go well."""
 
+import dataclasses
 import resource
 import signal
 
@@ -186,3 +187,22 @@ def test_a_disk_that_fills_up(mesh, place, size, message):
 def test_too_many_devices():
     with pytest.raises(StudyError, match="--devices: expected at most 4.*got 99"):
         make_mesh(99)
+
+
+def test_a_run_begins_with_the_parameters_of_another(mesh, place):
+    first = train(
+        make_run("first", mesh=mesh, steps=4),
+        place._replace(folder=place.folder / "first"),
+    )
+
+    def begin(model):
+        nnx.update(model, nnx.state(first.model, nnx.Param))
+
+    run = make_run("second", mesh=mesh, steps=4, begin=begin)
+    second = place._replace(folder=place.folder / "second", resume=True)
+    found = train(run, second)
+    evaluations = [line["evaluation"] for line in found.log if "evaluation" in line]
+    assert evaluations[0]["loss"] == pytest.approx(first.summary["best"]["loss"])
+    # What is done has its own parameters.
+    done = dataclasses.replace(run, begin=lambda model: pytest.fail("it began"))
+    assert train(done, second).summary == found.summary
