@@ -290,7 +290,7 @@ def results_of(task: Task, found: Runs) -> list[Json]:
         # A seed gives all patterns the same data in the same order.
         apart = [own[s]["loss"] - full[s]["loss"] for s in own]
         curve, beside = (
-            np.mean([found[s]["by_position"] for s in own], 0) for found in (own, full)
+            np.mean([each[s]["by_position"] for s in own], 0) for each in (own, full)
         )
         rows.append({
             "pattern": name,
