@@ -107,9 +107,10 @@ def lines(
     names = {tuple(series) for series in panels.values()}
     beside = len(names) == 1 and len(min(names)) > CROWDED
     for axis, series in zip(axes, panels.values(), strict=True):
-        for label, points in series.items():
+        for number, (label, points) in enumerate(series.items()):
             if points:
-                axis.plot(*zip(*points, strict=True), f"{marker}-", label=label, ms=4)
+                style = {"color": f"C{number}", "marker": marker, "ms": 4}
+                axis.plot(*zip(*points, strict=True), label=label, **style)
         axis.set_xlabel(across)
         if "x" not in log:
             axis.locator_params(axis="x", integer=True)

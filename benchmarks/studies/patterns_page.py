@@ -7,6 +7,8 @@ from benchmarks.studies.page import Chart, Page, Table, cost_of, lines, shown
 from benchmarks.studies.record import Json
 from benchmarks.studies.sweep import Sweep
 
+#: Nats from full attention beyond which a line would flatten all others.
+FAR = 0.25
 #: Masked accuracy in percent, best first (Zaheer et al., 2020, table 1).
 PAPER = {"full": 64.2, "window+random": 62.7, "random": 60.1, "window": 58.3}
 
@@ -99,6 +101,10 @@ def tokens(budget: Budget) -> str:
     return f"{read:,} subwords in contexts of {budget.length:,}"
 
 
+def _points(pairs: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in pairs]
+
+
 def page(
     found: Mapping[str, Sequence[Json]],
     swept: Mapping[str, Sweep],
@@ -146,16 +152,19 @@ def page(
             Chart(
                 f"{kind}-position",
                 f"{kind.capitalize()}: test loss by position in the context, and how "
-                "far it is from that of full attention.",
+                "far it is from that of full attention, where that is less than "
+                f"{FAR:g} nats.",
                 lines(
                     {
-                        title: {
-                            r["pattern"]: [(at, y) for at, y in r[key]] for r in rows
-                        }
-                        for title, key in (
-                            ("test loss", "by_position"),
-                            ("minus that of full", "by_position_against_full"),
-                        )
+                        "test loss": {
+                            r["pattern"]: _points(r["by_position"]) for r in rows
+                        },
+                        "minus that of full": {
+                            r["pattern"]: _points(r["by_position_against_full"])
+                            if abs(r["against_full"][0]) < FAR
+                            else []
+                            for r in rows
+                        },
                     },
                     "position",
                 ),

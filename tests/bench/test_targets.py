@@ -118,7 +118,9 @@ def test_too_much_memory_is_a_reason_and_no_crash(cache):
 @needs_compiler
 def test_an_interrupted_compiler_gave_no_answer(tmp_path, monkeypatch):
     """Else it would be taken for one that cannot tell cycles, and be kept as such."""
-    stopped = [sys.executable, "-c", "import os; os.kill(os.getpid(), 2)"]
+    # Where a shell began the tests in the background, this signal is ignored.
+    interrupt = "import signal as s; s.signal(s.SIGINT, s.SIG_DFL); s.raise_signal(2)"
+    stopped = [sys.executable, "-c", interrupt]
     before = subprocess.run
     run = lambda command, **options: before(stopped, **options)
     monkeypatch.setattr(targets.subprocess, "run", run)
