@@ -10,6 +10,7 @@ from flax import nnx
 
 from attnlab import cost
 from attnlab.masks import Mask
+from benchmarks.studies.addresses import Addresses
 from benchmarks.studies.context import Context
 from benchmarks.studies.evaluation import MeanLoss
 from benchmarks.studies.language_models import (
@@ -68,20 +69,22 @@ class Task:
     def __init__(
         self,
         context: Context,
+        data: Addresses,
         causal: bool,
         budget: Budget,
         base: "Task | None" = None,
     ):
-        """Reads the documents.
+        """Cuts the documents.
 
         Args:
             context: of the study.
+            data: the documents.
             causal: whether the next token is asked for; else what is hidden.
             budget: of a run.
             base: what runs begin with; None: nothing.
         """
         self.context, self.causal = context.dividing(budget.rows), causal
-        self.budget, self.base, self.data = budget, base, budget.read(context)
+        self.data, self.budget, self.base = data, budget, base
         names = CAUSAL if causal else (*PATTERNS, OWN)
         self.names = tuple(n for n in names if not context.quick or n in QUICK_PATTERNS)
         self.test = self._stretches(self.data.test).all()
@@ -322,10 +325,11 @@ def study(context: Context) -> Page | None:
     budget, short = (QUICK, QUICK_BASE) if context.quick else (BUDGET, BASE)
     # What a run learns from must not depend on who trains it: one row, one device.
     alone = context.dividing(budget.rows)
+    data = budget.read(context)
     tasks, trained = [], []
     for causal in (False, True):
-        base = Task(alone, causal, short)
-        tasks.append(Task(alone, causal, budget, base))
+        base = Task(alone, data, causal, short)
+        tasks.append(Task(alone, data, causal, budget, base))
         trained.append(train_patterns(tasks[-1], base))
     done = {
         task.kind: found
@@ -343,6 +347,6 @@ def study(context: Context) -> Page | None:
             kind: interval([t.summary["best"]["loss"] for t in found.bases.values()])
             for kind, found in done.items()
         },
-        tasks[0].data.counts,
+        data.counts,
         [s for found in done.values() for s in found.summaries()],
     )
