@@ -231,7 +231,8 @@ class AttentionInputs:
         query: ``[B, T, N, P]``, projected.
         key: ``[B, S, K, P]``, projected.
         value: ``[B, S, K, D]``.
-        pair_params: the score's, as operands ``[1, N or 1, 1, 1, *payload]``.
+        pair_params: the score's, as operands ``[1, N or 1, 1, 1, *payload]``; ``[B,
+            ...]`` where an axis was mapped.
         modifier_operands: a tuple of operands for each modifier.
         mask_operands: the mask's operands, nested as its combinations are.
         query_positions: ``[B or 1, 1, T, 1]`` int32.

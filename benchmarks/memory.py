@@ -86,6 +86,7 @@ def chart(folder: Any, rows: list[dict[str, Any]]) -> None:
     axis.set_xlabel("MB, log scale")
     axis.set_yticks(range(len(rows)), [row["problem"] for row in rows])
     axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="x", labelsize=8)
     axis.invert_yaxis()
     axis.set_title(f"T = S = {rows[0]['length']:,}", fontsize=10)
     axis.grid(axis="x", color="0.9")

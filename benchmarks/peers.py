@@ -29,7 +29,7 @@ from attnlab.bench.report import as_record
 from attnlab.bench.runner import Group, Row, run
 from attnlab.bench.text import load_documents
 from attnlab.bench.timing import Repeats
-from benchmarks.common import caption, parser, write
+from benchmarks.common import caption, command, parser, write
 from benchmarks.overheads import OVERHEADS
 from benchmarks.problems import OURS, PROBLEMS, Problem, small
 
@@ -327,7 +327,13 @@ def main() -> None:
                         task, description=f"{name}: {doing}"
                     ),
                 )
-                content = {"format": FORMAT, "quick": given.quick, "lines": records()}
+                content = {
+                    # Of the whole file: --only and --resume fill it in parts.
+                    "command": command("peers", ["--quick"] if given.quick else []),
+                    "format": FORMAT,
+                    "quick": given.quick,
+                    "lines": records(),
+                }
                 write(given.out, "peers", content, quiet=True)
                 progress.advance(task)
                 console.print(summary(done[name]), highlight=False)

@@ -21,13 +21,11 @@ from attnlab.bench.cases import Spec
 from attnlab.bench.machine import cores
 from attnlab.bench.options import whole
 from attnlab.bench.static import least, per_block, projected_size, row, splash_per_block
-from attnlab.bench.targets import TARGETS, CompilerMissing
+from attnlab.bench.targets import TOLD, CompilerMissing
 from attnlab.bench.tune import best_of, by_cycles, candidates, costs
 from attnlab.implementations.pallas_tpu.blocks import Blocks
 from benchmarks.common import parser, write
 
-#: Of which the compiler tells cycles.
-TOLD = [name for name in TARGETS if name != "tpu:v4"]
 PASSES = ("forward", "backward")
 LENGTH = 8192
 

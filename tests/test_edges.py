@@ -1,5 +1,7 @@
 """Edges where a fast path, a shortcut or a fold could go wrong."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from attnlab import attention, attention_with_stats, explain, masks, modifiers, scores
 from attnlab.types import Score, pytree
 from tests.grid import NATIVE
+from tests.implementations import interpreted
 
 IMPLEMENTATIONS = ("reference", "tiled", NATIVE)
 
@@ -133,6 +136,41 @@ def test_a_bias_of_the_lowest_float_is_no_hiding(implementation):
     np.testing.assert_allclose(output[:, 0, 0], v.mean(1)[:, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, interpreted.NAME])
+@pytest.mark.parametrize("t", [3, 40])
+def test_what_is_no_number_shows(t, implementation, monkeypatch):
+    """Where it is seen, and only there; it is never taken for a query without keys."""
+    interpreted.register(monkeypatch)
+    q, k, v = arrays(t, 40)
+    options = {"mask": masks.causal(), "query_offset": 40 - t}
+    options["implementation"] = implementation
+    at = np.arange(40 - t, 40)[None, :, None]
+    none = np.zeros((t, 40), "f")
+    added = none.copy()
+    added[1, 5] = np.inf
+    for arrays_, bias, lost in (
+        (
+            (q.at[0, 1, 1].set(jnp.nan), k, v),
+            none,
+            (at == at[0, 1]) & [False, True],
+        ),
+        ((q, k.at[0, 38].set(jnp.nan), v), none, (at >= 38) & [True, True]),
+        ((q, k, v), added, (at == at[0, 1]) & (at >= 5) & [True, True]),
+    ):
+        found = attention_with_stats(
+            *arrays_, modifiers=[modifiers.bias(jnp.asarray(bias))], **options
+        )
+        assert lost.any() or t == 40
+        np.testing.assert_array_equal(jnp.isnan(found.lse[0]), lost[0])
+        np.testing.assert_array_equal(jnp.isnan(found.output[0]).all(-1), lost[0])
+        np.testing.assert_array_equal(jnp.isnan(found.output[0]).any(-1), lost[0])
+
+    def loss(k):
+        return attention(q, k, v, **options).sum()
+
+    assert jnp.isnan(jax.grad(loss)(k.at[0, 38].set(jnp.nan))).any()
+
+
 @pytest.mark.parametrize("lengths", [(0, 4), (4, 0), (0, 0)])
 @pytest.mark.parametrize("mask", [None, masks.lengths(key=np.array([1]))])
 def test_nothing_in_nothing_out(lengths, mask):
@@ -151,8 +189,36 @@ def test_a_sink_of_minus_infinity_is_none():
     sinks = jnp.full(2, -jnp.inf)
     without = attention(q, k, v, mask=mask)
     np.testing.assert_array_equal(attention(q, k, v, mask=mask, sinks=sinks), without)
-    gradient = jax.grad(lambda q: attention(q, k, v, mask=mask, sinks=sinks).sum())(q)
-    assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("sink", [-np.inf, -200.0, 0.0])
+def test_gradients_of_sinks_where_a_query_sees_nothing(sink):
+    q, k, v = arrays(4, 4)
+    mask = masks.lengths(query=np.array([3]))
+
+    def loss(q, sinks, queries=4):
+        found = attention_with_stats(
+            q[:, :queries], k, v, mask=mask if queries == 4 else None, sinks=sinks
+        )
+        lse = found.lse
+        return found.output.sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+    found = jax.grad(loss, (0, 1))(q, jnp.full(2, sink))
+    np.testing.assert_array_equal(found[0][:, 3], 0)
+    # Of the query that sees nothing the log-sum-exp is the sink itself.
+    d_q, d_sinks = jax.grad(functools.partial(loss, queries=3), (0, 1))(
+        q, jnp.full(2, sink)
+    )
+    np.testing.assert_allclose(found[0], d_q, atol=1e-6)
+    np.testing.assert_allclose(found[1], d_sinks + np.isfinite(sink), atol=1e-6)
+
+
+def test_keys_that_minus_infinity_hides_are_none_of_the_greatest():
+    q, k, v = arrays(4, 4)
+    bias = jnp.zeros((4, 4)).at[1, 1:].set(-jnp.inf)
+    found = attention_with_stats(q, k, v, modifiers=[modifiers.bias(bias)], top_k=3)
+    np.testing.assert_array_equal(found.indices[0, :, 1], [[0, -1, -1]] * 2)
+    assert (found.indices[0, :, 0] >= 0).all()
 
 
 @pytree

@@ -394,6 +394,30 @@ def test_6_precision_is_honoured(implementation):
         assert "HIGHEST" in program()
 
 
+@pytest.mark.parametrize("implementation", BOTH[:2])
+@pytest.mark.parametrize("name", ["bilinear", "additive", "mlp"])
+def test_6_precision_reaches_the_products_of_scores(name, implementation):
+    q, k, v = arrays()
+    size = q.shape[-1]
+    rng = jax.random.key(0)
+    score = {
+        "bilinear": lambda: scores.bilinear.init(rng, size),
+        "additive": lambda: scores.additive.init(rng, size, hidden_size=4),
+        "mlp": lambda: scores.mlp.init(rng, size, hidden_sizes=(4, 3)),
+    }[name]()
+
+    def loss(score, q, precision):
+        return attention(
+            q, k, v, score=score, precision=precision, implementation=implementation
+        ).sum()
+
+    with jax.default_matmul_precision("default"):
+        for precision, other in (("highest", "DEFAULT"), ("default", "HIGHEST")):
+            gradient = jax.grad(functools.partial(loss, precision=precision), (0, 1))
+            text = jax.jit(gradient).lower(score, q).as_text()
+            assert other not in text
+
+
 # Law 7: dropout is a pure function of (rng, example, head, positions).
 
 RATE = 0.3

@@ -140,11 +140,19 @@ def judge(results: dict[str, Any], expected: dict[str, Expected]) -> Verdict:
 
 
 def check(prepared: Sequence[Prepared], expected: dict[str, Expected]) -> Verdict:
-    """Runs each once; the first verdict that does not pass, else the worst."""
-    worst = Verdict(True, 0.0)
+    """Runs each once; the first verdict that does not pass, else the worst.
+
+    Who returns anything returns everything; yardsticks return nothing.
+    """
+    worst, returned = Verdict(True, 0.0), set[str]()
     for ready in prepared:
-        verdict = judge(ready.results(jax.block_until_ready(ready.call())), expected)
+        results = ready.results(jax.block_until_ready(ready.call()))
+        returned |= results.keys()
+        verdict = judge(results, expected)
         if not verdict.passed:
             return verdict
         worst = max(worst, verdict, key=lambda v: v.error or 0.0)
+    missing = sorted(expected.keys() - returned) if returned else []
+    if missing:
+        return Verdict(False, None, f"{', '.join(missing)} missing")
     return worst

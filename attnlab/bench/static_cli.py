@@ -1,6 +1,7 @@
 """The command ``attnlab static``: its options, its table, its file."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +61,7 @@ def sizes(text: str) -> tuple[int, int, int]:
             f"expected queries x keys x keys at once, as in 1024x1024x512, got {text!r}"
         )
     q, k, chunk = numbers
-    if q % 128 or chunk % 128 or not chunk or not q or k % chunk:
+    if 0 in numbers or q % 128 or chunk % 128 or k % chunk:
         raise argparse.ArgumentTypeError(
             f"{text}: queries and keys at once must be multiples of 128, and the "
             "latter divide the keys"
@@ -124,7 +125,7 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
         called: the whole command, for the file.
 
     Returns:
-        0; 1 where the compiler told no cycles.
+        0; 1 where the compiler told no cycles, or a problem has none.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -144,17 +145,27 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
         for of in given.passes
     ]
     rows: list[Row] = []
+    refused: list[dict[str, Any]] = []
+    stopped = False
     try:
         with Progress(console=messages, transient=True) as progress:
             task = progress.add_task("", total=len(wanted))
             for target, of, spec in wanted:
                 progress.update(task, description=f"{target} {of} {spec.label}")
-                rows.append(row(spec, of, target, blocks=blocks))
+                try:
+                    rows.append(row(spec, of, target, blocks=blocks))
+                except (NotImplementedError, ValueError) as error:
+                    asked = {"spec": dataclasses.asdict(spec), "why": str(error)}
+                    refused.append({"target": target, "of": of, **asked})
+                    label = f"{target} {of} {spec.label}"
+                    said = {"style": "red", "highlight": False, "soft_wrap": True}
+                    messages.print(f"{label}: {error}", **said)
                 progress.advance(task)
     except KeyboardInterrupt:
         messages.print("interrupted: keeping what is known", style="yellow")
-        if not rows:
-            return 130
+        stopped = True
+    if not rows:
+        return 130 if stopped else 1
     if not console.is_terminal:
         console = Console(width=160)
     console.print(_table(rows))
@@ -162,12 +173,13 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
         if each.why:
             console.print(f"{each.target} {each.of}: {each.why}", highlight=False)
     path = given.out / "static.json"
-    content = [{"command": list(called), **each.content()} for each in rows]
+    content = [*(each.content() for each in rows), *refused]
+    content = [{"command": list(called), **each} for each in content]
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     console.print(f"written: {path}", highlight=False)
-    if len(rows) < len(wanted):
+    if stopped:
         return 130
-    return 1 if any(each.cycles is None for each in rows) else 0
+    return 1 if refused or any(each.cycles is None for each in rows) else 0
 
 
 def _table(rows: Sequence[Any]) -> Any:

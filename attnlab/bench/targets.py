@@ -59,6 +59,9 @@ TARGETS = {
     "tpu:tpu7x": Target("tpu7x:2x2x1", "tpu7x-8", "TPU7x", 1, 262_144),
 }
 
+#: Of which the compiler tells cycles.
+TOLD = tuple(name for name in TARGETS if name != "tpu:v4")
+
 #: What the compiler counts in each bundle of instructions.
 SLOTS = (
     "MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE",
@@ -192,13 +195,17 @@ def study(
     if found is None or "why" in found:
         # The profile is what most often fails: do without.
         reason = "the compiler crashed" if found is None else found["why"]
+        stopped = found is not None and found.get("stopped", False)
         found = _compile(program, target, timeout, profile=False)
         if found is None:
             return Study(target, why=reason)
         found.setdefault("why", f"no cycles: {reason}")
+        found["stopped"] = stopped or found.get("stopped", False)
+    # Whom the clock or the system stopped may have an answer another time.
+    final = not found.pop("stopped", False)
     content = {"target": target, **found}
     made = read(content)
-    if made.kernels:
+    if made.kernels and final:
         write_atomically(path, json.dumps(content, indent=1).encode())
     return made
 
@@ -258,10 +265,13 @@ def _compile(
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return {"why": f"the compiler took more than {timeout:.0f} s"}
+            why = f"the compiler took more than {timeout:.0f} s"
+            return {"why": why, "stopped": True}
         if done.returncode == -signal.SIGINT:
             # Both were told to stop: the compiler has no answer, and did not crash.
             raise KeyboardInterrupt
+        if done.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+            return {"why": "the compiler was killed", "stopped": True}
         if done.returncode:
             lines = [x for x in done.stderr.splitlines() if "failed" in x.lower()]
             said = lines[0].split("] ", 1)[-1][:200] if lines else ""

@@ -42,7 +42,7 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
         top = jnp.where(jnp.isneginf(top), 0, top)
         p = jnp.exp(logits - top)
         total = p.sum(1, keepdims=True)
-        alive = total > 0
+        alive = total != 0  # NaN is no zero: it shows
         safe = jnp.where(alive, total, 1)
         weights = p / safe
         lse = jnp.where(alive, top + jnp.log(safe), -jnp.inf)[:, 0]

@@ -1,10 +1,12 @@
 """The mathematics of one tile, shared by every implementation written in JAX."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import default_matmul_precision, lax
 
 from attnlab.types import Array, AttentionInputs, PyTree, Tile
 
@@ -24,6 +26,35 @@ def matmul(inputs: AttentionInputs, a: Array, b: Array, axes: tuple[int, int]) -
     )
 
 
+def precision_name(precision: Any) -> str | None:
+    """A precision as the name that ``jax.default_matmul_precision`` takes.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if precision is None:
+        return None
+    if isinstance(precision, lax.DotAlgorithmPreset):
+        return precision.name
+    if isinstance(precision, str) and precision in lax.DotAlgorithmPreset.__members__:
+        return precision
+    try:
+        return lax.Precision(precision).name.lower()
+    except ValueError:
+        raise ValueError(
+            "precision: expected None, 'default', 'high', 'highest', a "
+            f"jax.lax.Precision or a jax.lax.DotAlgorithmPreset, got {precision!r}"
+        ) from None
+
+
+@contextlib.contextmanager
+def precision_of(precision: Any) -> Iterator[None]:
+    """Within this, products that name no precision have this one, if it is one."""
+    name = precision_name(precision)
+    with contextlib.nullcontext() if name is None else default_matmul_precision(name):
+        yield
+
+
 def may_round(inputs: AttentionInputs) -> bool:
     """Whether 16-bit inputs may be multiplied as such (weights are rounded then).
 
@@ -41,7 +72,8 @@ def compare(inputs: AttentionInputs, params: PyTree, query: Array, key: Array) -
     if inputs.score.is_inner_product:
         return matmul(inputs, query, key, (1, 1))
     dtype = inputs.accumulation_dtype
-    return inputs.score.compare(params, query, key).astype(dtype)
+    with precision_of(inputs.precision):
+        return inputs.score.compare(params, query, key).astype(dtype)
 
 
 def modify(

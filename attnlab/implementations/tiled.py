@@ -111,7 +111,7 @@ class Tiled(Implementation):
                 return new, total, sums * shrink[:, None] + product
 
             top, total, sums = tiles.over_chunks(where, step, start)
-            alive = total > 0
+            alive = total != 0  # NaN is no zero: it shows
             safe = jnp.where(alive, total, 1)
             output = sums / (safe * (1 - inputs.dropout_rate))[:, None]
             output = jnp.where(alive[:, None], output, 0)

@@ -53,7 +53,8 @@ def top_weights(
             if here.words is not None:
                 scale = 1 / (1 - inputs.dropout_rate)
                 weights = jnp.where(kept(inputs, here.words), weights * scale, 0)
-            seen = visible_pairs(inputs.mask, tile, here.mask)
+            # A logit of -inf hides a pair, as a mask does.
+            seen = visible_pairs(inputs.mask, tile, here.mask) & ~jnp.isneginf(logits)
             weights = jnp.where(seen, weights, -1)
             found = ids[:, None] * tiles.bk + jnp.arange(tiles.bk, dtype=jnp.int32)
             found = jnp.broadcast_to(found.reshape(1, -1), weights.shape)

@@ -158,7 +158,8 @@ def random_blocks(
         rng: a JAX PRNG key (traced or not: another one does not recompile) or an int.
         blocks_per_row: R, key blocks for each query block.
         block_size: positions in a block.
-        num_blocks: n, blocks in the longest sequence; longer ones are refused.
+        num_blocks: n, blocks in the longest sequence; longer arrays are refused, and
+            positions beyond it (by an offset, in a cache) see no random block.
 
     Raises:
         ValueError: if ``blocks_per_row`` exceeds ``num_blocks``.

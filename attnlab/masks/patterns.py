@@ -102,8 +102,9 @@ def big_bird(
         rng: a JAX PRNG key, or an int.
         block_size: positions in a random block.
         num_blocks: random blocks in the longest sequence: its length over
-            ``block_size``, rounded up. The defaults are the paper's 4,096 positions;
-            a longer sequence is refused, in a shorter one fewer draws fall inside.
+            ``block_size``, rounded up. The defaults are the paper's 4,096 positions:
+            longer arrays are refused, positions beyond (by an offset, in a cache) see
+            no random block; in a shorter sequence fewer draws fall inside.
 
     References:
         Zaheer et al., "Big Bird", 2020, section 2.

@@ -102,6 +102,7 @@ def per_head(masks: Sequence[Mask]) -> Mask:
     if not masks:
         raise ValueError("masks: expected one mask for each query head, got none")
     parts = tuple(as_mask(m) for m in masks)
-    if any(isinstance(m, PerHead) for m in parts):
+    within = jax.tree.leaves(parts, is_leaf=lambda m: isinstance(m, PerHead))
+    if any(isinstance(m, PerHead) for m in within):
         raise ValueError("masks: a mask within per_head cannot be per_head itself")
     return PerHead(parts)

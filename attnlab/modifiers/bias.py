@@ -43,7 +43,7 @@ class SoftCap(Modifier):
 
 
 def bias(array: Any) -> Modifier:
-    """Adds an array to the logits; -inf hides a pair.
+    """Adds an array to the logits; -inf hides a pair, unless a soft cap follows.
 
     Args:
         array: floating, broadcasts to ``[B, N, T, S]``. Its gradient is computed only

@@ -105,11 +105,13 @@ class Alignment(nnx.Module):
             **options,
         )
 
-    def project(self, key: Array) -> KeyValue:
+    def project(self, key: Array, *, positions: Array | None = None) -> KeyValue:
         """What is compared with, and what is summed, once for many queries.
 
         Args:
             key: states ``[B, S, features]``.
+            positions: as of :meth:`MultiHeadAttention.project`; states of a recurrent
+                network know theirs, and nothing is done with them here.
         """
         return KeyValue(self._score().project_key(self._key(key)), key[:, :, None])
 

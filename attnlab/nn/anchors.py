@@ -3,13 +3,62 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attnlab.masks import Mask, as_mask
 from attnlab.nn.cache import KeyValue
 from attnlab.nn.parameters import GLOROT, Initializer, named
-from attnlab.types import Array, AttentionResult
+from attnlab.types import (
+    Array,
+    ArrayLike,
+    AttentionResult,
+    Operand,
+    PyTree,
+    Tile,
+    pytree,
+    static,
+)
+
+
+@pytree
+class Rows(Mask):
+    """Some rows of another mask: what its arrays say of their slots."""
+
+    whole: Mask
+    slots: tuple[int, ...] = static()
+    length: int = static()
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`attnlab.masks.Mask`; of as many queries as there are slots."""
+
+        def cut(operand: Operand) -> Operand:
+            array = jnp.asarray(operand.array)
+            axis = array.ndim - operand.payload - 2
+            if axis < 0 or array.shape[axis] == 1:
+                return operand
+            taken = jnp.take(array, np.asarray(self.slots), axis)
+            return Operand(taken, operand.payload)
+
+        given = self.whole.operands(self.length, key_length)
+        return jax.tree.map(cut, given, is_leaf=lambda x: isinstance(x, Operand))
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`attnlab.masks.Mask`."""
+        return self.whole.visible(tile, operands)
+
+    def bounds(self, rows: Any, cols: Any, operands: PyTree) -> Any:
+        """See :class:`attnlab.masks.Mask`."""
+        return self.whole.bounds(rows, cols, operands)
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`attnlab.masks.Mask`."""
+        return self.whole.may_be_alive(side, operands)
+
+    def __repr__(self) -> str:
+        return f"rows {list(self.slots)} of {self.whole!r}"
 
 
 class AnchorProjections(nnx.Module):
@@ -84,11 +133,16 @@ class AnchorProjections(nnx.Module):
 
         self.query, self.key, self.value = linear(), linear(), linear()
 
+    def rows(self, mask: Mask | ArrayLike | None, length: int) -> Mask | None:
+        """What a mask of so many queries says of the anchors."""
+        return None if mask is None else Rows(as_mask(mask), self.slots, length)
+
     def replace_rows(
         self,
         heads: Array,
         query: Array,
         key: Array,
+        value: Array | None,
         attend: Callable[[Array, KeyValue, Array], AttentionResult],
     ) -> Array:
         """``heads [*batch, T, N, H]`` with what the anchors see in their rows.
@@ -97,6 +151,7 @@ class AnchorProjections(nnx.Module):
             heads: what ordinary attention made.
             query: ``[*batch, T, in_features]``.
             key: ``[*batch, S, in_features]``.
+            value: ``[*batch, S, in_features]``; the key if not given.
             attend: from projected queries, keys and values, and query positions.
         """
         slots = np.asarray(self.slots, np.int32)
@@ -104,6 +159,6 @@ class AnchorProjections(nnx.Module):
             raise ValueError(
                 f"anchors: slot {slots.max()} is beyond the {query.shape[-2]} queries"
             )
-        memory = KeyValue(self.key(key), self.value(key))
+        memory = KeyValue(self.key(key), self.value(key if value is None else value))
         seen = attend(self.query(query[..., slots, :]), memory, jnp.asarray(slots))
         return heads.at[..., slots, :, :].set(seen.output)

@@ -239,7 +239,7 @@ class MultiHeadAttention(nnx.Module):
             top_k=top_k,
         )
         heads = found.output
-        if self.anchors is not None:
+        if (anchors := self.anchors) is not None:
             key_at = _positions(key, 0, key_positions)
 
             def attend(own: Array, memory: KeyValue, slots: Array) -> AttentionResult:
@@ -249,13 +249,13 @@ class MultiHeadAttention(nnx.Module):
                     self._placed(own, self.query_norm, at),
                     memory._replace(key=keys),
                     self._score(),
-                    mask=mask,
+                    mask=anchors.rows(mask, where.shape[-1]),
                     query_positions=at,
                     key_positions=key_positions,
                     rngs=rngs,
                 )
 
-            heads = self.anchors.replace_rows(heads, query, key, attend)
+            heads = anchors.replace_rows(heads, query, key, value, attend)
         return found._replace(output=self.out(heads))
 
     def project(

@@ -98,7 +98,11 @@ class Block(nnx.Module):
 
         x = self.attention_residual(x, attend)
         x = self._cross(
-            x, memory, lambda cross, x, memory: cross(x, memory, mask=memory_mask)
+            x,
+            memory,
+            lambda cross, x, memory: cross(
+                x, memory, mask=memory_mask, query_positions=query_positions
+            ),
         )
         return self.feed_forward_residual(x, self.feed_forward)
 
@@ -112,6 +116,8 @@ class Block(nnx.Module):
     ) -> tuple[Array, BlockState]:
         """The next tokens, as :meth:`MultiHeadAttention.decode`."""
         following: list[Cache] = []
+        if positions is None:
+            positions = state.cache.next_positions(x.shape[1])
 
         def attend(x: Array) -> Array:
             output, cache = self.attention.decode(x, state.cache, positions=positions)
@@ -122,7 +128,9 @@ class Block(nnx.Module):
         x = self._cross(
             x,
             state.memory,
-            lambda cross, x, memory: cross.attend(x, memory, mask=memory_mask),
+            lambda cross, x, memory: cross.attend(
+                x, memory, mask=memory_mask, query_positions=positions
+            ),
         )
         x = self.feed_forward_residual(x, self.feed_forward)
         return x, state._replace(cache=following[0])

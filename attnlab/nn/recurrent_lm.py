@@ -209,7 +209,7 @@ class RecurrentLanguageModel(nnx.Module):
                 "state: it has no cache, which a model with attention needs; use start"
             )
         positions = state.cache.next_positions(tokens.shape[1])
-        key, value = self.attention.project(x)
+        key, value = self.attention.project(x, positions=positions)
         cache, view = state.cache.append(key, value, positions)
         context = self.attention.attend(
             x,

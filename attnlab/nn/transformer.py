@@ -288,6 +288,8 @@ class EncoderDecoder(nnx.Module):
         vocabulary_size: int,
         target_size: int | None = None,
         *,
+        mask: Mask | Sequence[Mask] | None = None,
+        embedding: Embedding | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "EncoderDecoder":
@@ -297,12 +299,22 @@ class EncoderDecoder(nnx.Module):
             vocabulary_size: of the sources; of both, with shared vectors, if
                 ``target_size`` is not given.
             target_size: of the targets.
+            mask: of the self-attention of both sides, or one for each block; the
+                decoder's is causal besides.
+            embedding: of the sources (of both, if ``target_size`` is not given), made
+                before.
             rngs: Flax's.
             **options: as of :meth:`Encoder.standard`.
         """
-        encoder = Encoder.standard(vocabulary_size, rngs=rngs, **options)
+        encoder = Encoder.standard(
+            vocabulary_size, mask=mask, embedding=embedding, rngs=rngs, **options
+        )
+        if mask is not None:
+            each = [causal() & m for m in mask] if isinstance(mask, Sequence) else None
+            mask = causal() & mask if each is None else each
         decoder = Decoder.standard(
             vocabulary_size if target_size is None else target_size,
+            mask=mask,
             embedding=encoder.embedding if target_size is None else None,
             cross_attention=True,
             rngs=rngs,

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 
 from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
+from attnlab.implementations.tile import precision_name
 from attnlab.implementations.tiled import Tiled
 from attnlab.implementations.top import top_weights
 from attnlab.masks.planning import plan_of
+from attnlab.ops.choice import named
 from attnlab.ops.dispatch import run
 from attnlab.ops.prepare import prepare
 from attnlab.ops.validate import Arguments, Options, check
@@ -195,7 +197,12 @@ def run_attention(
     """
     batch = args.query.shape[:-3]
     t, heads = args.query.shape[-3:-1]
+    # Here, so that what is asked for is right or wrong whoever runs, if anybody does.
+    precision_name(precision)
+    if implementation is not None:
+        named(implementation)
     if 0 in (*batch, t, args.key.shape[-3]):
+        args.mask.operands(t, args.key.shape[-3])
         return _nothing(args, top_k)
     inputs = prepare(
         args,
@@ -207,10 +214,9 @@ def run_attention(
     output, lse = run(inputs, implementation)
     weights, indices = _weights(inputs, lse, top_k)
     if args.sinks is not None:
-        total = jnp.logaddexp(lse, jnp.asarray(args.sinks).astype(lse.dtype))
+        total = _with_sinks(lse, args.sinks)
         finite = jnp.where(jnp.isneginf(total), 0, total)
-        sees = ~jnp.isneginf(lse)
-        share = jnp.where(sees, jnp.exp(jnp.where(sees, lse, 0) - finite), 0)
+        share = jnp.exp(lse - finite)
         output = output * share[..., None]
         if weights is not None:
             weights = weights * share.swapaxes(1, 2)[..., None]
@@ -227,7 +233,7 @@ def _nothing(args: Arguments, top_k: int | str | None) -> AttentionResult:
     wide = jnp.promote_types(args.query.dtype, jnp.float32)
     lse = jnp.full((*batch, t, heads), -jnp.inf, wide)
     if args.sinks is not None:
-        lse = jnp.logaddexp(lse, jnp.asarray(args.sinks).astype(wide))
+        lse = _with_sinks(lse, args.sinks)
     weights, indices = None, None
     if top_k == "all":
         weights = jnp.zeros((*batch, heads, t, s), wide)
@@ -236,6 +242,15 @@ def _nothing(args: Arguments, top_k: int | str | None) -> AttentionResult:
         weights, indices = jnp.zeros(shape, wide), jnp.full(shape, -1, jnp.int32)
     output = jnp.zeros((*batch, t, heads, size), args.query.dtype)
     return AttentionResult(output, lse, weights, indices)
+
+
+def _with_sinks(lse: Array, sinks: Array) -> Array:
+    """Log-sum-exp ``[B, T, N]`` with a sink ``[N or 1]`` that every query sees."""
+    sinks = jnp.broadcast_to(jnp.asarray(sinks).astype(lse.dtype), lse.shape)
+    # Of two that are nothing the sum is nothing; its gradient is 0, not 0 / 0.
+    nothing = jnp.isneginf(lse) & jnp.isneginf(sinks)
+    lse, sinks = (jnp.where(nothing, 0, x) for x in (lse, sinks))
+    return jnp.where(nothing, -jnp.inf, jnp.logaddexp(lse, sinks))
 
 
 def _weights(

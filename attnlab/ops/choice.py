@@ -33,6 +33,20 @@ def _elsewhere(
     return where
 
 
+def named(name: str) -> Implementation:
+    """The implementation of a name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected one of {', '.join(IMPLEMENTATIONS)} or None, "
+            f"got {name!r}"
+        )
+    return IMPLEMENTATIONS[name]
+
+
 def choose(
     inputs: AttentionInputs,
     name: str | None,
@@ -62,12 +76,7 @@ def choose(
             if not _elsewhere(made, platform, exported, shared)
             and not made.unsupported(inputs)
         )
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected one of {', '.join(IMPLEMENTATIONS)} or None, "
-            f"got {name!r}"
-        )
-    made = IMPLEMENTATIONS[name]
+    made = named(name)
     # JAX itself says what it thinks of exporting one that was asked for.
     reasons = _elsewhere(made, platform, False, shared) + made.unsupported(inputs)
     if reasons:

@@ -126,7 +126,8 @@ def cost(
         )
         if not inputs.index_positions:
             known = known._replace(mask=_unknown(None))
-    shapes = canonical(query, key, value, Options(mask=known.mask))[1]
+    asked = Options(mask=known.mask, score=args.score)
+    shapes = canonical(query, key, value, asked)[1]
     blocks = chosen.block_sizes(inputs)
     plan, pairs = _count(known, shapes, blocks, exact)
     full, partial = (_total(x.per_row(), sizes) for x in plan.rows)

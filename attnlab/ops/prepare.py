@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.implementations.plain import zero_dead
+from attnlab.implementations.tile import precision_of
 from attnlab.masks.liveness import alive
 from attnlab.masks.planning import (
     blocks_of,
@@ -69,11 +70,11 @@ def prepare(
     score, logit_scale = args.score.without_scale(query.shape[-1])
     # Whoever reads the arrays can leave out dead slots; a projection must not see them.
     name = type(args.score).__name__
-    projected = _project(score, query, key, name)
+    projected = _project(score, query, key, name, precision)
     has_dead = query_alive is not None or key_alive is not None
     if has_dead and not (projected[0] is query and projected[1] is key):
         clean = zero_dead(query, query_alive), zero_dead(key, key_alive)
-        projected = _project(score, *clean, name)
+        projected = _project(score, *clean, name, precision)
         query_alive = None
     query, key = projected
 
@@ -130,9 +131,12 @@ def positions_of(
     return query, normalise(Operand(positions), batch, "key_positions")
 
 
-def _project(score: Score, query: Array, key: Array, name: str) -> tuple[Array, Array]:
+def _project(
+    score: Score, query: Array, key: Array, name: str, precision: Any
+) -> tuple[Array, Array]:
     try:
-        projected = score.project_query(query), score.project_key(key)
+        with precision_of(precision):
+            projected = score.project_query(query), score.project_key(key)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"score: {name} cannot project query {query.shape} and "

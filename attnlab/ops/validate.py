@@ -173,9 +173,11 @@ def check(
                 f"modifiers: expected attnlab modifiers, got {type(modifier).__name__}"
                 "; an array goes in as modifiers=[modifiers.bias(array)]"
             )
-    if isinstance(dropout_rate, jax.core.Tracer) or not 0 <= dropout_rate < 1:
+    traced = isinstance(dropout_rate, jax.core.Tracer)
+    number = isinstance(dropout_rate, (int, float, np.number, jax.Array))
+    if traced or not number or not 0 <= dropout_rate < 1:
         raise ValueError(
-            f"dropout_rate: expected a number in [0, 1), got {dropout_rate}"
+            f"dropout_rate: expected a number in [0, 1), got {dropout_rate!r}"
         )
     if dropout_rate > 0 and dropout_rng is None:
         raise ValueError(

@@ -114,7 +114,7 @@ def check(given: argparse.Namespace, console: Console) -> None:
     found = differences(old, new)
     if found:
         raise StudyError(f"--check: not as committed: {'; '.join(found)}")
-    console.print(f"{given.study}: as committed, within {TOLERANCE:.0%}")
+    console.print(f"{given.study}: as committed, within {TOLERANCE:.1%}")
 
 
 def run(given: argparse.Namespace, console: Console) -> None:
@@ -159,7 +159,8 @@ def main(given: Sequence[str]) -> int:
     try:
         (check if options.check else run)(options, console)
     except Interrupted as error:
-        messages.print(str(error), style="yellow", soft_wrap=True)
+        said = "interrupted: of a check nothing is kept" if options.check else error
+        messages.print(str(said), style="yellow", soft_wrap=True)
         return 128 + error.signal
     except KeyboardInterrupt:
         messages.print(f"interrupted; go on with: {resuming()}", style="yellow")

@@ -6,15 +6,32 @@ from typing import Any
 import numpy as np
 
 from benchmarks.studies.ablations_changes import (
+    CHANGES,
     HEAD_COUNTS,
     HEAD_SIZES,
     KINDS,
     RESIDUALS,
+    SAME,
     placed,
 )
 from benchmarks.studies.language_models import Budget
 from benchmarks.studies.page import Chart, Page, Table, cost_of, dots, lines, shown
 from benchmarks.studies.record import Json
+
+
+def tried(rows: Mapping[str, Json]) -> str:
+    """At which rates, in a sentence: the best of two is at an end of them."""
+    own = [n for n in rows if n not in SAME]
+    several = {n: CHANGES[n] for n in own if len(CHANGES[n].rates) > 1}
+    if not several:
+        return ""
+    rates = next(iter(several.values())).rates
+    highest = sum(rows[name]["rate"] == max(rates) for name in several)
+    return (
+        f"Where the best rate may be another one, {' and '.join(map(str, rates))} were "
+        f"tried, and the higher is the better one in {highest} of {len(several)}: a "
+        "further one may be better still. All else is at the base's rate."
+    )
 
 
 def page(
@@ -37,7 +54,7 @@ def page(
         return {label: name for label, name in names.items() if name in rows}
 
     def losses(names: Mapping[str, str]) -> dict[str, tuple[float, float | None]]:
-        return {label: rows[name]["dev_loss"] for label, name in names.items()}
+        return {label: rows[name]["test_loss"] for label, name in names.items()}
 
     def of(names: Mapping[str, str], *path: str | int) -> dict[str, float]:
         found = {}
@@ -113,7 +130,12 @@ def page(
         f"and {shown(ends['no residual'])}; post-norm {shown(ends['post-norm'])}, no "
         f"norm {shown(ends['no norm'])}. Self to self is "
         + ", and ".join(map(itself, KINDS))
-        + "; where a residual hands on a word itself, attention need not."
+        + (
+            "."
+            if any(r["over_seeds"]["itself"][0] > 0.5 for r in rotary.values())
+            else "; where a residual hands on a word itself, attention need not."
+        )
+        + f" {tried(rows)}"
     )
     columns = [
         "run",
@@ -127,10 +149,9 @@ def page(
         "kept",
     ]
 
-    def change(row: Json, key: str, digits: int = 2) -> str:
-        return " → ".join(
-            f"{np.mean(row[when][key]):.{digits}f}" for when in ("untrained", "trained")
-        )
+    def change(row: Json, key: str) -> str:
+        after = shown(row["over_seeds"][key], 2)
+        return f"{np.mean(row['untrained'][key]):.2f} → {after}"
 
     table = [
         [
@@ -138,7 +159,7 @@ def page(
             f"{row['rate']:g}",
             shown(row["dev_loss"]),
             shown(row["test_loss"]),
-            " → ".join(f"{n:.2f}" for n in row["gradient_norm"]),
+            " → ".join(shown(n, 2) for n in row["over_seeds"]["gradient_norm"]),
             change(row, "deviation"),
             change(row, "entropy"),
             change(row, "itself"),
@@ -156,11 +177,11 @@ def page(
         cost=cost_of(summaries),
         tables=[
             Table(
-                f"Loss ± half a 95 % interval over seeds: {budget.steps} steps, "
+                f"± half a 95 % interval over seeds: {budget.steps} steps, "
                 f"{budget.sizes.layers} layers of {budget.sizes.features} features, "
                 f"contexts of {budget.length}. Gradient norm: median of the first → of "
-                "the last tenth of the steps. The rest, means over layers: untrained → "
-                "trained.",
+                "the last tenth of the steps. The rest, means over layers: untrained, "
+                "of the first seed → trained.",
                 columns,
                 table,
             )
@@ -168,7 +189,7 @@ def page(
         charts=[
             Chart(
                 "scale",
-                "With and without the scale, by head size.",
+                "With and without the scale, by head size; untrained: the first seed.",
                 lines(
                     {
                         title: {
@@ -178,7 +199,7 @@ def page(
                             for kind in scale
                         }
                         for title, path in (
-                            ("dev loss", ("dev_loss", 0)),
+                            ("test loss", ("test_loss", 0)),
                             ("logit deviation, untrained", ("untrained", "deviation")),
                             ("relative entropy, untrained", ("untrained", "entropy")),
                         )
@@ -189,7 +210,7 @@ def page(
             ),
             Chart(
                 "changes",
-                "Loss by heads, positions, residual and norm.",
+                "Test loss by heads, positions, residual and norm.",
                 dots({
                     "heads": by_heads,
                     **{f"positions, {kind}": by_place[kind] for kind in KINDS},
@@ -198,7 +219,7 @@ def page(
             ),
             Chart(
                 "layers",
-                "What each layer of the trained base does.",
+                "What each layer of the trained base does, first seed.",
                 lines(
                     {
                         title: {

@@ -48,9 +48,10 @@ def study(context: Context) -> Page:
             name: list(enumerate(f.shares, 1)) for name, f in found[kind].items()
         }
     both = found["both directions"]
+    whole = [n for n in both if n != "full" and not both[n].unreachable]
+    never = [f"{n} {f.unreachable:.0%}" for n, f in both.items() if f.unreachable]
     slowest, fastest = (
-        choose((n for n in both if n != "full"), key=lambda n: both[n].layers)
-        for choose in (max, min)
+        choose(whole, key=lambda n: both[n].layers) for choose in (max, min)
     )
     gaps = {n: f.gap for n, f in both.items() if n != "full"}
     widest = max(gaps, key=lambda n: gaps[n])
@@ -63,7 +64,9 @@ def study(context: Context) -> Page:
         "2).",
         answer=f"At the same number of pairs, {slowest} needs {both[slowest].layers} "
         f"layers until every word can know every other, {fastest} "
-        f"{both[fastest].layers}; the widest spectral gap is that of {widest} "
+        f"{both[fastest].layers}"
+        + (f"; never connected: of {', '.join(never)} of the pairs" if never else "")
+        + f"; the widest spectral gap is that of {widest} "
         f"({gaps[widest]:.3f}; window {gaps['window']:.3f}).",
         cost=f"Nothing is trained; {seconds:.0f} seconds.",
         tables=tables,

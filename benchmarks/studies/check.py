@@ -10,10 +10,10 @@ from benchmarks.studies.errors import StudyError
 from benchmarks.studies.record import Json, read_json
 
 #: Relative: sums come in another order on another machine, and training carries that
-#: on.
-TOLERANCE = 0.01
+#: on. Quick runs learn little: what is wrong may move a loss no more than this.
+TOLERANCE = 0.001
 #: Numbers that are close to zero, and shares, may be off by so much.
-ABSOLUTE = 0.005
+ABSOLUTE = 0.001
 #: Parts of the results that are times, follow from them, or are the compiler's.
 TIMES = frozenset({
     "compile_seconds",
@@ -51,16 +51,19 @@ def differences(old: Json, new: Json) -> list[str]:
         old: a study's JSON, committed.
         new: the same, made anew.
     """
-    before, after = (
-        {n: v for part in ("runs", "results") for n, v in _numbers(part, content[part])}
-        for content in (old, json.loads(json.dumps(new)))
-    )
+    before, after = numbers(old), numbers(json.loads(json.dumps(new)))
     lines = []
     for name in sorted(before.keys() | after.keys()):
         was, now = before.get(name, math.nan), after.get(name, math.nan)
         if not math.isclose(was, now, rel_tol=TOLERANCE, abs_tol=ABSOLUTE):
             lines.append(f"{name}: was {was:g}, is {now:g}")
     return lines
+
+
+def numbers(content: Json) -> dict[str, float]:
+    """What a study's JSON holds but times, by name."""
+    parts = ("runs", "results")
+    return {n: v for part in parts for n, v in _numbers(part, content[part])}
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:

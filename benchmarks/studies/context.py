@@ -113,8 +113,15 @@ class Context:
         """The numbers of a run alone, from the ledger if they are there."""
         # What cannot be kept is better known before hours of training.
         identity, ledger = run.identity(self.mesh), self.ledger
-        read = self.resume or not self.wants(run.name)
-        summary = ledger.find(identity) if read else None
+        wanted, summary = self.wants(run.name), None
+        if self.resume or not wanted:
+            try:
+                summary = ledger.find(identity)
+            except StudyError as error:
+                if wanted:
+                    raise
+                self.say(f"{run.name} is left out: {error}")
+                return None
         if summary is None:
             trained = self._train(run)
             if trained is None:

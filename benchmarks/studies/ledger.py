@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from filelock import FileLock
+
 from attnlab.bench.files import write_atomically
 from benchmarks.studies.errors import StudyError
 from benchmarks.studies.record import Json, same_run
@@ -30,7 +32,8 @@ class Ledger:
         """The summary of a run.
 
         Args:
-            identity: see :meth:`~benchmarks.studies.training.Run.identity`.
+            identity: see :meth:`~benchmarks.studies.training.Run.identity`. On how
+                many devices it was trained may differ: they share the same batches.
 
         Raises:
             StudyError: if there is one of that name with another config.
@@ -38,19 +41,25 @@ class Ledger:
         known = self._lines.get(identity["name"])
         if known is None:
             return None
-        same_run(known["identity"], identity, f"{self.path}: {identity['name']}")
+        found = {**known["identity"], "devices": identity["devices"]}
+        same_run(found, identity, f"{self.path}: {identity['name']}")
         return known["summary"]
 
     def keep(self, identity: Json, summary: Json) -> None:
         """Writes a run down, in the place of an earlier one of its name.
 
+        What other processes wrote since the file was read is kept.
+
         Raises:
             StudyError: if the file cannot be written to; it stays as it was.
         """
-        self._lines[identity["name"]] = {"identity": identity, "summary": summary}
-        lines = (json.dumps(x, allow_nan=False) + "\n" for x in self._lines.values())
+        line = {"identity": identity, "summary": summary}
         try:
-            write_atomically(self.path, "".join(lines).encode())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+                self._lines = {**_read(self.path), identity["name"]: line}
+                lines = [json.dumps(x, allow_nan=False) for x in self._lines.values()]
+                write_atomically(self.path, "\n".join([*lines, ""]).encode())
         except OSError as error:
             raise StudyError(
                 f"{self.path} cannot be written to ({error.strerror}); the run itself "

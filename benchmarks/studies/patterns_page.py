@@ -1,5 +1,6 @@
 """What the pattern study found, on a page."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.studies.language_models import OWN, Budget
@@ -79,20 +80,26 @@ def beside_paper(rows: Sequence[Json]) -> str:
     }
     both = [name for name in PAPER if name in here]
     ranked = sorted(both, key=lambda name: -here[name][0])
+    turned = [
+        f"{worse} before {better}"
+        for better, worse in itertools.combinations(both, 2)
+        if here[worse][0] - here[better][0]
+        > sum(here[name][1] or 0 for name in (better, worse))
+    ]
     order = (
-        "the paper's order"
-        if ranked == both
-        else "another order than the paper's, whose models are a hundred times as "
-        "large and see many more words, so that far words can pay there where here "
+        f"other than in the paper {', '.join(turned)}. Its models are a hundred times "
+        "as large and see many more words, so that far words can pay there where here "
         "most of a loss is that of those nearby"
+        if turned
+        else "nothing against the paper's order"
     )
     told = ", ".join(f"{name} {shown(here[name], 1)} %" for name in ranked)
     lacking = (
-        f"; anchors alone, which it has no row for, {shown(here['anchor'], 1)} %"
+        f", and anchors alone, for which it has no row, {shown(here['anchor'], 1)} %"
         if "anchor" in here
         else ""
     )
-    return f"Masked accuracy: {told}: {order}{lacking}. "
+    return f"Masked accuracy: {told}{lacking}; {order}. "
 
 
 def tokens(budget: Budget) -> str:

@@ -188,12 +188,13 @@ def recall_rows(task: Task, found: dict[str, Trained]) -> list[Json]:
         at = []
         shares = trained.summary["measured"]["accuracy"]
         for (distances, batches), measured in zip(tests.items(), shares, strict=True):
-            asked = int(sum(np.asarray(b.counted).sum() for b in batches))
+            counted = np.concatenate([np.asarray(b.counted) for b in batches])
             predicted, most = task.predicted(pattern, batches)
-            half = half_width(measured, asked)
+            # Questions of one text may ask for the same value: texts are independent.
+            half = half_width(measured, int(counted.any(1).sum()))
             at.append({
                 "distances": distances,
-                "questions": asked,
+                "questions": int(counted.sum()),
                 "accuracy": measured,
                 "half_width": half,
                 "predicted": predicted,

@@ -53,14 +53,16 @@ def same_run(found: Json, identity: Json, where: str) -> None:
     wanted = json.loads(as_json(identity))
     if found == wanted:
         return
+    changed = list(_differences(found, wanted))
     differences = "; ".join(
-        f"{name} was {_short(old)}, is {_short(new)}"
-        for name, old, new in _differences(found, wanted)
+        f"{name} was {_short(old)}, is {_short(new)}" for name, old, new in changed
     )
-    raise StudyError(
-        f"{where} holds a run of another config ({differences}); run without --resume "
-        "to train it anew, or give another --out"
-    )
+    if [name for name, *_ in changed] == ["devices"]:
+        # Bit for bit only as it was begun: devices sum in another order.
+        remedy = f"give --devices {found['devices']} to go on with it"
+    else:
+        remedy = "run without --resume to train it anew, or give another --out"
+    raise StudyError(f"{where} holds a run of another config ({differences}); {remedy}")
 
 
 class Record:

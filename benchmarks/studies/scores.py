@@ -290,9 +290,10 @@ def study(context: Context) -> Page | None:
             for r, place in ((ranked[0], "first"), (ranked[-1], "last"))
         )
         + f". A dot product of {large:,} without its scale has {inner(unscaled)}. With "
-        f"it: {inner(scaled)}. Each is the better of {len(rates)} rates, one run each, "
-        f"and small differences may be chance. A run sees {tokens:,} tokens: who is "
-        "late to align is at a disadvantage that a longer run may not leave.",
+        f"it: {inner(scaled)}. Each is the better of {len(rates)} rates, one run each: "
+        "a further rate may do better, and small differences may be chance. A run sees "
+        f"{tokens:,} tokens: who is late to align is at a disadvantage that a longer "
+        "run may not leave.",
         cost=cost_of(t.summary for t in found.values()),
         tables=[
             Table(

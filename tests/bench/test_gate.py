@@ -27,6 +27,15 @@ def test_wrong_contender_gets_no_time(documents, change):
     assert right.both.timing.repeats == 1
 
 
+def test_who_leaves_a_gradient_out_does_not_pass(documents, monkeypatch):
+    def without(arrays):
+        return {n: x for n, x in arrays.items() if n != "d_key"}
+
+    group = Group(SMALL, (Wrong(without),))
+    ((wrong,),) = run([group], documents, ONCE)
+    assert (wrong.status, wrong.reason) == ("failed", "d_key missing")
+
+
 def test_contender_that_breaks_does_not_stop_the_others(documents):
     def broken(arrays):
         raise RuntimeError("out of order\nand more")

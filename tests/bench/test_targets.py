@@ -116,6 +116,26 @@ def test_too_much_memory_is_a_reason_and_no_crash(cache):
 
 
 @needs_compiler
+@pytest.mark.parametrize("number", [9, 15])
+def test_whom_the_system_stopped_is_asked_again(number, tmp_path, monkeypatch):
+    """No memory is left, or no time: without a profile there is an answer, not kept."""
+    killed = [sys.executable, "-c", f"import signal; signal.raise_signal({number})"]
+    before, asked = subprocess.run, []
+
+    def run(command, *, env, **options):
+        asked.append("profile" in env["LIBTPU_INIT_ARGS"])
+        return before(killed if asked[-1] else command, env=env, **options)
+
+    monkeypatch.setattr(targets.subprocess, "run", run)
+    shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    found = study(jnp.sin, shape, target="tpu:v5e", cache=tmp_path)
+    assert asked == [True, False]
+    assert found.kernels
+    assert found.why == "no cycles: the compiler was killed"
+    assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
 def test_an_interrupted_compiler_gave_no_answer(tmp_path, monkeypatch):
     """Else it would be taken for one that cannot tell cycles, and be kept as such."""
     # Where a shell began the tests in the background, this signal is ignored.
@@ -242,6 +262,7 @@ def test_a_command_writes_its_rows(monkeypatch, tmp_path, capsys):
         (["--shape", "t=0"], "expected letters of b,t,s,n,k,h with sizes"),
         (["--shape", "n=3,k=2"], "k=2 does not divide n=3"),
         (["--blocks", "100x128x128"], "must be multiples of 128"),
+        (["--blocks", "128x0x128"], "must be multiples of 128"),
         (["--blocks", "128x128"], "expected queries x keys x keys at once"),
         (["--target", "tpu:v9"], "invalid choice"),
     ],
@@ -251,6 +272,19 @@ def test_bad_options(arguments, message, capsys):
         cli.main(["static", *arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_problem_that_has_no_answer_costs_no_other(monkeypatch, tmp_path, capsys):
+    names = ("attnlab_forward_bounded", "splash_mha_fwd")
+    monkeypatch.setattr(static, "study", told(dict.fromkeys(names, lambda n: n * n)))
+    arguments = ["static", "--shape", "t=512,s=1024", "--mask", "documents", "full"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "built for length 1024, used with length 512" in capsys.readouterr().err
+    full, documents = json.loads((tmp_path / "static.json").read_text())
+    assert full["cycles"] > 0
+    assert documents["spec"]["pattern"] == "documents"
+    assert "built for length" in documents["why"]
+    assert cli.main([*arguments[:-1], "--out", str(tmp_path)]) == 1
 
 
 def test_shapes_have_defaults():
@@ -268,18 +302,30 @@ def test_the_best_blocks_become_a_table(monkeypatch, tmp_path):
     out.write_text('{"v6e": {"64": {"forward": [128, 128, 128]}}, "v5e": {}}')
 
     def cost(spec, of, target, blocks):
-        if blocks.q == 2048:
+        if spec.head_size == 256 and of == "backward":
             return None
         wanted = (1024, 512, 256) if of == "forward" else (512, 1024, 512)
         return sum(abs(a - b) for a, b in zip(blocks, wanted, strict=True))
 
     monkeypatch.setattr(tune, "by_cycles", cost)
-    command = ["tune", "--target", "tpu:v5e", "--head-size", "64", "--out", str(out)]
-    assert cli.main(command) == 0
-    assert json.loads(out.read_text()) == {
-        "v6e": {"64": {"forward": [128, 128, 128]}},
-        "v5e": {"64": {"forward": [1024, 512, 256], "backward": [512, 1024, 512]}},
-    }
+    command = ["tune", "--target", "tpu:v5e", "--out", str(out), "--head-size"]
+    assert cli.main([*command, "64"]) == 0
+    found = {"forward": [1024, 512, 256], "backward": [512, 1024, 512]}
+    before = {"64": {"forward": [128, 128, 128]}}
+    assert json.loads(out.read_text()) == {"v6e": before, "v5e": {"64": found}}
+
+    def stopped(spec, *rest):
+        if spec.head_size == 128:
+            raise KeyboardInterrupt
+        return cost(spec, *rest)
+
+    # What is known is kept, of other passes and where it is stopped.
+    content = {"v5e": {"256": {"forward": [1, 1, 1], "backward": [128, 128, 128]}}}
+    out.write_text(json.dumps(content))
+    monkeypatch.setattr(tune, "by_cycles", stopped)
+    assert cli.main([*command, "256", "128"]) == 130
+    content["v5e"]["256"]["forward"] = found["forward"]
+    assert json.loads(out.read_text()) == content
 
 
 def test_sizes_are_measured_beside_each_other():

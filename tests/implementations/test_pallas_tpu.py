@@ -188,6 +188,31 @@ def test_memory_is_read_only_where_it_was_written(name):
     agrees_with_tiled(Simulated(), inputs, *cotangents)
 
 
+@pytest.mark.parametrize("name", ["additive", "mlp"])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_parameters_of_scores_under_vmap(name, mapped):
+    """Mapped, or spread out because each example's gradient is wanted."""
+    sizes = {"additive": {"hidden_size": 8}, "mlp": {"hidden_sizes": (8, 4)}}[name]
+    init = getattr(scores, name).init
+    made = [init(jax.random.key(i), 4, num_heads=2, **sizes) for i in range(3)]
+    score = jax.tree.map(lambda *x: jnp.stack(x), *made) if mapped else made[0]
+    x = jax.random.normal(jax.random.key(7), (3, 1, 40, 2, 4))
+
+    def loss(score, x, implementation):
+        def one(score, x):
+            return attention(x, x, x, score=score, implementation=implementation)
+
+        outputs = jax.vmap(one, (0 if mapped else None, 0))(score, x)
+        return (outputs**2).sum()
+
+    found, wanted = (
+        jax.value_and_grad(loss, (0, 1))(score, x, n) for n in (NAME, "reference")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted
+    )
+
+
 @pytest.mark.parametrize(("scale", "bounded"), [(0.5, True), (3.0, False)])
 def test_large_logits_go_the_safe_way(scale, bounded):
     q, k, v = (random(1, 97, 2, 16, seed=n) for n in range(3))

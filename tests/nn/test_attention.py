@@ -176,6 +176,37 @@ def test_anchors_have_the_positions_and_norms_of_all(position):
         np.testing.assert_allclose(own(x, **where), ordinary(x, **where), atol=1e-5)
 
 
+def test_anchors_obey_the_mask_of_the_call():
+    """Of which their own slots count, and values of their own are theirs, too."""
+
+    def layer(own):
+        return nn.MultiHeadAttention(
+            8,
+            2,
+            mask=masks.longformer(window=2, anchors=[0, 5]),
+            anchors=own,
+            rngs=nnx.Rngs(0),
+        )
+
+    ordinary = layer(None)
+    own = layer(nn.AnchorProjections(8, 2, 4, positions=[0, 5], rngs=nnx.Rngs(1)))
+    for name in ("query", "key", "value"):
+        nnx.update(getattr(own.anchors, name), nnx.state(getattr(own, name)))
+    x, values = inputs(2, 9, 8), inputs(2, 9, 8)[::-1]
+    ids = jnp.array([[0, 0, 0, 0, 1, 1, 1, 2, -1]] * 2)
+    random = np.random.default_rng(0).random((2, 1, 9, 9)) < 0.6
+    for mask in (
+        masks.documents(ids),
+        masks.lengths(query=jnp.array([4, 9]), key=jnp.array([4, 9])),
+        masks.dense(random),
+        masks.per_head([masks.documents(ids), masks.causal()]) | masks.prefix(1),
+        masks.big_bird(window=1, anchors=1, random_blocks=1, rng=0, block_size=3),
+    ):
+        found = own(x, x, values, mask=mask)
+        wanted = ordinary(x, x, values, mask=mask)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_weights_for_pictures():
     layer = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
     x = inputs(2, 5, 8)

@@ -122,9 +122,18 @@ def test_the_first_token_sees_nothing():
     np.testing.assert_allclose(seen["context"][0, 1:], x[0, 1:], rtol=1e-6)
 
 
-@EACH
+def rotary():
+    attention = nn.MultiHeadAttention(
+        H, 1, head_size=4, position=nn.Rotary(), rngs=nnx.Rngs(1)
+    )
+    return nn.RecurrentLanguageModel.standard(
+        V, attention=attention, rngs=nnx.Rngs(0), **SIZES
+    )
+
+
+@pytest.mark.parametrize("name", [*MODELS, "rotary"])
 def test_step_by_step(name):
-    model = made(name)
+    model = shaken(rotary()) if name == "rotary" else made(name)
     whole = model(TOKENS)
     decode = jax.jit(model.decode)
     state = model.start(B, T)

@@ -195,6 +195,46 @@ def test_decoder_step_by_step(scan):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-4)
 
 
+def test_positions_count_in_cross_attention_too():
+    """A window over the memory moves along in every step of decoding."""
+    model = nn.Decoder.standard(
+        30, cross_attention=True, position=nn.Rotary, rngs=nnx.Rngs(0), **SMALL
+    )
+    memory = jax.random.normal(jax.random.key(0), (2, 6, SMALL["features"]))
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 30)
+    window = masks.sliding_window(1, 1)
+    whole = model(tokens, memory, memory_mask=window)
+    state = model.start(2, 6, memory, memory_mask=window)
+    parts = []
+    for t in range(6):
+        logits, state = model.decode(tokens[:, t : t + 1], state)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-4)
+    later = model(tokens[:, 3:], memory, memory_mask=window, positions=jnp.arange(3, 6))
+    first = model(tokens[:, 3:], memory, memory_mask=window)
+    assert float(jnp.abs(later - first).max()) > 1e-2
+    (block,) = model.stack.blocks[:1]
+    x = memory[:, :1]
+    at = block.cross_attention(x, memory, mask=window, query_positions=jnp.array([4]))
+    moved = block.cross_attention(x, memory, mask=window)
+    assert float(jnp.abs(at - moved).max()) > 1e-3
+
+
+def test_masks_and_vectors_of_both_sides():
+    tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, 30)
+    other = tokens.at[:, 4].set((tokens[:, 4] + 1) % 30)
+    window = masks.sliding_window(2, 2)
+    for mask in (None, window, [window, masks.full(), window]):
+        embedding = nn.Embedding(30, SMALL["features"], rngs=nnx.Rngs(1))
+        model = nn.EncoderDecoder.standard(
+            30, mask=mask, embedding=embedding, rngs=nnx.Rngs(0), **SMALL
+        )
+        assert model.encoder.embedding is embedding is model.decoder.embedding
+        found, changed = (model(tokens, target) for target in (tokens, other))
+        np.testing.assert_array_equal(found[:, :4], changed[:, :4])
+        assert float(jnp.abs(found[:, 4:] - changed[:, 4:]).max()) > 1e-3
+
+
 def test_documents_in_one_row_are_as_if_alone():
     model = nn.Decoder.standard(30, rngs=nnx.Rngs(0), **SMALL)
     tokens = jax.random.randint(jax.random.key(0), (1, 9), 0, 30)

@@ -126,6 +126,26 @@ CASES = {
         ValueError,
         "varies by head itself; give each head its own",
     ),
+    "heads within": (
+        lambda: masks.per_head([masks.causal() & masks.per_head([masks.full()] * 2)]),
+        ValueError,
+        "a mask within per_head cannot be per_head itself",
+    ),
+    "precision": (
+        call(precision="hihgest"),
+        ValueError,
+        "precision: expected None, 'default', 'high', 'highest', .* got 'hihgest'",
+    ),
+    "implementation of nothing": (
+        lambda: attention(Q[:, :0], K, V, implementation="flash"),
+        ValueError,
+        "implementation: expected one of .* got 'flash'",
+    ),
+    "mask of nothing": (
+        lambda: attention(Q[:, :0], K, V, mask=masks.documents(np.zeros(7, int))),
+        ValueError,
+        "built for length 7, used with length 0",
+    ),
     "no heads": (lambda: masks.per_head([]), ValueError, "masks: expected one mask"),
     "negative window": (
         lambda: masks.sliding_window(-1, 0),
@@ -157,6 +177,7 @@ CASES = {
     ),
     "sinks": (call(sinks=jnp.zeros(3)), ValueError, r"sinks: expected shape \(6,\)"),
     "dropout rate": (call(dropout_rate=1.0), ValueError, r"dropout_rate: .*\[0, 1\)"),
+    "dropout rate as text": (call(dropout_rate="0.1"), ValueError, "got '0.1'"),
     "dropout without rng": (call(dropout_rate=0.1), ValueError, "dropout_rng: .* None"),
     "offset": (call(query_offset=1.5), TypeError, "query_offset: .* got float"),
     "offset shape": (

@@ -19,7 +19,9 @@ def content(**losses):
 
 def test_differences():
     old = content(plain=4.0, additive=3.0)
-    assert differences(old, content(plain=4.01, additive=2.99)) == []
+    assert differences(old, content(plain=4.003, additive=2.998)) == []
+    (line,) = differences(old, content(plain=4.01, additive=3.0))
+    assert line == "runs.plain.loss: was 4, is 4.01"
     found = differences(old, content(plain=4.5, other=1.0))
     assert found == [
         "runs.additive.loss: was 3, is nan",

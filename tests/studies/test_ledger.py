@@ -63,6 +63,32 @@ def test_another_config_is_refused(context, mesh):
         resumed(context, resume=True).train(other)
 
 
+def test_who_trained_it_does_not_matter(context, mesh):
+    """Runs of another number of devices are believed, and others are left out."""
+    first = context.train(run(mesh))
+    path = context.ledger.path
+    line = json.loads(path.read_text())
+    assert line["identity"]["devices"] == mesh.size
+    line["identity"]["devices"] = 7
+    path.write_text(json.dumps(line) + "\n")
+    again = resumed(context, resume=True).train(run(mesh, batch_at=forbidden))
+    assert again.summary == first.summary
+    other = run(mesh, config={"features": 13, "rate": 0.07}, batch_at=forbidden)
+    assert resumed(context, only=["more"]).train(other) is None
+
+
+def test_several_write_into_one_file(context, mesh):
+    """What another process wrote meanwhile is kept."""
+    mine, theirs = context.ledger, context.ledger
+    identity = run(mesh).identity(mesh)
+    theirs.keep({**identity, "name": "theirs"}, {"name": "theirs"})
+    mine.keep({**identity, "name": "mine"}, {"name": "mine"})
+    lines = [
+        json.loads(x)["summary"]["name"] for x in mine.path.read_text().split("\n") if x
+    ]
+    assert lines == ["theirs", "mine"]
+
+
 def test_numbers_lost_are_measured_again(context, mesh):
     """As where a process is killed between the end of a run and the writing."""
     first = context.train(run(mesh))

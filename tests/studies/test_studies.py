@@ -1,6 +1,7 @@
 """Each study from end to end, tiny: what users start, and what it leaves."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from attnlab.implementations.measured import read
 from benchmarks.studies import __main__ as script
 from benchmarks.studies import ablations, patterns_lm
+from benchmarks.studies.check import committed, numbers
 from benchmarks.studies.puzzles import VALUES
 
 WHO = {"il": "he", "elle": "she", "nous": "we", "qui": "who"}
@@ -66,6 +68,7 @@ def test_study(study, quick):
     assert charts
     summaries = folder.glob("runs/translators/*/whole-*/summary.json")
     trained = {path.parent.parent.name for path in summaries}
+    assert names(content) == names(committed(script.EXPECTED / f"{study}.json"))
     if study == "align":
         assert trained == {"additive"}
         assert content["results"]["rates"]["he"]["count"] > 0
@@ -83,12 +86,19 @@ def test_study(study, quick):
         assert len(content["tables"][0]["rows"]) == 6
 
 
+def names(content):
+    """Of the numbers that ``--check`` compares; how many there are depends on texts."""
+    found = {re.sub(r"\[\d+\]", "[]", name) for name in numbers(content)}
+    return {name for name in found if not name.startswith("results.counts.")}
+
+
 def results(folder, study):
     content = json.loads((folder / f"{study}.json").read_text())
     page = (folder / f"{study}.md").read_text()
     assert all(f"**{part}.**" in page for part in ("Claim", "Answer", "Cost"))
     for chart in folder.glob(f"{study}-*.svg"):
         assert chart.name in page
+    assert names(content) == names(committed(script.EXPECTED / f"{study}.json"))
     return content["results"]
 
 

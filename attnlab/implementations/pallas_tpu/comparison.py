@@ -121,8 +121,9 @@ class _AdditiveComparison(Comparison):
         return jnp.float32
 
     def _weight(self) -> Array:
+        """``[B or 1, N or 1, P]``."""
         (weight,) = jax.tree.leaves(self.inputs.pair_params)
-        return weight.reshape(weight.shape[1], -1).astype(jnp.float32)
+        return weight.reshape(*weight.shape[:2], -1).astype(jnp.float32)
 
     def bound(self) -> Array | None:
         capped = _capped(self.inputs)
@@ -199,11 +200,11 @@ class _MlpComparison(Comparison):
         return jnp.float32
 
     def _columns(self) -> list[Array]:
-        """Matrices transposed, vectors as columns: ``[N or 1, rows, columns]``."""
+        """Transposed matrices, vectors as columns: ``[B or 1, N or 1, rows, cols]``."""
 
         def column(x: Array) -> Array:
-            x = x.reshape(x.shape[1], *x.shape[4:]).astype(jnp.float32)
-            return x.swapaxes(1, 2) if x.ndim == 3 else x[..., None]
+            x = x.reshape(*x.shape[:2], *x.shape[4:]).astype(jnp.float32)
+            return x.swapaxes(2, 3) if x.ndim == 4 else x[..., None]
 
         return [column(x) for x in jax.tree.leaves(self.inputs.pair_params)]
 
@@ -243,7 +244,7 @@ class _MlpComparison(Comparison):
     logits_again = logits
 
     def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
-        return [x.shape[1:] for x in self._columns()]
+        return [x.shape[2:] for x in self._columns()]
 
     def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
         (z,), q, k = given.room, given.q, given.k
@@ -286,12 +287,14 @@ class _MlpComparison(Comparison):
 
 
 def _by_head(x: Array, place: Callable[..., Place]) -> Reader:
-    """``[N or 1, rows, columns]``, whole, of the head that a step works for."""
+    """``[B or 1, N or 1, rows, columns]``, whole, of whom a step works for."""
 
     def index(*index: Any) -> tuple[Any, ...]:
-        return place(*index).head if x.shape[0] > 1 else 0, 0, 0
+        at = place(*index)
+        example = at.example if x.shape[0] > 1 else 0
+        return example, at.head if x.shape[1] > 1 else 0, 0, 0
 
-    spec = pl.BlockSpec((None, *x.shape[1:]), index)
+    spec = pl.BlockSpec((None, None, *x.shape[2:]), index)
     return Reader(x, spec, lambda ref, *_: ref[...])
 
 

@@ -145,7 +145,7 @@ def _forward(
 
         def finish() -> None:
             found = total[...].sum(0, keepdims=True)
-            alive = found > 0
+            alive = found != 0  # NaN is no zero: it shows
             safe = jnp.where(alive, found, 1)
             scaled = sums[...] / (safe * (1 - inputs.dropout_rate))
             output[...] = jnp.where(alive, scaled, 0)

@@ -389,6 +389,7 @@ def test_a_perceptron_shows_a_nan(activation):
         attention(q.at[0, 5].set(jnp.nan), k, v, score=score, implementation=name)
         for name in ("native", "reference")
     ]
+    assert jnp.isnan(outputs[1][0, 5]).all()
     np.testing.assert_array_equal(*(jnp.isnan(x) for x in outputs))
     np.testing.assert_allclose(*outputs, atol=1e-5)
 

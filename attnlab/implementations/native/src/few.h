@@ -357,7 +357,7 @@ void merge_slices(const Problem& c, int64_t b) {
       float top = kLowest, total = 0;
       for (int64_t i = 0; i < c.slices; ++i) {
         const float* part = part_of(c, i, b, t, n);
-        if (part[c.D + 1] > 0 && part[c.D] > top) top = part[c.D];
+        if (part[c.D + 1] != 0 && part[c.D] > top) top = part[c.D];
       }
       float* out = (float*)c.ret(0).data + c.query_at(b, t, n, c.D);
       memset(out, 0, c.D * 4);
@@ -368,7 +368,7 @@ void merge_slices(const Problem& c, int64_t b) {
         total += part[c.D + 1] * share;
         for (int64_t d = 0; d < c.D; ++d) out[d] += share * part[d];
       }
-      const bool alive = total > 0;
+      const bool alive = total != 0;  // NaN is no zero: it shows
       const float scale = alive ? (float)c.call.keep_scale / total : 0.0f;
       for (int64_t d = 0; d < c.D; ++d) out[d] = alive ? out[d] * scale : 0.0f;
       ((float*)c.ret(1).data)[(b * c.T + t) * c.N + n] =

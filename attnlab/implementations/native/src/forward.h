@@ -121,7 +121,7 @@ void finish(const Problem& c, Work<E>& w, const State<E>& s) {
   const bool streams = c.B * c.T * c.N * c.D * 4 > kCached && c.D % kWidth == 0 &&
                        (uintptr_t)output % sizeof(vf) == 0;
   for (int i = 0; i < p.lanes; ++i) {
-    const bool alive = s.sums.total[i] > 0;
+    const bool alive = s.sums.total[i] != 0;  // NaN is no zero: it shows
     const float scale = alive ? (float)c.call.keep_scale / s.sums.total[i] : 0.0f;
     float* o = output + c.query_at(p.b, p.t0 + i, p.n, c.D);
     const float* row = rows + i * stride;
