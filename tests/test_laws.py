@@ -411,8 +411,8 @@ def test_6_precision_reaches_the_products_of_scores(name, implementation):
             q, k, v, score=score, precision=precision, implementation=implementation
         ).sum()
 
-    with jax.default_matmul_precision("default"):
-        for precision, other in (("highest", "DEFAULT"), ("default", "HIGHEST")):
+    for precision, other in (("highest", "DEFAULT"), ("default", "HIGHEST")):
+        with jax.default_matmul_precision(other.lower()):
             gradient = jax.grad(functools.partial(loss, precision=precision), (0, 1))
             text = jax.jit(gradient).lower(score, q).as_text()
             assert other not in text

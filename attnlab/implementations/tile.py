@@ -29,15 +29,23 @@ def matmul(inputs: AttentionInputs, a: Array, b: Array, axes: tuple[int, int]) -
 def precision_name(precision: Any) -> str | None:
     """A precision as the name that ``jax.default_matmul_precision`` takes.
 
+    Returns:
+        The name; None where there is none: of None, of a ``DotAlgorithm``, and of a
+        pair of two.
+
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is no precision.
     """
-    if precision is None:
+    if precision is None or isinstance(precision, lax.DotAlgorithm):
         return None
-    if isinstance(precision, lax.DotAlgorithmPreset):
-        return precision.name
-    if isinstance(precision, str) and precision in lax.DotAlgorithmPreset.__members__:
-        return precision
+    if isinstance(precision, tuple) and len(precision) == 2:
+        left, right = map(precision_name, precision)
+        return left if left == right else None
+    presets = lax.DotAlgorithmPreset
+    if isinstance(precision, str) and precision in presets.__members__:
+        precision = presets[precision]
+    if isinstance(precision, presets):
+        return "default" if precision is presets.DEFAULT else precision.name
     try:
         return lax.Precision(precision).name.lower()
     except ValueError:

@@ -12,7 +12,7 @@ from attnlab.masks import Mask, as_mask
 from attnlab.nn.cache import KeyValue
 from attnlab.nn.parameters import as_arrays, as_params
 from attnlab.nn.projection import projection
-from attnlab.ops import attention_with_stats
+from attnlab.ops import attention_with_stats, project_key
 from attnlab.types import (
     Array,
     ArrayLike,
@@ -113,7 +113,8 @@ class Alignment(nnx.Module):
             positions: as of :meth:`MultiHeadAttention.project`; states of a recurrent
                 network know theirs, and nothing is done with them here.
         """
-        return KeyValue(self._score().project_key(self._key(key)), key[:, :, None])
+        keys = project_key(self._score(), self._key(key), self.precision)
+        return KeyValue(keys, key[:, :, None])
 
     def attend(
         self,

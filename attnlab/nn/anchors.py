@@ -96,6 +96,7 @@ class AnchorProjections(nnx.Module):
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        precision: Any = None,
         kernel_init: Initializer = GLOROT,
         rngs: nnx.Rngs,
     ):
@@ -109,6 +110,7 @@ class AnchorProjections(nnx.Module):
             use_bias: whether projections add a bias.
             dtype: of the computation; that of inputs and parameters if not given.
             param_dtype: of the parameters.
+            precision: of their products.
             kernel_init: of the weights.
             rngs: Flax's.
         """
@@ -125,6 +127,7 @@ class AnchorProjections(nnx.Module):
                 use_bias=use_bias,
                 dtype=dtype,
                 param_dtype=param_dtype,
+                precision=precision,
                 kernel_init=kernel_init,
                 kernel_metadata=named("embed", "heads", "head_size"),
                 bias_metadata=named("heads", "head_size"),

@@ -20,7 +20,7 @@ from attnlab.nn.parameters import (
     named,
 )
 from attnlab.nn.positions import Positions
-from attnlab.ops import attention_with_stats
+from attnlab.ops import attention_with_stats, project_key
 from attnlab.types import Array, ArrayLike, AttentionResult, Modifier, Score
 
 
@@ -280,7 +280,7 @@ class MultiHeadAttention(nnx.Module):
             _check_features("value", value, self.value)
         keys = self._placed(self.key(key), self.key_norm, _positions(key, 0, positions))
         if compare:
-            keys = self._score().project_key(keys)
+            keys = project_key(self._score(), keys, self.precision)
         return KeyValue(keys, self.value(key if value is None else value))
 
     def attend(

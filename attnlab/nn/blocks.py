@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from attnlab.masks.base import Full
 from attnlab.nn.attention import MultiHeadAttention
 from attnlab.nn.cache import Cache, KeyValue
 from attnlab.nn.layers import Residual
+from attnlab.nn.positions import Positions
 from attnlab.types import Array
 
 
@@ -101,7 +103,10 @@ class Block(nnx.Module):
             x,
             memory,
             lambda cross, x, memory: cross(
-                x, memory, mask=memory_mask, query_positions=query_positions
+                x,
+                memory,
+                mask=memory_mask,
+                query_positions=_needed(cross, memory_mask, query_positions),
             ),
         )
         return self.feed_forward_residual(x, self.feed_forward)
@@ -129,7 +134,10 @@ class Block(nnx.Module):
             x,
             state.memory,
             lambda cross, x, memory: cross.attend(
-                x, memory, mask=memory_mask, query_positions=positions
+                x,
+                memory,
+                mask=memory_mask,
+                query_positions=_needed(cross, memory_mask, positions),
             ),
         )
         x = self.feed_forward_residual(x, self.feed_forward)
@@ -151,3 +159,11 @@ class Block(nnx.Module):
         if memory is None:
             raise ValueError("memory: the block's cross_attention needs one, got None")
         return residual(x, lambda x: attend(cross, x, memory))
+
+
+def _needed(
+    cross: MultiHeadAttention, mask: Any, positions: Array | None
+) -> Array | None:
+    """None where nothing speaks of positions: then a plan need not know them."""
+    silent = mask is None and isinstance(cross.mask, Full) and not cross.modifiers
+    return None if silent and type(cross.position) is Positions else positions

@@ -7,3 +7,4 @@ from attnlab.ops.cost import cost as cost
 from attnlab.ops.drop_in import dot_product_attention as dot_product_attention
 from attnlab.ops.explain import Explanation as Explanation
 from attnlab.ops.explain import explain as explain
+from attnlab.ops.prepare import project_key as project_key

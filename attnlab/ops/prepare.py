@@ -131,17 +131,29 @@ def positions_of(
     return query, normalise(Operand(positions), batch, "key_positions")
 
 
+def project_key(score: Score, key: Array, precision: Any) -> Array:
+    """``score.project_key``, in the precision that is asked for.
+
+    Args:
+        score: whose projection it is.
+        key: ``[*batch, S, K, H]``.
+        precision: as of :func:`attnlab.attention`.
+    """
+    with precision_of(precision):
+        return score.project_key(key)
+
+
 def _project(
     score: Score, query: Array, key: Array, name: str, precision: Any
 ) -> tuple[Array, Array]:
-    try:
-        with precision_of(precision):
+    with precision_of(precision):
+        try:
             projected = score.project_query(query), score.project_key(key)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"score: {name} cannot project query {query.shape} and "
-            f"key {key.shape}: {error}"
-        ) from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"score: {name} cannot project query {query.shape} and "
+                f"key {key.shape}: {error}"
+            ) from error
     if projected[0].dtype != projected[1].dtype:
         raise TypeError(
             f"score: {name} projects the query to "

@@ -174,7 +174,7 @@ def check(
                 "; an array goes in as modifiers=[modifiers.bias(array)]"
             )
     traced = isinstance(dropout_rate, jax.core.Tracer)
-    number = isinstance(dropout_rate, (int, float, np.number, jax.Array))
+    number = isinstance(dropout_rate, (int, float, np.number, np.ndarray, jax.Array))
     if traced or not number or not 0 <= dropout_rate < 1:
         raise ValueError(
             f"dropout_rate: expected a number in [0, 1), got {dropout_rate!r}"

@@ -1,6 +1,6 @@
 """What the ablations found, on a page."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,12 @@ from benchmarks.studies.page import Chart, Page, Table, cost_of, dots, lines, sh
 from benchmarks.studies.record import Json
 
 
-def tried(rows: Mapping[str, Json]) -> str:
+def tried(rows: Mapping[str, Json], summaries: Sequence[Json]) -> str:
     """At which rates, in a sentence: the best of two is at an end of them."""
+    if len({s["config"]["rate"] for s in summaries}) < 2:
+        return ""
     own = [n for n in rows if n not in SAME]
     several = {n: CHANGES[n] for n in own if len(CHANGES[n].rates) > 1}
-    if not several:
-        return ""
     rates = next(iter(several.values())).rates
     highest = sum(rows[name]["rate"] == max(rates) for name in several)
     return (
@@ -38,7 +38,7 @@ def page(
     rows: Mapping[str, Json],
     moved: Mapping[str, Mapping[str, float]],
     budget: Budget,
-    summaries: Iterable[Json],
+    summaries: Sequence[Json],
 ) -> Page:
     """What was found.
 
@@ -135,7 +135,7 @@ def page(
             if any(r["over_seeds"]["itself"][0] > 0.5 for r in rotary.values())
             else "; where a residual hands on a word itself, attention need not."
         )
-        + f" {tried(rows)}"
+        + f" {tried(rows, summaries)}"
     )
     columns = [
         "run",

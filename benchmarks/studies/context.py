@@ -116,7 +116,7 @@ class Context:
         wanted, summary = self.wants(run.name), None
         if self.resume or not wanted:
             try:
-                summary = ledger.find(identity)
+                summary = ledger.find(identity, any_devices=not run.batches_by_devices)
             except StudyError as error:
                 if wanted:
                     raise

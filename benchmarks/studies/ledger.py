@@ -28,12 +28,12 @@ class Ledger:
         """
         self.path, self._lines = path, _read(path)
 
-    def find(self, identity: Json) -> Json | None:
+    def find(self, identity: Json, *, any_devices: bool) -> Json | None:
         """The summary of a run.
 
         Args:
-            identity: see :meth:`~benchmarks.studies.training.Run.identity`. On how
-                many devices it was trained may differ: they share the same batches.
+            identity: see :meth:`~benchmarks.studies.training.Run.identity`.
+            any_devices: whether it counts on however many it was trained.
 
         Raises:
             StudyError: if there is one of that name with another config.
@@ -41,7 +41,9 @@ class Ledger:
         known = self._lines.get(identity["name"])
         if known is None:
             return None
-        found = {**known["identity"], "devices": identity["devices"]}
+        found = known["identity"]
+        if any_devices:
+            found = {**found, "devices": identity["devices"]}
         same_run(found, identity, f"{self.path}: {identity['name']}")
         return known["summary"]
 

@@ -56,6 +56,7 @@ class Run:
         seed: of dropout.
         begin: changes a new model before its first step, for instance to parameters
             that another run trained; ``config`` must tell which.
+        batches_by_devices: whether their number decides what is in a batch.
         measure: numbers of the best model and the log, for a page that needs no more;
             they are kept, see :class:`~benchmarks.studies.ledger.Ledger`. None: the
             page needs the model.
@@ -74,6 +75,7 @@ class Run:
     higher_is_better: bool = False
     seed: int = 0
     begin: Callable[[nnx.Module], None] | None = None
+    batches_by_devices: bool = False
     measure: Measure | None = None
 
     def parameters(self) -> str:

@@ -108,6 +108,7 @@ class Task:
             steps=steps,
             evaluate=self._evaluate,
             evaluate_every=min(self.budget.evaluate_every, steps),
+            batches_by_devices=True,
         )
 
     def translate(self, model: Any) -> list[str]:

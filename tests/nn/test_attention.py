@@ -226,6 +226,23 @@ def test_dropout_follows_train_and_eval():
     np.testing.assert_allclose(layer(x), by_hand(layer, x), atol=1e-5)
 
 
+@pytest.mark.parametrize("of", ["layer", "alignment"])
+def test_precision_reaches_keys_that_are_projected_before(of):
+    score = scores.bilinear.init(jax.random.key(0), 4, 4)
+    options = {"score": score, "precision": "highest", "implementation": "tiled"}
+    x = inputs(2, 9, 8 if of == "layer" else 4)
+    if of == "layer":
+        layer = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0), **options)
+    else:
+        layer = nn.Alignment(**options)
+
+    def call(x):
+        return layer.attend(x, layer.project(x))
+
+    with jax.default_matmul_precision("default"):
+        assert "DEFAULT" not in jax.jit(call).lower(x).as_text()
+
+
 def test_projected_once_for_many_queries():
     score = scores.additive.init(jax.random.key(1), 4, hidden_size=5)
     layer = nn.MultiHeadAttention(8, 2, score=score, rngs=nnx.Rngs(0))

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnlab import attention, attention_with_stats, masks, modifiers, scores
+from attnlab import (
+    attention,
+    attention_with_stats,
+    explain,
+    masks,
+    modifiers,
+    scores,
+)
 
 B, T, S, N, K, H, D = 2, 7, 11, 6, 3, 4, 5
 RNG = np.random.default_rng(0)
@@ -257,3 +264,21 @@ def test_any_shape(problem, tile):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), *results
     )
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "highest",
+        jax.lax.Precision.HIGH,
+        jax.lax.DotAlgorithmPreset.DEFAULT,
+        ("high", "highest"),
+        ("highest", "highest"),
+    ],
+)
+def test_precisions_that_products_take(precision):
+    score = scores.bilinear.init(jax.random.key(0), H, H)
+    found = attention(QUERY, KEY, VALUE, score=score, precision=precision)
+    near(found, attention(QUERY, KEY, VALUE, score=score))
+    with pytest.raises(ValueError, match="precision: expected None"):
+        explain(QUERY, KEY, VALUE, score=score, precision="best")

@@ -1,9 +1,12 @@
 """Runs whose numbers are kept need not be trained again."""
 
+import functools
 import json
 import shutil
+import threading
 
 import pytest
+from filelock import FileLock
 
 from benchmarks.studies.context import Context
 from benchmarks.studies.errors import StudyError
@@ -75,6 +78,9 @@ def test_who_trained_it_does_not_matter(context, mesh):
     assert again.summary == first.summary
     other = run(mesh, config={"features": 13, "rate": 0.07}, batch_at=forbidden)
     assert resumed(context, only=["more"]).train(other) is None
+    # Unless their number decides what is in a batch.
+    with pytest.raises(StudyError, match="devices was 7, is 2.*give --devices 7"):
+        resumed(context, resume=True).train(run(mesh, batches_by_devices=True))
 
 
 def test_several_write_into_one_file(context, mesh):
@@ -82,7 +88,14 @@ def test_several_write_into_one_file(context, mesh):
     mine, theirs = context.ledger, context.ledger
     identity = run(mesh).identity(mesh)
     theirs.keep({**identity, "name": "theirs"}, {"name": "theirs"})
-    mine.keep({**identity, "name": "mine"}, {"name": "mine"})
+    keep = functools.partial(mine.keep, {**identity, "name": "mine"}, {"name": "mine"})
+    thread = threading.Thread(target=keep)
+    with FileLock(mine.path.with_name(f".{mine.path.name}.lock")):
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()  # it waits for whoever writes
+        assert "mine" not in mine.path.read_text()
+    thread.join()
     lines = [
         json.loads(x)["summary"]["name"] for x in mine.path.read_text().split("\n") if x
     ]
