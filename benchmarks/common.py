@@ -21,8 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: By label, points from left to right.
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
-#: So many lines that a legend among them would hide some.
-CROWDED = 6
+#: More lines than this, and a legend among them would hide some.
+CROWDED = 5
 
 
 def parser(description: str, results: Path = RESULTS) -> argparse.ArgumentParser:

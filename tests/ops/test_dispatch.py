@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
-from attnlab import attention, cost, explain, masks, types
+from attnlab import attention, cost, explain, masks, scores, types
 from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.tiled import Tiled
 from attnlab.masks import planning
@@ -297,3 +297,11 @@ def test_plans_of_given_positions(sides):
         for side, length, size in (("query", T, 4), ("key", S, 3))
     ]
     same_arrays(program(given), planning.make_plan(MASK, NO_DATA, *blocks))
+
+
+@pytest.mark.parametrize("name", ["bilinear", "additive"])
+def test_cost_of_scores_that_take_different_sizes(name):
+    options = {"bilinear": {}, "additive": {"hidden_size": 4}}[name]
+    score = getattr(scores, name).init(jax.random.key(0), 16, 8, **options)
+    q, k = (jax.ShapeDtypeStruct((1, 32, 2, size), jnp.float32) for size in (16, 8))
+    assert cost(q, k, k, score=score, mask=masks.causal()).pairs == 2 * 32 * 33 // 2
