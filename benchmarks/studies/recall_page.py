@@ -54,7 +54,8 @@ def short(rows: Sequence[Json]) -> str:
         if less > more
         else ""
     )
-    return f"On average {less:.1%} are missing there, {more:.1%} too many{why}. "
+    seen = " (who sees a value without its key may guess it)" if more else ""
+    return f"On average {less:.1%} are missing there, {more:.1%} too many{seen}{why}. "
 
 
 def answer(
