@@ -39,25 +39,25 @@ def expresses(pattern: str, score: str) -> bool:
 
 def every_block(
     pattern: str,
-    length: int,
+    lengths: tuple[int, int],
     blocks: Blocks,
     *,
     masked: bool,
     fused: bool,
 ) -> Callable[..., Any]:
-    """``(q, k, v [heads, length, size]) -> output``, differentiable.
+    """``(q, k, v) -> output``, differentiable; ``[heads, length, size]``.
 
     Args:
         pattern: one that it expresses.
-        length: T and S.
+        lengths: T and S.
         blocks: sizes.
         masked: whether each block is masked.
         fused: whether its backward pass is one kernel.
     """
     function, positions = None, None
     if masked:
-        function = _MASKS[pattern]((length, length)).mask_function
-        positions = np.arange(length, dtype=np.int32)
+        function = _MASKS[pattern](lengths).mask_function
+        positions = np.arange(lengths[0], dtype=np.int32)
     everything = info.MaskInfo(
         data_next=None,
         mask_next=None,

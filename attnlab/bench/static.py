@@ -34,7 +34,8 @@ from attnlab.types import Array, PyTree, Tile, pytree
 KERNELS = {"forward": "attnlab_forward", "backward": "attnlab_backward"}
 #: Scores whose logits a cheap bound holds, so that no running maximum is needed.
 BOUNDED = ("scaled_dot", "bilinear", "cosine", "additive", "concat")
-#: Blocks a side of the two problems: the profile of a backward pass is slow.
+#: Blocks a side of the two problems. What the compiler needs for its profile grows with
+#: the square of what a kernel writes, and a backward pass writes the most.
 _SIDES = {"forward": (2, 4), "backward": (1, 2)}
 
 
@@ -174,17 +175,26 @@ class PerBlock:
 
 
 def _slope(
-    make: Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]],
+    make: Callable[[int, int], tuple[Callable[..., Any], tuple[Any, ...]]],
+    spec: Spec,
+    blocks: Blocks,
     name: str,
     of: str,
     target: str,
     cache: Path | None,
 ) -> PerBlock:
-    """From two problems of so many blocks a side, the kernels whose names start so."""
+    """What a block costs, from two problems, the kernels whose names start so.
+
+    ``make(queries, keys)`` makes a problem of that size.
+    """
+    queries, keys, many = blocks.q, blocks.k, 1
+    if spec.pattern == "documents":  # whose queries are the keys
+        each = math.lcm(queries, keys)
+        queries, keys, many = each, each, each // queries * (each // keys)
     cycles: list[int] = []
     kernel = None
     for side in _SIDES[of]:
-        fn, shapes = make(side)
+        fn, shapes = make(queries * side, keys * side)
         found = study(fn, *shapes, target=target, cache=cache)
         kernels = [k for k in found.kernels if k.name.startswith(name)]
         if not kernels:
@@ -195,7 +205,8 @@ def _slope(
             return PerBlock(None, kernel, found.why)
         cycles.append(sum(known))
     less, more = _SIDES[of]
-    return PerBlock((cycles[1] - cycles[0]) / (more**2 - less**2), kernel, None)
+    added = (more**2 - less**2) * many
+    return PerBlock((cycles[1] - cycles[0]) / added, kernel, None)
 
 
 def per_block(
@@ -220,11 +231,10 @@ def per_block(
     name = KERNELS[of]
     if of == "forward":
         name += "_bounded" if spec.score in BOUNDED else "_online"
-    each = math.lcm(blocks.q, blocks.k)
 
-    def make(side: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def make(queries: int, keys: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         small = dataclasses.replace(
-            spec, batch=1, heads=1, key_heads=1, length=each * side, query_length=None
+            spec, batch=1, heads=1, key_heads=1, length=keys, query_length=queries
         )
         shapes, options = problem(small)
         options["mask"] = _EveryBlock(options["mask"]) if masked else None
@@ -235,12 +245,7 @@ def per_block(
         return the_pass(attend, of), shapes
 
     with sized(blocks) as ours:
-        found = _slope(make, name, of, target, cache)
-    if found.cycles is None:
-        return found
-    # Where blocks are not square, a side of the problem is several of them.
-    many = each // blocks.q * (each // blocks.k)
-    return dataclasses.replace(found, cycles=found.cycles / many)
+        return _slope(make, spec, blocks, name, of, target, cache)
 
 
 def splash_per_block(
@@ -258,27 +263,27 @@ def splash_per_block(
     in two.
     """
     found = []
-    each = math.lcm(blocks.q, blocks.k)
-    many = each // blocks.q * (each // blocks.k)
     chunks = dict.fromkeys((blocks.chunk, blocks.k))
     ways = itertools.product(chunks, {False, of == "backward"})
     for chunk, fused in ways:
         sizes = blocks._replace(chunk=chunk)
 
         def make(
-            side: int, sizes: Blocks = sizes, fused: bool = fused
+            queries: int, keys: int, sizes: Blocks = sizes, fused: bool = fused
         ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-            length = each * side
-            shape = jax.ShapeDtypeStruct((1, length, spec.head_size), spec.dtype)
-            attend = splash.every_block(
-                spec.pattern, length, sizes, masked=masked, fused=fused
+            query, key = (
+                jax.ShapeDtypeStruct((1, length, spec.head_size), spec.dtype)
+                for length in (queries, keys)
             )
-            return the_pass(attend, of), (shape,) * 3
+            attend = splash.every_block(
+                spec.pattern, (queries, keys), sizes, masked=masked, fused=fused
+            )
+            return the_pass(attend, of), (query, key, key)
 
         name = "splash_mha_fwd" if of == "forward" else "splash_mha_d"
-        cycles = _slope(make, name, of, target, cache).cycles
+        cycles = _slope(make, spec, sizes, name, of, target, cache).cycles
         if cycles is not None:
-            found.append(cycles / many)
+            found.append(cycles)
     return min(found, default=None)
 
 
