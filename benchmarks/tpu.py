@@ -1,28 +1,36 @@
 """How many cycles do the TPU kernels take, beside those of JAX's splash attention?
 
 Their static schedules, as the TPU's own compiler tells them, with no TPU (``pip
-install -e ".[tpu-aot]"``): estimates, for ratios. bfloat16, each kernel at the best of
-the same sizes of blocks. What was compiled is kept, so that a second call goes on where
-the first was stopped.
+install -e ".[tpu-aot]"``): estimates, for ratios. bfloat16, each kernel at its best
+sizes of blocks, searched between the same bounds. What was compiled is kept, so that a
+second call goes on where the first was stopped.
 """
 
 import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 from rich.progress import track
 
+from attnlab import cost
 from attnlab.bench.cases import Spec
 from attnlab.bench.machine import cores
 from attnlab.bench.options import whole
-from attnlab.bench.static import least, per_block, projected_size, row, splash_per_block
-from attnlab.bench.targets import TOLD, CompilerMissing
-from attnlab.bench.tune import best_of, by_cycles, candidates, costs
+from attnlab.bench.static import (
+    least,
+    per_block,
+    problem,
+    projected_size,
+    sized,
+    splash_per_block,
+)
+from attnlab.bench.targets import TOLD, CompilerMissing, on
+from attnlab.bench.tune import LEAST, MOST, best_of, by_cycles, search, smaller
 from attnlab.implementations.pallas_tpu.blocks import Blocks
 from benchmarks.common import parser, write
 
@@ -41,39 +49,49 @@ def spec_of(head_size: int, **changes: Any) -> Spec:
     )
 
 
-def by_splash(spec: Spec, of: str, target: str, blocks: Blocks) -> float | None:
+class Way(NamedTuple):
+    """How splash computes: its blocks, and whether its backward pass is fused."""
+
+    blocks: Blocks
+    fused: bool
+
+
+def by_splash(spec: Spec, of: str, target: str, way: Way) -> float | None:
     """Cycles of a pair of a full block."""
-    found = splash_per_block(spec, blocks, of, target, masked=False)
-    return None if found is None else found / (blocks.q * blocks.k)
+    found = splash_per_block(
+        spec, way.blocks, of, target, masked=False, fused=way.fused
+    )
+    return None if found is None else found / (way.blocks.q * way.blocks.k)
+
+
+def near(way: Way) -> list[Way]:
+    """Splash's other ways next to one of them."""
+    whole_block = way.blocks._replace(chunk=way.blocks.k)
+    found = [way._replace(blocks=b) for b in (*smaller(way.blocks), whole_block)]
+    return [*found, way._replace(fused=False)]
 
 
 def rows(
     targets: list[str], head_sizes: list[int], quick: bool
 ) -> Iterator[dict[str, Any]]:
     """Of each TPU, head size and pass: full blocks, then what masks add."""
-    sizes = candidates()[:1] if quick else candidates()
-    console = Console(stderr=True)
+    start = LEAST if quick else MOST
     for target in targets:
         for head_size in head_sizes:
             for of in PASSES[:1] if quick else PASSES:
                 spec, label = spec_of(head_size), f"{target} {of} {head_size}"
-                found = {
-                    name: best_of(
-                        track(
-                            costs(
-                                functools.partial(measure, spec, of, target),
-                                sizes,
-                                at_once=cores(),
-                            ),
-                            f"{label}, {name}",
-                            total=len(sizes),
-                            console=console,
-                            transient=True,
-                        )
-                    )
-                    for name, measure in (("ours", by_cycles), ("splash", by_splash))
-                }
-                ours, splash = found["ours"], found["splash"]
+                ours = cheapest(
+                    functools.partial(by_cycles, spec, of, target),
+                    start,
+                    smaller,
+                    f"{label}, ours",
+                )
+                splash = cheapest(
+                    functools.partial(by_splash, spec, of, target),
+                    Way(start, of == "backward"),
+                    near,
+                    f"{label}, splash",
+                )
                 if ours is None:
                     print(f"{label}: the compiler tells no cycles")
                     continue
@@ -81,29 +99,65 @@ def rows(
                     "target": target,
                     "pass": of,
                     "head_size": head_size,
-                    **{
-                        name: best and {"blocks": best[0], "cycles_per_pair": best[1]}
-                        for name, best in found.items()
-                    },
+                    "ours": {"blocks": ours[0], "cycles_per_pair": ours[1]},
+                    "splash": splash
+                    and {**splash[0]._asdict(), "cycles_per_pair": splash[1]},
                     "ratio": splash and ours[1] / splash[1],
                     "masks": {
-                        pattern: masked(spec, pattern, of, target, ours[0])
+                        pattern: masked(spec, pattern, of, target, ours, splash)
                         for pattern in ("causal", "window")
                     },
                 }
 
 
+def cheapest(
+    measure: Callable[[Any], float | None],
+    start: Any,
+    near: Callable[[Any], list[Any]],
+    label: str,
+) -> tuple[Any, float] | None:
+    """The best way, searched beside a progress bar."""
+    tried = search(measure, start, near, at_once=cores())
+    console = Console(stderr=True)
+    return best_of(track(tried, label, console=console, transient=True))
+
+
 def masked(
-    spec: Spec, pattern: str, of: str, target: str, blocks: Blocks
+    spec: Spec,
+    pattern: str,
+    of: str,
+    target: str,
+    ours: tuple[Blocks, float],
+    splash: tuple[Way, float] | None,
 ) -> dict[str, Any]:
-    """A block that the mask cuts beside a full one, and the whole beside splash's."""
-    found = row(dataclasses.replace(spec, pattern=pattern), of, target, blocks=blocks)
-    full = per_block(spec, blocks, of, target, masked=False).cycles
-    cut = found.block_cycles[1]
+    """What a block that the mask cuts costs beside a full one, and the whole."""
+    spec = dataclasses.replace(spec, pattern=pattern)
+    blocks, each = ours
+    full = each * blocks.q * blocks.k
+    cut = per_block(spec, blocks, of, target, masked=True).cycles
+    found = {"partial_over_full": cut and cut / full}
+    if cut is None or splash is None:
+        return found
+    (sizes, fused), each = splash
+    peer = splash_per_block(spec, sizes, of, target, masked=True, fused=fused)
+    if peer is None:
+        return found
+    counts = live(spec, target, blocks)
+    # It masks every block.
+    whole = peer * sum(live(spec, target, sizes))
     return {
-        "partial_over_full": cut / full if cut and full else None,
-        "ratio_to_splash": found.ratio_to_splash,
+        **found,
+        "splash_partial_over_full": peer / (each * sizes.q * sizes.k),
+        "ratio_to_splash": (counts[0] * full + counts[1] * cut) / whole,
     }
+
+
+def live(spec: Spec, target: str, blocks: Blocks) -> tuple[int, int]:
+    """Full and partial blocks."""
+    shapes, options = problem(spec)
+    with on(target), sized(blocks) as ours:
+        told = cost(*shapes, **options, implementation=ours.name, platform="tpu")
+    return told.blocks_full, told.blocks_partial
 
 
 def additive(target: str, of: str) -> dict[str, Any] | None:

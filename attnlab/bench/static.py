@@ -7,7 +7,6 @@ are comes from the plan. These are estimates: for ratios, not times.
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,6 +247,16 @@ def per_block(
         return _slope(make, spec, blocks, name, of, target, cache)
 
 
+def splash_ways(blocks: Blocks, of: str) -> Iterator[tuple[Blocks, bool]]:
+    """Those of JAX's splash attention: sizes, and whether its backward pass is fused.
+
+    As many keys at once as ours or all; and a backward pass in one kernel or in two.
+    """
+    for chunk in dict.fromkeys((blocks.chunk, blocks.k)):
+        for fused in (True, False) if of == "backward" else (False,):
+            yield blocks._replace(chunk=chunk), fused
+
+
 def splash_per_block(
     spec: Spec,
     blocks: Blocks,
@@ -255,36 +264,33 @@ def splash_per_block(
     target: str,
     *,
     masked: bool,
+    fused: bool,
     cache: Path | None = None,
 ) -> float | None:
-    """What a block of JAX's splash attention costs, the cheapest of its ways.
+    """What a block of JAX's splash attention costs.
 
-    They are: as many keys at once as ours or all, and a backward pass in one kernel or
-    in two.
+    Args:
+        spec: the problem; its lengths and heads do not matter.
+        blocks: sizes.
+        of: "forward" or "backward".
+        target: a name of ``TARGETS``.
+        masked: whether it is partial.
+        fused: whether its backward pass is one kernel.
+        cache: see ``study``.
     """
-    found = []
-    chunks = dict.fromkeys((blocks.chunk, blocks.k))
-    ways = itertools.product(chunks, {False, of == "backward"})
-    for chunk, fused in ways:
-        sizes = blocks._replace(chunk=chunk)
 
-        def make(
-            queries: int, keys: int, sizes: Blocks = sizes, fused: bool = fused
-        ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-            query, key = (
-                jax.ShapeDtypeStruct((1, length, spec.head_size), spec.dtype)
-                for length in (queries, keys)
-            )
-            attend = splash.every_block(
-                spec.pattern, (queries, keys), sizes, masked=masked, fused=fused
-            )
-            return the_pass(attend, of), (query, key, key)
+    def make(queries: int, keys: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        query, key = (
+            jax.ShapeDtypeStruct((1, length, spec.head_size), spec.dtype)
+            for length in (queries, keys)
+        )
+        attend = splash.every_block(
+            spec.pattern, (queries, keys), blocks, masked=masked, fused=fused
+        )
+        return the_pass(attend, of), (query, key, key)
 
-        name = "splash_mha_fwd" if of == "forward" else "splash_mha_d"
-        cycles = _slope(make, spec, sizes, name, of, target, cache).cycles
-        if cycles is not None:
-            found.append(cycles)
-    return min(found, default=None)
+    name = "splash_mha_fwd" if of == "forward" else "splash_mha_d"
+    return _slope(make, spec, blocks, name, of, target, cache).cycles
 
 
 def least(
@@ -354,11 +360,15 @@ def row(
     cycles = None
     if all(each is not None for each in known.values()):
         cycles = sum(counts[masked] * (each or 0) for masked, each in known.items())
-    peer = None
+    peers = []
     if cycles and splash.expresses(spec.pattern, spec.score):
         # Of a pattern that it evaluates in the kernel it masks every block.
         masked = spec.pattern != "full"
-        peer = splash_per_block(spec, blocks, of, target, masked=masked, cache=cache)
+        peers = [
+            splash_per_block(spec, b, of, target, masked=masked, fused=f, cache=cache)
+            for b, f in splash_ways(blocks, of)
+        ]
+    peer = min((x for x in peers if x), default=None)
     live = sum(counts.values())
     item = np.dtype(spec.dtype).itemsize
     queries = spec.batch * spec.heads * spec.queries * spec.head_size

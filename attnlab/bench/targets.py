@@ -219,7 +219,7 @@ def read(content: dict[str, Any]) -> Study:
 
 def _identity(program: str, target: str) -> str:
     """Of all that decides the answer: where the program was written does not."""
-    bare = re.sub(r"^#loc.*$| loc\((#loc\d*|\"[^\"]*\")\)", "", program, flags=re.M)
+    bare = re.sub(r"^#loc.*\n?| loc\((#loc\d*|\"[^\"]*\")\)", "", program, flags=re.M)
     said = hashlib.sha256(bare.encode())
     said.update(f"{target} {version('jaxlib')} {version('libtpu')} 3".encode())
     return said.hexdigest()[:32]

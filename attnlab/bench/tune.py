@@ -5,13 +5,12 @@ On a TPU by time; for one that is not here by the compiler's static cycles.
 
 import argparse
 import functools
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +24,24 @@ from attnlab.bench.targets import TOLD, on
 from attnlab.implementations.pallas_tpu.blocks import VARIABLE, Blocks, device, read
 
 DESCRIPTION = f"""\
-The best sizes of blocks for each head size and pass, written as a table. attnlab uses
-it where {VARIABLE} names the file. "here" is the TPU of this machine, measured; another
-target is one that need not be here, by its compiler's static cycles."""
+The best sizes of blocks for each head size and pass, written as a table: of large
+ones each is halved as long as that is cheaper. attnlab uses it where {VARIABLE}
+names the file. "here" is the TPU of this machine, measured; another target is one that
+need not be here, by its compiler's static cycles."""
 
 HERE = "here"
-#: What is tried: queries, keys, and keys at once. Of more queries the compiler needs
-#: minutes, and each attention of a model would.
-_SIZES, _KEYS, _CHUNKS = (512, 1024), (512, 1024, 2048), (256, 512)
-
-#: ``measure(blocks) -> cost of a pair``, None where they do not work.
-Measure = Callable[[Blocks], float | None]
+#: Between which sizes are tried. Of more queries the compiler needs minutes, and each
+#: attention of a model would.
+LEAST, MOST = Blocks(512, 512, 256), Blocks(1024, 2048, 512)
 
 
-def candidates() -> list[Blocks]:
-    """Sizes to try."""
-    tried = itertools.product(_SIZES, _KEYS, _CHUNKS)
-    return [Blocks(q, k, chunk) for q, k, chunk in tried if k % chunk == 0]
+Way = TypeVar("Way")
+
+
+def smaller(blocks: Blocks) -> list[Blocks]:
+    """With one of the sizes halved."""
+    halved = [blocks._replace(**{f: getattr(blocks, f) // 2}) for f in Blocks._fields]
+    return [b for b in halved if all(n >= m for n, m in zip(b, LEAST, strict=True))]
 
 
 def by_cycles(spec: Spec, of: str, target: str, blocks: Blocks) -> float | None:
@@ -77,30 +77,40 @@ def by_time(spec: Spec, of: str, blocks: Blocks) -> float | None:
     return timing.median / (spec.heads * length**2)
 
 
-def costs(
-    measure: Measure, sizes: Sequence[Blocks], at_once: int = 1
-) -> Iterator[tuple[Blocks, float | None]]:
-    """What a pair costs with each of some sizes.
+def search(
+    measure: Callable[[Way], float | None],
+    start: Way,
+    near: Callable[[Way], Iterable[Way]],
+    at_once: int = 1,
+) -> Iterator[tuple[Way, float | None]]:
+    """What each way costs that is tried: near the cheapest, until none is cheaper.
 
     Args:
-        measure: asked for each.
-        sizes: to try.
+        measure: asked for the cost of each; None: it does not work.
+        start: tried first.
+        near: what to try next to a way.
         at_once: how many are measured beside each other: a core for each where
             ``measure`` waits for a compiler, one where it takes times.
     """
+    known: dict[Way, float | None] = {}
+    front = [start]
     with ThreadPoolExecutor(at_once) as pool:
-        yield from zip(sizes, pool.map(measure, sizes), strict=True)
+        while front:
+            for way, cost in zip(front, pool.map(measure, front), strict=True):
+                known[way] = cost
+                yield way, cost
+            found = best_of(known.items())
+            centres = front if found is None else [found[0]]
+            front = [w for c in centres for w in near(c) if w not in known]
+            front = list(dict.fromkeys(front))
 
 
 def best_of(
-    costs: Iterable[tuple[Blocks, float | None]],
-) -> tuple[Blocks, float] | None:
-    """The cheapest sizes, and what a pair costs; None where none work."""
-    known = [(cost, blocks) for blocks, cost in costs if cost is not None]
-    if not known:
-        return None
-    cost, blocks = min(known)
-    return blocks, cost
+    costs: Iterable[tuple[Way, float | None]],
+) -> tuple[Way, float] | None:
+    """The cheapest, and what it costs; None where none works."""
+    known = [(way, cost) for way, cost in costs if cost is not None]
+    return min(known, key=lambda each: each[1]) if known else None
 
 
 def _table(text: str) -> Path:
@@ -171,15 +181,12 @@ def command(given: argparse.Namespace) -> int:
     with Progress(console=console, transient=True) as progress:
         for size, of in wanted:
             spec = Spec(dtype="bfloat16", heads=1, key_heads=1, head_size=size)
-            sizes = candidates()
-            if given.target == HERE:
-                tried = costs(functools.partial(by_time, spec, of), sizes)
-            else:
+            measure = functools.partial(by_time, spec, of)
+            if given.target != HERE:
                 measure = functools.partial(by_cycles, spec, of, given.target)
-                tried = costs(measure, sizes, at_once=cores())
-            best = best_of(
-                progress.track(tried, len(sizes), description=f"head size {size}, {of}")
-            )
+            at_once = 1 if given.target == HERE else cores()
+            tried = search(measure, MOST, smaller, at_once)
+            best = best_of(progress.track(tried, description=f"head size {size}, {of}"))
             if best is None:
                 progress.console.print(
                     f"attnlab tune: head size {size}, {of}: no sizes of blocks work",

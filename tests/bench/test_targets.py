@@ -335,17 +335,34 @@ def test_the_best_blocks_become_a_table(monkeypatch, tmp_path):
     assert json.loads(out.read_text()) == content
 
 
+def test_the_best_sizes_are_searched():
+    asked = []
+
+    def measure(blocks):
+        asked.append(blocks)
+        return None if blocks.k == 2048 else float(blocks.k + blocks.chunk)
+
+    found = list(tune.search(measure, tune.MOST, tune.smaller))
+    assert tune.best_of(found) == (Blocks(1024, 512, 256), 768.0)
+    assert [blocks for blocks, _ in found] == asked
+    assert len(set(asked)) == len(asked)
+    # Queries are halved near the cheapest only, once something works.
+    assert Blocks(512, 1024, 512) in asked
+    assert Blocks(512, 2048, 256) not in asked
+    assert tune.best_of(tune.search(lambda _: None, tune.MOST, tune.smaller)) is None
+
+
 def test_sizes_are_measured_beside_each_other():
     both = threading.Barrier(2)
 
-    def measure(blocks):
-        both.wait(timeout=60)
-        return None if blocks.q == 1024 else float(blocks.k)
+    def measure(n):
+        if n > 1:
+            both.wait(timeout=60)
+        return 1.0 / n
 
-    sizes = [Blocks(512, 512, 256), Blocks(1024, 512, 256)]
-    found = list(tune.costs(measure, sizes, at_once=2))
-    assert found == [(sizes[0], 512.0), (sizes[1], None)]
-    assert tune.best_of(found) == (sizes[0], 512.0)
+    near = {1: [2, 3], 3: []}
+    found = list(tune.search(measure, 1, near.__getitem__, at_once=2))
+    assert found == [(n, 1.0 / n) for n in (1, 2, 3)]
 
 
 def test_tuning_here_needs_a_tpu(tmp_path, capsys):
@@ -413,25 +430,23 @@ def test_blocks_need_not_be_square(of, monkeypatch):
     spec = Spec(dtype="bfloat16", head_size=64)
     for blocks in (Blocks(512, 1024, 256), Blocks(256, 128, 128)):
         pairs = blocks.q * blocks.k
-        for measure, each in ((static.per_block, 3), (static.splash_per_block, 4)):
-            found = measure(spec, blocks, of, "tpu:v5e", masked=False)
-            assert getattr(found, "cycles", found) == pytest.approx(each * pairs)
+        found = static.per_block(spec, blocks, of, "tpu:v5e", masked=False)
+        assert found.cycles == pytest.approx(3 * pairs)
+        for sizes, fused in static.splash_ways(blocks, of):
+            found = static.splash_per_block(
+                spec, sizes, of, "tpu:v5e", masked=False, fused=fused
+            )
+            assert found == pytest.approx(4 * pairs)
         packed = dataclasses.replace(spec, pattern="documents")
         found = static.per_block(packed, blocks, of, "tpu:v5e", masked=True)
         assert found.cycles == pytest.approx(3 * pairs)
 
 
 def test_each_kernel_is_shown_at_its_best_blocks(monkeypatch, tmp_path, capsys):
-    costs = {
-        tpu.by_cycles: {Blocks(512, 512, 512): 6.0, Blocks(1024, 512, 512): 3.0},
-        tpu.by_splash: {Blocks(512, 512, 512): 4.0, Blocks(1024, 512, 512): 5.0},
-    }
-    for measure, found in costs.items():
-        monkeypatch.setattr(
-            tpu,
-            measure.__name__,
-            lambda spec, of, target, blocks, found=found: found.get(blocks),
-        )
+    ours = {Blocks(512, 512, 512): 3.0, Blocks(1024, 512, 512): 2.0}
+    peer = {Blocks(512, 512, 512): 8.0, Blocks(1024, 512, 512): 9.0}
+    monkeypatch.setattr(tpu, "by_cycles", lambda *a: ours.get(a[-1]))
+    monkeypatch.setattr(tpu, "by_splash", lambda *a: peer.get(a[-1].blocks))
     names = {
         "attnlab_forward_bounded": lambda n: 2 * n * n,
         "attnlab_backward": lambda n: 2 * n * n,
@@ -446,13 +461,19 @@ def test_each_kernel_is_shown_at_its_best_blocks(monkeypatch, tmp_path, capsys):
     content = json.loads((tmp_path / "tpu.json").read_text())
     assert [row["pass"] for row in content["inner"]] == ["forward", "backward"]
     for row in content["inner"]:
-        assert row["ours"] == {"blocks": [1024, 512, 512], "cycles_per_pair": 3}
-        assert row["splash"] == {"blocks": [512, 512, 512], "cycles_per_pair": 4}
-        assert row["ratio"] == 0.75
+        assert row["ours"] == {"blocks": [1024, 512, 512], "cycles_per_pair": 2}
+        assert row["splash"] == {
+            "blocks": [512, 512, 512],
+            "fused": row["pass"] == "backward",
+            "cycles_per_pair": 8,
+        }
+        assert row["ratio"] == 0.25
         for told_of in row["masks"].values():
-            assert told_of == {"partial_over_full": 1, "ratio_to_splash": 0.25}
+            assert told_of["partial_over_full"] == pytest.approx(1)
+            assert told_of["splash_partial_over_full"] == pytest.approx(1)
+            assert 0.25 < told_of["ratio_to_splash"] < 0.35
     pairs = 2 * 1024  # of additive scores: cycles a pair, pairs a cycle
     assert [row["over_bound"] for row in content["additive"]] == [
         pytest.approx(pairs / functions) for functions in (1 + 64, 1 + 2 * 64)
     ]
-    assert "0.75x splash" in capsys.readouterr().out
+    assert "0.25x splash" in capsys.readouterr().out
