@@ -85,7 +85,7 @@ def differences(
 
 
 def compilers() -> dict[str, str]:
-    """Versions of what lowers and compiles."""
+    """Versions of what lowers and compiles; the file has those of each target."""
     return {name: metadata.version(name) for name in ("jax", "libtpu")}
 
 
@@ -118,21 +118,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"benchmarks.tpu_baseline: {error}", markup=False)
             return 1
     known = {target: before.get(target) for target in given.target}
-    now["versions"] = compilers()
-    if before.get("versions") not in (None, now["versions"]):
-        console.print(
-            f"the file is by {before['versions']}, this by {now['versions']}: "
-            "differences may be theirs",
-            highlight=False,
-        )
+    by, ours = before.get("versions", {}), compilers()
+    for target in given.target:
+        if by.get(target) not in (None, ours):
+            console.print(
+                f"{target}: the file is by {by[target]}, this by {ours}: "
+                "differences may be theirs",
+                highlight=False,
+            )
     bad = 0
-    found = {target: now[target] for target in given.target}
-    for path, old, new in differences(known, found):
+    for path, old, new in differences(known, now):
         mark = "worse" if worse(old, new) else "differs"
         bad += mark == "worse"
         console.print(f"{mark}: {path}: {old} -> {new}", highlight=False)
     if given.write:
-        text = json.dumps({**before, **now}, indent=1) + "\n"
+        versions = {**by, **dict.fromkeys(given.target, ours)}
+        content = {**before, **now, "versions": versions}
+        text = json.dumps(content, indent=1) + "\n"
         write_atomically(FILE, text.encode())
         console.print(f"written: {FILE.name}")
         return 0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from attnlab import (
@@ -1032,6 +1032,40 @@ def test_12_shard_map(axis, implementation):
         for fn in (sharded, whole)
     ]
     close(*results, factor=16)
+
+
+@pytest.mark.parametrize("implementation", BOTH)
+@pytest.mark.parametrize("axis", ["batch", "heads", "queries"])
+def test_12_explicit_axes(axis, implementation):
+    """Where arrays tell in their types how they lie, results lie as the queries do."""
+    q, k, v = arrays(t=16, s=16, n=4, k=2)
+    spec = dict(batch=Spec("x"), heads=Spec(None, None, "x"), queries=Spec(None, "x"))
+    lengths = np.array([3, 16])
+
+    def loss(q, k, v, lengths):
+        result = attention_with_stats(
+            q,
+            k,
+            v,
+            mask=masks.causal() & masks.lengths(key=lengths),
+            implementation=implementation,
+            top_k=2,
+        )
+        return (result.output**2).sum(), result
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    wanted = run(q, k, v, lengths)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        put = functools.partial(jax.device_put, device=NamedSharding(mesh, spec[axis]))
+        by_example = Spec("x") if axis == "batch" else Spec()
+        placed = jax.device_put(lengths, NamedSharding(mesh, by_example))
+        found = run(*map(put, (q, k, v)), placed)
+    close(found[0][1][:3], wanted[0][1][:3], factor=16)
+    close(found[1], wanted[1], factor=16)
+    lies = found[0][1].output.sharding
+    assert lies.is_equivalent_to(NamedSharding(mesh, spec[axis]), 4)
+    np.testing.assert_array_equal(found[0][1].indices, wanted[0][1].indices)
 
 
 def test_12_no_tracer_leaks():

@@ -307,11 +307,14 @@ def least(
     """
     known = TARGETS[target]
     _, options = problem(dataclasses.replace(spec, batch=1, length=128))
-    hidden = options["score"].transcendentals_per_pair(projected_size(spec))
+    score = options["score"]
+    hidden = score.transcendentals_per_pair(projected_size(spec))
+    # Other logits take no matrix unit: ``SCORES`` has networks of one hidden layer.
+    inner = score.is_inner_product
     if of == "forward":
-        products, functions = (1 if hidden else 2), 1 + hidden
+        products, functions = (2 if inner else 1), 1 + hidden
     else:  # the logits once more, and each function's slope
-        products, functions = (2 if hidden else 5), 1 + 2 * hidden
+        products, functions = (5 if inner else 2), 1 + 2 * hidden
     with on(target):
         told = pltpu.get_tpu_info()
     clock = told.bf16_ops_per_second / (2 * known.multiplies)

@@ -145,12 +145,20 @@ def lowered(
     """A program for a target, which another process can read.
 
     Args:
-        fn: a function of arrays.
-        shapes: ``jax.ShapeDtypeStruct``s of its arguments.
+        fn: a function of pytrees of arrays.
+        shapes: its arguments, with ``jax.ShapeDtypeStruct``s for arrays.
         target: a name of ``TARGETS``.
+
+    Returns:
+        A function from leaves to leaves: that process may not know the pytrees' types.
     """
     with on(target):
-        return jax.export.export(jax.jit(fn), platforms=("tpu",))(*shapes)
+        made = jax.export.export(jax.jit(fn), platforms=("tpu",))(*shapes)
+    return dataclasses.replace(
+        made,
+        in_tree=jax.tree.structure((tuple(made.in_avals), {})),
+        out_tree=jax.tree.structure(tuple(made.out_avals)),
+    )
 
 
 def study(
@@ -163,8 +171,8 @@ def study(
     """Compiles a function for a TPU that need not be here.
 
     Args:
-        fn: a function of arrays; jitted here.
-        *shapes: ``jax.ShapeDtypeStruct``s of its arguments.
+        fn: a function of pytrees of arrays; jitted here.
+        *shapes: its arguments, with ``jax.ShapeDtypeStruct``s for arrays.
         target: a name of ``TARGETS``.
         timeout: seconds that the compiler gets.
         cache: folder of earlier answers; the user's own if not given.

@@ -41,7 +41,8 @@ Way = TypeVar("Way")
 def smaller(blocks: Blocks) -> list[Blocks]:
     """With one of the sizes halved."""
     halved = [blocks._replace(**{f: getattr(blocks, f) // 2}) for f in Blocks._fields]
-    return [b for b in halved if all(n >= m for n, m in zip(b, LEAST, strict=True))]
+    large = [b for b in halved if all(n >= m for n, m in zip(b, LEAST, strict=True))]
+    return [b for b in large if b.k % b.chunk == 0]
 
 
 def by_cycles(spec: Spec, of: str, target: str, blocks: Blocks) -> float | None:
@@ -71,7 +72,8 @@ def by_time(spec: Spec, of: str, blocks: Blocks) -> float | None:
         call = jax.jit(the_pass(attend, of))
         try:
             jax.block_until_ready(call(*arrays))
-        except jax.errors.JaxRuntimeError:  # they do not fit the memory
+        except (NotImplementedError, jax.errors.JaxRuntimeError):
+            # They do not fit the memory: as we estimate it, or as it is.
             return None
         timing = interleave({"": lambda: call(*arrays)}, Repeats(seconds=1.0))[""]
     return timing.median / (spec.heads * length**2)

@@ -29,6 +29,7 @@ class Splash(Implementation):
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
         """See :class:`attnlab.types.Implementation`."""
         s = inputs.sizes
+        config: Any = jax.config
         reasons = []
         if not inputs.score.is_inner_product:
             reasons.append("the score is not an inner product")
@@ -46,6 +47,8 @@ class Splash(Implementation):
             reasons.append(
                 f"it computes float32 and bfloat16, not {inputs.query.dtype}"
             )
+        if config.jax_enable_x64:
+            reasons.append("it does not compile in x64 mode (jax_enable_x64)")
         if inputs.precision is not None:
             reasons.append("it takes no precision=")
         if s.T % self.lanes or s.S % self.lanes or 0 in s:
@@ -65,15 +68,17 @@ class Splash(Implementation):
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.types.Implementation`."""
-        s = inputs.sizes
+        s, dtype = inputs.sizes, inputs.accumulation_dtype
+        lse = jnp.zeros((s.B, s.T, s.N), dtype)
         seen = _dense(inputs.mask, s.T, s.S, s.N)
+        if not seen.any():  # of such a mask it makes no kernel
+            return jnp.zeros((s.B, s.T, s.N, s.D), dtype), lse
         made = self._kernel(seen, *self.block_sizes(inputs))
         arrays = (x.swapaxes(1, 2) for x in (inputs.query, inputs.key, inputs.value))
         output = jax.vmap(made)(*arrays).swapaxes(1, 2)
         # Where a whole row is hidden it yields the mean of the values; we want zero.
         output = jnp.where(np.any(seen, axis=-1).T[None, :, :, None], output, 0)
-        dtype = inputs.accumulation_dtype
-        return output.astype(dtype), jnp.zeros(output.shape[:3], dtype)
+        return output.astype(dtype), lse
 
     def _kernel(self, seen: np.ndarray, block_q: int, block_k: int) -> Any:
         # Here and not above: only who asks for it pays for the import.

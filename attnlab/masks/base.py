@@ -17,7 +17,33 @@ Bounds = tuple[Intervals, Intervals]
 def visible_pairs(mask: "Mask", tile: Tile, operands: PyTree) -> Array:
     """What the mask shows, less the slots that hold nothing: boolean ``[q, k]``."""
     occupied = (tile.query_positions >= 0) & (tile.key_positions >= 0)
-    return mask.visible(tile, operands) & occupied
+    return seen_by(mask, tile, operands) & occupied
+
+
+def seen_by(mask: "Mask", tile: Tile, operands: PyTree) -> Array:
+    """What the mask shows, if it is a mask that its author got right.
+
+    Raises:
+        TypeError: if it yields no booleans.
+        ValueError: if they are not those of the tile.
+    """
+    seen = mask.visible(tile, operands)
+    if jnp.result_type(seen) != jnp.bool_:
+        raise TypeError(
+            f"mask: {mask!r} yields {jnp.result_type(seen)}, expected booleans "
+            "(True = attend)"
+        )
+    pairs = jnp.broadcast_shapes(tile.query_positions.shape, tile.key_positions.shape)
+    try:
+        fits = jnp.broadcast_shapes(jnp.shape(seen), pairs) == pairs
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask: {mask!r} yields shape {jnp.shape(seen)} for a tile of "
+            f"{pairs[0]} queries and {pairs[1]} keys; expected {pairs}, or 1 on an axis"
+        )
+    return seen
 
 
 class Mask:
@@ -150,6 +176,11 @@ def as_mask(mask: Any) -> Mask:
         return Full()
     if isinstance(mask, Mask):
         return mask
+    if isinstance(mask, (list, tuple)) and any(isinstance(m, Mask) for m in mask):
+        raise TypeError(
+            f"mask: expected one mask, got a {type(mask).__name__} of them; combine "
+            "them with '&' or '|', or one a head with masks.per_head"
+        )
     if hasattr(mask, "dtype") or isinstance(mask, (list, tuple)):
         return dense(mask)
     raise TypeError(

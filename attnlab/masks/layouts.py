@@ -19,13 +19,15 @@ class BlockLayout(Mask):
     """Each block of queries sees the blocks of keys that are listed for it.
 
     ``rows [..., n, R]`` lists key blocks for each query block, ``cols [..., m, R']``
-    query blocks for each key block; -1 = none.
+    query blocks for each key block; -1 = none. Where ``rows`` is traced, ``cols`` are
+    made for the length in use, and may say nothing of key blocks beyond.
     """
 
     rows: Any
     cols: Any
     block_size: int = static()
     name: str = static()
+    traced: bool = static(default=False)
 
     @property
     def grain(self) -> int:
@@ -43,9 +45,12 @@ class BlockLayout(Mask):
                 f"positions, used with length {length}; it needs "
                 f"{-(-length // self.block_size)} blocks"
             )
+        cols = self.cols
+        if self.traced:
+            cols = _traced_columns(self.rows, -(-key_length // self.block_size))
         return tuple(
             Operand(_lift(a)[..., None, None, :, :], payload=2)
-            for a in (self.rows, self.cols)
+            for a in (self.rows, cols)
         )
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
@@ -88,6 +93,11 @@ class BlockLayout(Mask):
             # Positions given one by one may lie farther apart: any block may be seen.
             far = last - first >= span
             lo, hi = xp.where(far, 0, lo), xp.where(far, FAR, hi)
+        beyond = last >= entries
+        if self.traced and rows.side == "key":
+            # Whoever lists it, unknown.
+            lo, hi = xp.where(beyond, 0, lo), xp.where(beyond, FAR, hi)
+            last = xp.where(beyond, first + 1, last)
         if span > 1 or size < cols.size:
             return cols.touched(lo, hi), nothing(lo)
         sure = xp.where(first == last, hi, lo)
@@ -123,19 +133,20 @@ def blocks(indices: Any, block_size: int) -> Mask:
         raise ValueError(
             f"indices: expected [..., query blocks, R], got shape {indices.shape}"
         )
-    return BlockLayout(
-        indices, _columns(indices), size_argument("block_size", block_size, 1), "blocks"
-    )
-
-
-def _columns(indices: Any) -> Any:
-    """Query blocks for each key block, ``[..., max(indices) + 1, most]``, padded."""
+    block_size = size_argument("block_size", block_size, 1)
     if isinstance(indices, jax.core.Tracer):
-        # Unknown values: any query block may list any key block.
-        n = indices.shape[-2]
-        listed = (indices[..., None] == jnp.arange(n)).any(-2)
-        return jnp.where(listed.swapaxes(-1, -2), jnp.arange(n), -1).astype(np.int32)
-    indices = np.asarray(indices)
+        return BlockLayout(indices, None, block_size, "blocks", traced=True)
+    return BlockLayout(indices, _columns(np.asarray(indices)), block_size, "blocks")
+
+
+def _traced_columns(indices: Array, count: int) -> Array:
+    """Query blocks for each of the first key blocks, padded: any may list any."""
+    listed = (indices[..., None] == jnp.arange(count)).any(-2).swapaxes(-1, -2)
+    return jnp.where(listed, jnp.arange(indices.shape[-2]), -1).astype(np.int32)
+
+
+def _columns(indices: np.ndarray) -> np.ndarray:
+    """Query blocks for each key block, ``[..., max(indices) + 1, most]``, padded."""
     count = max(int(indices.max(initial=-1)) + 1, 1)
     listed = np.stack([(indices == j).any(-1) for j in range(count)], -2)
     most = max(int(listed.sum(-1).max(initial=0)), 1)

@@ -6,6 +6,7 @@ from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
@@ -195,6 +196,57 @@ def run_attention(
     ``shared_dropout``: one dropout pattern for all examples and heads, as Flax's
     ``broadcast_dropout``.
     """
+    run_on: Any = functools.partial(
+        _run,
+        dropout_rate=dropout_rate,
+        precision=precision,
+        implementation=implementation,
+        stats=stats,
+        top_k=top_k,
+        shared_dropout=shared_dropout,
+    )
+    placed = _explicitly_placed(args, top_k)
+    if placed is not None:
+        run_on = jax.sharding.auto_axes(run_on, out_sharding=placed)
+    return run_on(args)
+
+
+def _explicitly_placed(
+    args: Arguments, top_k: int | str | None
+) -> AttentionResult | None:
+    """Where the results lie on a mesh with explicit axes: as the queries do.
+
+    What lies between is for the compiler to place: blocks are cut as masks have it.
+    None where no axis is explicit.
+    """
+    types = [jax.typeof(x) for x in jax.tree.leaves(args)]
+    meshes = [x.sharding.mesh for x in types if x.sharding.mesh.explicit_axes]
+    if not meshes:
+        return None
+    query = jax.typeof(args.query)
+    *batch, t, heads, _ = [*query.sharding.spec, *[None] * query.ndim][: query.ndim]
+
+    def on(*axes: Any) -> Any:
+        return NamedSharding(meshes[0], PartitionSpec(*batch, *axes))
+
+    return AttentionResult(
+        on(t, heads, None),
+        on(t, heads),
+        None if top_k is None else on(heads, t, None),
+        None if top_k in (None, "all") else on(heads, t, None),
+    )
+
+
+def _run(
+    args: Arguments,
+    *,
+    dropout_rate: float,
+    precision: Any,
+    implementation: str | None,
+    stats: bool,
+    top_k: int | str | None,
+    shared_dropout: bool,
+) -> AttentionResult:
     batch = args.query.shape[:-3]
     t, heads = args.query.shape[-3:-1]
     # Here, so that what is asked for is right or wrong whoever runs, if anybody does.

@@ -60,8 +60,10 @@ def _check_arrays(query: Any, key: Any, value: Any) -> None:
             raise ValueError(
                 f"{name}: expected at least three axes, {letters}, got shape {x.shape}"
             )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name}: expected a floating dtype of at least 16 bits, got {x.dtype}"
+            )
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise TypeError(
@@ -118,6 +120,20 @@ def _check_positions(args: Arguments) -> None:
         )
 
 
+def _check_key(rng: Any) -> None:
+    """One PRNG key, typed or not."""
+    if not isinstance(rng, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"dropout_rng: expected a PRNG key, got {type(rng).__name__}; of Flax's "
+            "nnx.Rngs call a stream: rngs.dropout()"
+        )
+    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    if rng.ndim != (0 if typed else 1):
+        raise ValueError(
+            f"dropout_rng: expected one PRNG key, got an array of shape {rng.shape}"
+        )
+
+
 def _as_offset(offset: Any) -> Any:
     """None for 0, which is structure; else data: a new one does not recompile."""
     if isinstance(offset, bool):
@@ -164,8 +180,10 @@ def check(
             f"score: {type(score).__name__} is no pytree; decorate it with "
             "attnlab.types.pytree"
         )
-    if isinstance(modifiers, Modifier):
-        raise TypeError("modifiers: expected a sequence; write modifiers=[...]")
+    if modifiers is None or isinstance(modifiers, Modifier):
+        raise TypeError(
+            f"modifiers: expected a sequence, got {modifiers!r}; write modifiers=[...]"
+        )
     modifiers = tuple(modifiers)
     for modifier in modifiers:
         if not isinstance(modifier, Modifier):
@@ -188,10 +206,11 @@ def check(
         ("sinks", sinks),
         ("query_positions", query_positions),
         ("key_positions", key_positions),
-        ("dropout_rng", dropout_rng),
     ):
         if x is not None and not hasattr(x, "dtype"):
             raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
+    if dropout_rng is not None:
+        _check_key(dropout_rng)
     if sinks is not None and tuple(sinks.shape) not in ((heads,), (1,)):
         raise ValueError(f"sinks: expected shape ({heads},), got {tuple(sinks.shape)}")
     args = Arguments(

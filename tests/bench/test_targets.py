@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from attnlab import attention, masks
+from attnlab import attention, masks, scores
 from attnlab.bench import cli, static, static_cli, targets, tune
-from attnlab.bench.cases import Spec
+from attnlab.bench.cases import SCORES, Spec
 from attnlab.bench.deviceless import schedules, vector_memory
 from attnlab.bench.targets import TARGETS, Kernel, Study, study
 from attnlab.implementations import IMPLEMENTATIONS
@@ -51,6 +51,38 @@ def test_any_function_compiles(target, cache, monkeypatch):
     monkeypatch.setattr(targets, "_compile", None)
     again = study(lambda a, b: jnp.tanh(a @ b), x, x, target=target, cache=cache)
     assert again == found
+
+
+def of_pytrees(arrays, score, nothing):
+    query = score.project_query(arrays["x"])
+    return {"y": query @ arrays["w"], "score": score, "nothing": nothing}
+
+
+PYTREES = (
+    {
+        "x": jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float32),
+        "w": jax.ShapeDtypeStruct((4, 128), jnp.float32),
+    },
+    jax.eval_shape(lambda: scores.additive.init(jax.random.key(0), 16, hidden_size=4)),
+    None,
+)
+
+
+def test_pytrees_reach_the_compiler_as_leaves():
+    """Which traces them as here: see ``deviceless.main``."""
+    program = targets.lowered(of_pytrees, PYTREES, "tpu:v5e")
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in program.in_avals]
+    assert len(shapes) == len(jax.tree.leaves(PYTREES))
+    results = jax.eval_shape(program.call, *shapes)
+    wanted = jax.tree.leaves(jax.eval_shape(of_pytrees, *PYTREES))
+    assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in wanted]
+
+
+@needs_compiler
+def test_functions_of_pytrees_compile(cache):
+    found = study(of_pytrees, *PYTREES, target="tpu:v5e", cache=cache)
+    assert found.kernels
+    assert found.why is None
 
 
 @needs_compiler
@@ -103,6 +135,33 @@ def test_what_counts_as_worse():
     assert not tpu_baseline.worse(None, 5)
     found = list(tpu_baseline.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}))
     assert found == [("a: b", 1, 3), ("a: c", 2, None)]
+
+
+def test_each_target_has_its_versions(tmp_path, monkeypatch, capsys):
+    """What is written of one target says nothing of how the others came about."""
+    file = tmp_path / "file.json"
+    old, new = {"jax": "1", "libtpu": "1"}, {"jax": "2", "libtpu": "1"}
+    versions = {"tpu:v4": old, "tpu:v5e": old}
+    file.write_text(json.dumps({"tpu:v4": {}, "tpu:v5e": {}, "versions": versions}))
+    monkeypatch.setattr(tpu_baseline, "FILE", file)
+    monkeypatch.setattr(tpu_baseline, "compiled", lambda *_: Study("tpu:v5e"))
+    monkeypatch.setattr(tpu_baseline, "compilers", lambda: new)
+
+    def run(*arguments):
+        tpu_baseline.main([*arguments])
+        said = capsys.readouterr().out
+        return [t for t in TARGETS if f"{t}: the file is by" in " ".join(said.split())]
+
+    assert run("--write", "--target", "tpu:v5e", "tpu:v6e") == ["tpu:v5e"]
+    content = json.loads(file.read_text())
+    assert content["versions"] == {"tpu:v4": old, "tpu:v5e": new, "tpu:v6e": new}
+    assert run() == ["tpu:v4"]
+
+
+def test_the_baseline_has_versions_of_every_target():
+    before = json.loads(tpu_baseline.FILE.read_text())
+    assert before.keys() == {*TARGETS, "versions"}
+    assert before["versions"].keys() == {*TARGETS}
 
 
 @needs_compiler
@@ -327,7 +386,9 @@ def test_the_best_blocks_become_a_table(monkeypatch, tmp_path):
         return cost(spec, *rest)
 
     # What is known is kept, of other passes and where it is stopped.
-    content = {"v5e": {"256": {"forward": [1, 1, 1], "backward": [128, 128, 128]}}}
+    content = {
+        "v5e": {"256": {"forward": [128, 128, 128], "backward": [128, 128, 128]}}
+    }
     out.write_text(json.dumps(content))
     monkeypatch.setattr(tune, "by_cycles", stopped)
     assert cli.main([*command, "256", "128"]) == 130
@@ -406,6 +467,26 @@ def test_time_is_taken_of_the_sizes_asked_for(of, monkeypatch):
     spec = Spec(heads=1, key_heads=1, head_size=8)
     assert tune.by_time(spec, of, Blocks(32, 64, 32)) > 0
     assert asked == [Blocks(32, 64, 32)]
+
+
+def test_sizes_that_cannot_fit_have_no_time(monkeypatch):
+    """As we estimate it, before any compiler is asked."""
+    made = interpreted.Interpreted()
+    interpreted.register(monkeypatch, made)
+    monkeypatch.setattr(static, "sized", lambda _: contextlib.nullcontext(made))
+    spec = Spec(heads=1, key_heads=1, head_size=2**14)
+    assert tune.by_time(spec, "forward", Blocks(32, 64, 32)) is None
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_products_that_a_pass_cannot_do_without(score):
+    """Those of values; and those of logits where they are inner products."""
+    spec = Spec(dtype="bfloat16", score=score)
+    logits = score not in ("additive", "concat", "mlp")
+    one = 2**20 * spec.head_size / TARGETS["tpu:v5e"].multiplies
+    for of, products in ("forward", 1 + logits), ("backward", 2 + 3 * logits):
+        found = static.least(spec, of, "tpu:v5e", 2**20, 0)
+        assert found["matrix units"] == products * one
 
 
 def test_short_sides_are_counted_in_the_blocks_that_they_get(monkeypatch):

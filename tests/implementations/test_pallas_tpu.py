@@ -3,7 +3,10 @@
 ``ATTNLAB_EVERY=n`` takes each n-th cell only.
 """
 
+import itertools
+import math
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +24,9 @@ from attnlab import (
     scores,
 )
 from attnlab.implementations import IMPLEMENTATIONS
-from attnlab.implementations.pallas_tpu import blocks
-from attnlab.implementations.pallas_tpu.blocks import Blocks
-from attnlab.implementations.pallas_tpu.call import fit
+from attnlab.implementations.pallas_tpu import blocks, memory
+from attnlab.implementations.pallas_tpu.blocks import Blocks, limit
+from attnlab.implementations.pallas_tpu.call import Products, fit
 from attnlab.implementations.pallas_tpu.steps import by_key, by_query
 from attnlab.ops.explain import canonical
 from attnlab.ops.prepare import prepare
@@ -146,6 +149,37 @@ class Root(Modifier):
         return jnp.sign(logits) * jnp.sqrt(jnp.abs(logits))
 
 
+@pytree
+class Inverse(Modifier):
+    """A user's own, infinite at 0."""
+
+    def apply(self, logits, tile, *operands):
+        return 0.01 / logits
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 40, 1), (1, 1, 40), (2, 40, 40)])
+@pytest.mark.parametrize("last", [Root, Inverse])
+def test_padding_has_no_gradient_that_is_not_finite(shape, last):
+    """40 queries and keys lie in blocks of 64; gradients of arrays too."""
+    # Far from 0, where only padding is.
+    q, k, v = (0.5 + abs(random(1, 40, 2, 8, seed=n)) for n in range(3))
+
+    def loss(q, k, v, array, name):
+        given = dict(modifiers=[modifiers.bias(array), last()], implementation=name)
+        return (attention(q, k, v, **given) ** 2).sum()
+
+    array = np.zeros(shape, np.float32)
+    found, wanted = (
+        jax.grad(loss, (0, 1, 2, 3))(q, k, v, array, name)
+        for name in (NAME, "reference")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+        found,
+        wanted,
+    )
+
+
 @pytest.mark.parametrize("name", [NAME, "tiled"])
 def test_a_slope_that_is_not_finite_counts_only_where_it_is_seen(name):
     q, k, v = (random(1, 40, 2, 8, seed=n) for n in range(3))
@@ -250,9 +284,10 @@ PLANS = {
 
 @pytest.mark.parametrize("segment", [1, 2, 4])
 @pytest.mark.parametrize("name", PLANS)
-def test_the_steps_are_the_plan(name, segment):
+@pytest.mark.parametrize(("t", "s"), [(97, 130), (96, 128)])
+def test_the_steps_are_the_plan(name, segment, t, s):
     """Each live block once, with its marks; sums start and end where they should."""
-    mask, t, s, size, group = PLANS[name], 97, 130, 32, 2
+    mask, size, group = PLANS[name], 32, 2
     plan = fit(mask.plan(t, s, block_size=size), (size, size))
     heads = plan.rows.full.lo.shape[1]
     for steps, live, outers, group_ in (
@@ -287,6 +322,37 @@ def test_the_steps_are_the_plan(name, segment):
                         wanted += [(n, o, i, bool(masked)) for i in range(lo, hi)]
         times = group_ if heads == 1 else 1
         assert sorted(seen) == sorted(wanted * times)
+
+
+@pytest.mark.parametrize("mask", [~masks.full(), masks.prefix(0)], ids=str)
+def test_whole_blocks_that_see_nothing(mask):
+    q, k, v = random(1, 128, 2, 8), random(1, 64, 1, 8), random(1, 64, 1, 8)
+
+    def loss(q, k, v, name):
+        return (attention(q, k, v, mask=mask, implementation=name) ** 2).sum()
+
+    found = jax.value_and_grad(loss, (0, 1, 2))(q, k, v, NAME)
+    assert all(not np.asarray(x).any() for x in jax.tree.leaves(found))
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+    assert explain(x, x, x, mask=mask, platform="tpu").implementation == "pallas_tpu"
+
+
+def test_a_traced_layout_with_more_blocks_of_keys_than_of_queries():
+    q, k, v = random(1, 64, 1, 8), *(random(1, 256, 1, 8, seed=n) for n in (1, 2))
+
+    def loss(layout, q, k, v, name):
+        mask = masks.blocks(layout, 64)
+        return (attention(q, k, v, mask=mask, implementation=name) ** 2).sum()
+
+    layout = jnp.array([[0, 3]])
+    found, wanted = (
+        jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=4)(layout, q, k, v, name)
+        for name in (NAME, "reference")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted
+    )
+    assert np.asarray(found[2])[:, 192:].any()
 
 
 def test_blocks_that_are_dead_are_not_fetched():
@@ -347,6 +413,117 @@ def test_blocks_fit_the_memory():
         _, reasons = sizes(8192, 8192, 2**14)
         assert "needs" in reasons[0]
         assert "MiB of vector memory" in reasons[0]
+
+
+def test_what_the_kernels_declare_is_within_the_estimate(monkeypatch):
+    """Of vector memory: each block twice, and what they keep."""
+    declared = {}
+
+    def tile(shape, dtype):
+        sizes = [n for n in shape if n is not None]
+        *lead, rows, lanes = [getattr(n, "block_size", n) for n in sizes]
+        item = jnp.dtype(dtype).itemsize
+        rows = -(-rows // (32 // item)) * (32 // item)
+        return math.prod(lead) * rows * -(-lanes // 128) * 128 * item
+
+    def call(kernel, steps, lead, arrays, in_specs, out_shape, out_specs, kept, **more):
+        blocks = [*zip(arrays, in_specs, strict=True)]
+        blocks += zip(out_shape, out_specs, strict=True)
+        declared[more["name"].split("_")[1]] = sum(
+            2 * tile(spec.block_shape, x.dtype)
+            for x, spec in blocks
+            if spec.block_shape is not None
+        ) + sum(tile(x.shape, x.dtype) for x in kept)
+        return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+
+    module = "attnlab.implementations.pallas_tpu."
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(sys.modules[module + name], "call", call)
+    ours, rng = IMPLEMENTATIONS["pallas_tpu"], jax.random.key(0)
+
+    def array(heads, size=128, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((1, 4096, heads, size), dtype)
+
+    additive = dict(score=scores.additive.init(rng, 128, hidden_size=256, num_heads=8))
+    mlp = dict(score=scores.mlp.init(rng, 128, hidden_sizes=(192, 192), num_heads=8))
+    problems = [
+        (array(8), array(8), {}),
+        (array(8), array(8), dict(mask=masks.lengths(key=np.array([7])))),
+        (array(8, 256, jnp.float32), array(1, 256, jnp.float32), {}),
+        (array(8), array(8), additive),
+        (array(8), array(8), mlp),
+        *(
+            (array(32, 64), array(1, 64), dict(modifiers=[modifiers.bias(shape)]))
+            for shape in map(np.zeros, [(32, 1, 4096), (32, 4096, 1), (32, 1, 1)])
+        ),
+    ]
+    for kind, (query, key, options) in itertools.product(
+        ("TPU v4", "TPU v5 lite"), problems
+    ):
+        with on(kind):
+            _, inputs = canonical(query, key, key, options)
+
+            def both(inputs):
+                s = inputs.sizes
+                output = jnp.zeros((s.B, s.T, s.N, s.D))
+                lse = output[..., 0]
+                ours.forward(inputs)
+                wanted = jax.tree.map(
+                    lambda x: jnp.issubdtype(x.dtype, jnp.floating), inputs
+                )
+                wanted = jax.tree.leaves(wanted)
+                ours.backward(inputs, output, lse, output, lse, wanted)
+
+            jax.eval_shape(both, inputs)
+            assert ours.unsupported(inputs) == ()
+            for of in ("forward", "backward"):
+                blocks = ours.sizes(inputs, of)
+                needed = memory.bytes_needed(inputs, blocks, of, limit())
+                assert declared[of] <= needed <= limit()
+
+
+def test_too_many_heads_of_one_key_head_are_refused():
+    """A word of a step has room for the numbers of 256."""
+    q, k, v = random(1, 40, 256, 4), *(random(1, 40, 1, 4, seed=n) for n in (1, 2))
+
+    def loss(q, k, v, name):
+        given = dict(mask=masks.causal(), implementation=name)
+        return (attention(q, k, v, **given) ** 2).sum()
+
+    found, wanted = (
+        jax.grad(loss, (0, 1, 2))(q, k, v, name) for name in (NAME, "reference")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        found,
+        wanted,
+    )
+    more = np.concatenate([q, q[:, :, :1]], 2)
+    with pytest.raises(NotImplementedError, match="257 query heads share a key head"):
+        loss(more, k, v, NAME)
+
+
+@pytest.mark.parametrize("name", ["dot", "additive", "mlp"])
+def test_products_may_round_as_jax_says(name):
+    """By default bfloat16 is multiplied as bfloat16, on the matrix unit."""
+    made = {
+        "dot": scores.scaled_dot(),
+        "additive": scores.additive.init(jax.random.key(0), 16, hidden_size=8),
+        "mlp": scores.mlp.init(jax.random.key(0), 16, hidden_sizes=[8]),
+    }[name]
+    q, k, v = (random(1, 97, 1, 16, seed=n, dtype=jnp.bfloat16) for n in range(3))
+
+    def loss(q, k, v, implementation):
+        given = dict(score=made, mask=masks.causal(), implementation=implementation)
+        return jnp.square(attention(q, k, v, **given).astype(jnp.float32)).sum()
+
+    wanted = jax.grad(loss, (0, 1, 2))(q, k, v, "reference")
+    with jax.default_matmul_precision("default"):
+        found = jax.grad(loss, (0, 1, 2))(q, k, v, NAME)
+        assert Products.of(record(q, k, v)) == (jnp.bfloat16, None)
+    for pair in zip(found, wanted, strict=True):
+        a, b = (np.asarray(x, np.float32) for x in pair)
+        assert np.abs(a - b).max() < 0.04 * np.abs(b).max()
 
 
 def test_what_needs_too_much_is_refused():

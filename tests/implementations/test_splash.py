@@ -15,6 +15,8 @@ MASKS = {
     "window": masks.sliding_window(100, 20),
     "sees_nothing": masks.causal() & ~masks.prefix(200),
     "per_head": masks.per_head([masks.causal(), masks.full()] * 2),
+    "a_head_sees_nothing": masks.per_head([masks.causal(), ~masks.full()] * 2),
+    "all_see_nothing": ~masks.full(),
 }
 
 
@@ -64,6 +66,17 @@ def test_what_it_refuses(options, reason):
     x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
     with pytest.raises(NotImplementedError, match=reason):
         explain(x, x, x, implementation="splash", platform="tpu", **options)
+
+
+def test_x64_mode():
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+    ask = lambda: explain(x, x, x, implementation="splash", platform="tpu")
+    with (
+        jax.enable_x64(True),
+        pytest.raises(NotImplementedError, match="jax_enable_x64"),
+    ):
+        ask()
+    assert ask().implementation == "splash"
 
 
 def test_lengths_and_types():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from attnlab import attention, attention_with_stats, masks, modifiers, scores
 
@@ -52,10 +53,45 @@ CASES = {
         ValueError,
         "score: Additive cannot project",
     ),
+    "no modifiers": (
+        call(modifiers=None),
+        TypeError,
+        r"modifiers: expected a sequence, got None; write modifiers=\[",
+    ),
+    "several keys of dropout": (
+        call(dropout_rate=0.1, dropout_rng=jax.random.split(jax.random.key(0), 2)),
+        ValueError,
+        r"dropout_rng: expected one PRNG key, got an array of shape \(2,\)",
+    ),
+    "streams of dropout": (
+        call(dropout_rate=0.1, dropout_rng=nnx.Rngs(0)),
+        TypeError,
+        r"dropout_rng: expected a PRNG key, got Rngs; .*rngs.dropout\(\)",
+    ),
+    "8 bits": (
+        call(*(x.astype(jnp.float8_e4m3fn) for x in (Q, K, V))),
+        TypeError,
+        "query: expected a floating dtype of at least 16 bits, got float8_e4m3fn",
+    ),
+    "several masks": (
+        call(mask=[masks.causal(), masks.full()]),
+        TypeError,
+        "mask: expected one mask, got a list of them; combine them with '&'",
+    ),
+    "mask of integers": (
+        call(mask=masks.predicate(lambda t, s: (t + s) % 3)),
+        TypeError,
+        r"mask: predicate\(<lambda>\) yields int32, expected booleans",
+    ),
+    "mask of another shape": (
+        call(mask=~masks.predicate(lambda t, s: jnp.ones((3, 3), bool))),
+        ValueError,
+        r"mask: .*predicate.* yields shape \(3, 3\) for a tile of",
+    ),
     "modifier alone": (
         call(modifiers=modifiers.soft_cap(3.0)),
         TypeError,
-        r"modifiers: expected a sequence; write modifiers=\[",
+        r"modifiers: expected a sequence, got SoftCap.*; write modifiers=\[",
     ),
     "array as modifier": (
         call(modifiers=[jnp.zeros((7, 5))]),

@@ -20,6 +20,7 @@ from attnlab.implementations.pallas_tpu.memory import bytes_needed, segment_of
 from attnlab.implementations.pallas_tpu.steps import (
     MOST_BLOCKS,
     MOST_BYTES,
+    MOST_MEMBERS,
     by_key,
     by_query,
 )
@@ -84,7 +85,11 @@ class PallasTpu(Implementation):
 
     def _too_large(self, inputs: AttentionInputs) -> list[str]:
         """Why the least blocks are still too many, or too large."""
-        reasons = []
+        s, reasons = inputs.sizes, []
+        if s.N // s.K > MOST_MEMBERS:
+            reasons.append(
+                f"{s.N // s.K} query heads share a key head, and {MOST_MEMBERS} may"
+            )
         for of in ("forward", "backward"):
             blocks = self.sizes(inputs, of)
             needed = bytes_needed(inputs, blocks, of, limit())
@@ -93,7 +98,6 @@ class PallasTpu(Implementation):
                     f"its {of} pass needs {needed / 2**20:.0f} MiB of vector memory, "
                     f"and {limit() / 2**20:.0f} MiB may be used"
                 )
-            s = inputs.sizes
             count = max(-(-s.T // blocks.q), -(-s.S // blocks.k))
             if count > MOST_BLOCKS:
                 reasons.append(f"{count} blocks are more than it can number")

@@ -158,14 +158,23 @@ class Backward:
             x = jnp.pad(x, pad, constant_values=fill)
             return x.transpose(0, 2, 1)[:, :, None]
 
-        query = inputs.query.astype(self.compare.dtype)
-        key = inputs.key.astype(self.compare.dtype)
-        yield heads_first(query, rows, transposed=across), self._by_query(s.P, across)
+        # With copies of their edge: a modifier's slope may be infinite at 0.
+        query, key_down, key_across = (
+            heads_first(
+                x.astype(self.compare.dtype), length, transposed=turned, padding="edge"
+            )
+            for x, length, turned in (
+                (inputs.query, rows, across),
+                (inputs.key, cols, False),
+                (inputs.key, cols, True),
+            )
+        )
+        yield query, self._by_query(s.P, across)
         yield heads_first(d_output, rows, transposed=False), self._by_query(s.D, False)
         yield line(shift, jnp.inf), self._by_query(1, True)
         yield line(delta, 0), self._by_query(1, True)
-        yield heads_first(key, cols, transposed=False), self._by_key(s.P, False)
-        yield heads_first(key, cols, transposed=True), self._by_key(s.P, True)
+        yield key_down, self._by_key(s.P, False)
+        yield key_across, self._by_key(s.P, True)
         value = heads_first(inputs.value, cols, transposed=False)
         yield value, self._by_key(s.D, False)
 
@@ -381,11 +390,14 @@ class _Block:
             hidden = d == 0
             d, d_operands = unmodify(d)
             numbers = jax.tree.leaves(rules.modifiers)
+            # A modifier's slope need not be finite where a pair is hidden.
+            d, d_operands = jax.tree.map(
+                lambda x: jnp.where(hidden, 0, x), (d, d_operands)
+            )
             found = dict(zip(numbers, jax.tree.leaves(d_operands), strict=True))
             learned = zip(self.backward.learned, self.windows, strict=False)
             for number, (each, ref, more) in learned:
                 each.add(self.step, part, found[number], ref, *more)
-            # A modifier's slope need not be finite where a pair is hidden.
-            return jnp.where(hidden, 0, d)
+            return d
 
         return z, pull

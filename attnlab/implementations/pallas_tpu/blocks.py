@@ -4,7 +4,7 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -58,7 +58,7 @@ def limit() -> int:
 
 
 @functools.cache
-def read(path: Path) -> dict[str, dict[str, dict[str, Blocks]]]:
+def read(path: Path) -> dict[str, dict[int, dict[str, Blocks]]]:
     """A table: by generation, head size, and pass.
 
     Raises:
@@ -68,7 +68,7 @@ def read(path: Path) -> dict[str, dict[str, dict[str, Blocks]]]:
         content = json.loads(path.read_text())
         return {
             kind: {
-                size: {name: Blocks(*blocks) for name, blocks in passes.items()}
+                _whole(size): {of: _sizes(size, of, x) for of, x in passes.items()}
                 for size, passes in sizes.items()
             }
             for kind, sizes in content.items()
@@ -77,6 +77,28 @@ def read(path: Path) -> dict[str, dict[str, dict[str, Blocks]]]:
         raise ValueError(
             f"{path} is no table of blocks as 'attnlab tune' writes it: {error}"
         ) from error
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"head size: expected a whole number, got {text!r}")
+    return int(text)
+
+
+def _sizes(head_size: str, of: str, found: Any) -> Blocks:
+    if of not in ("forward", "backward"):
+        raise ValueError(
+            f"head size {head_size}: expected forward or backward, got {of!r}"
+        )
+    if isinstance(found, list) and [type(n) for n in found] == [int] * 3:
+        q, k, chunk = found
+        if min(found) > 0 and not (q % 128 or chunk % 128 or k % chunk):
+            return Blocks(q, k, chunk)
+    raise ValueError(
+        f"head size {head_size}, {of}: expected [queries, keys, keys at once], queries "
+        "and keys at once multiples of 128, keys a multiple of keys at once; got "
+        f"{json.dumps(found)}"
+    )
 
 
 def best(head_size: int, of: str) -> Blocks:
@@ -88,8 +110,7 @@ def best(head_size: int, of: str) -> Blocks:
     """
     given = os.environ.get(VARIABLE)
     sizes = read(Path(given) if given else _TABLE).get(device().kind or "", {})
-    known = sorted((int(size), passes) for size, passes in sizes.items())
-    if not known:
+    if not sizes:
         return CAUTIOUS
-    at_least = [passes for size, passes in known if size >= head_size]
-    return (at_least[0] if at_least else known[-1][1]).get(of, CAUTIOUS)
+    at_least = [size for size in sizes if size >= head_size]
+    return sizes[min(at_least) if at_least else max(sizes)].get(of, CAUTIOUS)

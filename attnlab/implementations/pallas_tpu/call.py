@@ -75,9 +75,14 @@ def fit(plan: Plan, sizes: tuple[int, int]) -> Plan:
     )
 
 
-def heads_first(x: Array, length: int, *, transposed: bool) -> Array:
-    """``[B, L, heads, X]`` as ``[B, heads, L, X]``, or ``[.., X, L]``, L padded."""
-    x = jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
+def heads_first(
+    x: Array, length: int, *, transposed: bool, padding: str = "constant"
+) -> Array:
+    """``[B, L, heads, X]`` as ``[B, heads, L, X]``, or ``[.., X, L]``, L padded.
+
+    ``padding``: a mode of ``jnp.pad``; by zeros if not given.
+    """
+    x = jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)], mode=padding)
     return x.transpose((0, 2, 3, 1) if transposed else (0, 2, 1, 3))
 
 

@@ -149,7 +149,7 @@ class _AdditiveComparison(Comparison):
                 total += weight[unit, :] * jnp.tanh(key[:, unit] + q[unit, :])
             z[pl.ds(i * _KEYS, _KEYS), :] = total
 
-        lax.fori_loop(0, part.size // _KEYS, some, None)
+        _loop(part.size // _KEYS, some, None)
         return z[...]
 
     queries_across = True
@@ -182,12 +182,12 @@ class _AdditiveComparison(Comparison):
                 return found[0] + inner, found[1] + weighted
 
             count = part.size // _KEYS
-            d_query, d_weight = lax.fori_loop(0, count, some, (zero, zero))
+            d_query, d_weight = _loop(count, some, (zero, zero))
             sums.q[pl.ds(p, 1), :] += d_query.sum(0, keepdims=True) * w
             for ref in sums.params:
                 ref[pl.ds(p, 1), :] += d_weight.sum(0, keepdims=True)
 
-        lax.fori_loop(0, size, unit, None)
+        _loop(size, unit, None)
 
     def finish_gradients(self, found: Sequence[Array]) -> Any:
         structure = jax.tree.structure(self.inputs.pair_params)
@@ -237,7 +237,7 @@ class _MlpComparison(Comparison):
             params_ = [ref[...] for ref in given.params]
             z[pl.ds(i, 1), :] = self.one_key(q[...], key, params_, product)
 
-        lax.fori_loop(0, part.size, one, None)
+        _loop(part.size, one, None)
         return z[...]
 
     queries_across = True
@@ -271,7 +271,7 @@ class _MlpComparison(Comparison):
 
         start = jnp.zeros(q.shape, jnp.float32), [jnp.zeros_like(x) for x in values]
         start = start if sums.params else (start[0], [])
-        d_query, d_params = lax.fori_loop(0, part.size, one, start)
+        d_query, d_params = _loop(part.size, one, start)
         sums.q[...] += d_query
         for ref, found in zip(sums.params, d_params, strict=True):
             ref[...] += found
@@ -284,6 +284,12 @@ class _MlpComparison(Comparison):
             for x, leaf in zip(found, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, found)
+
+
+def _loop(count: int, body: Callable[[Array, Any], Any], start: Any) -> Any:
+    """``lax.fori_loop`` from 0, whose counter is int32 in x64 mode, too."""
+    with jax.enable_x64(False):
+        return lax.fori_loop(0, count, body, start)
 
 
 def _by_head(x: Array, place: Callable[..., Place]) -> Reader:
@@ -310,7 +316,8 @@ def comparison(inputs: AttentionInputs) -> Comparison:
 
 def _capped(inputs: AttentionInputs) -> Array | None:
     """The bound that a soft cap sets, where it is the last modifier."""
-    if not (inputs.modifiers and isinstance(inputs.modifiers[-1], SoftCap)):
+    # A subclass may do something else.
+    if not (inputs.modifiers and type(inputs.modifiers[-1]) is SoftCap):
         return None
     (cap,) = inputs.modifier_operands[-1]
     return jnp.abs(cap).max(initial=0).astype(jnp.float32)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnlab.implementations.pallas_tpu.elementwise import mask_is_elementwise
 from attnlab.implementations.walk import Row, Tiles
-from attnlab.masks.base import And, Mask, Not, Or, visible_pairs
+from attnlab.masks.base import And, Mask, Not, Or, seen_by, visible_pairs
 from attnlab.masks.planning import head_count
 from attnlab.types import Array, PyTree, Tile
 
@@ -176,7 +176,7 @@ def visibility(
         number = readers.add_words(make_bits(mask, operands))
         return lambda tile, read: read(number)
     numbers = jax.tree.map(readers.add, operands)
-    return lambda tile, read: mask.visible(tile, jax.tree.map(read, numbers))
+    return lambda tile, read: seen_by(mask, tile, jax.tree.map(read, numbers))
 
 
 def bits(mask: Mask, operands: PyTree, tiles: Tiles) -> Array:

@@ -23,6 +23,8 @@ from attnlab.types import Intervals, Live, Plan
 MOST_BYTES = 2**19
 #: Blocks of one side, at most: the numbers of two share a word.
 MOST_BLOCKS = 2**15
+#: Query heads that share a key head, at most.
+MOST_MEMBERS = 2**8
 
 _FIRST, _LAST, _FRESH, _ACTIVE, _MASKED, _EMPTY = (1 << n for n in range(6))
 _MEMBER, _SEGMENT = 8, 16
@@ -143,6 +145,10 @@ def by_key(plan: Plan, group: int, segment: int) -> Steps:
 def _steps(
     live: Live, inners: int, group: int = 1, segment: int | None = None
 ) -> Steps:
+    if live.full.lo.shape[-1] + live.partial.lo.shape[-1] == 0:
+        # Nobody sees anything, and that in no interval: one that is empty.
+        none = np.zeros((*live.full.lo.shape[:-1], 1), np.int32)
+        live = Live(Intervals(none, none), live.partial)
     outers = live.full.lo.shape[2]
     segment = inners if segment is None else segment
     segments = -(-inners // segment)

@@ -1,0 +1,90 @@
+"""The TPU kernels as they are lowered, and from what: bounds, tables of blocks."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import attention, explain, scores
+from attnlab.bench.targets import lowered
+from attnlab.implementations.pallas_tpu import blocks
+from attnlab.modifiers.bias import SoftCap
+from attnlab.types import pytree
+from tests.implementations import interpreted
+
+SCORES = {
+    "scaled_dot": scores.scaled_dot(),
+    "additive": scores.additive.init(jax.random.key(0), 64, hidden_size=8),
+    "mlp": scores.mlp.init(jax.random.key(0), 64, hidden_sizes=(8, 16)),
+}
+X = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_x64_mode(name):
+    """Kernels know no int64, of which the counters of loops would be."""
+
+    def attend(q, score):
+        return attention(q, q, q, score=score, implementation="pallas_tpu")
+
+    def gradients(q, score):
+        return jax.grad(lambda *a: attend(*a).sum(), (0, 1))(q, score)
+
+    with jax.enable_x64(True):
+        chosen = explain(X, X, X, score=SCORES[name], platform="tpu")
+        assert chosen.implementation == "pallas_tpu"
+        for fn in (attend, gradients):
+            lowered(fn, (X, SCORES[name]), "tpu:v5e")
+
+
+@pytree
+class Louder(SoftCap):
+    """A cap that exceeds itself."""
+
+    def apply(self, logits, tile, *operands):
+        return 100 * super().apply(logits, tile, *operands)
+
+
+def test_a_cap_of_the_users_own_bounds_nothing(monkeypatch):
+    interpreted.register(monkeypatch)
+    random = np.random.default_rng(0)
+    q, k, v = (random.normal(size=(1, 40, 2, 8)).astype(np.float32) for _ in range(3))
+    both = [
+        attention(q, k, v, modifiers=[Louder(jnp.float32(2))], implementation=name)
+        for name in (interpreted.NAME, "reference")
+    ]
+    np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "of_kind",
+    [
+        {"64": {"forward": [100, 100, 60]}},
+        {"64": {"forward": [0, 0, 0]}},
+        {"64": {"forward": [512, 512, 0]}},
+        {"64": {"forward": [-128, 512, 128]}},
+        {"64": {"forward": [512, 512, 384]}},
+        {"64": {"forward": [512, 512]}},
+        {"64": {"forward": [512, 512, 512.0]}},
+        {"64": {"forward": [512, True, 512]}},
+        {"64": {"forward": ["512", "512", "512"]}},
+        {"64": {"forward": "512"}},
+        {"64": {"both": [512, 512, 512]}},
+        {"x": {"forward": [512, 512, 512]}},
+        {"-64": {}},
+        {"64": [512, 512, 512]},
+    ],
+)
+def test_a_bad_table_is_named(of_kind, tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"v5e": of_kind}))
+    with pytest.raises(ValueError, match=r"table\.json is no table of blocks"):
+        blocks.read(path)
+
+
+def test_a_good_table_is_read(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text('{"new": {"256": {"forward": [128, 768, 384]}, "64": {}}}')
+    assert blocks.read(path) == {"new": {256: {"forward": (128, 768, 384)}, 64: {}}}
