@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from attnlab import cost
+from attnlab.bench import tune
 from attnlab.bench.cases import Spec
 from attnlab.bench.machine import cores
 from attnlab.bench.options import whole
@@ -30,7 +31,7 @@ from attnlab.bench.static import (
     splash_per_block,
 )
 from attnlab.bench.targets import TOLD, CompilerMissing, on
-from attnlab.bench.tune import LEAST, MOST, best_of, by_cycles, search, smaller
+from attnlab.bench.tune import LEAST, MOST, best_of, by_cycles, search
 from attnlab.implementations.pallas_tpu.blocks import Blocks
 from benchmarks.common import parser, write
 
@@ -66,8 +67,7 @@ def by_splash(spec: Spec, of: str, target: str, way: Way) -> float | None:
 
 def near(way: Way) -> list[Way]:
     """Splash's other ways next to one of them."""
-    whole_block = way.blocks._replace(chunk=way.blocks.k)
-    found = [way._replace(blocks=b) for b in (*smaller(way.blocks), whole_block)]
+    found = [way._replace(blocks=b) for b in tune.near(way.blocks)]
     return [*found, way._replace(fused=False)]
 
 
@@ -83,7 +83,7 @@ def rows(
                 ours = cheapest(
                     functools.partial(by_cycles, spec, of, target),
                     start,
-                    smaller,
+                    tune.near,
                     f"{label}, ours",
                 )
                 splash = cheapest(

@@ -30,19 +30,20 @@ names the file. "here" is the TPU of this machine, measured; another target is o
 need not be here, by its compiler's static cycles."""
 
 HERE = "here"
-#: Between which sizes are tried. Of more queries the compiler needs minutes, and each
-#: attention of a model would.
+#: Between which sizes are tried, or with all keys of a block at once. Of more queries
+#: the compiler needs minutes, and each attention of a model would.
 LEAST, MOST = Blocks(512, 512, 256), Blocks(1024, 2048, 512)
 
 
 Way = TypeVar("Way")
 
 
-def smaller(blocks: Blocks) -> list[Blocks]:
-    """With one of the sizes halved."""
+def near(blocks: Blocks) -> list[Blocks]:
+    """With one of the sizes halved, or with all keys at once."""
     halved = [blocks._replace(**{f: getattr(blocks, f) // 2}) for f in Blocks._fields]
     large = [b for b in halved if all(n >= m for n, m in zip(b, LEAST, strict=True))]
-    return [b for b in large if b.k % b.chunk == 0]
+    fitting = [b for b in large if b.k % b.chunk == 0]
+    return [*fitting, blocks._replace(chunk=blocks.k)]
 
 
 def by_cycles(spec: Spec, of: str, target: str, blocks: Blocks) -> float | None:
@@ -187,7 +188,7 @@ def command(given: argparse.Namespace) -> int:
             if given.target != HERE:
                 measure = functools.partial(by_cycles, spec, of, given.target)
             at_once = 1 if given.target == HERE else cores()
-            tried = search(measure, MOST, smaller, at_once)
+            tried = search(measure, MOST, near, at_once)
             best = best_of(progress.track(tried, description=f"head size {size}, {of}"))
             if best is None:
                 progress.console.print(
