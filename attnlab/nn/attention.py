@@ -10,7 +10,7 @@ from flax import nnx
 from attnlab import scores
 from attnlab.masks import Mask, as_mask, full
 from attnlab.nn.anchors import AnchorProjections
-from attnlab.nn.cache import Cache, KeyValue
+from attnlab.nn.cache import Cache, KeyValue, check_examples, check_type
 from attnlab.nn.parameters import (
     GLOROT,
     ZEROS,
@@ -19,7 +19,8 @@ from attnlab.nn.parameters import (
     as_params,
     named,
 )
-from attnlab.nn.positions import Positions
+from attnlab.nn.positions import Positions, as_positions, positions_of
+from attnlab.nn.projection import check_features
 from attnlab.ops import attention_with_stats, project_key
 from attnlab.types import Array, ArrayLike, AttentionResult, Modifier, Score
 
@@ -103,7 +104,10 @@ class MultiHeadAttention(nnx.Module):
 
         Raises:
             ValueError: if sizes do not fit each other.
+            TypeError: if a position or the modifiers are something else.
         """
+        if isinstance(modifiers, Modifier):
+            raise TypeError("modifiers: expected a sequence; write modifiers=[...]")
         key_heads = num_heads if num_key_heads is None else num_key_heads
         if key_heads < 1 or num_heads % key_heads:
             raise ValueError(
@@ -158,7 +162,7 @@ class MultiHeadAttention(nnx.Module):
         self.score = nnx.data(as_params(score))
         self.mask = nnx.data(full() if mask is None else as_mask(mask))
         self.modifiers = nnx.data(tuple(modifiers))
-        self.position = Positions() if position is None else position
+        self.position = as_positions(position)
         self.query_norm, self.key_norm, self.anchors = query_norm, key_norm, anchors
         self.sinks = nnx.data(
             None
@@ -225,8 +229,9 @@ class MultiHeadAttention(nnx.Module):
         The weights are those of the ordinary projections: rows of ``anchors`` are not
         theirs. For ``top_k`` see :func:`attnlab.attention_with_stats`.
         """
+        check_features("query", query, self.query)
         key = query if key is None else key
-        where = _positions(query, query_offset, query_positions)
+        where = positions_of(query, query_offset, query_positions)
         found = self._attend(
             self._query(query, where),
             self.project(key, value, positions=key_positions, compare=False),
@@ -240,7 +245,7 @@ class MultiHeadAttention(nnx.Module):
         )
         heads = found.output
         if (anchors := self.anchors) is not None:
-            key_at = _positions(key, 0, key_positions)
+            key_at = positions_of(key, 0, key_positions)
 
             def attend(own: Array, memory: KeyValue, slots: Array) -> AttentionResult:
                 at = where[..., slots]
@@ -275,10 +280,12 @@ class MultiHeadAttention(nnx.Module):
             compare: whether keys are projected by the score, too: what
                 :meth:`attend` and caches take.
         """
-        _check_features("key", key, self.key)
+        check_features("key", key, self.key)
         if value is not None:
-            _check_features("value", value, self.value)
-        keys = self._placed(self.key(key), self.key_norm, _positions(key, 0, positions))
+            check_features("value", value, self.value)
+        keys = self._placed(
+            self.key(key), self.key_norm, positions_of(key, 0, positions)
+        )
         if compare:
             keys = project_key(self._score(), keys, self.precision)
         return KeyValue(keys, self.value(key if value is None else value))
@@ -297,7 +304,8 @@ class MultiHeadAttention(nnx.Module):
         """As a call, to keys and values that :meth:`project` made."""
         if self.anchors is not None:
             raise NotImplementedError("anchors: their own projections need all inputs")
-        where = _positions(query, query_offset, query_positions)
+        check_features("query", query, self.query)
+        where = positions_of(query, query_offset, query_positions)
         found = self._attend(
             self._query(query, where),
             memory,
@@ -325,9 +333,12 @@ class MultiHeadAttention(nnx.Module):
             ``[B, T, out_features]``, and the next cache. An example that outgrows a
             full cache is refused; where it is traced, it yields NaN.
         """
+        check_examples("x", x, cache.length.shape[0], "in_features")
         if positions is None:
             positions = cache.next_positions(x.shape[1])
-        following, view = cache.append(*self.project(x, positions=positions), positions)
+        new = self.project(x, positions=positions)
+        check_type(cache, new.key.dtype)
+        following, view = cache.append(*new, positions)
         output = self.attend(
             x,
             KeyValue(view.key, view.value),
@@ -349,7 +360,6 @@ class MultiHeadAttention(nnx.Module):
         return as_arrays(self.score)
 
     def _query(self, x: Array, positions: Array) -> Array:
-        _check_features("query", x, self.query)
         return self._placed(self.query(x), self.query_norm, positions)
 
     def _placed(
@@ -382,19 +392,3 @@ class MultiHeadAttention(nnx.Module):
             implementation=self.implementation,
             **options,
         )
-
-
-def _check_features(name: str, x: Array, linear: nnx.LinearGeneral) -> None:
-    (expected,) = linear.in_features
-    if x.ndim < 2 or x.shape[-1] != expected:
-        raise ValueError(
-            f"{name}: expected [*batch, length, {expected}], got shape {x.shape}"
-        )
-
-
-def _positions(x: Array, offset: Any, given: Array | None) -> Array:
-    """``[T]`` or ``[*batch, T]``."""
-    if given is not None:
-        return jnp.asarray(given)
-    slots = jnp.arange(x.shape[-2], dtype=jnp.int32)
-    return slots + jnp.asarray(offset, jnp.int32)[..., None]

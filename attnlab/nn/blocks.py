@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.masks.base import Full
@@ -31,7 +32,6 @@ class Block(nnx.Module):
     With a causal mask in its self-attention it is a decoder's block, else an encoder's.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from attnlab.nn import FeedForward, PreNorm
         >>> rngs = nnx.Rngs(0)
         >>> block = Block(
@@ -142,6 +142,25 @@ class Block(nnx.Module):
         )
         x = self.feed_forward_residual(x, self.feed_forward)
         return x, state._replace(cache=following[0])
+
+    def types(self, x: Array) -> tuple[Array, Array]:
+        """Queries of the self-attention, and an output: only their types count.
+
+        Nothing is attended to, nor is there a memory: caches are yet to be made.
+        """
+        found: list[Array] = []
+
+        def stand_in(attention: MultiHeadAttention, x: Array) -> Array:
+            query, norm = attention.query(x), attention.query_norm
+            found.append(query if norm is None else norm(query))
+            heads = (*query.shape[:-1], attention.value_size)
+            return attention.out(jnp.zeros(heads, found[-1].dtype))
+
+        x = self.attention_residual(x, lambda x: stand_in(self.attention, x))
+        cross, residual = self.cross_attention, self.cross_residual
+        if cross is not None and residual is not None:
+            x = residual(x, lambda x: stand_in(cross, x))
+        return found[0], self.feed_forward_residual(x, self.feed_forward)
 
     def start(self, cache: Cache, memory: Array | None = None) -> BlockState:
         """The state before the first step: projects the memory, once."""

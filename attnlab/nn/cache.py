@@ -244,6 +244,26 @@ def streaming_cache(
     )
 
 
+def check_examples(name: str, x: Array, batch: int, *features: str) -> None:
+    """Refuses what is not ``[B, T, *features]``, B being that of the caches."""
+    if x.ndim != 2 + len(features) or x.shape[0] != batch:
+        axes = ", ".join([str(batch), "T", *features])
+        raise ValueError(
+            f"{name}: expected [{axes}], as the caches are of a batch of {batch}, got "
+            f"shape {x.shape}; start a state for this batch"
+        )
+
+
+def check_type(cache: Cache, dtype: Any) -> None:
+    """Refuses a cache of another type than the layer computes in."""
+    if cache.key.dtype != dtype:
+        raise TypeError(
+            f"cache: expected dtype {dtype}, which the layer computes in, got "
+            f"{cache.key.dtype}; make it with dtype=jnp.{dtype}, which "
+            "start(..., dtype=None) finds by itself"
+        )
+
+
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -2,7 +2,8 @@
 
 A step is ``step(tokens [B, T], state) -> (logits [B, T, V], state)``, for instance
 ``decoder.decode``. Every array of its state leads with the batch, so that beams can be
-reordered.
+reordered. Full caches among them need a slot for each token but the last:
+``T + length - 1``.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnlab.nn.cache import Cache
 from attnlab.types import Array, PyTree
 
 Step = Callable[[Array, PyTree], tuple[Array, PyTree]]
@@ -149,7 +151,7 @@ def _decode(
     end: int,
     padding: int,
 ) -> Decoded:
-    _check(prompt, length)
+    _check(state, prompt, length)
     batch = prompt.shape[0]
 
     class Carry(NamedTuple):
@@ -240,7 +242,7 @@ def beam_search(
     References:
         Wu et al., "Google's Neural Machine Translation System", 2016, equation 14.
     """
-    _check(prompt, length)
+    _check(state, prompt, length)
     if beams < 1:
         raise ValueError(f"beams: expected at least 1, got {beams}")
     if length_penalty < 0:
@@ -318,10 +320,26 @@ def beam_search(
     return lax.while_loop(unfinished, body, start).finished
 
 
-def _check(prompt: Array, length: int) -> None:
+def _check(state: PyTree, prompt: Array, length: int) -> None:
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(
             f"prompt: expected [B, T] with at least one token, got {prompt.shape}"
         )
     if length < 1:
         raise ValueError(f"length: expected at least 1, got {length}")
+    # The last token takes no slot: nobody reads what would follow it.
+    taken = prompt.shape[1] + length - 1
+    for cache in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Cache)):
+        if not isinstance(cache, Cache) or cache.window is not None:
+            continue
+        held = 0
+        if not isinstance(cache.length, jax.core.Tracer):
+            with jax.ensure_compile_time_eval():  # known, also where the rest is traced
+                held = int(cache.length.max(initial=0))
+        if (slots := cache.positions.shape[-1]) < held + taken:
+            raise ValueError(
+                f"state: a full cache of {slots} slots is too short for "
+                f"{prompt.shape[1]} tokens of prompt and length={length}, which need "
+                f"{taken}{f' besides {held} that are held' if held else ''}; make it "
+                f"by start(length={held + taken}), or take a ring"
+            )

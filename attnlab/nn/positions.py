@@ -40,6 +40,20 @@ def sinusoids(
     return pairs.reshape(*angle.shape[:-1], features)
 
 
+def positions_of(x: Array, offset: Any, given: Array | None) -> Array:
+    """``[T]`` or ``[*batch, T]``: those given, or slot numbers and an offset.
+
+    Args:
+        x: ``[*batch, T, features]``.
+        offset: an int, an array of no axes, or ``[*batch]``.
+        given: ``[T]`` or ``[*batch, T]``.
+    """
+    if given is not None:
+        return jnp.asarray(given)
+    slots = jnp.arange(x.shape[-2], dtype=jnp.int32)
+    return slots + jnp.asarray(offset, jnp.int32)[..., None]
+
+
 class Sinusoidal(nnx.Module):
     """Adds fixed sinusoids to embeddings.
 
@@ -132,6 +146,30 @@ class Positions(nnx.Module):
     def modifiers(self, query: Array) -> tuple[Modifier, ...]:
         """What is done to the logits, given the queries ``[*batch, T, N, H]``."""
         return ()
+
+
+def as_positions(position: Any) -> Positions:
+    """An instance; None: positions do nothing."""
+    if position is None:
+        return Positions()
+    if isinstance(position, Positions):
+        return position
+    refuse_added(position)
+    if isinstance(position, type):
+        got, hint = f"the class {position.__name__}", "call it"
+    else:
+        got, hint = type(position).__name__, "write Rotary(), Alibi(...), ..."
+    raise TypeError(f"position: expected an instance of Positions, got {got}; {hint}")
+
+
+def refuse_added(position: Any) -> None:
+    """Refuses what belongs elsewhere, the class or an instance."""
+    kind = position if isinstance(position, type) else type(position)
+    if issubclass(kind, (Sinusoidal, Learned)):
+        raise TypeError(
+            f"position: {kind.__name__} is added to embeddings, attention cannot take "
+            "it; it belongs in Embedding(position=...)"
+        )
 
 
 class Rotary(Positions):

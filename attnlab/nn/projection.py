@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.nn.parameters import GLOROT, ZEROS, Initializer, named
+from attnlab.types import Array
 
 
 def projection(
@@ -45,3 +46,12 @@ def projection(
         bias_metadata=named(name),
         rngs=rngs,
     )
+
+
+def check_features(name: str, x: Array, linear: nnx.LinearGeneral) -> None:
+    """Refuses what a projection cannot take."""
+    (expected,) = linear.in_features
+    if x.ndim < 2 or x.shape[-1] != expected:
+        raise ValueError(
+            f"{name}: expected [*batch, length, {expected}], got shape {x.shape}"
+        )

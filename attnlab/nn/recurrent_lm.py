@@ -10,7 +10,7 @@ from flax import nnx
 from attnlab.masks import causal, sliding_window
 from attnlab.masks import documents as within
 from attnlab.nn.alignment import Alignment
-from attnlab.nn.cache import Cache, KeyValue, full_cache
+from attnlab.nn.cache import Cache, KeyValue, check_examples, check_type, full_cache
 from attnlab.nn.cells import LSTM
 from attnlab.nn.embedding import Embedding
 from attnlab.nn.projection import projection
@@ -168,23 +168,31 @@ class RecurrentLanguageModel(nnx.Module):
         return self._logits(context, x)
 
     def start(
-        self, batch: int, length: int, *, dtype: Any = jnp.float32
+        self, batch: int, length: int, *, dtype: Any = None
     ) -> RecurrentLanguageModelState:
         """The state before the first token.
 
         Args:
             batch: B.
             length: tokens that may follow.
-            dtype: of the computation, and so of states and cache.
+            dtype: of states and cache; what the layers compute in if not given.
         """
-        cells = tuple(layer.cell.start(batch, dtype) for layer in self.layers)
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        states = nnx.eval_shape(lambda m, x: m._states(x, None)[0], self, tokens)
+        if dtype is not None:
+            states = jax.ShapeDtypeStruct(states.shape, dtype)
+        cells = tuple(layer.cell.start(batch, states.dtype) for layer in self.layers)
         if self.attention is None:
             return RecurrentLanguageModelState(cells)
-        states = jax.ShapeDtypeStruct((1, 1, self.layers[-1].out_features), dtype)
         key, value = jax.eval_shape(self.attention.project, states)
         *_, num_heads, size = key.shape
         cache = full_cache(
-            batch, length, num_heads, size, value_size=value.shape[-1], dtype=dtype
+            batch,
+            length,
+            num_heads,
+            size,
+            value_size=value.shape[-1],
+            dtype=key.dtype if dtype is None else dtype,
         )
         return RecurrentLanguageModelState(cells, cache)
 
@@ -201,6 +209,8 @@ class RecurrentLanguageModel(nnx.Module):
             Logits ``[B, T, V]``, and the next state. An example that outgrows its cache
             is refused; where it is traced, it yields NaN.
         """
+        if state.cache is not None:
+            check_examples("tokens", tokens, state.cache.length.shape[0])
         x, cells = self._states(tokens, state.cells)
         if self.attention is None:
             return self.head(x), state._replace(cells=cells)
@@ -210,6 +220,7 @@ class RecurrentLanguageModel(nnx.Module):
             )
         positions = state.cache.next_positions(tokens.shape[1])
         key, value = self.attention.project(x, positions=positions)
+        check_type(state.cache, key.dtype)
         cache, view = state.cache.append(key, value, positions)
         context = self.attention.attend(
             x,

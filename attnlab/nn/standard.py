@@ -5,12 +5,13 @@ from typing import Any
 
 from flax import nnx
 
-from attnlab.masks import Mask
+from attnlab.masks import Mask, as_mask
 from attnlab.nn.attention import MultiHeadAttention
 from attnlab.nn.blocks import Block
 from attnlab.nn.embedding import Embedding
 from attnlab.nn.layers import FeedForward, PostNorm, PreNorm, Residual
-from attnlab.nn.positions import Sinusoidal
+from attnlab.nn.positions import Positions, Sinusoidal, refuse_added
+from attnlab.types import ArrayLike
 
 
 def make_blocks(
@@ -21,7 +22,7 @@ def make_blocks(
     num_key_heads: int | None = None,
     hidden_features: int | None = None,
     dropout_rate: float = 0.0,
-    mask: Mask | Sequence[Mask] | None = None,
+    mask: Mask | ArrayLike | Sequence[Mask] | None = None,
     cross_attention: bool = False,
     position: Callable[[], Any] | None = None,
     norm: Callable[..., nnx.Module] | None = nnx.LayerNorm,
@@ -40,7 +41,8 @@ def make_blocks(
         hidden_features: of the feed-forward layers; four times ``features`` if not
             given.
         dropout_rate: of what each layer adds.
-        mask: of the self-attention, or one for each block.
+        mask: of the self-attention (an array is one mask), or a list: one for each
+            block.
         cross_attention: whether blocks attend to a memory.
         position: makes the positions of one self-attention: ``Rotary``, a lambda.
         norm: ``norm(features, rngs=rngs)``; None with a ``residual`` that has none.
@@ -68,7 +70,9 @@ def make_blocks(
         2
     """
     hidden = 4 * features if hidden_features is None else hidden_features
-    masks = [mask] * num_layers if mask is None or isinstance(mask, Mask) else mask
+    if mask is not None and not isinstance(mask, Sequence):
+        mask = as_mask(mask)
+    masks = mask if isinstance(mask, Sequence) else [mask] * num_layers
     if len(masks) != num_layers:
         raise ValueError(f"mask: got {len(masks)} masks for {num_layers} layers")
 
@@ -82,7 +86,7 @@ def make_blocks(
             features,
             num_heads,
             mask=mask,
-            position=None if position is None else position(),
+            position=_positions(position),
             **heads,
         )
         cross = attention(features, num_heads, **heads) if cross_attention else None
@@ -94,6 +98,29 @@ def make_blocks(
         )
 
     return [block(m) for m in masks]
+
+
+def _positions(make: Any) -> Positions | None:
+    """What ``make()`` makes, for each block anew; None: nothing."""
+    if make is None:
+        return None
+    refuse_added(make)
+    if isinstance(make, Positions) or not callable(make):
+        name = type(make).__name__
+        hint = f"lambda: {name}(...)" if isinstance(make, Positions) else "Rotary"
+        raise TypeError(
+            "position: expected what makes the positions of a block, got an instance "
+            f"of {name}; write position={hint}"
+        )
+    try:
+        return make()
+    except TypeError as error:
+        if not isinstance(make, type):
+            raise
+        raise TypeError(
+            f"position: {make.__name__} is called without arguments ({error}); write "
+            f"position=lambda: {make.__name__}(...)"
+        ) from error
 
 
 def last_norm(options: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module | None:

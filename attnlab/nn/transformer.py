@@ -3,16 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.masks import Mask, causal
 from attnlab.nn.blocks import Block, BlockState
-from attnlab.nn.cache import Cache, full_cache
+from attnlab.nn.cache import Cache, check_examples, full_cache
 from attnlab.nn.embedding import Embedding
 from attnlab.nn.stack import Stack
 from attnlab.nn.standard import last_norm, make_blocks, make_embedding
-from attnlab.types import Array
+from attnlab.types import Array, ArrayLike
 
 
 class Encoder(nnx.Module):
@@ -142,7 +143,7 @@ class Decoder(nnx.Module):
         vocabulary_size: int,
         *,
         num_layers: int = 6,
-        mask: Mask | Sequence[Mask] | None = None,
+        mask: Mask | ArrayLike | Sequence[Mask] | None = None,
         cross_attention: bool = False,
         embedding: Embedding | None = None,
         remat: bool = False,
@@ -155,8 +156,8 @@ class Decoder(nnx.Module):
         Args:
             vocabulary_size: V.
             num_layers: blocks.
-            mask: of the self-attention, or one for each block; ``causal()`` if not
-                given.
+            mask: of the self-attention (an array is one mask), or a list: one for
+                each block; ``causal()`` if not given.
             cross_attention: whether blocks attend to a memory.
             embedding: one made before, to share it.
             remat: see :class:`Stack`.
@@ -210,18 +211,21 @@ class Decoder(nnx.Module):
         *,
         memory_mask: Any = None,
         make_cache: Callable[[Block], Cache] | None = None,
-        dtype: Any = jnp.float32,
+        dtype: Any = None,
     ) -> DecoderState:
         """The state before the first token.
 
         Args:
             batch: B.
-            length: tokens that may follow.
+            length: slots of the full caches, one for each token that follows; to
+                decode n after a prompt of T takes ``T + n - 1``.
             memory: ``[B, S, features]``, for cross-attention.
             memory_mask: who may see what of it; its arrays lead with B.
             make_cache: a cache for a block (ring, streaming); a full one if not given.
-            dtype: of the full caches.
+            dtype: of the full caches; what each self-attention computes in if not
+                given.
         """
+        types = iter(self._types() if dtype is None and make_cache is None else ())
 
         def full(block: Block) -> Cache:
             attention = block.attention
@@ -231,7 +235,7 @@ class Decoder(nnx.Module):
                 attention.num_key_heads,
                 attention.compared_size,
                 value_size=attention.value_size,
-                dtype=dtype,
+                dtype=next(types, dtype),
             )
 
         blocks = self.stack.start(full if make_cache is None else make_cache, memory)
@@ -251,6 +255,7 @@ class Decoder(nnx.Module):
         Returns:
             Logits ``[B, T, V]``, and the next state.
         """
+        check_examples("tokens", tokens, state.blocks[0].cache.length.shape[0])
         if positions is None:
             positions = state.blocks[0].cache.next_positions(tokens.shape[1])
         x, blocks = self.stack.decode(
@@ -260,6 +265,19 @@ class Decoder(nnx.Module):
             positions=positions,
         )
         return self._logits(x), state._replace(blocks=blocks)
+
+    def _types(self) -> list[Any]:
+        """What each self-attention computes in; inputs and norms have a say in it."""
+
+        def queries(decoder: Decoder, tokens: Array) -> list[Array]:
+            x, found = decoder.embedding(tokens, tokens), []
+            for block in decoder.stack.each():
+                query, x = block.types(x)
+                found.append(query)
+            return found
+
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        return [query.dtype for query in nnx.eval_shape(queries, self, tokens)]
 
     def _logits(self, x: Array) -> Array:
         return self.embedding.logits(x) if self.head is None else self.head(x)
@@ -288,7 +306,7 @@ class EncoderDecoder(nnx.Module):
         vocabulary_size: int,
         target_size: int | None = None,
         *,
-        mask: Mask | Sequence[Mask] | None = None,
+        mask: Mask | ArrayLike | Sequence[Mask] | None = None,
         embedding: Embedding | None = None,
         rngs: nnx.Rngs,
         **options: Any,
@@ -299,8 +317,8 @@ class EncoderDecoder(nnx.Module):
             vocabulary_size: of the sources; of both, with shared vectors, if
                 ``target_size`` is not given.
             target_size: of the targets.
-            mask: of the self-attention of both sides, or one for each block; the
-                decoder's is causal besides.
+            mask: of the self-attention of both sides (an array is one mask), or a
+                list: one for each block; the decoder's is causal besides.
             embedding: of the sources (of both, if ``target_size`` is not given), made
                 before.
             rngs: Flax's.

@@ -292,8 +292,30 @@ def test_anchor_beyond_the_sequence():
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(position=nn.Rotary), "position: .* got the class Rotary; call it"),
+        (dict(position=nn.sinusoids), r"position: .* got function; write Rot"),
+        (
+            dict(position=nn.Learned(5, 8, rngs=nnx.Rngs(0))),
+            r"position: Learned .* belongs in Embedding\(position=",
+        ),
+        (dict(position=nn.Sinusoidal), r"position: Sinusoidal .* in Embedding\("),
+        (
+            dict(modifiers=modifiers.alibi(2)),
+            r"modifiers: expected a sequence; write modifiers=\[",
+        ),
+    ],
+)
+def test_parts_that_are_something_else(options, message):
+    with pytest.raises(TypeError, match=message):
+        nn.MultiHeadAttention(8, 2, **options, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
     ("shapes", "message"),
     [
+        ([(8,)], r"query: expected .* got shape \(8,\)"),
         ([(1, 5, 9)], r"query: expected \[\*batch, length, 8\], got shape \(1, 5, 9\)"),
         ([(1, 5, 8), (1, 4, 7)], r"key: expected .* got shape \(1, 4, 7\)"),
         ([(1, 5, 8), (1, 4, 8), (8,)], r"value: expected .* got shape \(8,\)"),
@@ -303,3 +325,9 @@ def test_inputs_of_other_features(shapes, message):
     layer = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
         layer(*(inputs(*shape) for shape in shapes))
+
+
+def test_query_of_rank_one_to_what_was_projected():
+    layer = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"query: expected .* got shape \(8,\)"):
+        layer.attend(inputs(8), layer.project(inputs(1, 4, 8)))

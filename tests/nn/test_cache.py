@@ -148,6 +148,20 @@ def test_outgrown_full_cache_yields_nan():
         attention.decode(x[:, 4:5], cache)
 
 
+def test_a_cache_of_another_type_or_batch_is_refused():
+    attention = layer(masks.causal())
+    half = nn.full_cache(B, 4, K, H, dtype=jnp.bfloat16)
+    message = (
+        r"cache: expected dtype float32, .* got bfloat16; .* start\(\.\.\., dtype="
+    )
+    with pytest.raises(TypeError, match=message):
+        attention.decode(x[:, :1], half)
+    cache = nn.full_cache(B + 1, 4, K, H)
+    for wrong in (x[:, :1], x[0, 0]):
+        with pytest.raises(ValueError, match=r"x: expected \[3, T, in_features\]"):
+            attention.decode(wrong, cache)
+
+
 def test_other_examples():
     cache = nn.full_cache(3, 4, K, H)
     cache = jax.tree.map(

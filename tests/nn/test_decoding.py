@@ -1,5 +1,6 @@
 """Greedy decoding, sampling and beam search, against searches by hand."""
 
+import functools
 import itertools
 
 import jax
@@ -180,6 +181,65 @@ def test_errors_of_beam_search(options, message):
     prompt, state = jnp.zeros((1, 1), int), jnp.zeros(1, jnp.int32)
     with pytest.raises(ValueError, match=message):
         nn.beam_search(step, state, prompt, length=3, end=END, **options)
+
+
+SEARCHES = {
+    "greedy": nn.greedy,
+    "sample": lambda *args, **options: nn.sample(*args, jax.random.key(0), **options),
+    "beams": lambda *args, **options: nn.beam_search(*args, beams=2, **options),
+}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_full_caches_hold_all_tokens_but_the_last(name, scan):
+    model = nn.Decoder.standard(
+        30, features=8, num_heads=2, num_layers=2, scan=scan, rngs=nnx.Rngs(0)
+    )
+    prompt = jax.random.randint(jax.random.key(0), (2, 4), 0, 30)
+
+    def search(slots, length):
+        state = model.start(2, slots)
+        return SEARCHES[name](model.decode, state, prompt, length=length, end=99)
+
+    enough, plenty = search(7, 4), search(20, 4)
+    np.testing.assert_array_equal(enough.tokens, plenty.tokens)
+    np.testing.assert_allclose(enough.scores, plenty.scores, rtol=1e-5)
+    assert np.isfinite(enough.scores).all()
+    for call in (search, jax.jit(search, static_argnums=(0, 1))):
+        with pytest.raises(ValueError, match=r"of 7 slots .* need 8; .*length=8\)"):
+            call(7, 5)
+
+
+def test_what_a_cache_holds_already_takes_slots_too():
+    model = nn.Decoder.standard(
+        30, features=8, num_heads=2, num_layers=1, rngs=nnx.Rngs(0)
+    )
+    tokens = jax.random.randint(jax.random.key(0), (2, 5), 0, 30)
+    _, state = model.decode(tokens[:, :3], model.start(2, 8))
+    found = nn.greedy(model.decode, state, tokens[:, 3:], length=4, end=99)
+    whole = nn.greedy(model.decode, model.start(2, 8), tokens, length=4, end=99)
+    np.testing.assert_array_equal(found.tokens, whole.tokens)
+    search = functools.partial(nn.greedy, model.decode, state, end=99)
+    for call in (search, jax.jit(search, static_argnames="length")):
+        assert np.isfinite(call(tokens[:, 3:], length=4).scores).all()
+        with pytest.raises(ValueError, match=r"need 6 besides 3 .*\(length=9\)"):
+            call(tokens[:, 3:], length=5)
+
+
+def test_only_full_caches_run_out_of_slots():
+    model = nn.Decoder.standard(
+        30, features=8, num_heads=2, num_layers=2, rngs=nnx.Rngs(0)
+    )
+    prompt = jnp.zeros((2, 3), int)
+    rings = iter([nn.ring_cache(2, 2, 2, 4), nn.streaming_cache(2, 1, 2, 2, 4)])
+    state = model.start(2, 1, make_cache=lambda block: next(rings))
+    found = nn.greedy(model.decode, state, prompt, length=6, end=99)
+    assert np.isfinite(found.scores).all()
+    mixed = iter([nn.ring_cache(2, 2, 2, 4), nn.full_cache(2, 7, 2, 4)])
+    state = model.start(2, 1, make_cache=lambda block: next(mixed))
+    with pytest.raises(ValueError, match="full cache of 7 slots"):
+        nn.greedy(model.decode, state, prompt, length=6, end=99)
 
 
 def test_prompt_without_a_token():

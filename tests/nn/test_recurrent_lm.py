@@ -207,6 +207,31 @@ def test_errors():
         model.decode(TOKENS, model.start(B, 2))
 
 
+def test_states_and_caches_have_the_type_that_layers_compute_in():
+    cell = functools.partial(nn.LSTM, dtype=jnp.bfloat16)
+    model = nn.RecurrentLanguageModel.standard(V, cell=cell, rngs=nnx.Rngs(0), **SIZES)
+    state = model.start(B, T)
+    floating = [x.dtype for x in jax.tree.leaves(state) if x.dtype != jnp.int32]
+    assert set(floating) == {jnp.dtype(jnp.bfloat16)}
+    logits, _ = model.decode(TOKENS, state)
+    np.testing.assert_allclose(logits, model(TOKENS), atol=1e-2)
+    other = model.start(B, T, dtype=jnp.float32)
+    with pytest.raises(TypeError, match="cache: expected dtype bfloat16, .* float32"):
+        model.decode(TOKENS, other)
+    attention = nn.MultiHeadAttention(H, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+    model = nn.RecurrentLanguageModel.standard(
+        V, attention=attention, rngs=nnx.Rngs(0), **SIZES
+    )
+    logits, _ = model.decode(TOKENS, model.start(B, T))
+    np.testing.assert_allclose(logits, model(TOKENS), atol=1e-2)
+
+
+def test_tokens_of_another_batch_than_the_state():
+    model = made("scaled_dot")
+    with pytest.raises(ValueError, match=r"tokens: expected \[3, T\], .* got shape"):
+        model.decode(TOKENS, model.start(3, T))
+
+
 def test_a_state_without_the_cache_that_attention_needs_is_refused():
     model = nn.RecurrentLanguageModel.standard(
         11, features=3, hidden_size=5, rngs=nnx.Rngs(0)

@@ -195,6 +195,122 @@ def test_decoder_step_by_step(scan):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-4)
 
 
+def half(part, **options):
+    return functools.partial(part, dtype=jnp.bfloat16, **options)
+
+
+def embedding(**options):
+    return nn.Embedding(30, 16, rngs=nnx.Rngs(1), **options)
+
+
+#: Parts of a decoder, and what its self-attentions compute in.
+TYPES = {
+    "float32": ({}, "float32", "float32"),
+    "attention": (dict(attention=half(nn.MultiHeadAttention)), "bfloat16", "bfloat16"),
+    "scanned": (
+        dict(attention=half(nn.MultiHeadAttention), scan=True),
+        "bfloat16",
+        "bfloat16",
+    ),
+    "parameters": (
+        dict(
+            attention=functools.partial(
+                nn.MultiHeadAttention, param_dtype=jnp.bfloat16
+            ),
+            embedding=embedding(param_dtype=jnp.bfloat16),
+        ),
+        "bfloat16",
+        "float32",  # what the norms of the first block make of it
+    ),
+    "norm first": (
+        dict(
+            attention=functools.partial(
+                nn.MultiHeadAttention, param_dtype=jnp.bfloat16
+            ),
+            embedding=embedding(param_dtype=jnp.bfloat16),
+            residual=nn.PreNorm,
+        ),
+        "float32",
+        "float32",
+    ),
+    "all": (
+        dict(
+            attention=half(nn.MultiHeadAttention, head_size=6, value_size=4),
+            embedding=embedding(dtype=jnp.bfloat16),
+            feed_forward=half(nn.FeedForward),
+            norm=half(nnx.LayerNorm),
+            num_key_heads=1,
+            dropout_rate=0.5,
+        ),
+        "bfloat16",
+        "bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_caches_have_the_type_that_attention_computes_in(name):
+    options, *types = TYPES[name]
+    model = nn.Decoder.standard(
+        30, rngs=nnx.Rngs(0), **SMALL | {"num_layers": 2} | options
+    )
+    model.train()
+    state = model.start(2, 5)  # nothing is drawn
+    found = [str(block.cache.key.dtype) for block in state.blocks]
+    assert found == types
+    model.eval()
+    traced = nnx.jit(lambda model: model.start(2, 5))(model)
+    assert jax.tree.map(jnp.result_type, traced) == jax.tree.map(jnp.result_type, state)
+    tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 30)
+    whole = model(tokens)
+    first, state = model.decode(tokens[:, :3], state)
+    parts = [first]
+    for t in range(3, 5):
+        logits, state = model.decode(tokens[:, t : t + 1], state)
+        parts.append(logits)
+    assert parts[-1].dtype == whole.dtype
+    atol = 1e-4 if types == ["float32"] * 2 else 0.1
+    np.testing.assert_allclose(
+        jnp.concatenate(parts, 1).astype(float), whole.astype(float), atol=atol
+    )
+
+
+def test_type_of_caches_beside_a_memory_and_on_request():
+    model = nn.EncoderDecoder.standard(
+        30, attention=half(nn.MultiHeadAttention), rngs=nnx.Rngs(0), **SMALL
+    )
+    tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 30)
+    memory = model.encoder(tokens)
+    decoder = model.decoder
+    found, _ = decoder.decode(tokens, decoder.start(2, 5, memory))
+    same = decoder.start(2, 5, memory, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(found, decoder.decode(tokens, same)[0])
+    other = decoder.start(2, 5, memory, dtype=jnp.float32)
+    with pytest.raises(TypeError, match=r"cache: expected dtype bfloat16, .* float32"):
+        decoder.decode(tokens, other)
+
+
+def test_memory_of_other_features_has_no_say_in_the_types_of_caches():
+    attention = half(nn.MultiHeadAttention)
+    rngs = nnx.Rngs(0)
+    block = nn.Block(
+        attention(16, 2, mask=masks.causal(), rngs=rngs),
+        nn.FeedForward(16, 8, rngs=rngs),
+        cross_attention=attention(16, 2, key_features=7, rngs=rngs),
+        residual=nn.Residual,
+    )
+    decoder = nn.Decoder(embedding(), nn.Stack([block]))
+    state = decoder.start(2, 5, jnp.ones((2, 3, 7)))
+    assert state.blocks[0].cache.key.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2,)])
+def test_tokens_of_another_batch_than_the_state(shape):
+    model = nn.Decoder.standard(30, rngs=nnx.Rngs(0), **SMALL)
+    with pytest.raises(ValueError, match=r"tokens: expected \[2, T\], .* got shape"):
+        model.decode(jnp.zeros(shape, int), model.start(2, 5))
+
+
 def test_positions_count_in_cross_attention_too():
     """A window over the memory moves along in every step of decoding."""
     model = nn.Decoder.standard(
@@ -264,6 +380,41 @@ def test_errors_of_stacks():
         nn.Stack([])
     with pytest.raises(ValueError, match="mask: got 2 masks for 3 layers"):
         nn.make_blocks(3, features=8, num_heads=2, mask=[None] * 2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [
+        (nn.Rotary(), r"got an instance of Rotary; write position=lambda: Rotary\("),
+        (nn.Alibi(2), "got an instance of Alibi; write position=lambda: Alibi"),
+        (nn.Alibi, r"Alibi is called without arguments .* position=lambda: Alibi\("),
+        ("rotary", "got an instance of str; write position=Rotary"),
+        (nn.Learned, r"Learned is added .* belongs in Embedding\(position="),
+        (nn.Sinusoidal(), r"Sinusoidal is added .* belongs in Embedding\(position="),
+        (
+            lambda: nn.Learned(8, 16, rngs=nnx.Rngs(0)),
+            r"Learned is added .* belongs in Embedding\(position=",
+        ),
+    ],
+)
+def test_positions_that_are_something_else(position, message):
+    with pytest.raises(TypeError, match="position: .*" + message):
+        nn.Decoder.standard(20, position=position, rngs=nnx.Rngs(0), **SMALL)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("length", [3, 5])  # SMALL has 3 layers
+def test_an_array_is_one_mask_for_all_blocks(length, scan):
+    def logits(kind, mask):
+        model = kind.standard(20, mask=mask, scan=scan, rngs=nnx.Rngs(0), **SMALL)
+        tokens = jnp.arange(2 * length).reshape(2, length)
+        return model(tokens, tokens) if kind is nn.EncoderDecoder else model(tokens)
+
+    for kind in (nn.Decoder, nn.EncoderDecoder):
+        found = logits(kind, np.tri(length, dtype=bool))
+        np.testing.assert_allclose(found, logits(kind, masks.causal()), atol=1e-5)
+    with pytest.raises(TypeError, match="mask: expected an attnlab mask, .* function"):
+        logits(nn.Decoder, masks.causal)
 
 
 def test_overfits_64_pairs():
