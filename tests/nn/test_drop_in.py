@@ -518,7 +518,7 @@ ERRORS = {
     "modifier alone": (
         lambda: nn.attention_fn(modifiers=modifiers.soft_cap(3.0))(Q, Q, Q),
         TypeError,
-        r"modifiers: expected a sequence; write modifiers=\[",
+        r"modifiers: expected a sequence, got SoftCap.*; write modifiers=\[",
     ),
     "mask of the function": (
         lambda: nn.attention_fn(mask="causal"),

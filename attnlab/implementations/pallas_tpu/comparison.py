@@ -18,8 +18,9 @@ from attnlab.scores.pairwise import Mlp
 from attnlab.scores.projected import bare
 from attnlab.types import Array, AttentionInputs
 
-#: Keys of an additive score that are compared in one step of a loop.
-_KEYS = 16
+#: Keys of an additive score that are compared in one step of a loop, and hidden units
+#: whose gradients are taken side by side: the sums of one wait for each other.
+_KEYS, _UNITS = 16, 8
 
 
 class Given(NamedTuple):
@@ -161,33 +162,39 @@ class _AdditiveComparison(Comparison):
 
     def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
         (weight,), (z,), q, k = given.params, given.room, given.q, given.k
-        size = weight.shape[0]
+        size = k.shape[1]
         z[...] = d
         lane = lax.broadcasted_iota(jnp.int32, (_KEYS, size), 1)
-        zero = jnp.zeros((_KEYS, z.shape[1]), jnp.float32)
 
-        def unit(p: Array, _: None) -> None:
-            query, w = q[pl.ds(p, 1), :], weight[pl.ds(p, 1), :]
+        def eighths(x: Array) -> Array:
+            return x.reshape(-1, 8, x.shape[1]).sum(0)
 
-            def some(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        def units(rows: list[slice]) -> None:
+            def some(i: Array, found: list[Any]) -> list[Any]:
                 keys = pl.ds(part.first + i * _KEYS, _KEYS)
-                at = lane == p
-                key = jnp.where(at, k[keys, :], 0).sum(1, keepdims=True)
-                t = jnp.tanh(key + query)
-                d = z[pl.ds(i * _KEYS, _KEYS), :]
-                weighted = d * t
-                inner = d - weighted * t
-                d_key = inner.sum(1, keepdims=True) * w
-                sums.k[keys, :] += jnp.where(at, d_key, 0)
-                return found[0] + inner, found[1] + weighted
+                key, d_key = k[keys, :], sums.k[keys, :]
+                d, more = z[pl.ds(i * _KEYS, _KEYS), :], []
+                for unit, (d_query, d_weight) in zip(rows, found, strict=True):
+                    t = jnp.tanh(key[:, unit] + q[unit, :])
+                    weighted = d * t
+                    inner = d - weighted * t
+                    pulled = inner.sum(1, keepdims=True) * weight[unit, :]
+                    d_key += jnp.where(lane == unit.start, pulled, 0)
+                    more += [(d_query + eighths(inner), d_weight + eighths(weighted))]
+                sums.k[keys, :] = d_key
+                return more
 
-            count = part.size // _KEYS
-            d_query, d_weight = _loop(count, some, (zero, zero))
-            sums.q[pl.ds(p, 1), :] += d_query.sum(0, keepdims=True) * w
-            for ref in sums.params:
-                ref[pl.ds(p, 1), :] += d_weight.sum(0, keepdims=True)
+            zero = jnp.zeros((8, z.shape[1]), jnp.float32)
+            start = [(zero, zero)] * len(rows)
+            found = _loop(part.size // _KEYS, some, start)
+            for unit, (d_query, d_weight) in zip(rows, found, strict=True):
+                sums.q[unit, :] += d_query.sum(0, keepdims=True) * weight[unit, :]
+                for ref in sums.params:
+                    ref[unit, :] += d_weight.sum(0, keepdims=True)
 
-        _loop(size, unit, None)
+        every = [slice(p, p + 1) for p in range(size)]
+        for first in range(0, size, _UNITS):
+            units(every[first : first + _UNITS])
 
     def finish_gradients(self, found: Sequence[Array]) -> Any:
         structure = jax.tree.structure(self.inputs.pair_params)
