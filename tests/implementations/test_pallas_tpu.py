@@ -355,6 +355,27 @@ def test_a_traced_layout_with_more_blocks_of_keys_than_of_queries():
     assert np.asarray(found[2])[:, 192:].any()
 
 
+def test_key_blocks_beyond_a_traced_layout_may_be_seen():
+    """Positions may be greater than there are keys; the backward pass goes by keys."""
+    q, k, v = (random(1, 64, 1, 8, seed=n) for n in range(3))
+
+    def loss(layout, q, k, v, name):
+        mask, at = masks.blocks(layout, 64), np.arange(192, 256)
+        given = dict(mask=mask, key_positions=at, implementation=name)
+        return (attention(q, k, v, **given) ** 2).sum()
+
+    found, wanted = (
+        jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=4)(
+            jnp.array([[3]]), q, k, v, name
+        )
+        for name in (NAME, "reference")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted
+    )
+    assert np.asarray(found[2]).any()
+
+
 def test_blocks_that_are_dead_are_not_fetched():
     plan = masks.sliding_window(64, 0).plan(4096, block_size=128)
     steps = by_query(fit(plan, (128, 128)))

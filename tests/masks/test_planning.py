@@ -321,24 +321,6 @@ def test_a_traced_layout_has_the_plan_of_a_known_one(hidden, size):
             np.testing.assert_array_equal(*counts)
 
 
-def test_key_blocks_beyond_a_traced_layout_may_be_seen():
-    """Positions may be greater than there are keys."""
-    x = np.random.default_rng(0).normal(size=(1, 4, 1, 8)).astype(np.float32)
-    at = np.arange(12, 16)
-
-    def run(layout, implementation):
-        return attention(
-            x, x, x, mask=masks.blocks(layout, 4), query_positions=np.arange(4),
-            key_positions=at, implementation=implementation,
-        )  # fmt: skip
-
-    layout = np.array([[3]])
-    for implementation in ("tiled", "reference"):
-        found = jax.jit(run, static_argnums=1)(layout, implementation)
-        wanted = attention(x, x, x, implementation="reference")
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
-
-
 def test_grain_is_what_blocks_must_divide():
     one = masks.random_blocks(0, blocks_per_row=2, block_size=24, num_blocks=7)
     other = masks.blocks(np.array([[1], [0]]), block_size=36)
