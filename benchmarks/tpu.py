@@ -162,7 +162,7 @@ def live(spec: Spec, target: str, blocks: Blocks) -> tuple[int, int]:
 
 def additive(target: str, of: str) -> dict[str, Any] | None:
     """Cycles of the additive score beside what its tanh needs at least."""
-    spec, blocks = spec_of(64, score="additive"), Blocks(512, 512, 256)
+    spec, blocks = spec_of(64, score="additive"), Blocks(512, 256, 256)
     found = per_block(spec, blocks, of, target, masked=False).cycles
     if found is None:
         return None

@@ -47,6 +47,10 @@ KERNELS = {
     "forward additive": ("forward", replace(_SMALL, score="additive", head_size=64)),
     "backward full": ("backward", _SMALL),
     "backward window": ("backward", replace(_SMALL, pattern="window")),
+    "backward additive": (
+        "backward",
+        replace(_SMALL, length=256, score="additive", head_size=64),
+    ),
 }
 
 

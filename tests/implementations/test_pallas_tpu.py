@@ -27,6 +27,7 @@ from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.pallas_tpu import blocks, memory
 from attnlab.implementations.pallas_tpu.blocks import Blocks, limit
 from attnlab.implementations.pallas_tpu.call import Products, fit
+from attnlab.implementations.pallas_tpu.comparison import comparison
 from attnlab.implementations.pallas_tpu.steps import by_key, by_query
 from attnlab.ops.explain import canonical
 from attnlab.ops.prepare import prepare
@@ -244,6 +245,31 @@ def test_parameters_of_scores_under_vmap(name, mapped):
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted
+    )
+
+
+@pytest.mark.parametrize("kept", [1, 3, 19])
+def test_additive_scores_with_little_memory(kept, monkeypatch):
+    """Backward, the tanh of units that memory does not hold is computed again."""
+    name = "attnlab.implementations.pallas_tpu.comparison"
+    one = 4 * 128 * Interpreted.blocks.q
+    monkeypatch.setattr(sys.modules[name], "limit", lambda: 2 * kept * one)
+    score = scores.additive.init(jax.random.key(3), 16, hidden_size=19)
+    q, k, v = random(1, 97, 4, 16), random(1, 70, 2, 16, seed=1), random(1, 70, 2, 8)
+
+    def loss(score, q, k, v, implementation):
+        given = dict(score=score, mask=masks.causal(), implementation=implementation)
+        return jnp.square(attention(q, k, v, **given)).sum()
+
+    room = comparison(record(q, k, v, score=score)).room(Interpreted.blocks, "backward")
+    assert room[1].shape[0] == kept * Interpreted.blocks.chunk
+    found, wanted = (
+        jax.grad(loss, (0, 1, 2, 3))(score, q, k, v, n) for n in (NAME, "reference")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+        found,
+        wanted,
     )
 
 

@@ -228,7 +228,7 @@ class Backward:
             [
                 pltpu.VMEM((s.P, self.blocks.q), f32),
                 *(x for w in windows for x in w.scratch),
-                *self.compare.room(self.blocks),
+                *self.compare.room(self.blocks, "backward"),
             ],
             aliases={before + i: 3 + n for i, n in enumerate(zeroed)},
             name="attnlab_backward",

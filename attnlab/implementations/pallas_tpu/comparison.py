@@ -1,5 +1,6 @@
 """Scores as tile kernels: inner products on the matrix unit, additive, perceptrons."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from attnlab.implementations.pallas_tpu.blocks import Blocks
+from attnlab.implementations.pallas_tpu.blocks import Blocks, limit
 from attnlab.implementations.pallas_tpu.call import NT, Products
 from attnlab.implementations.pallas_tpu.logits import Part
 from attnlab.implementations.pallas_tpu.operands import Place, Reader
@@ -18,9 +19,14 @@ from attnlab.scores.pairwise import Mlp
 from attnlab.scores.projected import bare
 from attnlab.types import Array, AttentionInputs
 
-#: Keys of an additive score that are compared in one step of a loop, and hidden units
-#: whose gradients are taken side by side: the sums of one wait for each other.
-_KEYS, _UNITS = 16, 8
+f32 = jnp.float32
+
+#: An additive score's keys that are compared in one step of a loop; in its gradients
+#: keys and hidden units at once, and keys whose sums over the queries are finished at
+#: once: what one of them waits for, the others do meanwhile.
+_COMPARED = 16
+_PULLED, _UNITS, _FINISHED = 32, 8, 128
+_LANES = 128
 
 
 class Given(NamedTuple):
@@ -80,7 +86,7 @@ class Comparison:
         if capped is not None or inputs.modifiers:
             return capped
         norms = [
-            jnp.square(x.astype(jnp.float32)).sum(-1).max(1, initial=0)
+            jnp.square(x.astype(f32)).sum(-1).max(1, initial=0)
             for x in (inputs.query, inputs.key)
         ]
         queries = norms[0].reshape(*norms[1].shape, -1)
@@ -90,7 +96,7 @@ class Comparison:
         """The parameters of the score, as the kernel takes them."""
         return []
 
-    def room(self, blocks: Blocks) -> list[Any]:
+    def room(self, blocks: Blocks, of: str) -> list[Any]:
         """Memory that the comparison needs."""
         return []
 
@@ -119,12 +125,12 @@ class Comparison:
 class _AdditiveComparison(Comparison):
     @property
     def dtype(self) -> Any:
-        return jnp.float32
+        return f32
 
     def _weight(self) -> Array:
         """``[B or 1, N or 1, P]``."""
         (weight,) = jax.tree.leaves(self.inputs.pair_params)
-        return weight.reshape(*weight.shape[:2], -1).astype(jnp.float32)
+        return weight.reshape(*weight.shape[:2], -1).astype(f32)
 
     def bound(self) -> Array | None:
         capped = _capped(self.inputs)
@@ -133,24 +139,45 @@ class _AdditiveComparison(Comparison):
         return jnp.abs(self._weight()).sum(-1).max(initial=0)
 
     def params(self, place: Callable[..., Place]) -> list[Reader]:
-        # In vector memory: in scalar memory the compiler's static profile fails.
-        return [_by_head(self._weight()[..., None], place)]
+        # One in each lane. Not in scalar memory: there the static profile fails.
+        weight = self._weight()[..., None]
+        return [_by_head(jnp.broadcast_to(weight, (*weight.shape[:3], _LANES)), place)]
 
-    def room(self, blocks: Blocks) -> list[Any]:
-        return [pltpu.VMEM((blocks.chunk, blocks.q), jnp.float32)]
+    def room(self, blocks: Blocks, of: str) -> list[Any]:
+        logits = (blocks.chunk, blocks.q)
+        tanh = (self._kept(blocks) * blocks.chunk, blocks.q)
+        sums = (_UNITS * blocks.chunk, _width(blocks.q))
+        shapes = (logits,) if of == "forward" else (logits, tanh, sums)
+        return [pltpu.VMEM(shape, f32) for shape in shapes]
+
+    def _kept(self, blocks: Blocks) -> int:
+        """The hidden units whose tanh the backward pass keeps from its logits.
+
+        All, or what fits into half the memory with the fewest keys at once; that of
+        others is computed twice.
+        """
+        most = limit() // 2 // (4 * _LANES * blocks.q)
+        return min(self.inputs.sizes.P, max(most, 1))
 
     def logits(self, given: Given, part: Part) -> Array:
-        (weight,), (z,), q, k = given.params, given.room, given.q, given.k
+        (weight,), (z, *more), q, k = given.params, given.room, given.q, given.k
+        tiles, step = _tiles(q), math.gcd(_COMPARED, part.size)
+        kept = more[0].shape[0] // z.shape[0] if more else 0
 
         def some(i: Array, _: None) -> None:
-            key = k[pl.ds(part.first + i * _KEYS, _KEYS), :]
-            total = jnp.zeros((_KEYS, z.shape[1]), jnp.float32)
+            key = k[pl.ds(part.first + i * step, step), :]
+            totals = [jnp.zeros((step, _width(q.shape[1])), f32) for _ in tiles]
             for p in range(weight.shape[0]):
                 unit = slice(p, p + 1)
-                total += weight[unit, :] * jnp.tanh(key[:, unit] + q[unit, :])
-            z[pl.ds(i * _KEYS, _KEYS), :] = total
+                for n, tile in enumerate(tiles):
+                    t = jnp.tanh(key[:, unit] + q[unit, tile])
+                    totals[n] += weight[unit, : t.shape[1]] * t
+                    if p < kept:
+                        more[0][pl.ds(p * part.size + i * step, step), tile] = t
+            for tile, total in zip(tiles, totals, strict=True):
+                z[pl.ds(i * step, step), tile] = total
 
-        _loop(part.size // _KEYS, some, None)
+        _loop(part.size // step, some, None)
         return z[...]
 
     queries_across = True
@@ -158,43 +185,69 @@ class _AdditiveComparison(Comparison):
 
     def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
         (weight,) = jax.tree.leaves(self.inputs.pair_params)
-        return [(weight.shape[-1], blocks.q)]
+        return [(weight.shape[-1], _width(blocks.q))]
 
     def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
-        (weight,), (z,), q, k = given.params, given.room, given.q, given.k
-        size = k.shape[1]
+        (weight,), (z, *_) = given.params, given.room
         z[...] = d
-        lane = lax.broadcasted_iota(jnp.int32, (_KEYS, size), 1)
+        row = weight[:, :1].T
+        every = range(row.shape[1])
+        for first in every[::_UNITS]:
+            self._pull_units(every[first : first + _UNITS], row, given, part, sums)
+
+    def _pull_units(
+        self, units: Sequence[int], row: Array, given: Given, part: Part, sums: Sums
+    ) -> None:
+        """Adds the gradients of some hidden units, side by side."""
+        (weight,), (z, tanh, wide), q, k = given.params, given.room, given.q, given.k
+        tiles, width = _tiles(q), _width(q.shape[1])
+        kept = tanh.shape[0] // z.shape[0]
+        step = math.gcd(_PULLED, part.size)
+        finished = math.gcd(_FINISHED, part.size)
+        own = lax.broadcasted_iota(jnp.int32, row.shape, 1)
+
+        def some(i: Array, found: list[Any]) -> list[Any]:
+            here, more = pl.ds(i * step, step), []
+            d = [z[here, tile] for tile in tiles]
+            for n, p in enumerate(units):
+                (d_query, d_weight), d_key = found[n], jnp.zeros((step, width), f32)
+                d_query = list(d_query)
+                for m, tile in enumerate(tiles):
+                    if p < kept:
+                        t = tanh[pl.ds(p * part.size + i * step, step), tile]
+                    else:
+                        key = k[pl.ds(part.first + i * step, step), p : p + 1]
+                        t = jnp.tanh(key + q[p : p + 1, tile])
+                    weighted = d[m] * t
+                    inner = d[m] - weighted * t
+                    d_key += inner
+                    d_query[m] += eighths(inner)
+                    d_weight += eighths(weighted)
+                wide[pl.ds(n * part.size + i * step, step), :] = d_key
+                more.append((d_query, d_weight))
+            return more
+
+        def finish(i: Array, _: None) -> None:
+            d_key = jnp.zeros((finished, row.shape[1]), f32)
+            for n, p in enumerate(units):
+                here = pl.ds(n * part.size + i * finished, finished)
+                d_key = jnp.where(own == p, wide[here, :].sum(1, keepdims=True), d_key)
+            here = pl.ds(part.first + i * finished, finished)
+            sums.k[here, :] += d_key * row
 
         def eighths(x: Array) -> Array:
-            return x.reshape(-1, 8, x.shape[1]).sum(0)
+            return x.reshape(-1, 8, width).sum(0)
 
-        def units(rows: list[slice]) -> None:
-            def some(i: Array, found: list[Any]) -> list[Any]:
-                keys = pl.ds(part.first + i * _KEYS, _KEYS)
-                key, d_key = k[keys, :], sums.k[keys, :]
-                d, more = z[pl.ds(i * _KEYS, _KEYS), :], []
-                for unit, (d_query, d_weight) in zip(rows, found, strict=True):
-                    t = jnp.tanh(key[:, unit] + q[unit, :])
-                    weighted = d * t
-                    inner = d - weighted * t
-                    pulled = inner.sum(1, keepdims=True) * weight[unit, :]
-                    d_key += jnp.where(lane == unit.start, pulled, 0)
-                    more += [(d_query + eighths(inner), d_weight + eighths(weighted))]
-                sums.k[keys, :] = d_key
-                return more
-
-            zero = jnp.zeros((8, z.shape[1]), jnp.float32)
-            start = [(zero, zero)] * len(rows)
-            found = _loop(part.size // _KEYS, some, start)
-            for unit, (d_query, d_weight) in zip(rows, found, strict=True):
-                sums.q[unit, :] += d_query.sum(0, keepdims=True) * weight[unit, :]
-                for ref in sums.params:
-                    ref[unit, :] += d_weight.sum(0, keepdims=True)
-
-        every = [slice(p, p + 1) for p in range(size)]
-        for first in range(0, size, _UNITS):
-            units(every[first : first + _UNITS])
+        zero = jnp.zeros((8, width), f32)
+        start = [([zero] * len(tiles), zero)] * len(units)
+        found = _loop(part.size // step, some, start)
+        _loop(part.size // finished, finish, None)
+        for p, (d_query, d_weight) in zip(units, found, strict=True):
+            unit = slice(p, p + 1)
+            for tile, each in zip(tiles, d_query, strict=True):
+                sums.q[unit, tile] += each.sum(0, keepdims=True) * weight[unit, :width]
+            for ref in sums.params:
+                ref[unit, :] += d_weight.sum(0, keepdims=True)
 
     def finish_gradients(self, found: Sequence[Array]) -> Any:
         structure = jax.tree.structure(self.inputs.pair_params)
@@ -204,13 +257,13 @@ class _AdditiveComparison(Comparison):
 class _MlpComparison(Comparison):
     @property
     def dtype(self) -> Any:
-        return jnp.float32
+        return f32
 
     def _columns(self) -> list[Array]:
         """Transposed matrices, vectors as columns: ``[B or 1, N or 1, rows, cols]``."""
 
         def column(x: Array) -> Array:
-            x = x.reshape(*x.shape[:2], *x.shape[4:]).astype(jnp.float32)
+            x = x.reshape(*x.shape[:2], *x.shape[4:]).astype(f32)
             return x.swapaxes(2, 3) if x.ndim == 4 else x[..., None]
 
         return [column(x) for x in jax.tree.leaves(self.inputs.pair_params)]
@@ -221,8 +274,8 @@ class _MlpComparison(Comparison):
     def params(self, place: Callable[..., Place]) -> list[Reader]:
         return [_by_head(x, place) for x in self._columns()]
 
-    def room(self, blocks: Blocks) -> list[Any]:
-        return [pltpu.VMEM((blocks.chunk, blocks.q), jnp.float32)]
+    def room(self, blocks: Blocks, of: str) -> list[Any]:
+        return [pltpu.VMEM((blocks.chunk, blocks.q), f32)]
 
     def one_key(
         self, query: Array, key: Array, params: Sequence[Array], product: Products
@@ -237,7 +290,7 @@ class _MlpComparison(Comparison):
 
     def logits(self, given: Given, part: Part) -> Array:
         (z,), q, k = given.room, given.q, given.k
-        product = given.product._replace(dtype=jnp.float32)
+        product = given.product._replace(dtype=f32)
 
         def one(i: Array, _: None) -> None:
             key = k[pl.ds(part.first + i, 1), :].T
@@ -255,7 +308,7 @@ class _MlpComparison(Comparison):
 
     def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
         (z,), q, k = given.room, given.q, given.k
-        product = given.product._replace(dtype=jnp.float32)
+        product = given.product._replace(dtype=f32)
         z[...] = d
 
         values = [ref[...] for ref in given.params]
@@ -276,7 +329,7 @@ class _MlpComparison(Comparison):
                 jnp.add, total, (d_query, d_params if sums.params else [])
             )
 
-        start = jnp.zeros(q.shape, jnp.float32), [jnp.zeros_like(x) for x in values]
+        start = jnp.zeros(q.shape, f32), [jnp.zeros_like(x) for x in values]
         start = start if sums.params else (start[0], [])
         d_query, d_params = _loop(part.size, one, start)
         sums.q[...] += d_query
@@ -297,6 +350,17 @@ def _loop(count: int, body: Callable[[Array, Any], Any], start: Any) -> Any:
     """``lax.fori_loop`` from 0, whose counter is int32 in x64 mode, too."""
     with jax.enable_x64(False):
         return lax.fori_loop(0, count, body, start)
+
+
+def _width(queries: int) -> int:
+    """Of the tiles that so many queries are cut into."""
+    return math.gcd(queries, _LANES)
+
+
+def _tiles(q: Any) -> list[slice]:
+    """Of the queries, ``[P, queries]``."""
+    width = _width(q.shape[1])
+    return [slice(i, i + width) for i in range(0, q.shape[1], width)]
 
 
 def _by_head(x: Array, place: Callable[..., Place]) -> Reader:
@@ -327,4 +391,4 @@ def _capped(inputs: AttentionInputs) -> Array | None:
     if not (inputs.modifiers and type(inputs.modifiers[-1]) is SoftCap):
         return None
     (cap,) = inputs.modifier_operands[-1]
-    return jnp.abs(cap).max(initial=0).astype(jnp.float32)
+    return jnp.abs(cap).max(initial=0).astype(f32)

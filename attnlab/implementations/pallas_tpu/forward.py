@@ -181,7 +181,7 @@ def _forward(
             pltpu.VMEM((1, blocks.q), f32),
             pltpu.VMEM((8, blocks.q), f32),
             pltpu.VMEM((s.D, blocks.q), f32),
-            *compare.room(blocks),
+            *compare.room(blocks, "forward"),
         ],
         name=f"attnlab_forward_{'bounded' if bounded else 'online'}",
         interpret=interpret,

@@ -1,5 +1,6 @@
 """Vector memory that a kernel needs, before the compiler says so."""
 
+import math
 from typing import Any
 
 import jax
@@ -38,8 +39,8 @@ def _block(rows: int, lanes: int, size: int) -> int:
 
 def _bytes(shape: tuple[int, ...]) -> int:
     """Of a float32 array."""
-    rows, lanes = shape
-    return _block(rows, lanes, 4)
+    *lead, rows, lanes = shape
+    return math.prod(lead) * _block(rows, lanes, 4)
 
 
 def bytes_needed(inputs: AttentionInputs, blocks: Blocks, of: str, limit: int) -> int:
@@ -55,7 +56,7 @@ def bytes_needed(inputs: AttentionInputs, blocks: Blocks, of: str, limit: int) -
     compare = comparison(inputs)
     item = jnp.dtype(compare.dtype).itemsize
     tile = _block(chunk, q, 4)
-    kept = sum(_bytes(x.shape) for x in compare.room(blocks))
+    kept = sum(_bytes(x.shape) for x in compare.room(blocks, of))
     alive = _TILES[of] * tile
     moved = _block(s.P, q, item) + _block(k, s.P, item)
     moved += max(_block(*x, inputs.value.dtype.itemsize) for x in ((s.D, k), (k, s.D)))
