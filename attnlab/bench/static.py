@@ -311,16 +311,14 @@ def least(
     hidden = score.transcendentals_per_pair(projected_size(spec))
     # Other logits take no matrix unit: ``SCORES`` has networks of one hidden layer.
     inner = score.is_inner_product
-    if of == "forward":
-        products, functions = (2 if inner else 1), 1 + hidden
-    else:  # the logits once more, and each function's slope
-        products, functions = (5 if inner else 2), 1 + 2 * hidden
+    # Backward, the logits once more; the slope of tanh follows from its value.
+    products = (1, 2) if of == "forward" else (2, 5)
     with on(target):
         told = pltpu.get_tpu_info()
     clock = told.bf16_ops_per_second / (2 * known.multiplies)
     return {
-        "matrix units": products * pairs * spec.head_size / known.multiplies,
-        "function unit": functions * pairs / known.elementwise,
+        "matrix units": products[inner] * pairs * spec.head_size / known.multiplies,
+        "function unit": (1 + hidden) * pairs / known.elementwise,
         "memory": moved / (told.mem_bw_bytes_per_second / clock),
     }
 
