@@ -3,6 +3,7 @@
 ``ATTNLAB_EVERY=n`` takes each n-th cell only.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -23,11 +24,11 @@ from attnlab import (
     modifiers,
     scores,
 )
-from attnlab.implementations import IMPLEMENTATIONS
+from attnlab.implementations import IMPLEMENTATIONS, pallas_tpu
 from attnlab.implementations.pallas_tpu import blocks, memory
+from attnlab.implementations.pallas_tpu.backward import Backward
 from attnlab.implementations.pallas_tpu.blocks import Blocks, limit
 from attnlab.implementations.pallas_tpu.call import Products, fit
-from attnlab.implementations.pallas_tpu.comparison import comparison
 from attnlab.implementations.pallas_tpu.steps import by_key, by_query
 from attnlab.ops.explain import canonical
 from attnlab.ops.prepare import prepare
@@ -248,21 +249,25 @@ def test_parameters_of_scores_under_vmap(name, mapped):
     )
 
 
-@pytest.mark.parametrize("kept", [1, 3, 19])
-def test_additive_scores_with_little_memory(kept, monkeypatch):
+@pytest.mark.parametrize(("units", "kept"), [(17, 0), (18, 3), (19, 19)])
+def test_additive_scores_with_little_memory(units, kept, monkeypatch):
     """Backward, the tanh of units that memory does not hold is computed again."""
-    name = "attnlab.implementations.pallas_tpu.comparison"
-    one = 4 * 128 * Interpreted.blocks.q
-    monkeypatch.setattr(sys.modules[name], "limit", lambda: 2 * kept * one)
-    score = scores.additive.init(jax.random.key(3), 16, hidden_size=19)
+    rooms = []
+
+    class Little(Backward):
+        def __init__(self, inputs, wanted, blocks, limit, interpret):
+            super().__init__(inputs, wanted, blocks, limit, interpret)
+            self.spare = kept * 4 * blocks.chunk * blocks.q
+            rooms.append(self.compare.room(blocks, "backward", self.spare))
+
+    monkeypatch.setattr(pallas_tpu, "Backward", Little)
+    score = scores.additive.init(jax.random.key(3), 16, hidden_size=units)
     q, k, v = random(1, 97, 4, 16), random(1, 70, 2, 16, seed=1), random(1, 70, 2, 8)
 
     def loss(score, q, k, v, implementation):
         given = dict(score=score, mask=masks.causal(), implementation=implementation)
         return jnp.square(attention(q, k, v, **given)).sum()
 
-    room = comparison(record(q, k, v, score=score)).room(Interpreted.blocks, "backward")
-    assert room[1].shape[0] == kept * Interpreted.blocks.chunk
     found, wanted = (
         jax.grad(loss, (0, 1, 2, 3))(score, q, k, v, n) for n in (NAME, "reference")
     )
@@ -270,6 +275,10 @@ def test_additive_scores_with_little_memory(kept, monkeypatch):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
         found,
         wanted,
+    )
+    # Beside the logits of a part and its sums.
+    assert [x.shape[0] // rooms[0][0].shape[0] for x in rooms[0][2:]] == [kept] * (
+        kept > 0
     )
 
 
@@ -488,6 +497,13 @@ def test_what_the_kernels_declare_is_within_the_estimate(monkeypatch):
         monkeypatch.setattr(sys.modules[module + name], "call", call)
     ours, rng = IMPLEMENTATIONS["pallas_tpu"], jax.random.key(0)
 
+    class Frugal(Backward):
+        """It does without what it could make use of."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.spare = 0
+
     def array(heads, size=128, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, 4096, heads, size), dtype)
 
@@ -522,6 +538,10 @@ def test_what_the_kernels_declare_is_within_the_estimate(monkeypatch):
                 ours.backward(inputs, output, lse, output, lse, wanted)
 
             jax.eval_shape(both, inputs)
+            assert declared["backward"] <= limit()
+            with monkeypatch.context() as patch:
+                patch.setattr(pallas_tpu, "Backward", Frugal)
+                jax.eval_shape(functools.partial(both), inputs)  # traced again
             assert ours.unsupported(inputs) == ()
             for of in ("forward", "backward"):
                 blocks = ours.sizes(inputs, of)

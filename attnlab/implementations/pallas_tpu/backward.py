@@ -30,7 +30,7 @@ from attnlab.implementations.pallas_tpu.learned import (
     window,
 )
 from attnlab.implementations.pallas_tpu.logits import Part, Rules
-from attnlab.implementations.pallas_tpu.memory import segment_of
+from attnlab.implementations.pallas_tpu.memory import bytes_needed, segment_of
 from attnlab.implementations.pallas_tpu.operands import Place
 from attnlab.implementations.pallas_tpu.steps import Step, by_key, run_if
 from attnlab.implementations.walk import Tiles
@@ -71,6 +71,7 @@ class Backward:
         plan = fit(plan_of(inputs, blocks[:2], cols=True), blocks[:2])
         self.tiles = Tiles(inputs, plan)
         self.segment = segment_of(inputs, blocks, limit)
+        self.spare = max(limit - bytes_needed(inputs, blocks, "backward", limit), 0)
         self.segments = -(-self.tiles.nq // self.segment)
         self.steps = by_key(plan, self.group, self.segment)
         self.rows = self.segments * self.segment * blocks.q
@@ -228,7 +229,7 @@ class Backward:
             [
                 pltpu.VMEM((s.P, self.blocks.q), f32),
                 *(x for w in windows for x in w.scratch),
-                *self.compare.room(self.blocks, "backward"),
+                *self.compare.room(self.blocks, "backward", self.spare),
             ],
             aliases={before + i: 3 + n for i, n in enumerate(zeroed)},
             name="attnlab_backward",

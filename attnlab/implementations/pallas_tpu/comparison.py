@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from attnlab.implementations.pallas_tpu.blocks import Blocks, limit
+from attnlab.implementations.pallas_tpu.blocks import Blocks
 from attnlab.implementations.pallas_tpu.call import NT, Products
 from attnlab.implementations.pallas_tpu.logits import Part
 from attnlab.implementations.pallas_tpu.operands import Place, Reader
@@ -96,8 +96,8 @@ class Comparison:
         """The parameters of the score, as the kernel takes them."""
         return []
 
-    def room(self, blocks: Blocks, of: str) -> list[Any]:
-        """Memory that the comparison needs."""
+    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[Any]:
+        """Memory that the comparison needs, and what it makes of spare bytes."""
         return []
 
     def logits(self, given: Given, part: Part) -> Array:
@@ -143,26 +143,19 @@ class _AdditiveComparison(Comparison):
         weight = self._weight()[..., None]
         return [_by_head(jnp.broadcast_to(weight, (*weight.shape[:3], _LANES)), place)]
 
-    def room(self, blocks: Blocks, of: str) -> list[Any]:
-        logits = (blocks.chunk, blocks.q)
-        tanh = (self._kept(blocks) * blocks.chunk, blocks.q)
-        sums = (_UNITS * blocks.chunk, _width(blocks.q))
-        shapes = (logits,) if of == "forward" else (logits, tanh, sums)
+    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[Any]:
+        shapes = [(blocks.chunk, blocks.q)]
+        if of == "backward":
+            shapes.append((_UNITS * blocks.chunk, _width(blocks.q)))
+            # The tanh of so many units is kept from the logits for their gradients.
+            kept = min(self.inputs.sizes.P, spare // (4 * blocks.chunk * blocks.q))
+            shapes += [(kept * blocks.chunk, blocks.q)] * (kept > 0)
         return [pltpu.VMEM(shape, f32) for shape in shapes]
 
-    def _kept(self, blocks: Blocks) -> int:
-        """The hidden units whose tanh the backward pass keeps from its logits.
-
-        All, or what fits into half the memory with the fewest keys at once; that of
-        others is computed twice.
-        """
-        most = limit() // 2 // (4 * _LANES * blocks.q)
-        return min(self.inputs.sizes.P, max(most, 1))
-
     def logits(self, given: Given, part: Part) -> Array:
-        (weight,), (z, *more), q, k = given.params, given.room, given.q, given.k
+        (weight,), (z, *_), q, k = given.params, given.room, given.q, given.k
         tiles, step = _tiles(q), math.gcd(_COMPARED, part.size)
-        kept = more[0].shape[0] // z.shape[0] if more else 0
+        tanh, kept = _tanh_of(given.room)
 
         def some(i: Array, _: None) -> None:
             key = k[pl.ds(part.first + i * step, step), :]
@@ -173,7 +166,7 @@ class _AdditiveComparison(Comparison):
                     t = jnp.tanh(key[:, unit] + q[unit, tile])
                     totals[n] += weight[unit, : t.shape[1]] * t
                     if p < kept:
-                        more[0][pl.ds(p * part.size + i * step, step), tile] = t
+                        tanh[pl.ds(p * part.size + i * step, step), tile] = t
             for tile, total in zip(tiles, totals, strict=True):
                 z[pl.ds(i * step, step), tile] = total
 
@@ -199,9 +192,9 @@ class _AdditiveComparison(Comparison):
         self, units: Sequence[int], row: Array, given: Given, part: Part, sums: Sums
     ) -> None:
         """Adds the gradients of some hidden units, side by side."""
-        (weight,), (z, tanh, wide), q, k = given.params, given.room, given.q, given.k
+        (weight,), (z, wide, *_), q, k = given.params, given.room, given.q, given.k
         tiles, width = _tiles(q), _width(q.shape[1])
-        kept = tanh.shape[0] // z.shape[0]
+        tanh, kept = _tanh_of(given.room)
         step = math.gcd(_PULLED, part.size)
         finished = math.gcd(_FINISHED, part.size)
         own = lax.broadcasted_iota(jnp.int32, row.shape, 1)
@@ -274,7 +267,7 @@ class _MlpComparison(Comparison):
     def params(self, place: Callable[..., Place]) -> list[Reader]:
         return [_by_head(x, place) for x in self._columns()]
 
-    def room(self, blocks: Blocks, of: str) -> list[Any]:
+    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[Any]:
         return [pltpu.VMEM((blocks.chunk, blocks.q), f32)]
 
     def one_key(
@@ -350,6 +343,12 @@ def _loop(count: int, body: Callable[[Array, Any], Any], start: Any) -> Any:
     """``lax.fori_loop`` from 0, whose counter is int32 in x64 mode, too."""
     with jax.enable_x64(False):
         return lax.fori_loop(0, count, body, start)
+
+
+def _tanh_of(room: Sequence[Any]) -> tuple[Any, int]:
+    """Where the tanh of some units is kept, and of how many."""
+    z, *more = room
+    return (more[1], more[1].shape[0] // z.shape[0]) if more[1:] else (None, 0)
 
 
 def _width(queries: int) -> int:
