@@ -165,7 +165,7 @@ def study(
     fn: Callable[..., Any],
     *shapes: Any,
     target: str,
-    timeout: float = 600.0,
+    timeout: float = 1800.0,
     cache: Path | None = None,
 ) -> Study:
     """Compiles a function for a TPU that need not be here.
