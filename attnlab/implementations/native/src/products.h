@@ -32,7 +32,9 @@ struct VectorOf<Pair> {
 //
 // kAlong: the scalars of a row follow each other (rows are `stride` apart); otherwise
 // the scalars of a step do (steps are `stride` apart).
-template <class E, int kN, int kVectors, bool kAlong>
+// kApart: what is there is added after the steps, not before: a sum of very many terms
+// rounds less, if sums of a few of them are taken first.
+template <class E, int kN, int kVectors, bool kAlong, bool kApart = false>
 INLINE void outer_block(float* __restrict__ out, int64_t out_stride, const E* vectors,
                         int64_t vector_stride, const E* scalars, int64_t stride,
                         int64_t steps, bool add) {
@@ -40,7 +42,7 @@ INLINE void outer_block(float* __restrict__ out, int64_t out_stride, const E* ve
   vf sums[kN][kVectors];
   for (int i = 0; i < kN; ++i)
     for (int j = 0; j < kVectors; ++j)
-      sums[i][j] = add ? load<vf>(out + i * out_stride + j * kWidth) : (vf){};
+      sums[i][j] = add && !kApart ? load<vf>(out + i * out_stride + j * kWidth) : (vf){};
   const E* rows[kN];
   for (int i = 0; i < kN; ++i) rows[i] = kAlong ? scalars + i * stride : scalars;
   for (int64_t step = 0; step < steps; ++step) {
@@ -53,8 +55,10 @@ INLINE void outer_block(float* __restrict__ out, int64_t out_stride, const E* ve
     }
   }
   for (int i = 0; i < kN; ++i)
-    for (int j = 0; j < kVectors; ++j)
-      store(out + i * out_stride + j * kWidth, sums[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      float* at = out + i * out_stride + j * kWidth;
+      store(at, add && kApart ? load<vf>(at) + sums[i][j] : sums[i][j]);
+    }
 }
 
 // [rows][kLanes] from scalars and lanes; `rows` is rounded up to kRows.
@@ -70,7 +74,7 @@ __attribute__((noinline)) void outer(float* out, const E* lanes, const E* scalar
 
 // out[row][0:width] += sum over lanes of scalars[row][lane] * vectors[lane][0:width];
 // `rows` is rounded up to kWideRows, `width` is a multiple of kWidth.
-template <class E>
+template <class E, bool kApart = false>
 __attribute__((noinline)) void outer_wide(float* out, const E* vectors, const E* scalars,
                                           int64_t stride, int64_t rows, int64_t steps,
                                           int64_t width) {
@@ -80,13 +84,14 @@ __attribute__((noinline)) void outer_wide(float* out, const E* vectors, const E*
       float* o = out + r * width + x;
       const E* s = scalars + r * stride;
       if (left >= kWideVectors) {
-        outer_block<E, kWideRows, kWideVectors, true>(o, width, vectors + x, width, s,
-                                                      stride, steps, true);
+        outer_block<E, kWideRows, kWideVectors, true, kApart>(o, width, vectors + x, width,
+                                                              s, stride, steps, true);
         continue;
       }
       for (int64_t j = 0; j < left; ++j)
-        outer_block<E, kWideRows, 1, true>(o + j * kWidth, width, vectors + x + j * kWidth,
-                                           width, s, stride, steps, true);
+        outer_block<E, kWideRows, 1, true, kApart>(o + j * kWidth, width,
+                                                   vectors + x + j * kWidth, width, s,
+                                                   stride, steps, true);
     }
   }
 }

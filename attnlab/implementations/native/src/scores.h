@@ -225,8 +225,8 @@ void network_gradients(const Problem& c, const Network& w, const float* q,
           store(d.bias[i] + at, load<vf>(d.bias[i] + at) + dz);
         }
       from_lanes(y.dz, y.out, y.wide, y.dz_rows);
-      outer_wide<float>(d.layer[i], y.dz_rows, y.x, kLanes, up(y.in, kWideRows), kLanes,
-                        y.wide);
+      outer_wide<float, true>(d.layer[i], y.dz_rows, y.x, kLanes, up(y.in, kWideRows),
+                              kLanes, y.wide);
       // Rows beyond `in` would read beyond the weights.
       int64_t whole = y.in / kRows * kRows;
       outer<float, true>(y.dx, y.dz, y.weight, y.width, whole, y.out, false);
