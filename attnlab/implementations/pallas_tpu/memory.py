@@ -1,6 +1,5 @@
 """Vector memory that a kernel needs, before the compiler says so."""
 
-import math
 from typing import Any
 
 import jax
@@ -39,8 +38,8 @@ def _block(rows: int, lanes: int, size: int) -> int:
 
 def _bytes(shape: tuple[int, ...]) -> int:
     """Of a float32 array."""
-    *lead, rows, lanes = shape
-    return math.prod(lead) * _block(rows, lanes, 4)
+    rows, lanes = shape
+    return _block(rows, lanes, 4)
 
 
 def bytes_needed(inputs: AttentionInputs, blocks: Blocks, of: str, limit: int) -> int:
