@@ -106,14 +106,19 @@ def both_passes(implementation, inputs, d_output, d_lse):
     return output, lse, [x for x in found if x is not None]
 
 
-def agrees_with_tiled(implementation, inputs, *cotangents):
-    found = both_passes(implementation, inputs, *cotangents)
-    wanted = both_passes(IMPLEMENTATIONS["tiled"], inputs, *cotangents)
+def equal(found, wanted):
+    """Equal but for the order in which float32 sums are taken."""
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5),
         found,
         wanted,
     )
+
+
+def agrees_with_tiled(implementation, inputs, *cotangents):
+    found = both_passes(implementation, inputs, *cotangents)
+    wanted = both_passes(IMPLEMENTATIONS["tiled"], inputs, *cotangents)
+    equal(found, wanted)
 
 
 EDGES = {
@@ -244,9 +249,7 @@ def test_parameters_of_scores_under_vmap(name, mapped):
     found, wanted = (
         jax.value_and_grad(loss, (0, 1))(score, x, n) for n in (NAME, "reference")
     )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted
-    )
+    equal(found, wanted)
 
 
 @pytest.mark.parametrize(("units", "kept"), [(17, 0), (18, 3), (19, 19)])
@@ -384,9 +387,7 @@ def test_a_traced_layout_with_more_blocks_of_keys_than_of_queries():
         jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=4)(layout, q, k, v, name)
         for name in (NAME, "reference")
     )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted
-    )
+    equal(found, wanted)
     assert np.asarray(found[2])[:, 192:].any()
 
 
@@ -405,9 +406,7 @@ def test_key_blocks_beyond_a_traced_layout_may_be_seen():
         )
         for name in (NAME, "reference")
     )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, wanted
-    )
+    equal(found, wanted)
     assert np.asarray(found[2]).any()
 
 
