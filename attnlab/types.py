@@ -45,6 +45,11 @@ def vary_like(x: Array, references: Any) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def accumulation_dtype(*dtypes: Any) -> Any:
+    """What sums of these floating types are held in: float64 if one is, else float32."""
+    return np.result_type(np.float32, *(d for d in dtypes if d == np.float64))
+
+
 class Operand(NamedTuple):
     """An array as its owner hands it over, before it is brought to the common form.
 
@@ -288,7 +293,7 @@ class AttentionInputs:
     @property
     def accumulation_dtype(self) -> Any:
         """float64 for float64 inputs, else float32."""
-        return jnp.promote_types(self.query.dtype, jnp.float32)
+        return accumulation_dtype(self.query.dtype)
 
 
 class Sizes(NamedTuple):

@@ -28,6 +28,10 @@ from attnlab.implementations.tiled import Tiled  # noqa: E402
 from attnlab.ops.dispatch import compute  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# What careful users set: nothing is broadcast or promoted that nobody asked for.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_legacy_prng_key", "error")
 
 hypothesis.settings.register_profile(
     "attnlab",

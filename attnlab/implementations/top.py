@@ -56,7 +56,8 @@ def top_weights(
             # A logit of -inf hides a pair, as a mask does.
             seen = visible_pairs(inputs.mask, tile, here.mask) & ~jnp.isneginf(logits)
             weights = jnp.where(seen, weights, -1)
-            found = ids[:, None] * tiles.bk + jnp.arange(tiles.bk, dtype=jnp.int32)
+            slots = jnp.arange(tiles.bk, dtype=jnp.int32)[None]
+            found = ids[:, None] * tiles.bk + slots
             found = jnp.broadcast_to(found.reshape(1, -1), weights.shape)
             best = jnp.concatenate([best, weights.astype(dtype)], 1)
             best, which = lax.top_k(best, k)

@@ -313,7 +313,8 @@ class Operands(NamedTuple):
         keys = cut.key_positions
         if tiles.inputs.index_positions:
             # Computed, not cut: fewer operations in the loop.
-            slots = ids[:, None] * tiles.bk + jnp.arange(tiles.bk, dtype=jnp.int32)
+            slots = jnp.arange(tiles.bk, dtype=jnp.int32)[None]
+            slots = ids[:, None] * tiles.bk + slots
             keys = jnp.where(slots < tiles.sizes.S, slots, -1).reshape(1, -1)
             slots = jnp.arange(tiles.bq, dtype=jnp.int32)[:, None]
             cut = cut._replace(query_positions=row.block * tiles.bq + slots)

@@ -13,7 +13,7 @@ import numpy as np
 
 from attnlab.masks.base import Bounds, Mask
 from attnlab.masks.geometry import Blocks
-from attnlab.masks.intervals import FAR, first_run, hull, namespace, runs
+from attnlab.masks.intervals import FAR, first_run, hull, namespace, numbers, runs
 from attnlab.masks.structural import nothing
 from attnlab.types import (
     Array,
@@ -58,9 +58,10 @@ class Lengths(Mask):
             if given is None:
                 result.append(None)
                 continue
-            slots = jnp.arange(length, dtype=jnp.int32)
-            slots = slots[:, None] if axis == -2 else slots[None, :]
             lengths = jnp.asarray(given)[..., None, None, None]
+            shape = [1] * lengths.ndim
+            shape[axis] = length
+            slots = jnp.arange(length, dtype=jnp.int32).reshape(shape)
             result.append(Operand(slots < lengths))
         return tuple(result)
 
@@ -162,8 +163,8 @@ class Documents(Mask):
         row_lo, row_hi, row_pure = (x[..., :, None] for x in spread(rows))
         col_lo, col_hi, col_pure = (x[..., None, :] for x in spread(cols))
         touched = (row_lo <= col_hi) & (col_lo <= row_hi)
-        complete = np.arange(cols.count) < cols.length // cols.size
-        same = row_pure & col_pure & (row_lo == col_lo) & complete
+        same = row_pure & col_pure & (row_lo == col_lo)
+        same = same & (numbers(cols.count, same.ndim) < cols.length // cols.size)
         return hull(touched), first_run(same)
 
     @property
@@ -213,8 +214,8 @@ class Dense(Mask):
                 some = xp.broadcast_to(some, shape)
                 every = xp.broadcast_to(every, shape)
                 if blocks is cols:
-                    tail = xp.arange(blocks.count) < blocks.length // blocks.size
-                    every = every & (tail if blocks.axis == 3 else tail[:, None])
+                    tail = numbers(blocks.count, 4) < blocks.length // blocks.size
+                    every = every & (tail if blocks.axis == 3 else tail.mT)
             else:
                 some = blocks.reduce(some, blocks.axis, "any", False)
                 every = blocks.reduce(every, blocks.axis, "all", blocks is rows)

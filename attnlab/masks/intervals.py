@@ -18,6 +18,11 @@ def namespace(*arrays: Any) -> Any:
     return np if all(isinstance(a, known) for a in arrays) else jnp
 
 
+def numbers(count: int, rank: int) -> np.ndarray:
+    """0 to ``count - 1`` along the last of ``rank`` axes, the others being 1."""
+    return np.arange(count, dtype=np.int32).reshape((1,) * (rank - 1) + (count,))
+
+
 def _cummax(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return np.maximum.accumulate(x, axis=-1)
@@ -115,7 +120,7 @@ def runs(flags: Any) -> Intervals:
     after = xp.concatenate(
         [flags[..., 1:], xp.zeros(flags.shape[:-1] + (1,), bool)], -1
     )
-    index = xp.arange(count, dtype=np.int32)
+    index = numbers(count, flags.ndim)
     lo = xp.sort(xp.where(flags & ~before, index, FAR), axis=-1)
     hi = xp.sort(xp.where(flags & ~after, index + 1, FAR), axis=-1)
     return Intervals(lo[..., : (count + 1) // 2], hi[..., : (count + 1) // 2])
@@ -136,6 +141,6 @@ def first_run(flags: Any) -> Intervals:
     xp = namespace(flags)
     count = flags.shape[-1]
     lo = xp.where(flags.any(-1), flags.argmax(-1), count)
-    stops = ~flags & (xp.arange(count) > lo[..., None])
+    stops = ~flags & (numbers(count, flags.ndim) > lo[..., None])
     hi = xp.where(stops.any(-1), stops.argmax(-1), count)
     return Intervals(lo[..., None].astype(np.int32), hi[..., None].astype(np.int32))

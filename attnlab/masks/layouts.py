@@ -9,7 +9,7 @@ import numpy as np
 from attnlab.masks.base import Bounds, Mask
 from attnlab.masks.data import describe, integers
 from attnlab.masks.geometry import Blocks
-from attnlab.masks.intervals import FAR, namespace
+from attnlab.masks.intervals import FAR, namespace, numbers
 from attnlab.masks.structural import nothing, size_argument
 from attnlab.types import Array, Operand, PyTree, Tile, pytree, static
 
@@ -76,7 +76,7 @@ class BlockLayout(Mask):
         aligned = rows.size % size == 0 or size % rows.size == 0
         span = -(-rows.size // size) + (not (aligned and rows.starts_at_zero))
         first, last = rows.rows_lo // size, rows.rows_hi // size
-        wanted = first + xp.arange(span)
+        wanted = first + numbers(span, first.ndim)
         known = (wanted >= 0) & (wanted <= last) & (wanted < entries)
         index = xp.clip(wanted, 0, entries - 1)
         lead = np.broadcast_shapes(table.shape[:2], index.shape[:2])
@@ -141,8 +141,9 @@ def blocks(indices: Any, block_size: int) -> Mask:
 
 def _traced_columns(indices: Array, count: int) -> Array:
     """Query blocks for each of the first key blocks, padded: any may list any."""
-    listed = (indices[..., None] == jnp.arange(count)).any(-2).swapaxes(-1, -2)
-    return jnp.where(listed, jnp.arange(indices.shape[-2]), -1).astype(np.int32)
+    listed = indices[..., None] == numbers(count, indices.ndim + 1)
+    listed = listed.any(-2).swapaxes(-1, -2)
+    return jnp.where(listed, numbers(listed.shape[-1], listed.ndim), -1)
 
 
 def _columns(indices: np.ndarray) -> np.ndarray:
@@ -190,8 +191,8 @@ def random_blocks(
     a = jax.random.permutation(first, num_blocks)
     b = jax.random.permutation(second, num_blocks)
     shifts = jax.random.permutation(third, num_blocks)[:blocks_per_row]
-    rows = b[(a[:, None] + shifts) % num_blocks]
-    cols = jnp.argsort(a)[(jnp.argsort(b)[:, None] - shifts) % num_blocks]
+    rows = b[(a[:, None] + shifts[None]) % num_blocks]
+    cols = jnp.argsort(a)[(jnp.argsort(b)[:, None] - shifts[None]) % num_blocks]
     return BlockLayout(
         rows.astype(jnp.int32),
         cols.astype(jnp.int32),

@@ -91,7 +91,7 @@ def scan_partial(
         by_query, by_key = counts
         lo, hi = pick(full.lo), pick(full.hi)
         widths = jnp.where(hi > lo, (hi - lo) * bk, 0)
-        index = jnp.arange(nk, dtype=jnp.int32)
+        index = numbers(nk, 2)
         inside = ((index >= lo[:, None]) & (index < hi[:, None])).any(0)
         by_key = by_key + jnp.repeat(inside, bk).astype(jnp.int32) * bq
         # Summed on the way: a result for each row would be O(T S / block) in memory.

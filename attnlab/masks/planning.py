@@ -70,7 +70,7 @@ def index_blocks(side: str, length: int, size: int, offset: Any = 0) -> Blocks:
     offset = xp.asarray(offset, dtype=np.int32).reshape(-1)
     starts = np.arange(0, length, size, dtype=np.int32)
     stops = np.minimum(starts + size, length) - 1
-    lo, hi = offset[:, None] + starts, offset[:, None] + stops
+    lo, hi = (offset[:, None] + ends[None] for ends in (starts, stops))
     return Blocks(side, size, length, lo, hi, offset)
 
 
@@ -136,7 +136,7 @@ def _live(mask: Mask, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
         certain = _of_positions(certain, rows, cols)
     if rows.side == "key" and rows.length % rows.size:
         # Like a last column, a last row of keys is full of what is no key.
-        last = np.arange(rows.count)[:, None] == rows.count - 1
+        last = numbers(rows.count, certain.lo.ndim - 1)[..., None] == rows.count - 1
         xp = namespace(*certain)
         certain = Intervals(certain.lo, xp.where(last, certain.lo, certain.hi))
     xp = namespace(*possible, *certain)

@@ -17,6 +17,7 @@ from attnlab.types import (
     Array,
     ArrayLike,
     AttentionResult,
+    accumulation_dtype,
     Score,
 )
 
@@ -265,7 +266,7 @@ class PredictiveAlignment(Alignment):
     def center(self, query: Array, lengths: Array) -> Array:
         """p: ``[B, T, features]``, lengths ``[B]`` -> ``[B, T]``."""
         x = self.place(jnp.tanh(self.hidden(query)))[..., 0]
-        x = jax.nn.sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        x = jax.nn.sigmoid(x.astype(accumulation_dtype(x.dtype)))
         return jnp.asarray(lengths)[..., None] * x
 
     def _attend(

@@ -10,7 +10,15 @@ from flax import nnx
 
 from attnlab.modifiers import alibi, alibi_slopes, relative_bias
 from attnlab.nn.parameters import named
-from attnlab.types import Array, Modifier, Operand, Tile, pytree, static
+from attnlab.types import (
+    Array,
+    Modifier,
+    Operand,
+    Tile,
+    accumulation_dtype,
+    pytree,
+    static,
+)
 
 
 def sinusoids(
@@ -226,7 +234,7 @@ class Rotary(Positions):
         where = (jnp.asarray(positions, jnp.float32) + self.offset) / self.scaling
         angle = where[..., None, None] * rate.astype(np.float32)
         sin, cos = jnp.sin(angle), jnp.cos(angle)
-        pairs = turning.astype(jnp.promote_types(x.dtype, jnp.float32))
+        pairs = turning.astype(accumulation_dtype(x.dtype))
         if self.interleaved:
             a, b = pairs[..., 0::2], pairs[..., 1::2]
         else:

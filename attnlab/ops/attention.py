@@ -25,6 +25,7 @@ from attnlab.types import (
     AttentionResult,
     Modifier,
     Score,
+    accumulation_dtype,
 )
 
 
@@ -282,7 +283,7 @@ def _nothing(args: Arguments, top_k: int | str | None) -> AttentionResult:
     """The result where there is no query, no key or no example."""
     *batch, t, heads, _ = args.query.shape
     s, size = args.key.shape[-3], args.value.shape[-1]
-    wide = jnp.promote_types(args.query.dtype, jnp.float32)
+    wide = accumulation_dtype(args.query.dtype)
     lse = jnp.full((*batch, t, heads), -jnp.inf, wide)
     if args.sinks is not None:
         lse = _with_sinks(lse, args.sinks)

@@ -120,9 +120,8 @@ def positions_of(
     else:
         offset = 0 if args.query_offset is None else args.query_offset
         offset = jnp.asarray(offset, jnp.int32)
-        positions = (
-            jnp.arange(t, dtype=jnp.int32)[:, None] + offset[..., None, None, None]
-        )
+        slots = jnp.arange(t, dtype=jnp.int32).reshape(*[1] * (offset.ndim + 1), t, 1)
+        positions = slots + offset[..., None, None, None]
     query = normalise(Operand(positions), batch, "query_positions")
     if args.key_positions is not None:
         positions = args.key_positions.astype(jnp.int32)[..., None, None, :]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.types import Array, Score, pytree
+from attnlab.types import Array, Score, accumulation_dtype, pytree
 
 
 @pytree
@@ -156,7 +156,7 @@ def _default_scale(head_size: int) -> float:
 
 
 def _unit(x: Array) -> Array:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(accumulation_dtype(x.dtype))
     square = (x * x).sum(-1, keepdims=True)
     # The inner where keeps the gradient of a zero vector finite.
     return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
@@ -168,4 +168,6 @@ def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
         result = jnp.einsum("blnh,hp->blnp", x, weight[0].astype(x.dtype))
     else:
         result = jnp.einsum("blnh,nhp->blnp", x, weight.astype(x.dtype))
-    return result if bias is None else result + bias.astype(x.dtype)
+    if bias is None:
+        return result
+    return result + bias.astype(x.dtype)[None, None]

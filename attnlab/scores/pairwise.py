@@ -1,6 +1,5 @@
 """Scores whose comparison is not an inner product: additive, concat, MLP."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +9,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.scores.inner import project
-from attnlab.types import Array, PyTree, Score, pytree, static, vary_like
+from attnlab.types import (
+    Array,
+    PyTree,
+    Score,
+    accumulation_dtype,
+    pytree,
+    static,
+    vary_like,
+)
 
 
 def _tile_type(*arrays: Array) -> Any:
-    return functools.reduce(jnp.promote_types, [a.dtype for a in arrays], jnp.float32)
+    return accumulation_dtype(*(a.dtype for a in arrays))
 
 
 def tanh_sum(weight: Array, query: Array, key: Array) -> Array:
@@ -301,9 +308,9 @@ class Mlp(Score):
         # stays in the cache.
         @jax.checkpoint
         def row(query: Array) -> Array:
-            x = self.activation(query + key)
+            x = self.activation(query[None] + key)
             for matrix, bias in hidden:
-                x = self.activation(x @ matrix + bias)
+                x = self.activation(x @ matrix + bias[None])
             return x @ weight
 
         return lax.map(row, query)
