@@ -45,8 +45,14 @@ def vary_like(x: Array, references: Any) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def add(x: Array, y: Array) -> Array:
+    """``x + y`` in the type that JAX promotes the two to, in strict mode, too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return x + y
+
+
 def accumulation_dtype(*dtypes: Any) -> Any:
-    """What sums of these floating types are held in: float64 if one is, else float32."""
+    """What sums of these types are held in: float64 if one is that, else float32."""
     return np.result_type(np.float32, *(d for d in dtypes if d == np.float64))
 
 

@@ -1,22 +1,47 @@
 """Set-up of every test: strict numerics, several CPU devices, quick compilation."""
 
+import functools
+import json
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 
-_FLAGS = (
-    # shard_map needs devices; the tests of sharding want at least four.
-    "--xla_force_host_platform_device_count=4",
-    # Compilation dominates: leave LLVM's optimisations out. XLA's own passes, which
-    # decide what is fused and what is held in memory, run all the same.
+#: Compilation dominates, so LLVM's optimisations are left out. XLA's own passes, which
+#: decide what is fused and what is held in memory, run all the same.
+_QUICK = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
 )
-if "jax" in sys.modules:
-    raise RuntimeError("tests/conftest.py must set XLA_FLAGS before jax is imported")
+#: shard_map needs devices; the tests of sharding want at least four.
+_NEEDED = ("--xla_force_host_platform_device_count=4",)
+
+
+def _known(flags):
+    """Those flags that this XLA knows: it ends a process that names another one."""
+    code = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.devices()"
+
+    def fine(flags):
+        env = {**os.environ, "XLA_FLAGS": " ".join(flags)}
+        run = [sys.executable, "-c", code]
+        return not subprocess.run(run, env=env, capture_output=True).returncode
+
+    return flags if fine(flags) else tuple(flag for flag in flags if fine([flag]))
+
+
+if "ATTNLAB_TESTS" not in os.environ:
+    # In the process that the others are started from; they inherit what it finds.
+    if "jax" in sys.modules:
+        raise RuntimeError("tests/conftest.py must set XLA_FLAGS before jax is imported")
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([given, *_known(_QUICK), *_NEEDED])
+    os.environ["ATTNLAB_TESTS"] = tempfile.mkdtemp(prefix="attnlab-tests-")
+#: Where the processes of one run share what they compile, and tell how much it was.
+SHARED = os.environ["ATTNLAB_TESTS"]
 # Where the TPU's compiler is installed, JAX would look for a TPU, loudly.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -28,6 +53,8 @@ from attnlab.implementations.tiled import Tiled  # noqa: E402
 from attnlab.ops.dispatch import compute  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", os.path.join(SHARED, "programs"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # What careful users set: nothing is broadcast or promoted that nobody asked for.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -43,6 +70,24 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("attnlab")
 
 
+def loosely(function):
+    """A function of another library, which promotes as JAX does by default."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def loose():
+    """For tests that run modules of another library in types that these promote."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def verb():
     """The module of the verb; the function of the same name hides it."""
     return sys.modules["attnlab.ops.attention"]
@@ -54,11 +99,58 @@ def forget():
     compute.clear_cache()
 
 
+#: Of this process: programs asked for, and how many of these were compiled before.
+PROGRAMS = {"asked": 0, "shared": 0}
+
+
+def _count_asked(event, duration, **_):
+    PROGRAMS["asked"] += event == "/jax/core/compile/backend_compile_duration"
+
+
+def _count_shared(event, **_):
+    PROGRAMS["shared"] += event == "/jax/compilation_cache/cache_hits"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_asked)
+jax.monitoring.register_event_listener(_count_shared)
+
+
+def pytest_sessionfinish():
+    with open(os.path.join(SHARED, f"count-{os.getpid()}.json"), "w") as file:
+        json.dump(PROGRAMS, file)
+
+
+def pytest_terminal_summary(terminalreporter):
+    counts = []
+    for name in os.listdir(SHARED):
+        if name.startswith("count-"):
+            with open(os.path.join(SHARED, name)) as file:
+                counts.append(json.load(file))
+    asked, shared = (sum(c[name] for c in counts) for name in ("asked", "shared"))
+    terminalreporter.write_line(
+        f"{asked:,} programs, {asked - shared:,} of them compiled (jax {jax.__version__})"
+    )
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(SHARED, ignore_errors=True)
+
+
+#: Each compiled program holds mappings of memory, and Linux allows 65,530.
+_MOST_MAPPINGS = 30_000
+
+
 @pytest.fixture(scope="module", autouse=True)
-def leave_no_programs():
-    """Each compiled program holds mappings of memory, and Linux allows 65,530."""
+def leave_few_programs():
     yield
-    jax.clear_caches()
+    try:
+        with open("/proc/self/maps") as file:
+            crowded = sum(1 for _ in file) > _MOST_MAPPINGS
+    except OSError:  # not Linux
+        crowded = True
+    if crowded:
+        jax.clear_caches()
 
 
 @pytest.fixture

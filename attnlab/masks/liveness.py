@@ -10,6 +10,7 @@ from jax.custom_batching import sequential_vmap
 
 from attnlab.masks.base import Mask, visible_pairs
 from attnlab.masks.geometry import Blocks
+from attnlab.masks.intervals import numbers
 from attnlab.masks.planning import (
     alone,
     head_count,

@@ -11,7 +11,7 @@ import numpy as np
 
 from attnlab.masks.base import Mask, visible_pairs
 from attnlab.masks.geometry import Blocks
-from attnlab.masks.intervals import FAR, difference, merge, namespace
+from attnlab.masks.intervals import FAR, difference, merge, namespace, numbers
 from attnlab.masks.per_head import PerHead
 from attnlab.types import (
     Array,

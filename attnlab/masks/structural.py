@@ -102,13 +102,13 @@ class Anchor(Mask):
 
     def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
         """See :class:`Mask`."""
-        runs = np.asarray(self.runs, np.int32).reshape(-1, 2)
-        lo, hi = runs[:, 0], runs[:, 1]
+        runs = np.asarray(self.runs, np.int32).reshape(1, 1, 1, -1, 2)
+        lo, hi = runs[..., 0], runs[..., 1]
         if rows.side == self.side:
             touches = ((rows.rows_lo < hi) & (rows.rows_hi >= lo)).any(-1)
             inside = (rows.rows_lo >= lo) & (rows.rows_hi < hi) & (rows.rows_hi >= 0)
             return cols.every(touches), cols.every_complete(inside.any(-1))
-        shape = (1, 1, rows.count, len(runs))
+        shape = (1, 1, rows.count, len(self.runs))
         lo, hi = np.broadcast_to(lo, shape), np.broadcast_to(hi, shape)
         return cols.touched(lo, hi), cols.covered(lo, hi)
 

@@ -17,8 +17,8 @@ from attnlab.types import (
     Array,
     ArrayLike,
     AttentionResult,
-    accumulation_dtype,
     Score,
+    accumulation_dtype,
 )
 
 Projection = Callable[[Array], Array]
@@ -267,7 +267,7 @@ class PredictiveAlignment(Alignment):
         """p: ``[B, T, features]``, lengths ``[B]`` -> ``[B, T]``."""
         x = self.place(jnp.tanh(self.hidden(query)))[..., 0]
         x = jax.nn.sigmoid(x.astype(accumulation_dtype(x.dtype)))
-        return jnp.asarray(lengths)[..., None] * x
+        return jnp.asarray(lengths).astype(x.dtype)[..., None] * x
 
     def _attend(
         self,
@@ -279,10 +279,10 @@ class PredictiveAlignment(Alignment):
         key_positions: Array | None,
         top_k: Any,
     ) -> AttentionResult:
-        slots = jnp.arange(memory.value.shape[1])[None]
+        slots = jnp.arange(memory.value.shape[1], dtype=jnp.int32)[None]
         places = slots if key_positions is None else key_positions
         center = self.center(query, places.max(-1) + 1)
-        away = places[..., None, :] - center[..., None]
+        away = places[..., None, :].astype(center.dtype) - center[..., None]
         near = jnp.abs(away) <= self.half_width
         bell = jnp.where(near, -2 * (away / self.half_width) ** 2, -jnp.inf)
         box = jnp.where(near, 0, -jnp.inf).astype(bell.dtype)

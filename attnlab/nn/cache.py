@@ -60,7 +60,7 @@ class Cache:
 
     def next_positions(self, count: int) -> Array:
         """``[B, count]``: the positions that follow what is held."""
-        return self.length[:, None] + jnp.arange(count, dtype=jnp.int32)
+        return self.length[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
 
     def mask(self) -> Mask:
         """Who may attend to whom where nothing beyond the cache is kept."""

@@ -172,7 +172,7 @@ class GRU(Cell):
         r, z, n = jnp.split(gates, 3, -1)
         of_r, of_z, of_n = jnp.split(self._turned(state, gates.dtype), 3, -1)
         r, z = jax.nn.sigmoid(r + of_r), jax.nn.sigmoid(z + of_z)
-        n = jnp.tanh(n + r * (of_n + self.bias.astype(gates.dtype)))
+        n = jnp.tanh(n + r * (of_n + self.bias.astype(gates.dtype)[None]))
         return (1 - z) * n + z * state
 
 

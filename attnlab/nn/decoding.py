@@ -173,7 +173,7 @@ def _decode(
         ]
         token = jnp.where(c.ended, padding, found)
         tokens = lax.dynamic_update_index_in_dim(c.tokens, token, c.count, 1)
-        lengths = c.lengths + ~c.ended
+        lengths = c.lengths + (~c.ended).astype(jnp.int32)
         scores = c.scores + jnp.where(c.ended, 0, gain)
         ended = c.ended | (token == end)
         logits, state = step(token[:, None], c.state)
@@ -250,7 +250,7 @@ def beam_search(
     batch = prompt.shape[0]
 
     def penalty(tokens: Any) -> Array:
-        return ((5.0 + tokens) / 6.0) ** length_penalty
+        return ((5.0 + jnp.float32(tokens)) / 6.0) ** length_penalty
 
     class Carry(NamedTuple):
         count: Array

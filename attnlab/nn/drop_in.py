@@ -117,7 +117,7 @@ def attention_fn(
         extra = mask
         if mask is not None and not isinstance(mask, Mask):
             # Flax makes masks of any dtype: what is not 0 is visible.
-            visible = as_array("mask", mask) != 0
+            visible = as_array("mask", mask).astype(bool)
             extra = as_visible(visible, full)
             if t == 1 and key.shape[-3] > 1:
                 args = args._replace(query_offset=_last_visible(visible, full))

@@ -87,4 +87,7 @@ class Embedding(nnx.Module):
     def logits(self, x: Array) -> Array:
         """``[*, features] -> [*, V]``, by the same vectors."""
         logits = self.table.attend(x)
-        return logits if self.bias is None else logits + self.bias.astype(logits.dtype)
+        if self.bias is None:
+            return logits
+        lead = (1,) * (logits.ndim - 1)
+        return logits + self.bias.astype(logits.dtype).reshape(*lead, -1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.nn.parameters import GLOROT, Initializer, named
-from attnlab.types import Array
+from attnlab.types import Array, add
 
 Layer = Callable[[Array], Array]
 
@@ -35,7 +35,7 @@ class Residual(nnx.Module):
 
     def __call__(self, x: Array, layer: Layer) -> Array:
         """``[*, features]``, and a function of that shape."""
-        return x + self._added(layer(x))
+        return add(x, self._added(layer(x)))
 
     def _added(self, x: Array) -> Array:
         return x if self.dropout is None else self.dropout(x)
@@ -70,7 +70,7 @@ class PreNorm(_Normed):
 
     def __call__(self, x: Array, layer: Layer) -> Array:
         """See :class:`Residual`."""
-        return x + self._added(layer(self.norm(x)))
+        return add(x, self._added(layer(self.norm(x))))
 
 
 class PostNorm(_Normed):
@@ -86,7 +86,7 @@ class PostNorm(_Normed):
 
     def __call__(self, x: Array, layer: Layer) -> Array:
         """See :class:`Residual`."""
-        return self.norm(x + self._added(layer(x)))
+        return self.norm(add(x, self._added(layer(x))))
 
 
 class NoResidual(_Normed):

@@ -42,10 +42,20 @@ def sinusoids(
     if features % 2:
         raise ValueError(f"features: expected an even number, got {features}")
     rate = base ** (-np.arange(0, features, 2) / features)
-    angle = jnp.asarray(positions, jnp.float32)[..., None] * rate.astype(np.float32)
+    angle = _times(jnp.asarray(positions, jnp.float32), rate)
     axis = angle.ndim if interleaved else angle.ndim - 1
     pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis)
     return pairs.reshape(*angle.shape[:-1], features)
+
+
+def _times(x: Array, rate: np.ndarray) -> Array:
+    """``[*], [n] -> [*, n]``, float32."""
+    return x[..., None] * rate.astype(np.float32).reshape((1,) * x.ndim + (-1,))
+
+
+def _of_rank(x: Array, rank: int) -> Array:
+    """With leading axes of 1, where it has fewer than ``rank`` axes."""
+    return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
 def positions_of(x: Array, offset: Any, given: Array | None) -> Array:
@@ -59,7 +69,8 @@ def positions_of(x: Array, offset: Any, given: Array | None) -> Array:
     if given is not None:
         return jnp.asarray(given)
     slots = jnp.arange(x.shape[-2], dtype=jnp.int32)
-    return slots + jnp.asarray(offset, jnp.int32)[..., None]
+    offset = jnp.asarray(offset, jnp.int32)[..., None]
+    return _of_rank(slots, offset.ndim) + offset
 
 
 class Sinusoidal(nnx.Module):
@@ -83,7 +94,7 @@ class Sinusoidal(nnx.Module):
         added = sinusoids(
             positions, x.shape[-1], base=self.base, interleaved=self.interleaved
         )
-        return x + added.astype(x.dtype)
+        return x + _of_rank(added, x.ndim).astype(x.dtype)
 
 
 class Learned(nnx.Module):
@@ -132,7 +143,7 @@ class Learned(nnx.Module):
         # An empty slot (-1) has some vector, which nobody sees.
         index = jnp.maximum(positions, 0)
         rows = jnp.take(self.table[...], index, axis=0, mode="fill", fill_value=jnp.nan)
-        return x + rows.astype(x.dtype)
+        return x + _of_rank(rows, x.ndim).astype(x.dtype)
 
 
 class Positions(nnx.Module):
@@ -232,7 +243,8 @@ class Rotary(Positions):
         turning, rest = x[..., :size], x[..., size:]
         rate = self.base ** (-np.arange(0, size, 2) / size)
         where = (jnp.asarray(positions, jnp.float32) + self.offset) / self.scaling
-        angle = where[..., None, None] * rate.astype(np.float32)
+        angle = _times(where[..., None], rate)
+        angle = _of_rank(angle, x.ndim)
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         pairs = turning.astype(accumulation_dtype(x.dtype))
         if self.interleaved:

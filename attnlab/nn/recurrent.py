@@ -322,6 +322,7 @@ def _read(
     batch, length = shape
     if lengths is not None and documents is not None:
         raise ValueError("lengths: give lengths or documents, got both")
+    slots = jnp.arange(length, dtype=jnp.int32)[None]
     if lengths is not None:
         lengths = jnp.asarray(integers("lengths", lengths))
         if lengths.shape != (batch,):
@@ -335,7 +336,7 @@ def _read(
                 f"lengths: expected 0 to {length}, the length of the sequence, "
                 f"got {lengths}"
             )
-        return jnp.arange(length) < lengths[:, None], None
+        return slots < lengths[:, None], None
     if documents is None:
         return None, None
     ids = jnp.asarray(integers("documents", documents))
@@ -344,7 +345,7 @@ def _read(
             f"documents: expected ids of shape {(batch, length)}, got {ids.shape}"
         )
     real = ids >= 0
-    slots = jnp.where(real, jnp.arange(length), length if reverse else -1)
+    slots = jnp.where(real, slots, length if reverse else -1)
     # The real token that was read before: padding between two does not part them.
     if reverse:
         before = lax.cummin(slots, axis=1, reverse=True)[:, 1:]

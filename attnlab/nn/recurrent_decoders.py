@@ -187,7 +187,7 @@ class PlainDecoder(RecurrentDecoder):
     ) -> tuple[Array, None, RecurrentState]:
         embedded = self.embedding(tokens)
         summary = state.source
-        gates = self.cell.project(embedded.swapaxes(0, 1)) + self.context(summary)
+        gates = self.cell.project(embedded.swapaxes(0, 1)) + self.context(summary)[None]
         outputs, last = run_cell(self.cell, gates, state.cell)
         outputs = outputs.swapaxes(0, 1)
         shape = (*tokens.shape, summary.shape[-1])
@@ -254,7 +254,7 @@ class AttentiveDecoder(RecurrentDecoder):
 
 def following(state: RecurrentState, tokens: Array) -> Array:
     """``[B, T]``: the positions of the next tokens."""
-    return state.position[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    return state.position[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
 
 
 def fits(name: str, what: str, found: int, expected: int) -> None:

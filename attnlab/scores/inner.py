@@ -46,7 +46,7 @@ class ScaledDot(Score):
         """See :class:`attnlab.Score`."""
         if self.scale is None:
             return query * _default_scale(query.shape[-1])
-        return (query * jnp.asarray(self.scale)[..., None]).astype(query.dtype)
+        return _times(query, self.scale).astype(query.dtype)
 
     def without_scale(self, head_size: int) -> tuple[Score, float]:
         """See :class:`attnlab.Score`."""
@@ -134,8 +134,7 @@ class Cosine(Score):
 
     def project_query(self, query: Array) -> Array:
         """See :class:`attnlab.Score`."""
-        temperature = jnp.asarray(self.temperature)[..., None]
-        return (_unit(query) * temperature).astype(query.dtype)
+        return _times(_unit(query), self.temperature).astype(query.dtype)
 
     def project_key(self, key: Array) -> Array:
         """See :class:`attnlab.Score`."""
@@ -153,6 +152,13 @@ class Cosine(Score):
 def _default_scale(head_size: int) -> float:
     # Of no numbers the product is 0, whatever its scale.
     return 1 / math.sqrt(max(head_size, 1))
+
+
+def _times(x: Array, factor: Any) -> Array:
+    """``[*, N, H]`` times a number or ``[N]``, in the accumulation type."""
+    dtype = accumulation_dtype(x.dtype)
+    factor = jnp.asarray(factor).astype(dtype)
+    return x.astype(dtype) * factor.reshape((1,) * (x.ndim - 2) + (-1, 1))
 
 
 def _unit(x: Array) -> Array:

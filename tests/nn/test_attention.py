@@ -20,7 +20,7 @@ def by_hand(layer, query, key=None, value=None, **options):
 
     def project(linear, x):
         y = jnp.einsum("btf,fnh->btnh", x, linear.kernel[...])
-        return y if linear.bias is None else y + linear.bias[...]
+        return y if linear.bias is None else y + linear.bias[...][None, None]
 
     heads = attention(
         project(layer.query, query),
@@ -29,7 +29,8 @@ def by_hand(layer, query, key=None, value=None, **options):
         implementation="reference",
         **options,
     )
-    return jnp.einsum("btnd,ndf->btf", heads, layer.out.kernel[...]) + layer.out.bias
+    y = jnp.einsum("btnd,ndf->btf", heads, layer.out.kernel[...])
+    return y if layer.out.bias is None else y + layer.out.bias[...][None, None]
 
 
 def test_self_attention_is_its_equation():

@@ -129,7 +129,8 @@ def test_mlp(sizes, activation):
     q_p, k_p = pairs(one, other)
     x = act(q_p + k_p)
     for matrix, bias in score.hidden:
-        x = act(np.einsum("bntsp,npm->bntsm", x, matrix) + bias[:, None, None])
+        x = np.einsum("bntsp,npm->bntsm", x, matrix)
+        x = act(x + np.asarray(bias)[:, None, None])
     wanted = (x * np.asarray(score.weight)[:, None, None]).sum(-1)
     np.testing.assert_allclose(logits_of(score, q, k), wanted, atol=5e-5)
 
@@ -237,7 +238,7 @@ def test_tanh_sum():
     weight, q, k = (
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((P,), (T, P), (S, P))
     )
-    wanted = (weight * np.tanh(q[:, None] + k[None])).sum(-1)
+    wanted = np.tanh(q[:, None] + k[None]) @ weight
     np.testing.assert_allclose(tanh_sum(weight, q, k), wanted, atol=1e-5)
     with jax.enable_x64(True):
         wide = [jnp.asarray(x, jnp.float64) for x in (weight, q, k)]
