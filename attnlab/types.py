@@ -45,10 +45,11 @@ def vary_like(x: Array, references: Any) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def add(x: Array, y: Array) -> Array:
-    """``x + y`` in the type that JAX promotes the two to, in strict mode, too."""
+def promoted(*arrays: Array) -> list[Array]:
+    """The arrays in the type that JAX promotes them to, in strict mode, too."""
     with jax.numpy_dtype_promotion("standard"):
-        return x + y
+        dtype = jnp.result_type(*arrays)
+    return [x.astype(dtype) for x in arrays]
 
 
 def accumulation_dtype(*dtypes: Any) -> Any:
@@ -193,7 +194,7 @@ class Intervals(NamedTuple):
         """Blocks in each row, ``[Bp, Np, rows]``."""
         zero = self.lo.dtype.type(0)
         xp = np if isinstance(self.lo, np.ndarray) else jnp
-        return xp.maximum(self.hi - self.lo, zero).sum(-1)
+        return xp.maximum(self.hi - self.lo, zero).sum(-1, dtype=self.lo.dtype)
 
 
 class Live(NamedTuple):

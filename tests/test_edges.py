@@ -210,7 +210,7 @@ def test_gradients_of_sinks_where_a_query_sees_nothing(sink):
         q, jnp.full(2, sink)
     )
     np.testing.assert_allclose(found[0], d_q, atol=1e-6)
-    np.testing.assert_allclose(found[1], d_sinks + np.isfinite(sink), atol=1e-6)
+    np.testing.assert_allclose(found[1], d_sinks + float(np.isfinite(sink)), atol=1e-6)
 
 
 def test_keys_that_minus_infinity_hides_are_none_of_the_greatest():

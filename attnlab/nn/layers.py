@@ -8,9 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.nn.parameters import GLOROT, Initializer, named
-from attnlab.types import Array, add
+from attnlab.types import Array, promoted
 
 Layer = Callable[[Array], Array]
+
+
+def _sum(x: Array, added: Array) -> Array:
+    x, added = promoted(x, added)
+    return x + added
 
 
 class Residual(nnx.Module):
@@ -35,7 +40,7 @@ class Residual(nnx.Module):
 
     def __call__(self, x: Array, layer: Layer) -> Array:
         """``[*, features]``, and a function of that shape."""
-        return add(x, self._added(layer(x)))
+        return _sum(x, self._added(layer(x)))
 
     def _added(self, x: Array) -> Array:
         return x if self.dropout is None else self.dropout(x)
@@ -70,7 +75,7 @@ class PreNorm(_Normed):
 
     def __call__(self, x: Array, layer: Layer) -> Array:
         """See :class:`Residual`."""
-        return add(x, self._added(layer(self.norm(x))))
+        return _sum(x, self._added(layer(self.norm(x))))
 
 
 class PostNorm(_Normed):
@@ -86,7 +91,7 @@ class PostNorm(_Normed):
 
     def __call__(self, x: Array, layer: Layer) -> Array:
         """See :class:`Residual`."""
-        return self.norm(add(x, self._added(layer(x))))
+        return self.norm(_sum(x, self._added(layer(x))))
 
 
 class NoResidual(_Normed):

@@ -243,6 +243,7 @@ def test_ratios_for_the_readme():
 
 
 @needs_torch
+@pytest.mark.usefixtures("loose")  # for optax
 def test_the_training_step_is_the_same_mathematics():
     sizes = training_step.Sizes(2, 40, 2, 16, 2, 31)
     tokens = np.random.default_rng(0).integers(0, 31, (2, 41))

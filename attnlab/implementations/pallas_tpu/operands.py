@@ -205,7 +205,7 @@ def bits(mask: Mask, operands: PyTree, tiles: Tiles) -> Array:
     heads = max(head_count(mask), *(x.shape[1] for x in leaves))
     shape = batch, heads, tiles.nk * tiles.bk // WORD, tiles.nq * tiles.bq
     words = jnp.zeros(shape, jnp.int32)
-    shift = jnp.arange(WORD, dtype=jnp.uint32)[:, None]
+    shift = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]
     lines, bounds = lo.shape[2:]
     if bounds == 0:
         return words
