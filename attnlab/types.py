@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnlab.pytrees import by_name as by_name
+from attnlab.pytrees import itself as itself
 from attnlab.pytrees import pytree as pytree
 from attnlab.pytrees import skeleton as skeleton
 from attnlab.pytrees import static as static
