@@ -85,6 +85,12 @@ class Tile(NamedTuple):
     head: Any
 
 
+def inherits(x: Any, base: type, *methods: str) -> bool:
+    """Whether these methods of ``x`` are those of ``base``: nothing overrides them."""
+    own = (getattr(getattr(x, name), "__func__", None) for name in methods)
+    return all(f is getattr(base, name) for f, name in zip(own, methods, strict=True))
+
+
 class Score:
     """What similarity is: project each side token by token, then compare pairs.
 
@@ -132,7 +138,7 @@ class Score:
     @property
     def is_inner_product(self) -> bool:
         """Whether the logits are plain inner products of the projections."""
-        return type(self).compare is Score.compare
+        return inherits(self, Score, "compare")
 
     def without_scale(self, head_size: int) -> tuple["Score", float]:
         """Of inner products: the same but for a constant factor, and that factor."""

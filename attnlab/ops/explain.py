@@ -107,7 +107,7 @@ def crossover(
         and inputs.index_positions
         and s.T == s.S > 0
     )
-    if not fits or isinstance(mask, Full) or not known or not alike:
+    if not fits or type(mask) is Full or not known or not alike:
         return None
     blocks = chosen.block_sizes(inputs)
 
