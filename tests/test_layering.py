@@ -11,12 +11,13 @@ PACKAGE = ROOT / "attnlab"
 #: For each room, the rooms that it may import besides itself.
 MAY_IMPORT = {
     "pytrees": set(),
+    "arguments": set(),
     "types": {"pytrees"},
-    "scores": {"types"},
-    "modifiers": {"types"},
-    "masks": {"types"},
+    "scores": {"types", "arguments"},
+    "modifiers": {"types", "arguments"},
+    "masks": {"types", "arguments"},
     "implementations": {"types", "scores", "modifiers", "masks"},
-    "ops": {"types", "scores", "modifiers", "masks", "implementations"},
+    "ops": {"types", "arguments", "scores", "modifiers", "masks", "implementations"},
     "nn": {"types", "scores", "modifiers", "masks", "ops"},
     "bench": {"types", "scores", "modifiers", "masks", "implementations", "ops"},
 }

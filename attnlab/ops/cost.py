@@ -14,10 +14,10 @@ from attnlab.masks.liveness import scan_partial
 from attnlab.masks.per_head import PerHead
 from attnlab.masks.planning import normalise_tree, plan_of
 from attnlab.ops.attention import run_attention
-from attnlab.ops.choice import choose, default_platform
+from attnlab.ops.choice import as_platform, choose, default_platform
 from attnlab.ops.explain import canonical, describe
 from attnlab.ops.prepare import numbering_of, positions_of
-from attnlab.ops.validate import Arguments, Options
+from attnlab.ops.validate import Arguments, Options, check_names
 from attnlab.types import AttentionInputs, Plan
 
 
@@ -112,9 +112,9 @@ def cost(
         >>> c.pairs == 8 * 4096 * 4097 // 2, c.exact
         (True, True)
     """
+    check_names("cost", options)
     args, inputs = canonical(query, key, value, options)
-    here = default_platform()
-    platform = here if platform is None else platform
+    here, platform = default_platform(), as_platform(platform)
     chosen = choose(inputs, options.get("implementation"), platform)
     sizes, exact = inputs.sizes, True
     known = args

@@ -3,7 +3,7 @@
 from typing import Any
 
 from attnlab.scores.pairwise import Additive, Mlp
-from attnlab.types import Array, PyTree, Score, inherits, pytree
+from attnlab.types import Array, PyTree, Score, check_score, inherits, pytree
 
 
 @pytree
@@ -91,4 +91,5 @@ def projected_keys(score: Score) -> Score:
         >>> attention(query, projected, key, score=projected_keys(score)).shape
         (1, 2, 1, 4)
     """
+    check_score(score)
     return ProjectedKeys(score)
