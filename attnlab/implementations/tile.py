@@ -90,14 +90,37 @@ def compare(inputs: AttentionInputs, params: PyTree, query: Array, key: Array) -
 
 
 def modify(
-    inputs: AttentionInputs, logits: Array, tile: Tile, operands: PyTree
+    inputs: AttentionInputs,
+    logits: Array,
+    tile: Tile,
+    operands: PyTree,
+    seen: Array | None = None,
 ) -> Array:
-    """Applies the modifiers in the order given."""
+    """Applies the modifiers in the order given.
+
+    Args:
+        inputs: the canonical record.
+        logits: ``[q, k]``.
+        tile: where they lie.
+        operands: of each modifier.
+        seen: ``[q or 1, k or 1]``, where a pair is visible: elsewhere no gradient
+            passes, whatever a modifier's slope may be there; None: everywhere.
+    """
+    shape, dtype = logits.shape, logits.dtype
     for modifier, own in zip(inputs.modifiers, operands, strict=True):
         name = f"modifiers: {type(modifier).__name__}.apply"
-        given = logits, tile, *own
-        logits = _logits(name, logits.shape, logits.dtype, modifier.apply, *given)
+        given = [logits, *own]
+        if seen is not None:
+            given = [_only_where(seen, x) if x.shape == shape else x for x in given]
+        logits, *given = given
+        logits = _logits(name, shape, dtype, modifier.apply, logits, tile, *given)
     return logits
+
+
+def _only_where(seen: Array, x: Array) -> Array:
+    """``x``; where a pair is not seen it is finite, and has no gradient."""
+    other = lax.stop_gradient(x)
+    return jnp.where(seen, x, jnp.where(jnp.isfinite(other), other, 0))
 
 
 def _logits(
