@@ -12,12 +12,14 @@ PACKAGE = ROOT / "attnlab"
 MAY_IMPORT = {
     "pytrees": set(),
     "arguments": set(),
+    "reverse": set(),
     "types": {"pytrees"},
-    "scores": {"types", "arguments"},
+    "scores": {"types", "arguments", "reverse"},
     "modifiers": {"types", "arguments"},
     "masks": {"types", "arguments"},
     "implementations": {"types", "scores", "modifiers", "masks"},
-    "ops": {"types", "arguments", "scores", "modifiers", "masks", "implementations"},
+    "ops": {"types", "arguments", "reverse"}
+    | {"scores", "modifiers", "masks", "implementations"},
     "nn": {"types", "scores", "modifiers", "masks", "ops"},
     "bench": {"types", "scores", "modifiers", "masks", "implementations", "ops"},
 }

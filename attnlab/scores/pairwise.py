@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab import arguments
+from attnlab.reverse import reverse_only
 from attnlab.scores.inner import check_weight, project
 from attnlab.types import (
     Array,
@@ -19,6 +20,9 @@ from attnlab.types import (
     static,
     vary_like,
 )
+
+#: What it would need.
+_FORWARD_MODE = "additive and concat scores does not exist"
 
 
 def _tile_type(*arrays: Array) -> Any:
@@ -34,7 +38,7 @@ def tanh_sum(weight: Array, query: Array, key: Array) -> Array:
     ``[q, k, P]`` exists, forward or backward.
     """
     # Inside shard_map all must vary alike: then JAX, not we, sums gradients.
-    everything = weight, query, key
+    everything = reverse_only((weight, query, key), _FORWARD_MODE)
     return _tanh_sum(*(vary_like(x, everything) for x in everything))
 
 
