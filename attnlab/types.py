@@ -161,16 +161,6 @@ class Score:
         return 0
 
 
-def check_score(score: Any) -> None:
-    """Raises a TypeError if it is no score."""
-    if not isinstance(score, Score):
-        hint = "; that is a class: call it, or its init"
-        raise TypeError(
-            f"score: expected an attnlab score, got {score!r}"
-            f"{hint if isinstance(score, type) else ''}"
-        )
-
-
 class Modifier:
     """What is done to the logits after the score and before the mask.
 

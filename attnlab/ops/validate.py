@@ -12,7 +12,8 @@ from attnlab.implementations.tile import precision_name
 from attnlab.masks.base import Mask, as_mask
 from attnlab.ops.choice import named
 from attnlab.scores.inner import ScaledDot
-from attnlab.types import Array, ArrayLike, Modifier, Score, check_score
+from attnlab.scores.projected import check_score
+from attnlab.types import Array, ArrayLike, Modifier, Score
 
 
 class Options(TypedDict, total=False):

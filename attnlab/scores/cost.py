@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import arguments
-from attnlab.types import Score, check_score
+from attnlab.scores.projected import check_score
+from attnlab.types import Score
 
 
 class ScoreCost(NamedTuple):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from attnlab.scores.pairwise import Additive, Mlp
-from attnlab.types import Array, PyTree, Score, check_score, inherits, pytree
+from attnlab.types import Array, PyTree, Score, inherits, pytree
 
 
 @pytree
@@ -53,6 +53,16 @@ class ProjectedKeys(Score):
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
         return self.score.flops_per_query(head_size)
+
+
+def check_score(score: Any) -> None:
+    """Raises a TypeError if it is no score."""
+    if not isinstance(score, Score):
+        hint = "; that is a class: call it, or its init"
+        raise TypeError(
+            f"score: expected an attnlab score, got {score!r}"
+            f"{hint if isinstance(score, type) else ''}"
+        )
 
 
 def bare(score: Score) -> Any:

@@ -543,7 +543,11 @@ OWN = {
         TypeError,
         "score: Own.compare yields bool, expected a real floating type",
     ),
-    "complex": (own_score(lambda q, k: q @ k.T * 1j), TypeError, "yields complex64"),
+    "complex": (
+        own_score(lambda q, k: (q @ k.T).astype(complex)),
+        TypeError,
+        "yields complex64",
+    ),
     "projection": (
         {"score": Narrow()},
         ValueError,
