@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnlab.pytrees import by_name as by_name
+from attnlab.pytrees import itself as itself
 from attnlab.pytrees import pytree as pytree
 from attnlab.pytrees import skeleton as skeleton
 from attnlab.pytrees import static as static
@@ -84,6 +86,12 @@ class Tile(NamedTuple):
     head: Any
 
 
+def inherits(x: Any, base: type, *methods: str) -> bool:
+    """Whether these methods of ``x`` are those of ``base``: nothing overrides them."""
+    own = (getattr(getattr(x, name), "__func__", None) for name in methods)
+    return all(f is getattr(base, name) for f, name in zip(own, methods, strict=True))
+
+
 class Score:
     """What similarity is: project each side token by token, then compare pairs.
 
@@ -131,7 +139,7 @@ class Score:
     @property
     def is_inner_product(self) -> bool:
         """Whether the logits are plain inner products of the projections."""
-        return type(self).compare is Score.compare
+        return inherits(self, Score, "compare")
 
     def without_scale(self, head_size: int) -> tuple["Score", float]:
         """Of inner products: the same but for a constant factor, and that factor."""
@@ -176,7 +184,7 @@ class Modifier:
             tile: where they lie.
             operands: each ``[q or 1, k or 1, *payload]``.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a modifier needs an apply of its own")
 
 
 class Intervals(NamedTuple):

@@ -44,7 +44,8 @@ SURFACE = {
 
 
 def public(module):
-    rooms = {"bench", "implementations", "nn", "ops", "prng", "pytrees", "types"}
+    rooms = {"arguments", "bench", "implementations", "nn", "ops", "prng", "pytrees"}
+    rooms |= {"reverse", "types"}
     own = {"base", "bias", "data", "inner", "intervals", "pairwise", "patterns"}
     own |= {"geometry", "layouts", "liveness", "planning", "relative", "structural"}
     own |= {"anchors", "attention", "blocks", "cache", "decoding", "drop_in"}

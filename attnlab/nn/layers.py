@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.nn.parameters import GLOROT, Initializer, named
-from attnlab.types import Array, promoted
+from attnlab.types import Array, by_name, itself, promoted
 
 Layer = Callable[[Array], Array]
 
@@ -163,6 +163,15 @@ class FeedForward(nnx.Module):
         self.gate = self._gate(linear, features, hidden_features)
         self.down = linear(hidden_features, features, "hidden", "embed")
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs) if dropout_rate else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds; the activation is found by its name."""
+        state = super().__getstate__()
+        return state | {"activation": by_name(self.activation)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See :meth:`__getstate__`."""
+        super().__setstate__(state | {"activation": itself(state["activation"])})
 
     def _gate(self, linear: Callable, features: int, hidden: int) -> Any:
         return None

@@ -181,6 +181,13 @@ def script(monkeypatch, tmp_path):
     return start
 
 
+def test_interrupted_before_anything_was_measured(script, capsys, tmp_path):
+    with pytest.raises(FileNotFoundError):  # there is no file to read
+        script(stop={"one"})
+    assert capsys.readouterr().out.strip() == "interrupted: nothing was measured"
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupted_and_resumed(script, capsys):
     everything = ["one", "two", "call"]
     assert script(stop={"two"}) == (["one"], ["one"])

@@ -162,14 +162,14 @@ def visibility(
         readers: get what it reads.
         make_bits: ``(mask, operands) -> words``, for a part that is not elementwise.
     """
-    if isinstance(mask, (And, Or)):
+    if type(mask) is And or type(mask) is Or:
         parts = [
             visibility(m, o, readers, make_bits)
             for m, o in zip(mask.parts, operands, strict=True)
         ]
-        join = jnp.logical_and if isinstance(mask, And) else jnp.logical_or
+        join = jnp.logical_and if type(mask) is And else jnp.logical_or
         return lambda tile, read: functools.reduce(join, [p(tile, read) for p in parts])
-    if isinstance(mask, Not):
+    if type(mask) is Not:
         part = visibility(mask.part, operands, readers, make_bits)
         return lambda tile, read: ~part(tile, read)
     if not mask_is_elementwise(mask, operands):
