@@ -6,6 +6,7 @@ from attnlab.nn.alignment import PredictiveAlignment as PredictiveAlignment
 from attnlab.nn.anchors import AnchorProjections as AnchorProjections
 from attnlab.nn.attention import MultiHeadAttention as MultiHeadAttention
 from attnlab.nn.bahdanau import BahdanauDecoder as BahdanauDecoder
+from attnlab.nn.beams import beam_search as beam_search
 from attnlab.nn.blocks import Block as Block
 from attnlab.nn.blocks import BlockState as BlockState
 from attnlab.nn.cache import Cache as Cache
@@ -18,10 +19,9 @@ from attnlab.nn.cells import LSTM as LSTM
 from attnlab.nn.cells import Cell as Cell
 from attnlab.nn.cells import LSTMState as LSTMState
 from attnlab.nn.cells import StackedCells as StackedCells
+from attnlab.nn.choosing import restrict as restrict
 from attnlab.nn.decoding import Decoded as Decoded
-from attnlab.nn.decoding import beam_search as beam_search
 from attnlab.nn.decoding import greedy as greedy
-from attnlab.nn.decoding import restrict as restrict
 from attnlab.nn.decoding import sample as sample
 from attnlab.nn.drop_in import attention_fn as attention_fn
 from attnlab.nn.embedding import Embedding as Embedding
