@@ -1,5 +1,6 @@
 """Beam search: a compiled loop over one step of many hypotheses."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,9 @@ def beam_search(
     *,
     beams: int,
     length: int,
-    end: ArrayLike,
+    end: int | Sequence[int] | ArrayLike,
     padding: int = 0,
-    length_penalty: ArrayLike = 0.0,
+    length_penalty: float | ArrayLike = 0.0,
 ) -> Decoded:
     """The best of what a beam of hypotheses finds.
 

@@ -17,7 +17,9 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def restrict(
-    logits: ArrayLike, top_k: ArrayLike | None = None, top_p: ArrayLike | None = None
+    logits: ArrayLike,
+    top_k: int | ArrayLike | None = None,
+    top_p: float | ArrayLike | None = None,
 ) -> Array:
     """Logits with -inf for tokens that ``top_k`` or ``top_p`` leaves out.
 
@@ -73,8 +75,8 @@ def draw(
         values, index = _leading(logits, top_k, top_p, heat)
         place = jax.random.categorical(rng, values)
         drawn = jnp.take_along_axis(index, place[..., None], -1)[..., 0]
-    tokens = (x.astype(jnp.int32) for x in (logits.argmax(-1), drawn))
-    return jnp.where(cold.reshape(cold.shape[:-1]), *tokens)
+    best, drawn = (x.astype(jnp.int32) for x in (logits.argmax(-1), drawn))
+    return jnp.where(cold.reshape(cold.shape[:-1]), best, drawn)
 
 
 def _leading(

@@ -10,7 +10,7 @@ shape, and the weights are data: those of the moment. Any other function is comp
 every call, unless the whole search is under ``jax.jit``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +50,7 @@ def greedy(
     prompt: ArrayLike,
     *,
     length: int,
-    end: ArrayLike,
+    end: int | Sequence[int] | ArrayLike,
     padding: int = 0,
 ) -> Decoded:
     """The most probable token, one after another.
@@ -85,11 +85,11 @@ def sample(
     rng: Array,
     *,
     length: int,
-    end: ArrayLike,
+    end: int | Sequence[int] | ArrayLike,
     padding: int = 0,
-    temperature: ArrayLike = 1.0,
-    top_k: ArrayLike | None = None,
-    top_p: ArrayLike | None = None,
+    temperature: float | ArrayLike = 1.0,
+    top_k: int | ArrayLike | None = None,
+    top_p: float | ArrayLike | None = None,
 ) -> Decoded:
     """Tokens drawn at random.
 

@@ -9,11 +9,10 @@ import numpy as np
 from flax import nnx
 
 from attnlab.modifiers import alibi, alibi_slopes, relative_bias
-from attnlab.nn.angles import sin_cos
+from attnlab.nn.angles import sin_cos, sinusoids
 from attnlab.nn.parameters import named
 from attnlab.types import (
     Array,
-    ArrayLike,
     Modifier,
     Operand,
     Tile,
@@ -21,43 +20,6 @@ from attnlab.types import (
     pytree,
     static,
 )
-
-
-def sinusoids(
-    positions: ArrayLike,
-    features: int,
-    *,
-    base: float = 10_000.0,
-    interleaved: bool = True,
-    dtype: Any = jnp.float32,
-) -> Array:
-    """``sin`` and ``cos`` of positions in geometric wavelengths.
-
-    They are as exact as their dtype at every position.
-
-    Args:
-        positions: ``[*, T]`` integers.
-        features: even.
-        base: the longest wavelength is ``2 pi base``.
-        interleaved: ``sin`` in the even features and ``cos`` in the odd ones, as in the
-            paper, instead of all ``sin`` first (Marian's).
-        dtype: float32 or float64.
-
-    Returns:
-        ``[*, T, features]``.
-
-    Raises:
-        TypeError: if positions are no integers.
-        ValueError: if features are odd.
-
-    References:
-        Vaswani et al., 2017, section 3.5.
-    """
-    if features % 2:
-        raise ValueError(f"features: expected an even number, got {features}")
-    sin, cos = sin_cos(positions, features, base=base, dtype=dtype)
-    pairs = jnp.stack([sin, cos], -1 if interleaved else -2)
-    return pairs.reshape(*sin.shape[:-1], features)
 
 
 def _of_rank(x: Array, rank: int) -> Array:
