@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "implementations": BASE | {"scores", "modifiers", "masks"},
     "ops": BASE | {"scores", "modifiers", "masks", "implementations"},
     "nn": BASE | {"scores", "modifiers", "masks", "ops"},
+    "command": {"bench"},
     "bench": BASE | {"scores", "modifiers", "masks", "implementations", "ops"},
 }
 #: What implementations share; each other one stands alone.

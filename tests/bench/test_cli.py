@@ -173,8 +173,8 @@ def test_interrupted_while_importing():
         "    def find_spec(self, name, *_):\n"
         "        if name == 'jax': raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Stop())\n"
-        "import attnlab_command\n"
-        "sys.exit(attnlab_command.main())"
+        "from attnlab import command\n"
+        "sys.exit(command.main())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, "bench"],

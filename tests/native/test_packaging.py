@@ -23,7 +23,7 @@ def project(tmp_path):
     folder = tmp_path / "project"
     unwanted = shutil.ignore_patterns("__pycache__", "_native.*")
     shutil.copytree(ROOT / "attnlab", folder / "attnlab", ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "attnlab_command.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -62,7 +62,7 @@ def test_a_wheel_with_it_is_for_this_platform(project, compiler):
     assert b"-shared" in files[library]
     assert f"{NATIVE}/{build.NOTE.name}" not in files
     assert source_files() <= files.keys()  # it can be built again
-    assert "attnlab_command.py" in files
+    assert "attnlab/command.py" in files
     assert not wheel.name.endswith("-any.whl")
     assert "-py3-none-" in wheel.name
     assert b"Root-Is-Purelib: false" in files["attnlab-0.1.0.dist-info/WHEEL"]

@@ -1,6 +1,6 @@
-"""The command ``attnlab``: outside the package, so that nothing is imported before it.
+"""The command ``attnlab``: nothing that takes a while is imported before it.
 
-Importing JAX takes a while; whoever interrupts that is told so in one line.
+Importing JAX does; whoever interrupts that is told so in one line.
 """
 
 import sys
