@@ -9,7 +9,8 @@ import numpy as np
 
 from attnlab.masks.base import Mask, as_mask
 from attnlab.scores.inner import ScaledDot
-from attnlab.types import Array, ArrayLike, Modifier, Score
+from attnlab.scores.projected import ProjectedKeys
+from attnlab.types import Array, ArrayLike, Modifier, Score, accumulation_dtype
 
 
 class Options(TypedDict, total=False):
@@ -48,7 +49,8 @@ class Arguments(NamedTuple):
     key_positions: Any
 
 
-def _check_arrays(query: Any, key: Any, value: Any) -> None:
+def _check_arrays(query: Any, key: Any, value: Any, projected: bool) -> None:
+    """``projected``: the score made the key, and may have made it wider."""
     for name, x, letters in (
         ("query", query, "[..., T, N, H]"),
         ("key", key, "[..., S, K, H]"),
@@ -65,7 +67,9 @@ def _check_arrays(query: Any, key: Any, value: Any) -> None:
                 f"{name}: expected a floating dtype of at least 16 bits, got {x.dtype}"
             )
     for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
+        may_be_wide = projected and name == "key"
+        wide = accumulation_dtype(query.dtype) if may_be_wide else query.dtype
+        if x.dtype not in (query.dtype, wide):
             raise TypeError(
                 f"{name}: dtype {x.dtype} differs from the query's {query.dtype}; "
                 f"cast one with .astype"
@@ -168,7 +172,7 @@ def check(
     Raises:
         TypeError, ValueError: naming the argument, what it got, and what would do.
     """
-    _check_arrays(query, key, value)
+    _check_arrays(query, key, value, isinstance(score, ProjectedKeys))
     score = ScaledDot() if score is None else score
     if not isinstance(score, Score):
         hint = ""

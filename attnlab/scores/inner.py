@@ -45,15 +45,17 @@ class ScaledDot(Score):
     def project_query(self, query: Array) -> Array:
         """See :class:`attnlab.Score`."""
         if self.scale is None:
-            return query * _default_scale(query.shape[-1])
-        return _times(query, self.scale).astype(query.dtype)
+            return _widened(query) * _default_scale(query.shape[-1])
+        return _times(query, self.scale)
 
-    def without_scale(self, head_size: int) -> tuple[Score, float]:
+    def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
         # A subclass may do more than this class.
-        if type(self) is ScaledDot and self.scale is None:
+        if type(self) is not ScaledDot:
+            return self, 1.0
+        if self.scale is None:
             return Dot(), _default_scale(head_size)
-        return self, 1.0
+        return Dot(), jnp.asarray(self.scale)
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -109,14 +111,28 @@ class Bilinear(Score):
 
 
 @pytree
-class Cosine(Score):
+class _Directions(Score):
+    """Inner products of unit vectors, float32 where the vectors have 16 bits."""
+
+    def project_query(self, query: Array) -> Array:
+        """See :class:`attnlab.Score`."""
+        return _unit(query)
+
+    def project_key(self, key: Array) -> Array:
+        """See :class:`attnlab.Score`."""
+        return _unit(key)
+
+
+@pytree
+class Cosine(_Directions):
     """``score(q, k) = temperature * (q . k) / (|q| |k|)``: bounded by the temperature.
 
     Attributes:
         temperature: a number or ``[N]``; may be traced and differentiated.
 
     Numerics:
-        Norms are taken in float32; a zero vector has cosine 0 with everything.
+        Unit vectors are float32 where queries and keys have 16 bits, which would round
+        them; a zero vector has cosine 0 with everything.
 
     References:
         Graves, Wayne, Danihelka, "Neural Turing Machines", 2014, equation 6;
@@ -134,11 +150,14 @@ class Cosine(Score):
 
     def project_query(self, query: Array) -> Array:
         """See :class:`attnlab.Score`."""
-        return _times(_unit(query), self.temperature).astype(query.dtype)
+        return _times(_unit(query), self.temperature)
 
-    def project_key(self, key: Array) -> Array:
+    def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
-        return _unit(key).astype(key.dtype)
+        # A subclass may do more than this class.
+        if type(self) is not Cosine:
+            return self, 1.0
+        return _Directions(), jnp.asarray(self.temperature)
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -154,15 +173,19 @@ def _default_scale(head_size: int) -> float:
     return 1 / math.sqrt(max(head_size, 1))
 
 
-def _times(x: Array, factor: Any) -> Array:
+def _widened(x: Array) -> Array:
+    return x.astype(accumulation_dtype(x.dtype))
+
+
+def _times(x: Array, scale: Any) -> Array:
     """``[*, N, H]`` times a number or ``[N]``, in the accumulation type."""
-    dtype = accumulation_dtype(x.dtype)
-    factor = jnp.asarray(factor).astype(dtype)
-    return x.astype(dtype) * factor.reshape((1,) * (x.ndim - 2) + (-1, 1))
+    x = _widened(x)
+    scale = jnp.asarray(scale).astype(x.dtype)
+    return x * scale.reshape((1,) * (x.ndim - 2) + (-1, 1))
 
 
 def _unit(x: Array) -> Array:
-    x = x.astype(accumulation_dtype(x.dtype))
+    x = _widened(x)
     square = (x * x).sum(-1, keepdims=True)
     # The inner where keeps the gradient of a zero vector finite.
     return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1))

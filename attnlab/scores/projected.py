@@ -15,7 +15,7 @@ class ProjectedKeys(Score):
         """See :class:`attnlab.Score`."""
         return self.score.project_query(query)
 
-    def without_scale(self, head_size: int) -> tuple[Score, float]:
+    def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
         score, scale = self.score.without_scale(head_size)
         return ProjectedKeys(score), scale
