@@ -123,15 +123,14 @@ def compute(*leaves: Array, name: str, wanted: Any, structure: Any) -> Sequence[
         both = want.query or want.head_scale
         asked = dataclasses.replace(want, query=both, head_scale=False)
     gradients = implementation.backward(inputs, *others, wanted=jax.tree.leaves(asked))
-    leaves, structure = jax.tree.flatten(inputs)
+    structure = jax.tree.structure(inputs)
     found: Any = jax.tree.unflatten(structure, gradients)
     if inputs.head_scale is not None and asked.query:
         found = _of_scaled(inputs, found)
+    each = map(jax.tree.leaves, (inputs, want))
     return [
         g.astype(x.dtype)
-        for g, x, on in zip(
-            structure.flatten_up_to(found), leaves, jax.tree.leaves(want), strict=True
-        )
+        for g, x, on in zip(structure.flatten_up_to(found), *each, strict=True)
         if on
     ]
 
