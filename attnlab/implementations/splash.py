@@ -48,7 +48,7 @@ class Splash(Implementation):
             reasons.append(
                 f"it computes float32 and bfloat16, not {inputs.query.dtype}"
             )
-        if inputs.score.is_inner_product and scaling_rounds(inputs):
+        if scaling_rounds(inputs):
             reasons.append(
                 "the scale of the logits is no power of two, and it would round "
                 f"scaled queries to {inputs.query.dtype}"

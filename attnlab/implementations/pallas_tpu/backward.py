@@ -257,7 +257,7 @@ class Backward:
 
         gradients: dict[str, Any] = {
             "query": scaled(inputs, d_query[:, : s.T], None),
-            "key": by_key(d_key),
+            "key": by_key(d_key) * self.compare.factor,
             "value": by_key(d_value),
             "modifier_operands": jax.tree.map(
                 modifier, self.rules.modifiers, inputs.modifier_operands

@@ -41,7 +41,7 @@ class Given(NamedTuple):
         params: to ``Comparison.params``.
         room: to ``Comparison.room``.
         product: of matrices.
-        scale: what inner products are multiplied by; None where queries are.
+        scale: ``head_scale``; None where there is none, or queries have it.
     """
 
     q: Any
@@ -58,7 +58,7 @@ class Sums(NamedTuple):
 
     Attributes:
         q: ``[P, queries]``; of inner products, as if their scale were 1.
-        k: ``[keys, P]``.
+        k: ``[keys, P]``; of inner products, less ``Comparison.factor``.
         params: of ``Comparison.gradient_shapes``; none where nobody asks.
     """
 
@@ -87,8 +87,18 @@ class Comparison:
     def query(self) -> Array:
         """As the kernel reads it: scaled, where that rounds nothing."""
         inputs = self.inputs
-        exact = inputs.score.is_inner_product and not scaling_rounds(inputs)
+        exact = not scaling_rounds(inputs)
         return (scaled_query(inputs) if exact else inputs.query).astype(self.dtype)
+
+    @property
+    def factor(self) -> float:
+        """The constant part of a scale that queries do not have."""
+        return self.inputs.logit_scale if scaling_rounds(self.inputs) else 1.0
+
+    def _scaled(self, z: Array, scale: Any) -> Array:
+        if self.factor != 1:
+            scale = self.factor if scale is None else self.factor * scale
+        return _times(z, scale)
 
     def bound(self) -> Array | None:
         """What no logit exceeds in size; None: unknown."""
@@ -113,12 +123,13 @@ class Comparison:
 
     def logits(self, given: Given, part: Part) -> Array:
         """Of a part of the keys, ``[keys, queries]``."""
-        return _times(given.product(given.k[part.keys, :], given.q[...]), given.scale)
+        z = given.product(given.k[part.keys, :], given.q[...])
+        return self._scaled(z, given.scale)
 
     def logits_again(self, given: Given, part: Part) -> Array:
         """As ``logits``, in the backward pass: see ``queries_across``."""
         z = given.product(given.k[part.keys, :], given.q[...], NT)
-        return _times(z, given.scale)
+        return self._scaled(z, given.scale)
 
     def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
         """Of what ``pull`` sums for the parameters of one head."""

@@ -52,8 +52,7 @@ class Rules:
             None if keys == "index" else readers.add(inputs.key_positions, -1),
         )
         self.head_scale = None
-        self.scales = inputs.score.is_inner_product and scaling_rounds(inputs)
-        if self.scales and inputs.head_scale is not None:
+        if inputs.head_scale is not None and scaling_rounds(inputs):
             self.head_scale = readers.add(inputs.head_scale)
         self.modifiers = jax.tree.map(readers.add, inputs.modifier_operands)
         self.words = jax.tree.map(readers.add, inputs.dropout_words)
@@ -89,13 +88,10 @@ class Rules:
         return self.readers.readers[number].read(refs[number], *part)
 
     def scale(self, part: Part, refs: Any) -> Any:
-        """What inner products are multiplied by; None where queries are."""
-        if not self.scales:
-            return None
-        scale = self.inputs.logit_scale
+        """``head_scale`` of a head; None where there is none, or queries have it."""
         if self.head_scale is None:
-            return scale
-        return scale * self.read(self.head_scale, part, refs)
+            return None
+        return self.read(self.head_scale, part, refs)
 
     def modify(self, logits: Array, part: Part, refs: Any, operands: Any) -> Array:
         """Applies the modifiers."""
