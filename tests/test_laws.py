@@ -21,12 +21,14 @@ from attnlab import (
 )
 from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.tile import kept
+from attnlab.ops import prepare
 from attnlab.ops.dispatch import attention_p, compute
 from tests.conftest import forget, verb
 from tests.grid import NATIVE
 
 B, T, S, N, K, H, D = 2, 17, 13, 6, 3, 7, 5
 BOTH = ("reference", "tiled", NATIVE)
+GENERATORS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
 def arrays(seed=0, *, t=T, s=S, n=N, k=K, d=D, b=B):
@@ -504,6 +506,35 @@ def test_7_output_is_weights_times_value(implementation):
     close(result.output, np.einsum("bnts,bsnd->btnd", result.weights, wide))
 
 
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_7_another_key_of_any_generator_is_another_pattern(generator):
+    class Inputs:
+        dropout_rate = RATE
+
+    t, s = 48, 40
+    places = jnp.arange(t)[None, None, :, None], jnp.arange(s)[None, None, None]
+
+    @jax.jit
+    def pattern(rng):
+        rows, columns = prepare._dropout_words(rng, 2, 2, *places)
+        return kept(Inputs, (rows, columns)).reshape(4, t * s)
+
+    first = jax.random.key(0, impl=generator)
+    keys = [first, jax.random.key(1, impl=generator), *jax.random.split(first)]
+    keys += [jax.random.fold_in(first, n) for n in (7, 8)]
+    patterns = np.concatenate([pattern(rng) for rng in keys])
+    spread = np.sqrt(RATE * (1 - RATE) / (t * s))
+    assert (np.abs(patterns.mean(1) - (1 - RATE)) < 5 * spread).all()
+    by_row = patterns.reshape(-1, t, s)
+    for axis, count in ((1, t), (2, s)):
+        deviation = by_row.mean(axis).std() / np.sqrt(RATE * (1 - RATE) / count)
+        assert 0.8 < deviation < 1.2
+    # Any two agree as often as chance has it.
+    agreement = (1 - RATE) ** 2 + RATE**2
+    for a, b in itertools.combinations(patterns, 2):
+        assert abs((a == b).mean() - agreement) < 0.07
+
+
 def test_7_the_mixing_function():
     rows = np.array([[0], [1], [0xDEADBEEF], [2**32 - 1]], np.uint32)
     cols = np.array([[0, 1, 0x12345678]], np.uint32)
@@ -524,6 +555,17 @@ def test_7_the_mixing_function():
 
 
 # Law 8: a random pattern is a pure function of its rng and a number of blocks.
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_8_any_generator(generator):
+    def drawn(rng):
+        return masks.random_blocks(rng, 2, 4, 10).rows
+
+    keys = jax.random.split(jax.random.key(0, impl=generator), 3)
+    one_by_one = np.stack([drawn(rng) for rng in keys])
+    assert not (one_by_one[1:] == one_by_one[:-1]).all((1, 2)).any()
+    np.testing.assert_array_equal(jax.vmap(drawn)(keys), one_by_one)
 
 
 def test_8_a_prefix_stays_a_prefix():

@@ -12,11 +12,12 @@ PACKAGE = ROOT / "attnlab"
 MAY_IMPORT = {
     "pytrees": set(),
     "types": {"pytrees"},
+    "prng": {"types"},
     "scores": {"types"},
     "modifiers": {"types"},
-    "masks": {"types"},
+    "masks": {"types", "prng"},
     "implementations": {"types", "scores", "modifiers", "masks"},
-    "ops": {"types", "scores", "modifiers", "masks", "implementations"},
+    "ops": {"types", "prng", "scores", "modifiers", "masks", "implementations"},
     "nn": {"types", "scores", "modifiers", "masks", "ops"},
     "bench": {"types", "scores", "modifiers", "masks", "implementations", "ops"},
 }

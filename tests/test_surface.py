@@ -44,7 +44,7 @@ SURFACE = {
 
 
 def public(module):
-    rooms = {"bench", "implementations", "nn", "ops", "pytrees", "types"}
+    rooms = {"bench", "implementations", "nn", "ops", "prng", "pytrees", "types"}
     own = {"base", "bias", "data", "inner", "intervals", "pairwise", "patterns"}
     own |= {"geometry", "layouts", "liveness", "planning", "relative", "structural"}
     own |= {"anchors", "attention", "blocks", "cache", "decoding", "drop_in"}

@@ -16,6 +16,7 @@ from attnlab.masks.planning import (
     normalise_tree,
 )
 from attnlab.ops.validate import Arguments, check_operand_shapes
+from attnlab.prng import as_threefry
 from attnlab.types import (
     Array,
     AttentionInputs,
@@ -210,7 +211,7 @@ def _dropout_words(
     """A 32-bit word for each row (batch, head, position) and column (position).
 
     Args:
-        rng: a PRNG key.
+        rng: a PRNG key of any generator.
         batch: B, or 1 for one pattern for all examples.
         heads: N, or 1 for one pattern for all heads.
         query_positions: ``[B or 1, 1, T, 1]``.
@@ -219,8 +220,7 @@ def _dropout_words(
     Returns:
         uint32 operands ``[B or 1, N or 1, T, 1]`` and ``[B or 1, 1, 1, S]``.
     """
-    if jnp.issubdtype(rng.dtype, jnp.uint32):
-        rng = jax.random.wrap_key_data(rng)
+    rng = as_threefry(rng)
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     spread = jax.vmap(jax.random.fold_in, (0, 0))
 
