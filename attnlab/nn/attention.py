@@ -337,7 +337,7 @@ class MultiHeadAttention(nnx.Module):
         if positions is None:
             positions = cache.next_positions(x.shape[1])
         new = self.project(x, positions=positions)
-        check_type(cache, new.key.dtype)
+        check_type(cache, new.value.dtype)
         following, view = cache.append(*new, positions)
         output = self.attend(
             x,

@@ -351,7 +351,10 @@ class ClippedRelative(Positions):
     def modifiers(self, query: Array) -> tuple[Modifier, ...]:
         """See :class:`Positions`."""
         scale = 1 / math.sqrt(query.shape[-1])
-        sums = jnp.einsum("...tnh,rh->...ntr", query, self.table[...]) * scale
+        # Parts of logits: never in 16 bits.
+        wide = accumulation_dtype(query.dtype)
+        pair = query.astype(wide), self.table[...].astype(wide)
+        sums = jnp.einsum("...tnh,rh->...ntr", *pair) * scale
         return (_OffsetSums(sums, self.left, self.right),)
 
 

@@ -118,15 +118,38 @@ def compute(*leaves: Array, name: str, wanted: Any, structure: Any) -> Sequence[
         inputs = plain(inputs)
     if wanted is None:
         return implementation.forward(inputs, *others)
-    if not implementation.reads_raw:
-        flags: Any = jax.tree.unflatten(jax.tree.structure(given[0]), wanted)
-        flags = dataclasses.replace(flags, living=(None, None))
-        wanted = tuple(jax.tree.leaves(flags))
-    gradients = implementation.backward(inputs, *others, wanted=wanted)
-    found = [g for g, on in zip(gradients, wanted, strict=True) if on]
-    if not implementation.reads_raw and wanted[0]:  # with respect to the scaled query
-        found[0] = found[0] * given[0].logit_scale
-    return found
+    want: Any = jax.tree.unflatten(jax.tree.structure(given[0]), wanted)
+    want = dataclasses.replace(
+        want, living=jax.tree.map(lambda _: False, inputs.living)
+    )
+    asked = want
+    if inputs.head_scale is not None:
+        both = want.query or want.head_scale
+        asked = dataclasses.replace(want, query=both, head_scale=False)
+    gradients = implementation.backward(inputs, *others, wanted=jax.tree.leaves(asked))
+    structure = jax.tree.structure(inputs)
+    found: Any = jax.tree.unflatten(structure, gradients)
+    if inputs.head_scale is not None and asked.query:
+        found = _of_scaled(inputs, found)
+    each = map(jax.tree.leaves, (inputs, want))
+    return [
+        g.astype(x.dtype)
+        for g, x, on in zip(structure.flatten_up_to(found), *each, strict=True)
+        if on
+    ]
+
+
+def _of_scaled(inputs: AttentionInputs, found: AttentionInputs) -> AttentionInputs:
+    """Gradients of query and ``head_scale``, from that of their product."""
+    scale: Any = inputs.head_scale
+    query = plain(inputs).query.astype(scale.dtype)
+    d_scale = (found.query * query).sum((1, 3))[..., None, None]
+    shared = tuple(axis for axis in (0, 1) if scale.shape[axis] == 1)
+    return dataclasses.replace(
+        found,
+        query=found.query * scale.swapaxes(1, 2),
+        head_scale=d_scale.sum(shared, keepdims=True),
+    )
 
 
 def _lower(

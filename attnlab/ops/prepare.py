@@ -17,7 +17,14 @@ from attnlab.masks.planning import (
 )
 from attnlab.ops.validate import Arguments, check_operand_shapes, is_wide_float
 from attnlab.prng import as_threefry
-from attnlab.types import Array, AttentionInputs, Operand, Score, skeleton
+from attnlab.types import (
+    Array,
+    AttentionInputs,
+    Operand,
+    Score,
+    accumulation_dtype,
+    skeleton,
+)
 
 #: Blocks in which liveness of slots is decided.
 _ALIVE_BLOCK = 512
@@ -69,7 +76,7 @@ def prepare(
         # Query heads of one group share a key head.
         grouped = key_alive.reshape(key_alive.shape[0], key_heads, -1, s)
         key_alive = grouped.any(2)
-    score, logit_scale = args.score.without_scale(query.shape[-1])
+    score, logit_scale, head_scale = _without_scale(args.score, query)
     # Whoever reads the arrays can leave out dead slots; a projection must not see them.
     name = type(args.score).__name__
     projected = _project(score, query, key, name, precision)
@@ -95,6 +102,7 @@ def prepare(
         key_positions,
         words,
         (query_alive, key_alive),
+        head_scale,
         score=skeleton(args.score),
         modifiers=skeleton(args.modifiers),
         mask=skeleton(args.mask),
@@ -147,6 +155,23 @@ def project_key(score: Score, key: Array, precision: Any) -> Array:
         return score.project_key(key)
 
 
+def _without_scale(score: Score, query: Array) -> tuple[Score, float, Array | None]:
+    """The score, the factor of its logits that is structure, and that which is data."""
+    if not score.is_inner_product:
+        return score, 1.0, None
+    score, scale = score.without_scale(query.shape[-1])
+    if isinstance(scale, float):
+        return score, scale, None
+    heads, scale = query.shape[2], jnp.asarray(scale)
+    if scale.shape not in ((), (1,), (heads,)):
+        raise ValueError(
+            f"score: its factor must be a number or an array of shape ({heads},), one "
+            f"for each head, got shape {scale.shape}"
+        )
+    scale = scale.astype(accumulation_dtype(query.dtype))
+    return score, 1.0, scale.reshape(1, -1, 1, 1)
+
+
 def _project(
     score: Score, query: Array, key: Array, name: str, precision: Any
 ) -> tuple[Array, Array]:
@@ -171,10 +196,12 @@ def _project(
                 f"score: {name}.{method} yields {after.dtype}, expected a floating "
                 "dtype of at least 16 bits"
             )
-    if projected[0].dtype != projected[1].dtype:
+    types = {x.dtype for x in projected}
+    wide = {accumulation_dtype(t) for t in types}
+    if len(wide) > 1 or len(types - wide) > 1:
         raise TypeError(
-            f"score: {name} projects the query to "
-            f"{projected[0].dtype} and the key to {projected[1].dtype}; they must agree"
+            f"score: {name} projects the query to {projected[0].dtype} and the key to "
+            f"{projected[1].dtype}; they must agree, or one be float32 and one 16 bits"
         )
     sizes = [x.shape[-1] for x in projected]
     if sizes[0] != sizes[1]:

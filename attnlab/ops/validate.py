@@ -12,8 +12,8 @@ from attnlab.implementations.tile import precision_name
 from attnlab.masks.base import Mask, as_mask
 from attnlab.ops.choice import named
 from attnlab.scores.inner import ScaledDot
-from attnlab.scores.projected import check_score
-from attnlab.types import Array, ArrayLike, Modifier, Score
+from attnlab.scores.projected import ProjectedKeys, check_score
+from attnlab.types import Array, ArrayLike, Modifier, Score, accumulation_dtype
 
 
 class Options(TypedDict, total=False):
@@ -57,7 +57,8 @@ def is_wide_float(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2
 
 
-def _check_arrays(query: Any, key: Any, value: Any) -> None:
+def _check_arrays(query: Any, key: Any, value: Any, projected: bool) -> None:
+    """``projected``: the score made the key, and may have made it wider."""
     for name, x, letters in (
         ("query", query, "[..., T, N, H]"),
         ("key", key, "[..., S, K, H]"),
@@ -73,7 +74,9 @@ def _check_arrays(query: Any, key: Any, value: Any) -> None:
                 f"{name}: expected a floating dtype of at least 16 bits, got {dtype}"
             )
     for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
+        may_be_wide = projected and name == "key"
+        wide = accumulation_dtype(query.dtype) if may_be_wide else query.dtype
+        if x.dtype not in (query.dtype, wide):
             raise TypeError(
                 f"{name}: dtype {x.dtype} differs from the query's {query.dtype}; "
                 f"cast one with .astype"
@@ -226,7 +229,7 @@ def check(
     precision_name(precision)
     if implementation is not None:
         named(implementation)
-    _check_arrays(query, key, value)
+    _check_arrays(query, key, value, isinstance(score, ProjectedKeys))
     score = ScaledDot() if score is None else score
     check_score(score)
     _check_leaves("score", score)
