@@ -122,11 +122,16 @@ def encoder(positions, activation=exact_gelu, scan=False, **options):
     return nn.Encoder(embedding, nn.Stack(blocks, scan=scan))
 
 
+def unpooled(kind, config):
+    """A model without the layer that ours leave out."""
+    return kind(config, add_pooling_layer=False)
+
+
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     config = transformers.BertConfig(**bert_options(max_position_embeddings=40))
-    return made(lambda: transformers.BertModel(config), folder), folder
+    return made(lambda: unpooled(transformers.BertModel, config), folder), folder
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -163,7 +168,7 @@ def big_bird(tmp_path_factory):
     options = bert_options(max_position_embeddings=96, hidden_act="gelu_new")
     options |= dict(block_size=BLOCK, num_random_blocks=DRAWN)
     config = transformers.BigBirdConfig(attention_type="block_sparse", **options)
-    return made(lambda: transformers.BigBirdModel(config), folder), folder
+    return made(lambda: unpooled(transformers.BigBirdModel, config), folder), folder
 
 
 def block_mask(count, drawn):
@@ -241,7 +246,7 @@ def test_big_bird_is_dense_where_it_is_short(tmp_path):
     options = bert_options(max_position_embeddings=96, hidden_act="gelu_new")
     options |= dict(block_size=BLOCK, num_random_blocks=DRAWN)
     config = transformers.BigBirdConfig(**options)
-    model = made(lambda: transformers.BigBirdModel(config), tmp_path)
+    model = made(lambda: unpooled(transformers.BigBirdModel, config), tmp_path)
     tokens, lengths, real = tokens_of(3)
     ours = big_bird_like(tmp_path)
     result = ours(tokens, mask=masks.lengths(key=lengths))
@@ -258,7 +263,7 @@ def longformer(tmp_path_factory):
     config = transformers.LongformerConfig(
         attention_window=WINDOWS, pad_token_id=FIRST - 1, **options
     )
-    return made(lambda: transformers.LongformerModel(config), folder), folder
+    return made(lambda: unpooled(transformers.LongformerModel, config), folder), folder
 
 
 def longformer_like(folder, slots, windows=WINDOWS):
@@ -328,7 +333,7 @@ def gpt2_like(folder):
         norm=functools.partial(nnx.LayerNorm, epsilon=1e-5),
         feed_forward=feed_forward(functools.partial(jax.nn.gelu, approximate=True)),
     )
-    weights.load(ours, folder, weights.gpt2(LAYERS, prefix="transformer."))
+    weights.load(ours, folder, weights.gpt2(LAYERS))
     return ours
 
 
@@ -524,15 +529,12 @@ def marian(tmp_path_factory):
     return made(build, folder), folder
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize(("source", "target"), [(3, 5), (50, 40)])
-def test_marian(marian, source, target, scan):
-    model, folder = marian
+def marian_like(source, scan=False, logits_bias=True):
     embedding = nn.Embedding(
         VOCABULARY,
         FEATURES,
         position=nn.Sinusoidal(interleaved=False),
-        logits_bias=True,
+        logits_bias=logits_bias,
         rngs=nnx.Rngs(0),
     )
     options = standard(
@@ -545,5 +547,189 @@ def test_marian(marian, source, target, scan):
         nn.Encoder.standard(VOCABULARY, **options),
         nn.Decoder.standard(VOCABULARY, cross_attention=True, **options),
     )
-    weights.load(ours, folder, weights.marian(LAYERS, scan=scan))
+    weights.load(ours, source, weights.marian(LAYERS, scan=scan))
+    return ours
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(("source", "target"), [(3, 5), (50, 40)])
+def test_marian(marian, source, target, scan):
+    model, folder = marian
+    ours = marian_like(folder, scan)
     assert translation_error(ours, model, source, target) < 1
+
+
+# What published checkpoints hold besides, and how they are written.
+
+
+def same(ours, other):
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (ours, other)),
+    )
+
+
+def telling(make, *args, ignored):
+    """What ``make`` returns; it must tell these names, all at once."""
+    with pytest.warns(UserWarning, match="ignored") as told:
+        made = make(*args)
+    (warning,) = told
+    assert str(warning.message).split(": ")[1].split(", ") == sorted(ignored)
+    return made
+
+
+def without(tensors, *names):
+    return {name: t for name, t in tensors.items() if name not in names}
+
+
+def shortened(tensors, prefix):
+    return {name.removeprefix(prefix): t for name, t in tensors.items()}
+
+
+def buffers(prefix, length):
+    """Of embeddings, from times when they were saved."""
+    ids = torch.arange(length)[None]
+    at = f"{prefix}embeddings."
+    return {f"{at}position_ids": ids, f"{at}token_type_ids": torch.zeros_like(ids)}
+
+
+def test_bert_with_heads(bert):
+    config = transformers.BertConfig(**bert_options(max_position_embeddings=40))
+    model = transformers.BertForPreTraining(config)
+    model.bert.load_state_dict(bert[0].state_dict(), strict=False)
+    # Tensors that require gradients, and those vectors that the head shares.
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    ours, other = encoder(40), encoder(40)
+    weights.load(ours, bert[1], weights.bert(LAYERS))
+    besides = {n for n in tensors if n.startswith(("cls.", "bert.pooler."))}
+    assert len(besides) == 11
+    more = buffers("bert.", 40)
+    args = (other, tensors | more, weights.bert(LAYERS))
+    telling(weights.load, *args, ignored=besides | more.keys())
+    same(ours, other)
+
+
+def test_bert_in_bfloat16(bert):
+    tensors = copy.deepcopy(bert[0]).bfloat16().state_dict()
+    ours = encoder(40)
+    weights.load(ours, tensors, weights.bert(LAYERS))
+    table = tensors["embeddings.word_embeddings.weight"]
+    assert table.dtype == torch.bfloat16
+    found = ours.embedding.table.embedding[...]
+    np.testing.assert_array_equal(found, table.float().numpy())
+
+
+def test_longformer_with_its_pooler_and_buffers(longformer):
+    _, folder = longformer
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.LongformerForMaskedLM(config)
+    model.longformer.load_state_dict(longformer[0].state_dict())
+    more = buffers("longformer.", 66)
+    tensors = dict(model.state_dict()) | more
+    heads = {name for name in tensors if name.startswith("lm_head.")}
+    made = telling(longformer_like, tensors, [0], ignored=heads | more.keys())
+    same(made, longformer_like(folder, [0]))
+
+
+def test_big_bird_with_its_pooler(big_bird):
+    _, folder = big_bird
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.BigBirdModel(config)
+    model.load_state_dict(big_bird[0].state_dict(), strict=False)
+    tensors, more = dict(model.state_dict()), buffers("", 96)
+    ignored = {"pooler.weight", "pooler.bias", *more}
+    made = telling(big_bird_like, tensors | more, ignored=ignored)
+    same(made, big_bird_like(folder))
+
+
+TIED = "lm_head.weight"
+
+
+def test_gpt2_with_and_without_its_head(gpt2):
+    model, folder = gpt2
+    ours, tensors = gpt2_like(folder), dict(model.state_dict())
+    assert TIED in tensors
+    table = "transformer.wte.weight"
+    shorter = without(shortened(tensors, "transformer."), TIED)
+    for written in (tensors, without(tensors, TIED), without(tensors, table), shorter):
+        same(ours, gpt2_like(written))
+    causal = torch.ones(1, 1, 40, 40).tril()
+    more = {f"h.{i}.attn.bias": causal for i in range(LAYERS)}
+    more |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(LAYERS)}
+    same(ours, telling(gpt2_like, shorter | more, ignored=more))
+    with pytest.raises(ValueError, match="copy of 'transformer.wte.weight'"):
+        gpt2_like(tensors | {TIED: tensors[TIED] + 1})
+
+
+def test_mistral_with_and_without_its_head(mistral):
+    model, folder = mistral
+    ours, tensors = mistral_like(folder, model.config), dict(model.state_dict())
+    shorter = shortened(tensors, "model.")
+    spellings = [tensors, shorter]
+    if tied := model.config.tie_word_embeddings:
+        spellings += [without(s, TIED) for s in spellings]
+        spellings += [without(tensors, "model.embed_tokens.weight")]
+    for written in spellings:
+        same(ours, mistral_like(written, model.config))
+    frequencies = ["model.rotary_emb.inv_freq"]
+    frequencies += [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in (0, 1)]
+    more = dict.fromkeys(frequencies, torch.ones(6))
+    same(ours, telling(mistral_like, tensors | more, model.config, ignored=more))
+    other = tensors | {TIED: tensors[TIED] + 1}
+    if tied:
+        with pytest.raises(ValueError, match="copy of 'model.embed_tokens.weight'"):
+            mistral_like(other, model.config)
+    else:
+        mistral_like(other, model.config)
+        with pytest.raises(ValueError, match="'model.embed_tokens.weight' of shape"):
+            mistral_like(without(tensors, "model.embed_tokens.weight"), model.config)
+
+
+def test_t5_as_published(t5):
+    model, folder, new = t5
+    ours, tensors = t5_like(folder, new), dict(model.state_dict())
+    copies = [f"{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
+    assert {*copies, TIED, "shared.weight"} <= tensors.keys()
+    longer = {f"transformer.{name}": t for name, t in tensors.items()}
+    longer[TIED] = longer.pop(f"transformer.{TIED}")
+    spellings = [tensors, without(tensors, *copies), longer]
+    spellings += [without(tensors, "shared.weight", copies[1])]
+    if not new:
+        spellings += [
+            without(tensors, TIED),
+            without(tensors, "shared.weight", *copies),
+        ]
+    for written in spellings:
+        same(ours, t5_like(written, new))
+    # transformers ignores it, too: it was trained, and nothing reads it.
+    unread = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    assert unread in model._keys_to_ignore_on_load_unexpected
+    tensors[unread] = torch.ones(BUCKETS, HEADS)
+    same(ours, telling(t5_like, tensors, new, ignored=[unread]))
+    names = weights.t5(LAYERS, tied=not new, gated=new)
+    alone = copy.deepcopy(ours.encoder)
+    telling(weights.load, alone, tensors, names.of("encoder"), ignored=[unread])
+    same(ours.encoder, alone)
+    for name in copies if new else [*copies, TIED]:
+        with pytest.raises(ValueError, match=f"'{name}': expected a copy of 'shared"):
+            t5_like(tensors | {name: tensors[name] + 1}, new)
+
+
+def test_marian_as_published(marian):
+    model, folder = marian
+    ours, tensors = marian_like(folder), dict(model.state_dict())
+    sinusoids = {n for n in tensors if n.endswith("embed_positions.weight")}
+    assert len(sinusoids) == 2
+    same(ours, telling(marian_like, tensors, ignored=sinusoids))
+    table = "model.shared.weight"
+    copies = {n for n in tensors if n.endswith(("embed_tokens.weight", TIED))}
+    assert len(copies) == 3
+    rest = without(tensors, *sinusoids)
+    for written in (without(rest, *copies), without(rest, table)):
+        same(ours, marian_like(written))
+    for name in copies:
+        with pytest.raises(ValueError, match=f"copy of '{table}'"):
+            marian_like(rest | {name: rest[name] + 1})
+    bare = without(shortened(rest, "model."), TIED, "final_logits_bias")
+    bare = marian_like(bare, logits_bias=False)
+    same(ours.encoder.stack, bare.encoder.stack)

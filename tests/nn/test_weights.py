@@ -1,6 +1,8 @@
 """Loading weights: what goes where, and what is refused before anything changes."""
 
+import functools
 import json
+import os
 import pickle
 import sys
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnlab import masks, nn
+from attnlab import masks, modifiers, nn
 from attnlab.nn import weights
 
 FEATURES, HEADS, HIDDEN, LAYERS, VOCABULARY, LENGTH = 8, 2, 12, 2, 11, 5
@@ -46,7 +48,6 @@ def checkpoint(prefix=""):
         "embeddings.token_type_embeddings.weight": (2, FEATURES),
         "embeddings.LayerNorm.weight": (FEATURES,),
         "embeddings.LayerNorm.bias": (FEATURES,),
-        "pooler.dense.weight": (FEATURES, FEATURES),
     }
     for i in range(LAYERS):
         at = f"encoder.layer.{i}."
@@ -140,14 +141,68 @@ def test_a_missing_tensor():
 
 
 def test_a_wrong_prefix_is_recognised():
-    message = refused(encoder(), checkpoint("bert."), weights.bert(LAYERS))
+    names = weights.bert(LAYERS, prefix="roberta.")
+    message = refused(encoder(), checkpoint("bert."), names)
     name = "embeddings.word_embeddings.weight"
+    assert f"'roberta.{name}'" in message
     assert f"(is it 'bert.{name}'?)" in message
+
+
+@pytest.mark.parametrize("prefix", ["", "bert.", "roberta.", "longformer."])
+def test_the_prefix_is_that_of_the_checkpoint(prefix):
     module = encoder()
-    weights.load(module, checkpoint("bert."), weights.bert(LAYERS, prefix="bert."))
-    np.testing.assert_array_equal(
-        module.embedding.table.embedding[...], checkpoint()[name]
-    )
+    weights.load(module, checkpoint(prefix), weights.bert(LAYERS))
+    layer = nn.MultiHeadAttention(FEATURES, HEADS, rngs=nnx.Rngs(0))
+    names = weights.bert(LAYERS).of("stack.blocks.1.attention")
+    weights.load(layer, checkpoint(prefix), names)
+    query = checkpoint()["encoder.layer.1.attention.self.query.weight"].T
+    for found in (layer, module.stack.blocks[1].attention):
+        np.testing.assert_array_equal(found.query.kernel[...].reshape(8, 8), query)
+
+
+def test_what_is_ignored_is_told_once_and_by_name():
+    buffers = {
+        "bert.embeddings.position_ids": np.arange(LENGTH)[None],
+        "bert.embeddings.token_type_ids": np.zeros((1, LENGTH), int),
+        "bert.pooler.dense.weight": np.ones((8, 8)),
+        "cls.predictions.bias": np.ones(3),
+    }
+    tensors, names = checkpoint("bert.") | buffers, weights.bert(LAYERS)
+    module = encoder()
+    with pytest.warns(UserWarning, match="ignored") as told:
+        weights.load(module, tensors, names)
+    assert [str(w.message) for w in told] == [
+        f"ignored, for no parameter takes them: {', '.join(sorted(buffers))}"
+    ]
+    assert told[0].filename == __file__
+    # Where a warning is an error, nothing has changed yet.
+    refused(encoder(), tensors, names, UserWarning)
+    # Who asks for a part knows that there are others.
+    layer = nn.MultiHeadAttention(FEATURES, HEADS, rngs=nnx.Rngs(0))
+    weights.load(layer, tensors, names.of("stack.blocks.0.attention"))
+
+
+def test_copies_are_compared_and_stand_in_for_each_other():
+    def names(path):
+        head = {"head.kernel": weights.linear("head.weight")}
+        table = {f"{path}table.embedding": weights.tensor("table.weight")}
+        return weights.Names(head | table, copies={"head.weight": "table.weight"})
+
+    def module():
+        return nn.Embedding(VOCABULARY, FEATURES, rngs=nnx.Rngs(0))
+
+    table = np.arange(VOCABULARY * FEATURES, dtype=np.float32).reshape(VOCABULARY, -1)
+    both = {"table.weight": table, "head.weight": table.copy()}
+    other = both | {"head.weight": table + 1}
+    for tensors in (both, {"table.weight": table}, {"head.weight": table}):
+        ours = module()
+        weights.load(ours, tensors, names(""))
+        np.testing.assert_array_equal(ours.table.embedding[...], table)
+    message = refused(module(), other, names(""))
+    assert "'head.weight': expected a copy of 'table.weight'" in message
+    ours = module()  # a part that makes no logits
+    weights.load(ours, other, names("embedding.").of("embedding"))
+    np.testing.assert_array_equal(ours.table.embedding[...], table)
 
 
 def test_a_wrong_shape():
@@ -165,7 +220,8 @@ def test_a_tensor_left_over():
     assert "'encoder.layer.0.attention.self.distance' [3]: no parameter" in message
     # Tensors beside the prefix are those of other parts: a head, say.
     others = checkpoint("bert.") | {"cls.predictions.bias": np.ones(3)}
-    weights.load(encoder(), others, weights.bert(LAYERS, prefix="bert."))
+    with pytest.warns(UserWarning, match=r"cls\.predictions\.bias"):
+        weights.load(encoder(), others, weights.bert(LAYERS, prefix="bert."))
 
 
 def test_a_parameter_that_the_module_lacks():
@@ -263,6 +319,33 @@ def test_a_module_without_arrays_gets_them():
     assert module(jnp.zeros((1, 3), int)).shape == (1, 3, FEATURES)
 
 
+def masked():
+    """An encoder whose masks, modifiers and generators hold arrays."""
+    documents = masks.documents(np.array([0, 0, 1]))
+    bias = modifiers.bias(np.eye(3, dtype=np.float32))
+    attention = functools.partial(nn.MultiHeadAttention, modifiers=[bias])
+    return encoder(scan=True, mask=documents, attention=attention, dropout_rate=0.5)
+
+
+def test_an_empty_module_has_all_but_its_parameters():
+    names = weights.bert(LAYERS, scan=True)
+    with pytest.raises(ValueError, match="has no values") as caught:
+        weights.load(nnx.eval_shape(masked), checkpoint(), names)
+    assert "blocks.attention.mask.query_ids [2, 3]: has no" in str(caught.value)
+    assert "modifiers.0.array [2, 3, 3]: has no values; make" in str(caught.value)
+    module, other = weights.empty(masked), masked()
+    held = nnx.state(module, nnx.Param)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(held))
+    for ours in (module, other):
+        weights.load(ours, checkpoint(), names)
+    assert nnx.graphdef(module) == nnx.graphdef(other)
+    rest = (nnx.state(m, nnx.Not(nnx.RngKey)) for m in (module, other))
+    jax.tree.map(np.testing.assert_array_equal, *rest)
+    tokens = jnp.zeros((1, 3), int)
+    module.eval(), other.eval()
+    np.testing.assert_array_equal(module(tokens), other(tokens))
+
+
 def test_parts_of_fused_tensors():
     layer = nn.MultiHeadAttention(FEATURES, HEADS, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
@@ -275,7 +358,8 @@ def test_parts_of_fused_tensors():
         "h.0.attn.bias": np.ones((1, 1, 5, 5)),
     }
     names = weights.gpt2(1).of("stack.blocks.0.attention")
-    weights.load(layer, fused, names)
+    with pytest.warns(UserWarning, match=r"them: h\.0\.attn\.bias$"):
+        weights.load(layer, fused, names)
     x = rng.normal(size=(3, 8)).astype(np.float32)
     whole = x @ fused["h.0.attn.c_attn.weight"] + fused["h.0.attn.c_attn.bias"]
     ours = [f(x).reshape(3, 8) for f in (layer.query, layer.key, layer.value)]
@@ -326,6 +410,120 @@ def test_shards(save, tmp_path):
     assert "b.safetensors" in message
 
 
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff{",
+        b"[]",
+        b"{}",
+        b'{"weight_map": {}}',
+        b'{"weight_map": ["model.safetensors"]}',
+        b'{"weight_map": {"a": 3}}',
+        b'{"weight_map": {"a": null}}',
+        b"[" * 100_000,
+    ],
+    ids=range(9),
+)
+def test_a_damaged_index(save, content, tmp_path):
+    (tmp_path / INDEX).write_bytes(content)
+    message = refused(encoder(), tmp_path, weights.bert(LAYERS))
+    assert message.startswith(f"{tmp_path / INDEX}: expected ")
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../a.safetensors", "b/../../a.safetensors", "/a.safetensors", "", "..",
+     "..\\a.safetensors", "C:\\a.safetensors", "C:a.safetensors"],
+)  # fmt: skip
+def test_shards_stay_in_their_folder(save, shard, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "b").mkdir(parents=True)
+    save(checkpoint(), tmp_path / "a.safetensors")
+    if shard == "/a.safetensors":
+        shard = str(tmp_path / "a.safetensors")
+    where = dict.fromkeys(checkpoint(), shard)
+    (folder / INDEX).write_text(json.dumps({"weight_map": where}))
+    message = refused(encoder(), folder, weights.bert(LAYERS))
+    assert message.startswith(f"{folder / INDEX}: expected for 'embeddings.")
+    assert message.endswith(f"the name of a file in this folder, got {shard!r}")
+
+
+def test_links_and_folders_of_shards(save, tmp_path):
+    # As in the cache of Hugging Face: what lies in the folder are links.
+    folder = tmp_path / "folder"
+    (folder / "b").mkdir(parents=True)
+    save(checkpoint(), tmp_path / "a")
+    os.symlink("../../a", folder / "b" / "a.safetensors")
+    where = dict.fromkeys(checkpoint(), "b/a.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": where}))
+    same_as_checkpoint(folder)
+    where["embeddings.LayerNorm.scale"] = "b/a.safetensors"
+    (folder / INDEX).write_text(json.dumps({"weight_map": where}))
+    message = refused(encoder(), folder, weights.bert(LAYERS))
+    assert f"{folder / 'b' / 'a.safetensors'}: expected a tensor" in message
+    where["embeddings.LayerNorm.scale"] = "b.bin"
+    (folder / INDEX).write_text(json.dumps({"weight_map": where}))
+    message = refused(encoder(), folder, weights.bert(LAYERS))
+    assert f"{folder / 'b.bin'}: expected a .safetensors file; pickles are" in message
+
+
+def test_an_index_says_which_of_two_tensors_is_meant(save, tmp_path):
+    tensors = checkpoint()
+    save(tensors, tmp_path / "a.safetensors")
+    other = {n: t + 1 for n, t in tensors.items()} | {"pooler.bias": np.ones(8)}
+    save(other, tmp_path / "b.safetensors")
+    where = dict.fromkeys(tensors, "a.safetensors") | {"pooler.bias": "b.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
+    with pytest.warns(UserWarning, match=r"them: pooler\.bias$"):
+        same_as_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_a_truncated_file(save, cut, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save(checkpoint(), file)
+    file.write_bytes(file.read_bytes()[:cut])
+    for source in (file, tmp_path):
+        message = refused(encoder(), source, weights.bert(LAYERS))
+        assert message.startswith(f"{file}: expected a safetensors file; a download")
+
+
+def test_foreign_files_and_sources(save, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert f"{file}: expected a safetensors" in refused(
+        encoder(), file, weights.bert(LAYERS)
+    )
+    # A type that NumPy does not have.
+    save({n: t.astype(np.int8) for n, t in checkpoint().items()}, file)
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    header, data = file.read_bytes()[8 : 8 + size], file.read_bytes()[8 + size :]
+    header = header.replace(b'"I8"', b'"F8_E4M3"')
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    message = refused(encoder(), file, weights.bert(LAYERS))
+    assert message.startswith(f"{file}: tensor 'embeddings.")
+    assert "cannot be read; convert it to float32" in message
+    message = refused(encoder(), [("a", 1)], weights.bert(LAYERS), TypeError)
+    assert "source: expected a path or arrays by name, got list" in message
+
+
+def test_tensors_of_torch():
+    torch = pytest.importorskip("torch")
+    name = "embeddings.word_embeddings.weight"
+    for kind in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        tensors = {n: torch.from_numpy(t).to(kind) for n, t in checkpoint().items()}
+        tensors[name] = torch.nn.Parameter(tensors[name])
+        module = encoder()
+        weights.load(module, tensors, weights.bert(LAYERS))
+        expected = tensors[name].detach().float().numpy()
+        np.testing.assert_array_equal(module.embedding.table.embedding[...], expected)
+
+
 def test_bfloat16(save, tmp_path):
     small = {n: t.astype(ml_dtypes.bfloat16) for n, t in checkpoint().items()}
     save(small, tmp_path / "model.safetensors")
@@ -358,11 +556,10 @@ def test_pickles_are_refused(name, tmp_path):
         assert "pickles are never read" in message
         assert "save_pretrained" in message
     # Under another name it is no safetensors file, and is not run either.
-    from safetensors import SafetensorError
-
     disguised = tmp_path / "model.safetensors"
     (tmp_path / name).rename(disguised)
-    refused(encoder(), disguised, weights.bert(LAYERS), SafetensorError)
+    message = refused(encoder(), disguised, weights.bert(LAYERS))
+    assert f"{disguised}: expected a safetensors file" in message
     assert not trace.exists()
 
 

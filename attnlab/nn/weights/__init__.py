@@ -3,7 +3,8 @@
 A map says for each parameter, by its path in the module (``query.kernel``), which
 tensors it is made of and how. One map serves every variant of a family: what the module
 does not have (biases, projections of anchors, a head) the map is not asked for, and a
-tensor that then belongs nowhere is an error.
+tensor that then belongs nowhere is an error. What a family is known to carry for
+nothing is ignored, with a warning that names it; what is stored twice is compared.
 
 Shapes cannot tell how many heads there are, nor epsilons, activations, scales or masks:
 those the module must have been given as the checkpoint's ``config.json`` says.
@@ -14,6 +15,7 @@ from attnlab.nn.weights.families import gpt2 as gpt2
 from attnlab.nn.weights.families import marian as marian
 from attnlab.nn.weights.families import mistral as mistral
 from attnlab.nn.weights.families import t5 as t5
+from attnlab.nn.weights.loading import empty as empty
 from attnlab.nn.weights.loading import load as load
 from attnlab.nn.weights.recipes import Names as Names
 from attnlab.nn.weights.recipes import Recipe as Recipe

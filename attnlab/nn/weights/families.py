@@ -1,6 +1,7 @@
 """Maps of names for families of checkpoints."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,7 +18,11 @@ from attnlab.nn.weights.recipes import (
 
 
 def bert(
-    num_layers: int, *, prefix: str = "", first_position: int = 0, scan: bool = False
+    num_layers: int,
+    *,
+    prefix: str | None = None,
+    first_position: int = 0,
+    scan: bool = False,
 ) -> Names:
     """BERT's encoder, and those that name their tensors alike.
 
@@ -39,8 +44,8 @@ def bert(
 
     Args:
         num_layers: blocks.
-        prefix: of all names; ``bert.``, ``roberta.``, ``longformer.`` where the
-            checkpoint is that of a model with a head.
+        prefix: of all names; none, ``bert.``, ``roberta.`` or ``longformer.``, as the
+            checkpoint has it, if not given.
         first_position: the row of position 0 in the checkpoint's table.
         scan: whether the ``Stack`` scans.
 
@@ -48,6 +53,11 @@ def bert(
         Devlin et al., "BERT", 2019; Zaheer et al., "Big Bird", 2020; Beltagy, Peters,
         Cohan, "Longformer", 2020.
     """
+    if prefix is None:
+        make = functools.partial(
+            bert, num_layers, first_position=first_position, scan=scan
+        )
+        return _prefixed(make, ("", "bert.", "roberta.", "longformer."))
 
     def layer(i: int) -> dict[str, Recipe]:
         at = f"{prefix}encoder.layer.{i}."
@@ -77,13 +87,13 @@ def bert(
             **_layers("stack.blocks", num_layers, layer, scan),
         },
         within=(prefix,),
-        apart=(f"{prefix}pooler.*", f"{at}position_ids"),
+        apart=(f"{prefix}pooler.*", f"{at}position_ids", f"{at}token_type_ids"),
         # The oldest checkpoints, bert-base-uncased among them, call norms so.
         endings=((".gamma", ".weight"), (".beta", ".bias")),
     )
 
 
-def gpt2(num_layers: int, *, prefix: str = "", scan: bool = False) -> Names:
+def gpt2(num_layers: int, *, prefix: str | None = None, scan: bool = False) -> Names:
     """GPT-2's decoder.
 
     For a ``Decoder`` of ``PreNorm`` blocks with ``LayerNorm(epsilon=1e-5)`` and
@@ -91,12 +101,16 @@ def gpt2(num_layers: int, *, prefix: str = "", scan: bool = False) -> Names:
 
     Args:
         num_layers: blocks.
-        prefix: of all names; ``transformer.`` in newer checkpoints.
+        prefix: of all names but the head's; none or ``transformer.``, as the checkpoint
+            has it, if not given.
         scan: whether the ``Stack`` scans.
 
     References:
         Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
     """
+    if prefix is None:
+        make = functools.partial(gpt2, num_layers, scan=scan)
+        return _prefixed(make, ("", "transformer."))
 
     def layer(i: int) -> dict[str, Recipe]:
         at = f"{prefix}h.{i}."
@@ -135,10 +149,11 @@ def gpt2(num_layers: int, *, prefix: str = "", scan: bool = False) -> Names:
         within=(prefix, "lm_head."),
         # Causal masks.
         apart=(f"{prefix}h.*.attn.bias", f"{prefix}h.*.attn.masked_bias"),
+        copies={"lm_head.weight": f"{prefix}wte.weight"},
     )
 
 
-def mistral(num_layers: int, *, prefix: str = "model.", scan: bool = False) -> Names:
+def mistral(num_layers: int, *, prefix: str | None = None, scan: bool = False) -> Names:
     """Mistral's decoder, and those that name their tensors alike: Llama's, Qwen2's.
 
     For a ``Decoder`` of ``PreNorm`` blocks with ``RMSNorm`` (epsilon of the
@@ -150,12 +165,16 @@ def mistral(num_layers: int, *, prefix: str = "model.", scan: bool = False) -> N
 
     Args:
         num_layers: blocks.
-        prefix: of all names but the head's.
+        prefix: of all names but the head's; ``model.`` or none, as the checkpoint has
+            it, if not given.
         scan: whether the ``Stack`` scans.
 
     References:
         Jiang et al., "Mistral 7B", 2023.
     """
+    if prefix is None:
+        make = functools.partial(mistral, num_layers, scan=scan)
+        return _prefixed(make, ("model.", ""))
 
     def layer(i: int) -> dict[str, Recipe]:
         at = f"{prefix}layers.{i}."
@@ -177,12 +196,19 @@ def mistral(num_layers: int, *, prefix: str = "model.", scan: bool = False) -> N
             "head.kernel": linear("lm_head.weight"),
         },
         within=(prefix, "lm_head."),
-        apart=(f"{prefix}layers.*.self_attn.rotary_emb.inv_freq",),
+        # Frequencies of rotary positions, of each layer or of all.
+        apart=(f"{prefix}layers.*.self_attn.rotary_emb.*", f"{prefix}rotary_emb.*"),
+        copies={"lm_head.weight": f"{prefix}embed_tokens.weight"},
     )
 
 
 def t5(
-    num_layers: int, *, tied: bool = True, gated: bool = False, scan: bool = False
+    num_layers: int,
+    *,
+    prefix: str | None = None,
+    tied: bool = True,
+    gated: bool = False,
+    scan: bool = False,
 ) -> Names:
     """T5's encoder-decoder.
 
@@ -194,6 +220,8 @@ def t5(
 
     Args:
         num_layers: blocks of either side.
+        prefix: of all names but the head's; none or ``transformer.``, as the checkpoint
+            has it, if not given.
         tied: whether tokens' vectors make the logits, too. T5 then divides them by
             ``sqrt(features)``, which is put into the decoder's last norm. If not (T5
             1.1, Flan-T5): ``head=nnx.Linear(features, V, use_bias=False)``.
@@ -204,6 +232,9 @@ def t5(
     References:
         Raffel et al., "Exploring the Limits of Transfer Learning", 2020.
     """
+    if prefix is None:
+        make = functools.partial(t5, num_layers, tied=tied, gated=gated, scan=scan)
+        return _prefixed(make, ("", "transformer."))
 
     def attention(at: str) -> dict[str, Recipe]:
         return _projections(*(f"{at}.{x}" for x in "qkvo"))
@@ -211,7 +242,7 @@ def t5(
     up = "wi_1" if gated else "wi"
 
     def layer(side: str, i: int) -> dict[str, Recipe]:
-        blocks = f"{side}.block"
+        blocks = f"{prefix}{side}.block"
         at = f"{blocks}.{i}.layer"
         last = 2 if side == "decoder" else 1
         inner = f"{at}.{last}.DenseReluDense"
@@ -235,20 +266,29 @@ def t5(
         recipes |= _layers(
             f"{side}.stack.blocks", num_layers, lambda i, s=side: layer(s, i), scan
         )
-        recipes |= _norm(f"{side}.stack.norm", f"{side}.final_layer_norm")
-        recipes[f"{side}.embedding.table.embedding"] = tensor("shared.weight")
+        recipes |= _norm(f"{side}.stack.norm", f"{prefix}{side}.final_layer_norm")
+        recipes[f"{side}.embedding.table.embedding"] = tensor(f"{prefix}shared.weight")
     if tied:
         recipes["decoder.stack.norm.scale"] = Recipe(
-            ("decoder.final_layer_norm.weight",),
+            (f"{prefix}decoder.final_layer_norm.weight",),
             lambda shape: [shape],
             lambda shape, scale: scale / np.sqrt(shape[0]).astype(scale.dtype),
         )
     recipes["decoder.head.kernel"] = linear("lm_head.weight")
-    # Copies of the shared vectors.
-    return Names(recipes, apart=("*.embed_tokens.weight",))
+    copies = [f"{prefix}{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
+    cross = f"{prefix}decoder.block.0.layer.1.EncDecAttention"
+    return Names(
+        recipes,
+        within=(prefix, "lm_head."),
+        # Of T5 1.0 as published: it was trained and nothing reads it.
+        apart=(f"{cross}.relative_attention_bias.weight",),
+        copies=dict.fromkeys(
+            [*copies, *(["lm_head.weight"] if tied else [])], f"{prefix}shared.weight"
+        ),
+    )
 
 
-def marian(num_layers: int, *, scan: bool = False) -> Names:
+def marian(num_layers: int, *, prefix: str | None = None, scan: bool = False) -> Names:
     """Marian's encoder-decoder: OPUS-MT.
 
     For an ``EncoderDecoder`` of ``PostNorm`` blocks with ``LayerNorm(epsilon=1e-5)``
@@ -257,17 +297,22 @@ def marian(num_layers: int, *, scan: bool = False) -> Names:
 
     Args:
         num_layers: blocks of either side.
+        prefix: of all names but those of the logits; ``model.`` or none, as the
+            checkpoint has it, if not given.
         scan: whether the ``Stack`` scans.
 
     References:
         Junczys-Dowmunt et al., "Marian: Fast Neural Machine Translation in C++", 2018.
     """
+    if prefix is None:
+        make = functools.partial(marian, num_layers, scan=scan)
+        return _prefixed(make, ("model.", ""))
 
     def attention(at: str) -> dict[str, Recipe]:
         return _projections(*(f"{at}.{x}_proj" for x in ("q", "k", "v", "out")))
 
     def layer(side: str, i: int) -> dict[str, Recipe]:
-        at = f"model.{side}.layers.{i}"
+        at = f"{prefix}{side}.layers.{i}"
         result = {
             **_under("attention", attention(f"{at}.self_attn")),
             **_norm("attention_residual.norm", f"{at}.self_attn_layer_norm"),
@@ -290,13 +335,22 @@ def marian(num_layers: int, *, scan: bool = False) -> Names:
         recipes |= _layers(
             f"{side}.stack.blocks", num_layers, lambda i, s=side: layer(s, i), scan
         )
-        recipes[f"{side}.embedding.table.embedding"] = tensor("model.shared.weight")
+        recipes[f"{side}.embedding.table.embedding"] = tensor(f"{prefix}shared.weight")
         recipes[f"{side}.embedding.bias"] = bias
-    # Copies of the shared vectors, and sinusoids.
+    copies = [f"{prefix}{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
     return Names(
         recipes,
-        apart=("*.embed_tokens.weight", "*.embed_positions.weight", "lm_head.weight"),
+        within=(prefix, "lm_head.", "final_logits_bias"),
+        # Sinusoids.
+        apart=(f"{prefix}*.embed_positions.weight",),
+        copies=dict.fromkeys([*copies, "lm_head.weight"], f"{prefix}shared.weight"),
     )
+
+
+def _prefixed(make: Callable[..., Names], prefixes: Sequence[str]) -> Names:
+    """A family's map with the first prefix, and with the others besides."""
+    first, *others = (make(prefix=prefix) for prefix in prefixes)
+    return first._replace(prefixed=tuple(others))
 
 
 def _layers(

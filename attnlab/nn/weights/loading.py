@@ -2,8 +2,9 @@
 
 import difflib
 import fnmatch
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from flax import nnx
 from attnlab.nn.weights.checkpoint import Source, Tensor, tensors_of
 from attnlab.nn.weights.recipes import Names, Shape
 
+M = TypeVar("M", bound=nnx.Module)
+
 #: Problems that an error lists.
 _LISTED = 8
 
@@ -21,20 +24,28 @@ def load(module: nnx.Module, source: Source, names: Names) -> None:
     """Puts a checkpoint's weights into a module.
 
     Everything is checked and read before anything changes. Parameters keep their own
-    type and sharding; a module of ``nnx.eval_shape``, whose parameters do not exist
-    yet, gets them.
+    type and sharding; a module of :func:`empty`, whose parameters do not exist yet,
+    gets them. One of ``nnx.eval_shape`` does, too, if its masks and modifiers hold no
+    arrays: of those it knows shapes alone.
+
+    One warning names all tensors that are ignored: what the family is known to carry
+    and nobody reads, and heads of tasks.
 
     Args:
         module: an attention layer, a block, a whole model.
         source: a ``.safetensors`` file; a folder with ``model.safetensors``, or with
-            shards and ``model.safetensors.index.json``; or arrays by name.
+            shards and ``model.safetensors.index.json``; or arrays by name, of NumPy,
+            JAX or PyTorch (``model.state_dict()``).
         names: the map: :func:`bert`, :func:`gpt2`, :func:`mistral`, :func:`marian`,
             :func:`t5`, or one of your own.
 
     Raises:
-        ValueError: if a tensor is missing, has another shape, or is left over; if the
-            map lacks a parameter; or if the file is a pickle.
+        ValueError: if a tensor is missing, has another shape, is left over, or is a
+            copy that differs; if the map lacks a parameter; if arrays of the module
+            that are no parameters have no values; or if a file is damaged, is no
+            safetensors file (a pickle), or lies outside the folder.
         FileNotFoundError: if there is no such file.
+        TypeError: if the source is something else.
         ImportError: if safetensors is not installed.
 
     Example:
@@ -54,14 +65,20 @@ def load(module: nnx.Module, source: Source, names: Names) -> None:
     """
     variables = nnx.to_flat_state(nnx.state(module, nnx.Param))
     params = {".".join(map(str, path)): (path, v) for path, v in variables}
+    shapes = {at: tuple(v.get_value().shape) for at, (_, v) in params.items()}
     with tensors_of(source) as held:
         found = {_renamed(name, names.endings): t for name, t in held.items()}
-        shapes = {at: tuple(v.get_value().shape) for at, (_, v) in params.items()}
-        problems = [*_unmade(shapes, found, names), *_unused(shapes, found, names)]
-        if problems:
-            more = len(problems) - _LISTED
-            listed = problems[:_LISTED] + ([f"... and {more} more"] if more > 0 else [])
-            raise ValueError("weights do not fit:\n  " + "\n  ".join(listed))
+        names = max(
+            (names, *names.prefixed), key=lambda n: len(_needed(shapes, n) & {*found})
+        )
+        needed = _needed(shapes, names)
+        for copy, name in names.copies.items():
+            if name in needed and copy in found and copy not in needed:
+                found.setdefault(name, found[copy])
+        unused, ignored = _unused(shapes, found, names)
+        problems = [*_without_values(module), *_unmade(shapes, found, names), *unused]
+        # Only what has the right shapes is read.
+        _refuse(problems or _different(needed, found, names))
         loaded = []
         for at, (path, variable) in params.items():
             value, recipe = variable.get_value(), names.recipes[at]
@@ -71,7 +88,66 @@ def load(module: nnx.Module, source: Source, names: Names) -> None:
             ]
             made = _placed(recipe.make(shapes[at], *arrays), value)
             loaded.append((path, variable.replace(made)))
+    if ignored:
+        warnings.warn(
+            f"ignored, for no parameter takes them: {', '.join(ignored)}", stacklevel=2
+        )
     nnx.update(module, nnx.from_flat_state(loaded))
+
+
+def empty(make: Callable[[], M]) -> M:
+    """A module whose parameters are shapes without numbers, for :func:`load` to fill.
+
+    All else that it holds has its values: masks, modifiers, generators of random
+    numbers. (``nnx.eval_shape`` leaves shapes of these, too.)
+
+    Args:
+        make: returns the module; it is traced.
+
+    Example:
+        >>> from attnlab import nn
+        >>> layer = empty(lambda: nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0)))
+        >>> layer.query.kernel.get_value()
+        ShapeDtypeStruct(shape=(8, 2, 4), dtype=float32)
+    """
+    graphs = []
+
+    def constants() -> Any:
+        graph, _, rest = nnx.split(make(), nnx.Param, ...)
+        graphs.append(graph)
+        return rest
+
+    rest = jax.jit(constants)()  # what is not returned is not computed
+    return nnx.merge(graphs[0], nnx.state(nnx.eval_shape(make), nnx.Param), rest)
+
+
+def _needed(shapes: Mapping[str, tuple[int, ...]], names: Names) -> set[str]:
+    """Tensors that the parameters are made of."""
+    recipes = (names.recipes[at] for at in shapes if at in names.recipes)
+    return {name for recipe in recipes for name in recipe.names}
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        more = len(problems) - _LISTED
+        listed = [*problems[:_LISTED], *([f"... and {more} more"] if more > 0 else [])]
+        raise ValueError("weights do not fit:\n  " + "\n  ".join(listed))
+
+
+def _without_values(module: nnx.Module) -> list[str]:
+    """Arrays that no checkpoint brings and that ``nnx.eval_shape`` has dropped.
+
+    Without the generators, which a module needs for dropout alone.
+    """
+    brought = nnx.Param | nnx.RngState
+    return [
+        f"{'.'.join(map(str, path))} {_shown(array.shape)}: has no values; make the "
+        "module with weights.empty(...), which keeps those of masks and modifiers"
+        for path, leaf in nnx.iter_graph(module)
+        if not isinstance(leaf, brought)
+        for array in [leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf]
+        if isinstance(array, jax.ShapeDtypeStruct)
+    ]
 
 
 def _unmade(
@@ -96,20 +172,40 @@ def _unmade(
 
 def _unused(
     shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], names: Names
-) -> list[str]:
-    """Tensors that belong nowhere."""
-    used = {n for at in shapes if at in names.recipes for n in names.recipes[at].names}
-    problems = []
-    for name in sorted(found.keys() - used):
+) -> tuple[list[str], list[str]]:
+    """Tensors that belong nowhere, as problems; and names of those that are ignored."""
+    problems, ignored = [], []
+    whole, elsewhere = names.elsewhere is None, names.elsewhere or ()
+    needed = _needed(shapes, names)
+    known = {*needed, *(c for c, name in names.copies.items() if name in needed)}
+    for name in sorted(found.keys() - known):
+        if name in elsewhere:
+            continue
         if not name.startswith(names.within):
-            continue
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in names.apart):
-            continue
-        for_whom = [at for at, recipe in names.recipes.items() if name in recipe.names]
-        why = f", and the module has no {for_whom[0]}" if for_whom else ""
-        shape = _shown(found[name].shape)
-        problems.append(f"tensor {name!r} {shape}: no parameter takes it{why}")
-    return problems
+            if whole:
+                ignored.append(name)
+        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in names.apart):
+            ignored.append(name)
+        else:
+            of = [at for at, recipe in names.recipes.items() if name in recipe.names]
+            why = f", and the module has no {of[0]}" if of else ""
+            shape = _shown(found[name].shape)
+            problems.append(f"tensor {name!r} {shape}: no parameter takes it{why}")
+    return problems, ignored
+
+
+def _different(
+    needed: Collection[str], found: Mapping[str, Tensor], names: Names
+) -> list[str]:
+    """Copies that are none: the model has one tensor where the checkpoint has two."""
+    apart = {*needed, *(names.elsewhere or ())}
+    return [
+        f"tensor {copy!r}: expected a copy of {name!r}, for which the module has one "
+        "parameter, got other numbers"
+        for copy, name in names.copies.items()
+        if name in needed and copy in found and copy not in apart
+        if not np.array_equal(found[copy].read(), found[name].read())
+    ]
 
 
 def _similar(name: str, found: Mapping[str, Tensor]) -> str:

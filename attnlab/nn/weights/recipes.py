@@ -1,6 +1,7 @@
 """How parameters are made of a checkpoint's tensors, and maps from ones to others."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,14 +108,23 @@ class Names(NamedTuple):
     Attributes:
         recipes: for each path of a parameter; more paths than the module has are fine.
         within: tensors whose names begin so must all be used ...
-        apart: ... but for these patterns (``*`` = anything).
+        apart: ... but for these patterns (``*`` = anything): they are ignored.
         endings: other endings of names, and what they are read as.
+        copies: tensors that repeat another one, and that one's name. Where both are
+            there they must be equal; where one is missing the other is taken.
+        prefixed: the same map for checkpoints with another prefix of their names. That
+            which finds most tensors is taken; this one, if none finds more.
+        elsewhere: in the map of a part, tensors of the other parts; None: it is the map
+            of a whole.
     """
 
     recipes: Mapping[str, Recipe]
     within: tuple[str, ...] = ("",)
     apart: tuple[str, ...] = ()
     endings: tuple[tuple[str, str], ...] = ()
+    copies: Mapping[str, str] = MappingProxyType({})
+    prefixed: tuple["Names", ...] = ()
+    elsewhere: frozenset[str] | None = None
 
     def of(self, path: str) -> "Names":
         """The map of a part of the module: ``bert(12).of("stack.blocks.3.attention")``.
@@ -139,7 +149,8 @@ class Names(NamedTuple):
         return self._replace(
             recipes=own,
             within=tuple(sorted(near)),
-            apart=(*self.apart, *sorted(all_used - used)),
+            prefixed=tuple(names.of(path) for names in self.prefixed),
+            elsewhere=frozenset(all_used - used) | (self.elsewhere or frozenset()),
         )
 
 
