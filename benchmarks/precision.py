@@ -1,9 +1,9 @@
 """How far off are outputs and gradients of 16-bit inputs?
 
 Root mean square errors over that of the exact values, which the reference computes in
-float64 from the same inputs; "stored" are those values themselves, in the type of the
-inputs. Logits have a standard deviation of 9: most weights are close to 0 or 1. Products
-have JAX's own setting of the precision.
+float64 from the same inputs; "stored" are those values themselves, in the type of
+the inputs. Logits have a standard deviation of 9: most weights are close to 0 or 1.
+Products have JAX's own setting of the precision.
 """
 
 from collections.abc import Callable, Iterator
