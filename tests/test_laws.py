@@ -1180,8 +1180,52 @@ def test_12_forward_mode_goes_through_the_reference_or_says_so():
         run(q + sign * step * tangent, implementation="reference") for sign in (1, -1)
     )
     np.testing.assert_allclose(out, (up - down) / (2 * step), atol=2e-3)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda q: run(q, implementation="tiled"), (q,), (tangent,))
+
+
+FORWARD_MODES = {
+    "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
+    "within jit": lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x),
+    "around jit": lambda f, x: jax.jvp(jax.jit(f), (x,), (x,)),
+    "linearize": lambda f, x: jax.linearize(f, x)[1](x),
+    "jacfwd": lambda f, x: jax.jacfwd(f)(x),
+    "hessian": lambda f, x: jax.hessian(lambda x: f(x).sum())(x),
+    "of a gradient": lambda f, x: jax.jvp(jax.grad(lambda x: f(x).sum()), (x,), (x,)),
+    "in a gradient": lambda f, x: jax.grad(lambda x: jax.jvp(f, (x,), (x,))[1].sum())(
+        x
+    ),
+    "of a pullback": lambda f, x: jax.jvp(jax.vjp(f, x)[1], (x,), (x,)),
+    "additive": lambda f, x: jax.jvp(
+        functools.partial(f, score=ADDITIVE, implementation="reference"), (x,), (x,)
+    ),
+}
+ADDITIVE = scores.additive.init(jax.random.key(0), 2, hidden_size=1)
+
+
+@pytest.mark.parametrize("name", FORWARD_MODES)
+def test_12_forward_mode_says_what_would_do(name):
+    x = jnp.ones((1, 2, 1, 2))
+    words = 'forward mode .* of attention needs implementation="reference"'
+    if name == "additive":
+        words = "forward mode .* of additive and concat scores does not exist"
+    with pytest.raises(NotImplementedError, match=words):
+        FORWARD_MODES[name](lambda q, **options: attention(q, x, x, **options), x)
+
+
+def test_12_reverse_mode_passes_whatever_surrounds_it():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 1, 2))
+
+    def layer(q):
+        return attention(q, x, x, score=ADDITIVE, implementation="tiled")
+
+    def looped(q):
+        step = jax.checkpoint(lambda q, _: (layer(q), None))
+        return lax.scan(step, q, None, length=2)[0].sum()
+
+    wanted = jax.grad(lambda q: layer(layer(q)).sum())(x)
+    found = jax.grad(lambda q: jax.vmap(looped)(q).sum())(x[None])
+    np.testing.assert_allclose(found[0], wanted, atol=1e-6)
+    transposed = jax.linear_transpose(jax.linearize(looped, x)[1], x)
+    np.testing.assert_allclose(*transposed(1.0), wanted, atol=1e-6)
 
 
 # Law 13: nothing but the reference holds [T, S].

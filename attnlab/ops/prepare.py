@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.implementations.plain import zero_dead
-from attnlab.implementations.tile import precision_of
+from attnlab.implementations.tile import check_tile, precision_of
 from attnlab.masks.liveness import alive
 from attnlab.masks.planning import (
     blocks_of,
@@ -15,8 +15,9 @@ from attnlab.masks.planning import (
     normalise,
     normalise_tree,
 )
-from attnlab.ops.validate import Arguments, check_operand_shapes
+from attnlab.ops.validate import Arguments, check_operand_shapes, is_wide_float
 from attnlab.prng import as_threefry
+from attnlab.scores.projected import bare
 from attnlab.types import (
     Array,
     AttentionInputs,
@@ -61,7 +62,8 @@ def prepare(
         )
     mask_operands = jax.lax.stop_gradient(mask_operands)
     modifier_operands = tuple(
-        normalise_tree(m.operands(), batch, type(m).__name__) for m in args.modifiers
+        normalise_tree(m.operands(), batch, f"modifiers: {type(m).__name__}")
+        for m in args.modifiers
     )
     check_operand_shapes(modifier_operands, shape, "modifiers")
     positions = query_positions, key_positions = positions_of(args, batch, t, s)
@@ -90,7 +92,7 @@ def prepare(
     if dropout_rate > 0:
         cells = (1, 1) if shared_dropout else (query.shape[0], heads)
         words = _dropout_words(args.dropout_rng, *cells, query_positions, key_positions)
-    return AttentionInputs(
+    inputs = AttentionInputs(
         query,
         key,
         value,
@@ -111,6 +113,9 @@ def prepare(
         numbering=numbering,
         logit_scale=logit_scale,
     )
+    if inputs.modifiers or not inputs.score.is_inner_product:
+        check_tile(inputs)
+    return inputs
 
 
 def numbering_of(args: Arguments) -> tuple[str, str]:
@@ -155,14 +160,15 @@ def _without_scale(score: Score, query: Array) -> tuple[Score, float, Array | No
     """The score, the factor of its logits that is structure, and that which is data."""
     if not score.is_inner_product:
         return score, 1.0, None
+    name = type(bare(score)).__name__
     score, scale = score.without_scale(query.shape[-1])
     if isinstance(scale, float):
         return score, scale, None
     heads, scale = query.shape[2], jnp.asarray(scale)
     if scale.shape not in ((), (1,), (heads,)):
         raise ValueError(
-            f"score: its factor must be a number or an array of shape ({heads},), one "
-            f"for each head, got shape {scale.shape}"
+            f"score: {name} expected one factor or one for each of {heads} query "
+            f"heads, got shape {scale.shape}"
         )
     scale = scale.astype(accumulation_dtype(query.dtype))
     return score, 1.0, scale.reshape(1, -1, 1, 1)
@@ -174,11 +180,24 @@ def _project(
     with precision_of(precision):
         try:
             projected = score.project_query(query), score.project_key(key)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"score: {name} cannot project query {query.shape} and "
                 f"key {key.shape}: {error}"
             ) from error
+    for method, before, after in zip(
+        ("project_query", "project_key"), (query, key), projected, strict=True
+    ):
+        if jnp.shape(after)[:-1] != before.shape[:-1]:
+            raise ValueError(
+                f"score: {name}.{method} makes shape {jnp.shape(after)} of "
+                f"{before.shape}, expected {before.shape[:-1]} and a size"
+            )
+        if not is_wide_float(after.dtype):
+            raise TypeError(
+                f"score: {name}.{method} yields {after.dtype}, expected a floating "
+                "dtype of at least 16 bits"
+            )
     types = {x.dtype for x in projected}
     wide = {accumulation_dtype(t) for t in types}
     if len(wide) > 1 or len(types - wide) > 1:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab import arguments
 from attnlab.types import Array, Score, accumulation_dtype, pytree
 
 
@@ -46,7 +47,7 @@ class ScaledDot(Score):
         """See :class:`attnlab.Score`."""
         if self.scale is None:
             return _widened(query) * _default_scale(query.shape[-1])
-        return _times(query, self.scale)
+        return _times(query, "scale", self.scale)
 
     def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
@@ -55,7 +56,7 @@ class ScaledDot(Score):
             return self, 1.0
         if self.scale is None:
             return Dot(), _default_scale(head_size)
-        return Dot(), jnp.asarray(self.scale)
+        return Dot(), _factor("scale", self.scale)
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -96,14 +97,16 @@ class Bilinear(Score):
             num_heads: N, or 1 to share one matrix.
             dtype: of the parameters.
         """
+        arguments.prng_key("rng", rng)
         key_size = query_size if key_size is None else key_size
+        arguments.sizes(query_size=query_size, key_size=key_size, num_heads=num_heads)
         shape = (num_heads, query_size, key_size)
         scale = 1 / math.sqrt(query_size * key_size)
         return cls(jax.random.normal(rng, shape, dtype) * scale)
 
     def project_query(self, query: Array) -> Array:
         """``[B, T, N, H of query] -> [B, T, N, H of key]``."""
-        return project(query, self.weight)
+        return project(query, "weight", self.weight)
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -146,18 +149,19 @@ class Cosine(_Directions):
         cls, rng: Array, *, num_heads: int = 1, temperature: float = 10.0
     ) -> "Cosine":
         """A learnable temperature for each head; ``rng`` is not read."""
+        arguments.sizes(num_heads=num_heads)
         return cls(jnp.full((num_heads,), temperature))
 
     def project_query(self, query: Array) -> Array:
         """See :class:`attnlab.Score`."""
-        return _times(_unit(query), self.temperature)
+        return _times(_unit(query), "temperature", self.temperature)
 
     def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
         # A subclass may do more than this class.
         if type(self) is not Cosine:
             return self, 1.0
-        return _Directions(), jnp.asarray(self.temperature)
+        return _Directions(), _factor("temperature", self.temperature)
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -177,11 +181,26 @@ def _widened(x: Array) -> Array:
     return x.astype(accumulation_dtype(x.dtype))
 
 
-def _times(x: Array, scale: Any) -> Array:
-    """``[*, N, H]`` times a number or ``[N]``, in the accumulation type."""
-    x = _widened(x)
-    scale = jnp.asarray(scale).astype(x.dtype)
-    return x * scale.reshape((1,) * (x.ndim - 2) + (-1, 1))
+def _factor(name: str, x: Any) -> Array:
+    """A number or ``[N]``; ``name``: of it, for errors."""
+    factor = jnp.asarray(arguments.real(name, x))
+    if factor.ndim > 1:
+        raise ValueError(f"{name}: expected a number or [N], got shape {factor.shape}")
+    return factor
+
+
+def _times(x: Array, name: str, factor: Any) -> Array:
+    """``[*, N, H]`` times a number or ``[N]``, in the accumulation type.
+
+    ``name``: of the factor, for errors.
+    """
+    x, factor = _widened(x), _factor(name, factor)
+    heads = x.shape[-2]
+    if factor.shape not in ((), (1,), (heads,)):
+        raise ValueError(
+            f"{name}: expected a number or [{heads}], got shape {factor.shape}"
+        )
+    return x * factor.astype(x.dtype).reshape((1,) * (x.ndim - 2) + (-1, 1))
 
 
 def _unit(x: Array) -> Array:
@@ -191,8 +210,33 @@ def _unit(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
 
 
-def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """``[B, L, heads, H] , [heads or 1, H, P] -> [B, L, heads, P]``."""
+def check_weight(name: str, x: Any, *shape: Any) -> None:
+    """A floating array of a shape in which letters stand for any size.
+
+    Raises:
+        TypeError, ValueError: naming it.
+    """
+    arguments.floating(name, x)
+    fits = len(x.shape) == len(shape) and all(
+        isinstance(want, str) or have in (want if isinstance(want, tuple) else (want,))
+        for have, want in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(
+            " or ".join(map(str, n)) if isinstance(n, tuple) else str(n) for n in shape
+        )
+        raise ValueError(f"{name}: expected [{wanted}], got shape {tuple(x.shape)}")
+
+
+def project(x: Array, name: str, weight: Array, bias: Array | None = None) -> Array:
+    """``[B, L, heads, H] , [heads or 1, H, P] -> [B, L, heads, P]``.
+
+    ``name``: of the weight, for errors.
+    """
+    heads = tuple(dict.fromkeys((x.shape[2], 1)))
+    check_weight(name, weight, heads, x.shape[-1], "P")
+    if bias is not None:
+        check_weight("bias", bias, heads, weight.shape[-1])
     if weight.shape[0] == 1:
         result = jnp.einsum("blnh,hp->blnp", x, weight[0].astype(x.dtype))
     else:

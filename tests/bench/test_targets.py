@@ -371,7 +371,7 @@ def test_shapes_have_defaults():
     }
 
 
-def test_the_best_blocks_become_a_table(monkeypatch, tmp_path):
+def test_the_best_blocks_become_a_table(monkeypatch, tmp_path, capsys):
     out = tmp_path / "table.json"
     out.write_text('{"v6e": {"64": {"forward": [128, 128, 128]}}, "v5e": {}}')
 
@@ -400,6 +400,9 @@ def test_the_best_blocks_become_a_table(monkeypatch, tmp_path):
     out.write_text(json.dumps(content))
     monkeypatch.setattr(tune, "by_cycles", stopped)
     assert cli.main([*command, "256", "128"]) == 130
+    assert "table.json keeps what is known" in capsys.readouterr().err.replace("\n", "")
+    assert cli.main([*command, "128"]) == 130
+    assert "interrupted: nothing is known" in capsys.readouterr().err
     content["v5e"]["256"]["forward"] = found["forward"]
     assert json.loads(out.read_text()) == content
 
