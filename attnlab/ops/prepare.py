@@ -17,6 +17,7 @@ from attnlab.masks.planning import (
 )
 from attnlab.ops.validate import Arguments, check_operand_shapes, is_wide_float
 from attnlab.prng import as_threefry
+from attnlab.scores.projected import bare
 from attnlab.types import (
     Array,
     AttentionInputs,
@@ -159,14 +160,15 @@ def _without_scale(score: Score, query: Array) -> tuple[Score, float, Array | No
     """The score, the factor of its logits that is structure, and that which is data."""
     if not score.is_inner_product:
         return score, 1.0, None
+    name = type(bare(score)).__name__
     score, scale = score.without_scale(query.shape[-1])
     if isinstance(scale, float):
         return score, scale, None
     heads, scale = query.shape[2], jnp.asarray(scale)
     if scale.shape not in ((), (1,), (heads,)):
         raise ValueError(
-            f"score: its factor must be a number or an array of shape ({heads},), one "
-            f"for each head, got shape {scale.shape}"
+            f"score: {name} expected one factor or one for each of {heads} query "
+            f"heads, got shape {scale.shape}"
         )
     scale = scale.astype(accumulation_dtype(query.dtype))
     return score, 1.0, scale.reshape(1, -1, 1, 1)

@@ -56,7 +56,7 @@ class ScaledDot(Score):
             return self, 1.0
         if self.scale is None:
             return Dot(), _default_scale(head_size)
-        return Dot(), jnp.asarray(arguments.real("scale", self.scale))
+        return Dot(), _factor("scale", self.scale)
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -161,9 +161,7 @@ class Cosine(_Directions):
         # A subclass may do more than this class.
         if type(self) is not Cosine:
             return self, 1.0
-        return _Directions(), jnp.asarray(
-            arguments.real("temperature", self.temperature)
-        )
+        return _Directions(), _factor("temperature", self.temperature)
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -183,18 +181,25 @@ def _widened(x: Array) -> Array:
     return x.astype(accumulation_dtype(x.dtype))
 
 
+def _factor(name: str, x: Any) -> Array:
+    """A number or ``[N]``; ``name``: of it, for errors."""
+    factor = jnp.asarray(arguments.real(name, x))
+    if factor.ndim > 1:
+        raise ValueError(f"{name}: expected a number or [N], got shape {factor.shape}")
+    return factor
+
+
 def _times(x: Array, name: str, factor: Any) -> Array:
     """``[*, N, H]`` times a number or ``[N]``, in the accumulation type.
 
     ``name``: of the factor, for errors.
     """
-    factor = jnp.asarray(arguments.real(name, factor))
+    x, factor = _widened(x), _factor(name, factor)
     heads = x.shape[-2]
     if factor.shape not in ((), (1,), (heads,)):
         raise ValueError(
             f"{name}: expected a number or [{heads}], got shape {factor.shape}"
         )
-    x = _widened(x)
     return x * factor.astype(x.dtype).reshape((1,) * (x.ndim - 2) + (-1, 1))
 
 

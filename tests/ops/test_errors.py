@@ -377,7 +377,7 @@ CASES = {
     "temperature of other heads": (
         call(score=scores.cosine(np.ones(5, "f"))),
         ValueError,
-        r"score: its factor must be a number or an array of shape \(6,\).*\(5,\)",
+        r"score: Cosine expected one factor or .* 6 query heads, got shape \(5,\)",
     ),
     "projected keys of nothing": (
         lambda: scores.projected_keys(scores.dot),
