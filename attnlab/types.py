@@ -249,7 +249,7 @@ class AttentionInputs:
             ...]`` where an axis was mapped.
         modifier_operands: a tuple of operands for each modifier.
         mask_operands: the mask's operands, nested as its combinations are.
-        query_positions: ``[B or 1, 1, T, 1]`` int32.
+        query_positions: ``[B or 1, 1, T, 1]`` int32; N where the mask reads the head.
         key_positions: ``[B or 1, 1, 1, S]`` int32.
         dropout_words: None, or two uint32 operands: one word a row, one a column.
         living: queries ``[B or 1, N or 1, T]`` and keys ``[B or 1, K or 1, S]`` that

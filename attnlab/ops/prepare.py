@@ -14,6 +14,7 @@ from attnlab.masks.planning import (
     head_count,
     normalise,
     normalise_tree,
+    reads_head,
 )
 from attnlab.ops.validate import Arguments, check_operand_shapes, is_wide_float
 from attnlab.prng import as_threefry
@@ -68,6 +69,12 @@ def prepare(
     check_operand_shapes(modifier_operands, shape, "modifiers")
     positions = query_positions, key_positions = positions_of(args, batch, t, s)
     numbering = numbering_of(args)
+    if head_count(args.mask) == 1 and reads_head(args.mask, mask_operands):
+        # Where positions run along the heads, each head is asked.
+        query_positions = jnp.broadcast_to(
+            query_positions, (query_positions.shape[0], heads, t, 1)
+        )
+        positions = query_positions, key_positions
 
     fine = math.gcd(args.mask.grain or _ALIVE_BLOCK, _ALIVE_BLOCK)
     size = fine if fine >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK
