@@ -188,7 +188,9 @@ def _bind(*leaves: Array, **static: Any) -> list[Array]:
 
 @attention_p.def_impl
 def _run_alone(*leaves: Array, **static: Any) -> list[Array]:
-    with jax.disable_jit(False):
+    # What JAX runs step by step to find a NaN is one step here, and a log-sum-exp of
+    # -inf is what it should be: the next step that yields one is named.
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         return _bind(*leaves, **static)
 
 
@@ -239,12 +241,15 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
         inputs = jax.tree.map(lambda x: x.value, inputs)
         output, lse = attend(inputs)
         output = checkpoint_name(output, "attnlab_output")
-        lse = checkpoint_name(lse, "attnlab_lse")
-        return (output, lse), (wanted, inputs, output, lse)
+        # Finite between the passes: jax.debug_infs looks at what is kept there.
+        kept = jnp.where(jnp.isneginf(lse), jnp.finfo(lse.dtype).min, lse)
+        kept = checkpoint_name(kept, "attnlab_lse")
+        return (output, _as_it_was(kept)), (wanted, inputs, output, kept)
 
     def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
-        wanted, inputs, output, lse = saved
+        wanted, inputs, output, kept = saved
         d_output, d_lse = cotangents
+        lse = _as_it_was(kept)
         # Whatever gradient comes to a query that sees nothing, it stops here.
         sees = ~jnp.isneginf(lse)
         if isinstance(d_output, SymbolicZero):
@@ -258,6 +263,11 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
 
     attend.defvjp(forward, backward, symbolic_zeros=True)
     return attend(inputs)
+
+
+def _as_it_was(kept: Array) -> Array:
+    """A log-sum-exp that was made finite."""
+    return jnp.where(kept == jnp.finfo(kept.dtype).min, -jnp.inf, kept)
 
 
 def _forward(asked: _Asked, inputs: AttentionInputs) -> tuple[Array, Array]:
