@@ -15,7 +15,6 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import mlir
@@ -25,6 +24,7 @@ from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
 from attnlab.ops.choice import choose, default_platform
+from attnlab.ops.residuals import keep, with_inf
 from attnlab.reverse import reverse_only
 from attnlab.types import (
     Array,
@@ -239,17 +239,12 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
     def forward(inputs: Any) -> tuple[tuple[Array, Array], PyTree]:
         wanted = _Wanted(tuple(x.perturbed for x in jax.tree.leaves(inputs)))
         inputs = jax.tree.map(lambda x: x.value, inputs)
-        output, lse = attend(inputs)
-        output = checkpoint_name(output, "attnlab_output")
-        # Finite between the passes: jax.debug_infs looks at what is kept there.
-        kept = jnp.where(jnp.isneginf(lse), jnp.finfo(lse.dtype).min, lse)
-        kept = checkpoint_name(kept, "attnlab_lse")
-        return (output, _as_it_was(kept)), (wanted, inputs, output, kept)
+        output, kept = keep(*attend(inputs))
+        return (output, with_inf(kept)), (wanted, inputs, output, kept)
 
     def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
         wanted, inputs, output, kept = saved
-        d_output, d_lse = cotangents
-        lse = _as_it_was(kept)
+        lse, (d_output, d_lse) = with_inf(kept), cotangents
         # Whatever gradient comes to a query that sees nothing, it stops here.
         sees = ~jnp.isneginf(lse)
         if isinstance(d_output, SymbolicZero):
@@ -263,11 +258,6 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
 
     attend.defvjp(forward, backward, symbolic_zeros=True)
     return attend(inputs)
-
-
-def _as_it_was(kept: Array) -> Array:
-    """A log-sum-exp that was made finite."""
-    return jnp.where(kept == jnp.finfo(kept.dtype).min, -jnp.inf, kept)
 
 
 def _forward(asked: _Asked, inputs: AttentionInputs) -> tuple[Array, Array]:
