@@ -223,6 +223,10 @@ class Dense(Mask):
             some, every = some.swapaxes(2, 3), every.swapaxes(2, 3)
         return runs(some), runs(every)
 
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`Mask`."""
+        return operands.any(3 if side == "query" else 2, keepdims=True)
+
     def __repr__(self) -> str:
         return f"dense({describe(self.array)})"
 

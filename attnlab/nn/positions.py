@@ -42,6 +42,19 @@ def positions_of(x: Array, offset: Any, given: Array | None) -> Array:
     return _of_rank(slots, offset.ndim) + offset
 
 
+def zero_empty(x: Array, positions: Array | None) -> Array:
+    """With zeros where the position is -1: before anything is made of x.
+
+    Args:
+        x: ``[*batch, T, features]``.
+        positions: ``[T]`` or ``[*batch, T]``; None: no slot is empty.
+    """
+    if positions is None:
+        return x
+    held = _of_rank(jnp.asarray(positions)[..., None] >= 0, x.ndim)
+    return jnp.where(held, x, jnp.zeros((), x.dtype))
+
+
 class Sinusoidal(nnx.Module):
     """Adds fixed sinusoids to embeddings.
 

@@ -15,7 +15,6 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import mlir
@@ -25,6 +24,7 @@ from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
 from attnlab.ops.choice import choose, default_platform
+from attnlab.ops.residuals import keep, with_inf
 from attnlab.reverse import reverse_only
 from attnlab.types import (
     Array,
@@ -188,7 +188,9 @@ def _bind(*leaves: Array, **static: Any) -> list[Array]:
 
 @attention_p.def_impl
 def _run_alone(*leaves: Array, **static: Any) -> list[Array]:
-    with jax.disable_jit(False):
+    # What JAX runs step by step to find a NaN is one step here, and a log-sum-exp of
+    # -inf is what it should be: the next step that yields one is named.
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         return _bind(*leaves, **static)
 
 
@@ -237,14 +239,12 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
     def forward(inputs: Any) -> tuple[tuple[Array, Array], PyTree]:
         wanted = _Wanted(tuple(x.perturbed for x in jax.tree.leaves(inputs)))
         inputs = jax.tree.map(lambda x: x.value, inputs)
-        output, lse = attend(inputs)
-        output = checkpoint_name(output, "attnlab_output")
-        lse = checkpoint_name(lse, "attnlab_lse")
-        return (output, lse), (wanted, inputs, output, lse)
+        output, kept = keep(*attend(inputs))
+        return (output, with_inf(kept)), (wanted, inputs, output, kept)
 
     def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
-        wanted, inputs, output, lse = saved
-        d_output, d_lse = cotangents
+        wanted, inputs, output, kept = saved
+        lse, (d_output, d_lse) = with_inf(kept), cotangents
         # Whatever gradient comes to a query that sees nothing, it stops here.
         sees = ~jnp.isneginf(lse)
         if isinstance(d_output, SymbolicZero):

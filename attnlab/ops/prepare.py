@@ -1,7 +1,7 @@
 """From validated arguments to the canonical record that implementations take."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,33 +53,14 @@ def prepare(
     )
     t, heads = query.shape[1:3]
     s, key_heads = key.shape[1:3]
-    shape = (heads, t, s)
-
-    mask_operands = normalise_tree(args.mask.operands(t, s), batch, "mask")
-    check_operand_shapes(mask_operands, shape, "mask")
-    if head_count(args.mask) not in (1, heads):
-        raise ValueError(
-            f"mask: per_head got {head_count(args.mask)} masks for {heads} query heads"
-        )
-    mask_operands = jax.lax.stop_gradient(mask_operands)
+    seen = what_is_seen(args, batch, heads, t, s)
     modifier_operands = tuple(
         normalise_tree(m.operands(), batch, f"modifiers: {type(m).__name__}")
         for m in args.modifiers
     )
-    check_operand_shapes(modifier_operands, shape, "modifiers")
-    positions = query_positions, key_positions = positions_of(args, batch, t, s)
-    numbering = numbering_of(args)
-    if head_count(args.mask) == 1 and reads_head(args.mask, mask_operands):
-        # Where positions run along the heads, each head is asked.
-        query_positions = jnp.broadcast_to(
-            query_positions, (query_positions.shape[0], heads, t, 1)
-        )
-        positions = query_positions, key_positions
-
-    fine = math.gcd(args.mask.grain or _ALIVE_BLOCK, _ALIVE_BLOCK)
-    size = fine if fine >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK
-    blocks = blocks_of(*positions, numbering, (size, size))
-    query_alive, key_alive = alive(args.mask, mask_operands, *positions, *blocks)
+    check_operand_shapes(modifier_operands, (heads, t, s), "modifiers")
+    query_positions, key_positions = seen.query_positions, seen.key_positions
+    query_alive, key_alive = seen.query_alive, seen.key_alive
     if key_alive is not None and key_alive.shape[1] > key_heads:
         # Query heads of one group share a key head.
         grouped = key_alive.reshape(key_alive.shape[0], key_heads, -1, s)
@@ -105,7 +86,7 @@ def prepare(
         value,
         jax.tree.map(lambda x: _pair_operand(x, heads), args.score.pair_params()),
         modifier_operands,
-        mask_operands,
+        seen.operands,
         query_positions,
         key_positions,
         words,
@@ -117,12 +98,52 @@ def prepare(
         dropout_rate=float(dropout_rate),
         precision=precision,
         needs_lse=needs_lse,
-        numbering=numbering,
+        numbering=numbering_of(args),
         logit_scale=logit_scale,
     )
     if inputs.modifiers or not inputs.score.is_inner_product:
         check_tile(inputs)
     return inputs
+
+
+class Seen(NamedTuple):
+    """What a mask says of the slots.
+
+    Attributes:
+        operands: of the mask, normalised.
+        query_positions: ``[B or 1, N or 1, T, 1]``.
+        key_positions: ``[B or 1, 1, 1, S]``.
+        query_alive: ``[B or 1, N or 1, T]``; None: every query sees something.
+        key_alive: ``[B or 1, N or 1, S]``; None: every key is seen.
+    """
+
+    operands: Any
+    query_positions: Array
+    key_positions: Array
+    query_alive: Array | None
+    key_alive: Array | None
+
+
+def what_is_seen(
+    args: Arguments, batch: tuple[int, ...], heads: int, t: int, s: int
+) -> Seen:
+    """Which slots are alive; of the arguments, mask and positions count."""
+    operands = normalise_tree(args.mask.operands(t, s), batch, "mask")
+    check_operand_shapes(operands, (heads, t, s), "mask")
+    if head_count(args.mask) not in (1, heads):
+        raise ValueError(
+            f"mask: per_head got {head_count(args.mask)} masks for {heads} query heads"
+        )
+    operands = jax.lax.stop_gradient(operands)
+    query, key = positions_of(args, batch, t, s)
+    if head_count(args.mask) == 1 and reads_head(args.mask, operands):
+        # Where positions run along the heads, each head is asked.
+        query = jnp.broadcast_to(query, (query.shape[0], heads, t, 1))
+    positions = query, key
+    fine = math.gcd(args.mask.grain or _ALIVE_BLOCK, _ALIVE_BLOCK)
+    size = fine if fine >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK
+    blocks = blocks_of(*positions, numbering_of(args), (size, size))
+    return Seen(operands, *positions, *alive(args.mask, operands, *positions, *blocks))
 
 
 def numbering_of(args: Arguments) -> tuple[str, str]:

@@ -71,7 +71,8 @@ def _check_arrays(query: Any, key: Any, value: Any, projected: bool) -> None:
             )
         if not is_wide_float(dtype):
             raise TypeError(
-                f"{name}: expected a floating dtype of at least 16 bits, got {dtype}"
+                f"{name}: expected a floating dtype of at least 16 bits, got {dtype}; "
+                "cast it with .astype(jnp.bfloat16)"
             )
     for name, x in (("key", key), ("value", value)):
         may_be_wide = projected and name == "key"
