@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab.masks.data import integers
+from attnlab.arguments import integers
 from attnlab.types import Array, ArrayLike, accumulation_dtype
 
 #: The smallest number that float32 divides by; what is below counts as 0.
