@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab.masks.data import integers
+from attnlab.arguments import integers
 from attnlab.ops.validate import is_wide_float
 from attnlab.types import Array, ArrayLike, accumulation_dtype
 

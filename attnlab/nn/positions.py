@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attnlab import arguments
 from attnlab.modifiers import alibi, alibi_slopes, relative_bias
 from attnlab.nn.angles import sin_cos, sinusoids
 from attnlab.nn.parameters import named
@@ -36,9 +37,9 @@ def positions_of(x: Array, offset: Any, given: Array | None) -> Array:
         given: ``[T]`` or ``[*batch, T]``.
     """
     if given is not None:
-        return jnp.asarray(given)
+        return jnp.asarray(arguments.integers("positions", given))
     slots = jnp.arange(x.shape[-2], dtype=jnp.int32)
-    offset = jnp.asarray(offset, jnp.int32)[..., None]
+    offset = jnp.asarray(arguments.integers("query_offset", offset))[..., None]
     return _of_rank(slots, offset.ndim) + offset
 
 

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnlab import arguments
 from attnlab.implementations.plain import zero_dead
 from attnlab.implementations.tile import check_tile, precision_of
+from attnlab.masks.intervals import FAR
 from attnlab.masks.liveness import alive
 from attnlab.masks.planning import (
     blocks_of,
@@ -158,15 +160,16 @@ def positions_of(
 ) -> tuple[Array, Array]:
     """Positions as operands: ``[B or 1, 1, T, 1]`` and ``[B or 1, 1, 1, S]``."""
     if args.query_positions is not None:
-        positions = args.query_positions.astype(jnp.int32)[..., None, :, None]
+        positions = arguments.as_int32(args.query_positions)[..., None, :, None]
     else:
         offset = 0 if args.query_offset is None else args.query_offset
-        offset = jnp.asarray(offset, jnp.int32)
-        slots = jnp.arange(t, dtype=jnp.int32).reshape(*[1] * (offset.ndim + 1), t, 1)
-        positions = slots + offset[..., None, None, None]
+        offset = arguments.as_int32(jnp.asarray(offset))[..., None, None, None]
+        slots = jnp.arange(t, dtype=jnp.int32).reshape(*[1] * (offset.ndim - 2), t, 1)
+        # No position is beyond the greatest one.
+        positions = jnp.minimum(offset, FAR - slots) + slots
     query = normalise(Operand(positions), batch, "query_positions")
     if args.key_positions is not None:
-        positions = args.key_positions.astype(jnp.int32)[..., None, None, :]
+        positions = arguments.as_int32(args.key_positions)[..., None, None, :]
     else:
         positions = jnp.arange(s, dtype=jnp.int32)[None, None, :]
     return query, normalise(Operand(positions), batch, "key_positions")

@@ -10,6 +10,7 @@ import numpy as np
 from attnlab import arguments
 from attnlab.implementations.tile import precision_name
 from attnlab.masks.base import Mask, as_mask
+from attnlab.masks.intervals import FAR
 from attnlab.ops.choice import named
 from attnlab.scores.inner import ScaledDot
 from attnlab.scores.projected import ProjectedKeys, check_score
@@ -110,21 +111,17 @@ def _check_positions(args: Arguments) -> None:
     ):
         if x is None:
             continue
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise TypeError(f"{name}: expected integers, got {x.dtype}")
+        arguments.check_integers(name, x)
         if x.shape not in ((length,), (*batch, length)):
             raise ValueError(
                 f"{name}: expected shape {(length,)} or {(*batch, length)}, "
                 f"got {x.shape}"
             )
     offset = args.query_offset
-    if offset is not None:
-        if not jnp.issubdtype(offset.dtype, jnp.integer):
-            raise TypeError(f"query_offset: expected integers, got {offset.dtype}")
-        if offset.shape not in ((), batch):
-            raise ValueError(
-                f"query_offset: expected a scalar or shape {batch}, got {offset.shape}"
-            )
+    if offset is not None and offset.shape not in ((), batch):
+        raise ValueError(
+            f"query_offset: expected a scalar or shape {batch}, got {offset.shape}"
+        )
     if args.query_positions is not None and offset is not None:
         raise ValueError(
             "query_offset, query_positions: give one of the two, got both; positions "
@@ -132,18 +129,31 @@ def _check_positions(args: Arguments) -> None:
         )
 
 
-def _as_offset(offset: Any) -> Any:
+def _as_offset(offset: Any, length: int) -> Any:
     """None for 0, which is structure; else data: a new one does not recompile."""
-    if isinstance(offset, bool):
-        raise TypeError("query_offset: expected an integer, got bool")
-    if isinstance(offset, (int, np.integer)):
-        return None if offset == 0 else jnp.int32(offset)
-    if not hasattr(offset, "dtype"):
+    is_int = isinstance(offset, (int, np.integer)) and not isinstance(offset, bool)
+    if not is_int and not hasattr(offset, "dtype"):
         raise TypeError(
             f"query_offset: expected an int or an integer array, "
             f"got {type(offset).__name__}"
         )
-    return offset
+    if is_int and offset == 0:
+        return None
+    checked = np.asarray(offset) if is_int else offset
+    arguments.check_integers("query_offset", checked)
+    if isinstance(checked, np.ndarray) and checked.size:
+        if checked.min() < 0:
+            raise ValueError(
+                f"query_offset: expected positions of at least 0, got {checked.min()}; "
+                "slots that hold no query have query_positions of -1"
+            )
+        last = int(checked.max()) + length - 1
+        if last > FAR:
+            raise ValueError(
+                f"query_offset: {checked.max()} is too great for {length} queries; the "
+                f"last position there is is {FAR}"
+            )
+    return jnp.asarray(checked, jnp.int32) if is_int else offset
 
 
 def _check_leaves(name: str, owner: Any) -> None:
@@ -272,7 +282,7 @@ def check(
         modifiers,
         sinks,
         dropout_rng if dropout_rate > 0 else None,
-        _as_offset(query_offset),
+        _as_offset(query_offset, query.shape[-3]),
         query_positions,
         key_positions,
     )
