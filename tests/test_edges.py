@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attnlab import attention, attention_with_stats, explain, masks, modifiers, scores
+from attnlab.masks import Mask
 from attnlab.types import Score, pytree
 from tests.grid import NATIVE
 from tests.implementations import interpreted
@@ -337,3 +338,57 @@ def test_infinities_that_were_asked_for_are_named():
     x = jnp.ones((2, 4, 2, 8))
     with jax.debug_infs(True), pytest.raises(FloatingPointError):
         attention_with_stats(x, x, x, mask=mask, implementation="tiled")
+
+
+@pytree
+class Everything(Mask):
+    """A user's own, all of whose blocks are full."""
+
+    def visible(self, tile, operands):
+        return tile.query_positions >= tile.key_positions * 0
+
+    def bounds(self, rows, cols, operands):
+        where = np.ones((1, 1, rows.count), bool)
+        return cols.every(where), cols.every_complete(where)
+
+
+def even_sum(t, s):
+    return (t + s) % 2 == 0
+
+
+#: Plans with no full, no partial or no live block, of masks that kernels do and do not
+#: know.
+EMPTY = {
+    "no partial block": masks.predicate(even_sum) | masks.sliding_window(512, 512),
+    "no partial block of a chunk": masks.predicate(even_sum) | masks.chunked(1024),
+    "own": Everything(),
+    "no live block": masks.predicate(even_sum) & ~masks.full(),
+    "no anchor": masks.anchor(np.zeros((0,), np.int32), see_all=False),
+    "no block": masks.blocks(np.zeros((2, 0), np.int32), 4),
+}
+
+
+@pytest.mark.parametrize("implementation", ["tiled", NATIVE, None])
+@pytest.mark.parametrize("name", EMPTY)
+def test_lists_of_blocks_may_be_empty(name, implementation):
+    q, k, v = (np.random.default_rng(i).normal(size=(1, 8, 2, 4)) for i in range(3))
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+
+    def both(implementation):
+        def loss(q, k, v):
+            given = dict(mask=EMPTY[name], implementation=implementation)
+            output = attention(q, k, v, **given)
+            return (output**2).sum(), output
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
+        both(implementation),
+        both("reference"),
+    )
+
+
+def test_there_may_be_no_heads():
+    q, k = np.zeros((1, 3, 0, 4), np.float32), np.zeros((1, 5, 1, 4), np.float32)
+    assert attention(q, k, k).shape == (1, 3, 0, 4)

@@ -162,6 +162,8 @@ class Tiles:
         """Blocks at ``count`` ranks from ``rank`` on, and which of them exist."""
         w = self.walk
         lo, end, total = (pick(x, row) for x in (w.lo, w.end, w.total))
+        if end.shape[0] == 0:
+            return jnp.zeros((count,), jnp.int32), jnp.zeros((count,), bool)
         ranks = rank + jnp.arange(count, dtype=jnp.int32)
         which = (end[None, :] <= ranks[:, None]).sum(1, dtype=jnp.int32)
         which = jnp.minimum(which, end.shape[0] - 1)

@@ -249,7 +249,7 @@ def _run(
 ) -> AttentionResult:
     batch = args.query.shape[:-3]
     t, heads = args.query.shape[-3:-1]
-    if 0 in (*batch, t, args.key.shape[-3]):
+    if 0 in (*batch, t, heads, args.key.shape[-3]):
         args.mask.operands(t, args.key.shape[-3])
         return _nothing(args, top_k)
     inputs = prepare(
