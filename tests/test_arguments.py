@@ -122,3 +122,14 @@ def test_traced_positions_stop_at_the_ends_of_32_bits():
         run = jax.jit(weights)
         far = run(np.array([0, 1, 2**32, 2**40]))
         np.testing.assert_array_equal(far, run(np.array([0, 1, MOST, MOST])))
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, lambda n: np.array([n])])
+def test_an_offset_leaves_room_for_the_queries(kind):
+    def refused(offset, message):
+        with pytest.raises(ValueError, match=message):
+            explain(X, X, X, query_offset=kind(offset))
+
+    refused(-1, "query_offset: expected positions of at least 0, got -1; slots that")
+    refused(MOST - 2, rf"query_offset: expected at most {MOST - 3} for 4 queries, got")
+    explain(X, X, X, query_offset=kind(MOST - 3))

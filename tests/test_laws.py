@@ -25,6 +25,7 @@ from attnlab.ops import prepare
 from attnlab.ops.dispatch import attention_p, compute
 from tests.conftest import forget, verb
 from tests.grid import NATIVE
+from tests.implementations import interpreted
 
 B, T, S, N, K, H, D = 2, 17, 13, 6, 3, 7, 5
 BOTH = ("reference", "tiled", NATIVE)
@@ -344,6 +345,43 @@ def test_4_empty_slots_are_hidden_from_all(implementation, tile):
         found = call(q, k, v, key_positions=positions)
         wanted = call(q, k[:, kept_slots], v[:, kept_slots], key_positions=kept_slots)
         close(found, wanted)
+
+
+@pytest.mark.parametrize("implementation", [*BOTH, interpreted.NAME])
+def test_4_positions_may_be_as_far_as_32_bits_go(implementation, tile, monkeypatch):
+    tile(4, 3)
+    interpreted.register(monkeypatch)
+    most = 2**31 - 1
+    rules = (
+        (masks.causal(), lambda t, s: s <= t),
+        (masks.sliding_window(5, None), lambda t, s: s >= t - 5),
+        (masks.sliding_window(2**29, 0), lambda t, s: (t - 2**29 <= s) & (s <= t)),
+        (
+            masks.dilated_window(9, most - 1, 3),
+            lambda t, s: (s >= t - 9) & ((s - t) % 3 == 0),
+        ),
+        (masks.chunked(2**30), lambda t, s: s // 2**30 == t // 2**30),
+        (
+            masks.anchor(np.array([3, 1_700_000_003, most])),
+            lambda t, s: np.isin([t, s], [3, 1_700_000_003, most]).any(0),
+        ),
+    )
+    mask = masks.per_head([mask for mask, _ in rules])
+    q, k, v = arrays(b=1, s=T)
+    call = jax.jit(
+        lambda mask, **positions: _call(
+            q, k, v, mask, (), implementation=implementation, **positions
+        )
+    )
+    exact = jax.jit(lambda mask: _call(q, k, v, mask, (), implementation="reference"))
+    for first in (2**30 - 6, 1_700_000_000, most - T + 1):
+        places = first + np.arange(T)
+        keys = places[::-1].copy()
+        keys[4:7] = 0, 3, -1
+        pairs = np.meshgrid(places, keys, indexing="ij")
+        wanted = np.stack([rule(*pairs) for _, rule in rules]) & (keys >= 0)
+        found = call(mask, query_offset=first, key_positions=keys)
+        close(found, exact(wanted[None]))
 
 
 # Law 5: a window is two inclusive offsets.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from attnlab.masks.intervals import hull, namespace
+from attnlab.masks.intervals import FAR, hull, namespace
 from attnlab.types import Intervals
 
 
@@ -17,7 +17,8 @@ class Blocks:
         side: "query" or "key".
         size: slots in a block; the last block may hold fewer.
         length: slots.
-        lo: ``[B or 1, count]``, the least position in each block (FAR if none).
+        lo: ``[B or 1, count]``, the least position in each block: -1 if some slot is
+            empty because an offset makes its position negative, FAR if none is given.
         hi: ``[B or 1, count]``, the greatest position in each block (-1 if none).
         offset: ``[B or 1]`` position of slot 0 where position = offset + slot; None
             where the positions are given one by one.
@@ -55,18 +56,26 @@ class Blocks:
         """``hi`` as ``[B or 1, 1, count, 1]``, for blocks that are rows."""
         return self.hi[:, None, :, None]
 
+    def _slot(self, position: Any) -> Any:
+        """The slot of a position ``[..., m]``, from 0 to ``count * size``."""
+        offset = self.offset[:, None, None, None]
+        xp, slots = namespace(position, offset), self.count * self.size
+        end = xp.minimum(offset, FAR - slots) + slots
+        return xp.clip(position, offset, end) - offset
+
     def touched(self, lo: Any, hi: Any) -> Intervals:
-        """Blocks that hold some position of ``[lo, hi)``."""
+        """Blocks that hold some position of ``[lo, hi)``; hi = FAR: from lo on."""
+        endless = hi >= FAR
         if self.offset is None:
             starts = self.lo[:, None, None, None, :] < hi[..., None]
+            lo = namespace(lo).maximum(lo, 0)
             stops = self.hi[:, None, None, None, :] >= lo[..., None]
-            found = hull(starts & stops)
+            found = hull((starts | endless[..., None]) & stops)
             return Intervals(found.lo[..., 0], found.hi[..., 0])
         xp = namespace(lo, hi, self.offset)
-        offset = self.offset[:, None, None, None]
-        first = xp.clip((lo - offset) // self.size, 0, self.count)
-        last = xp.clip(-((offset - hi) // self.size), 0, self.count)
-        return Intervals(first, xp.where(hi > lo, last, first))
+        first = self._slot(lo) // self.size
+        last = xp.where(endless, self.count, -(-self._slot(hi) // self.size))
+        return Intervals(first, xp.where((hi > lo) | endless, last, first))
 
     def covered(self, lo: Any, hi: Any) -> Intervals:
         """Complete blocks that hold positions of ``[lo, hi)`` only."""
@@ -74,9 +83,8 @@ class Blocks:
         if self.offset is None:
             nothing = xp.zeros(lo.shape[:-1] + (0,), np.int32)
             return Intervals(nothing, nothing)
-        offset = self.offset[:, None, None, None]
-        first = xp.clip(-((offset - lo) // self.size), 0, self.count)
-        last = xp.clip((hi - offset) // self.size, 0, self.length // self.size)
+        first = -(-self._slot(lo) // self.size)
+        last = xp.minimum(self._slot(hi) // self.size, self.length // self.size)
         return Intervals(first, xp.maximum(first, last))
 
     def every(self, where: Any) -> Intervals:

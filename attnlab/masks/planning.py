@@ -74,9 +74,14 @@ def index_blocks(side: str, length: int, size: int, offset: Any = 0) -> Blocks:
     """Blocks of slots whose positions are ``offset + slot``; offset scalar or [B]."""
     xp = namespace(offset)
     offset = xp.asarray(offset, dtype=np.int32).reshape(-1)
+    offset = xp.maximum(offset, -FAR)  # which has a negative, unlike -FAR - 1
     starts = np.arange(0, length, size, dtype=np.int32)
     stops = np.minimum(starts + size, length) - 1
-    lo, hi = (offset[:, None] + ends[None] for ends in (starts, stops))
+    # Whatever is below 0 is empty.
+    lo, hi = (
+        xp.clip(offset[:, None], -1 - ends[None], FAR - ends[None]) + ends[None]
+        for ends in (starts, stops)
+    )
     return Blocks(side, size, length, lo, hi, offset)
 
 
@@ -84,7 +89,7 @@ def position_blocks(side: str, positions: Array, size: int) -> Blocks:
     """Blocks of slots whose positions are given, ``[B or 1, length]``; -1 = empty."""
     length = positions.shape[-1]
     blocks = Blocks(side, size, length, None, None, None)
-    known = jnp.where(positions < 0, FAR, positions)
+    known = namespace(positions).where(positions < 0, FAR, positions)
     lo = blocks.reduce(known, 1, "min", FAR)
     hi = blocks.reduce(positions, 1, "max", -1)
     return dataclasses.replace(blocks, lo=lo, hi=hi)
@@ -173,7 +178,8 @@ def make_plan(
         key: the blocks of keys.
         cols: whether the transpose is wanted, too.
     """
-    if not jax.tree.leaves(operands) and namespace(query.lo, key.lo) is np:
+    numbered = all(isinstance(b.offset, np.ndarray) for b in (query, key))
+    if numbered and not jax.tree.leaves(operands):
         offset = tuple(query.offset.tolist())
         return _static_plan(
             skeleton(mask),

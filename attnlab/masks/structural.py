@@ -6,7 +6,7 @@ import numpy as np
 
 from attnlab.masks.base import Bounds, Mask
 from attnlab.masks.geometry import Blocks
-from attnlab.masks.intervals import FAR, namespace
+from attnlab.masks.intervals import FAR, namespace, plus
 from attnlab.types import Array, Intervals, PyTree, Tile, pytree, static
 
 
@@ -47,11 +47,12 @@ class Window(Mask):
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""
-        # The limits are [q, 1]: a tile costs one or two comparisons.
+        # The limits are [q, 1] and [1, k]: a tile costs one or two comparisons. They
+        # are differences: of two positions, and sizes, none is beyond int32.
         t, s = tile.query_positions, tile.key_positions
-        result = s >= (s - FAR if self.left is None else t - self.left)
+        result = s >= (0 if self.left is None else t - self.left)
         if self.right is not None:
-            result = result & (s <= t + self.right)
+            result = result & (s - self.right <= t)
         if self.step > 1:
             result = result & ((s - t) % self.step == 0)
         return result
@@ -66,7 +67,7 @@ class Window(Mask):
 
         def span(first: Any, last: Any) -> tuple[Any, Any]:
             start = zero - FAR if left is None else first - left
-            stop = zero + FAR if right is None else last + right + 1
+            stop = zero + FAR if right is None else plus(last, right + 1)
             return start, stop
 
         possible = cols.touched(*span(lo, hi))
@@ -139,7 +140,7 @@ class Chunked(Mask):
         xp = namespace(rows.lo, rows.hi)
         first = rows.rows_lo // self.size
         last = rows.rows_hi // self.size
-        lo, hi = first * self.size, (last + 1) * self.size
+        lo, hi = first * self.size, plus(last * self.size, self.size)
         same = xp.where(first == last, hi, lo)
         return cols.touched(lo, hi), cols.covered(lo, same)
 

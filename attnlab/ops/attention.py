@@ -60,10 +60,12 @@ def attention(
             ``1 / (1 - rate)``. The pattern is a pure function of (rng, example, head,
             query position, key position).
         dropout_rng: a PRNG key, needed where ``dropout_rate > 0``.
-        query_offset: position of the first query, a scalar or ``[*batch]``. Positions
-            of keys start at 0.
-        query_positions: ``[T]`` or ``[*batch, T]`` integers; -1 = empty slot.
-        key_positions: ``[S]`` or ``[*batch, S]`` integers; -1 = empty slot.
+        query_offset: position of the first query, a scalar or ``[*batch]``, at least 0.
+            Positions of keys start at 0.
+        query_positions: ``[T]`` or ``[*batch, T]`` integers from 0 to 2**31 - 1; -1 =
+            empty slot, and so is what a traced negative offset brings below 0.
+        key_positions: ``[S]`` or ``[*batch, S]`` integers, likewise. What does not fit
+            32 bits is refused; where it is traced, it stops at their ends.
         precision: of matrix products; None: JAX's own setting.
         implementation: None for the automatic choice, or a name that
             :func:`attnlab.explain` lists. A name never falls back.

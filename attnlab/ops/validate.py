@@ -150,8 +150,8 @@ def _as_offset(offset: Any, length: int) -> Any:
         last = int(checked.max()) + length - 1
         if last > FAR:
             raise ValueError(
-                f"query_offset: {checked.max()} is too great for {length} queries; the "
-                f"last position there is is {FAR}"
+                f"query_offset: expected at most {FAR + 1 - length} for {length} "
+                f"queries, got {checked.max()}; the greatest position is {FAR}"
             )
     return jnp.asarray(checked, jnp.int32) if is_int else offset
 

@@ -77,6 +77,11 @@ def check(mask, wanted, block_q, block_k):
     """
     plan = mask.plan(*wanted.shape[2:], block_size=(block_q, block_k))
     assert (plan.block_q, plan.block_k) == (block_q, block_k)
+    return check_plan(plan, wanted, block_q, block_k)
+
+
+def check_plan(plan, wanted, block_q, block_k):
+    """:func:`check` of a plan that was made."""
     assert plan.cols is not None
     loose = 0
     for live, visible, size, other in (
@@ -238,6 +243,68 @@ def test_given_positions_are_sound(name, order):
                 ]
                 assert block.all() or not inside[0]
                 assert any(inside) or not block.any()
+
+
+#: The greatest position.
+FAR = 2**31 - 1
+#: Masks, and what they show where positions are of 64 bits.
+RULES = (
+    (masks.causal(), lambda t, s: s <= t),
+    (masks.sliding_window(5, None), lambda t, s: s >= t - 5),
+    (masks.sliding_window(2**29, 0), lambda t, s: (t - 2**29 <= s) & (s <= t)),
+    (masks.sliding_window(3, FAR - 1), lambda t, s: t - 3 <= s),
+    (
+        masks.dilated_window(9, 9, 3),
+        lambda t, s: (abs(s - t) <= 9) & ((s - t) % 3 == 0),
+    ),
+    (masks.chunked(5), lambda t, s: t // 5 == s // 5),
+    (masks.chunked(2**30), lambda t, s: t // 2**30 == s // 2**30),
+    (
+        masks.anchor([0, 1_700_000_003, FAR - 2, FAR - 1]),
+        lambda t, s: np.isin([t, s], [0, 1_700_000_003, FAR - 2, FAR - 1]).any(0),
+    ),
+    (
+        masks.anchor(np.array([0, 1_700_000_003, -1, FAR])),
+        lambda t, s: np.isin([t, s], [0, 1_700_000_003, FAR]).any(0),
+    ),
+    (
+        masks.blocks(np.array([[0, 1], [1, 1]]), 2**30),
+        lambda t, s: (t < 2**30) | (s >= 2**30),
+    ),
+)
+
+
+def test_plans_of_far_positions_are_sound():
+    """To the greatest position; some keys stand near 0, some slots are empty."""
+    mask = masks.per_head([mask for mask, _ in RULES])
+
+    operands = planning.normalise_tree(mask.operands(12, 12), (), "mask")
+    see = jax.jit(
+        lambda *places: planning.dense_visible(
+            mask, jax.tree.map(jnp.asarray, operands), *places
+        )
+    )
+    for first in (2**30 - 6, 1_700_000_000, FAR - 11):
+        own = first + np.arange(12)
+        other = np.concatenate([own[::-1][:6], [-1, 0, 3, -1], own[:2]])
+        of_other, of_own = (
+            np.stack([rule(*np.meshgrid(own, k, indexing="ij")) for _, rule in RULES])
+            & (k >= 0)
+            for k in (other, own)
+        )
+        own, other = own.astype(np.int32), other.astype(np.int32)
+        seen = see(own[None, None, :, None], other[None, None, None])
+        np.testing.assert_array_equal(seen[0], of_other)
+        slots = planning.index_blocks("query", 12, 4, np.int32(first))
+        keys = planning.position_blocks("key", other[None], 3)
+        check_plan(
+            planning.make_plan(mask, operands, slots, keys), of_other[None], 4, 3
+        )
+        queries = planning.position_blocks("query", own[None], 4)
+        keys = planning.index_blocks("key", 12, 3, np.int32(first))
+        check_plan(
+            planning.make_plan(mask, operands, queries, keys), of_own[None], 4, 3
+        )
 
 
 @st.composite

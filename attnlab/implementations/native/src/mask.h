@@ -61,8 +61,8 @@ struct Mask {
       }
     for (int64_t k = 0; k < count; ++k) {
       int32_t s = keys[k];
-      // Positions stay below 2^30, so neither sum overflows.
-      vi low = splat(left < 0 ? INT32_MAX : (int32_t)(s + left));
+      // In 64 bits: a sum may be beyond the greatest position.
+      vi low = splat(left < 0 ? INT32_MAX : (int32_t)least(s + left, INT32_MAX));
       vi high = splat(right < 0 ? INT32_MIN : (int32_t)(s - right));
       out[k] = bits((positions[0] <= low) & (positions[0] >= high),
                     (positions[1] <= low) & (positions[1] >= high));
