@@ -1,7 +1,11 @@
 """Classes whose arrays are data and whose other fields are structure."""
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+import importlib
+import pickle
+import types
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -35,7 +39,8 @@ def pytree(cls: type[_T]) -> type[_T]:
     keys = [GetAttrKey(name) for name in data]
 
     def flatten(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        return [getattr(x, n) for n in data], tuple([getattr(x, n) for n in rest])
+        structure = tuple([by_name(getattr(x, n)) for n in rest])
+        return [getattr(x, n) for n in data], structure
 
     def with_keys(x: Any) -> tuple[Any, tuple[Any, ...]]:
         children, structure = flatten(x)
@@ -43,12 +48,83 @@ def pytree(cls: type[_T]) -> type[_T]:
 
     def unflatten(structure: tuple[Any, ...], children: Iterable[Any]) -> Any:
         values = zip([*data, *rest], [*children, *structure], strict=True)
-        return made(**dict(values))
+        return _remade(made, dict(values))
 
+    if made.__reduce__ is object.__reduce__:
+        made.__reduce__ = _reduce
     # Not register_dataclass: with it, jax 0.10 calls the structures of two classes
     # equal, and now and then runs what was compiled for the other one.
     jax.tree_util.register_pytree_with_keys(made, with_keys, unflatten, flatten)
     return made
+
+
+def _reduce(x: Any) -> tuple[Any, ...]:
+    """How an instance is copied and pickled: by its fields."""
+    values = {f.name: by_name(getattr(x, f.name)) for f in dataclasses.fields(x)}
+    return _remade, (type(x), values)
+
+
+def _remade(cls: type[_T], values: dict[str, Any]) -> _T:
+    return cls(**{name: itself(value) for name, value in values.items()})
+
+
+def by_name(x: Any) -> Any:
+    """What stands for a function object in copies and pickles; anything else: itself.
+
+    JAX's functions, ``jax.nn.relu`` for instance, are objects: a copy of one is another
+    function to whoever compares functions, and pickle refuses them.
+    """
+    if isinstance(x, functools.partial):
+        return _ByName(x)
+    is_plain = isinstance(x, (type, types.FunctionType, types.BuiltinFunctionType))
+    named = isinstance(getattr(x, "__qualname__", None), str)
+    return _ByName(x) if callable(x) and named and not is_plain else x
+
+
+def itself(x: Any) -> Any:
+    """What :func:`by_name` was given."""
+    return x.function if isinstance(x, _ByName) else x
+
+
+class _ByName:
+    """A function that copies share, and that a pickle finds by its name."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByName) and self.function == other.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def __repr__(self) -> str:
+        return repr(self.function)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_ByName":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        function: Any = self.function
+        if isinstance(function, functools.partial):
+            return _partial, (by_name(function.func), function.args, function.keywords)
+        name = function.__qualname__
+        # Its public name, if it has one: that one stays.
+        for module in ("jax.nn", "jax.numpy", function.__module__):
+            if getattr(importlib.import_module(module), name, None) is function:
+                return _found, (module, name)
+        raise pickle.PicklingError(
+            f"{function!r} cannot be pickled: {function.__module__}.{name} is not that "
+            "function; one that a module defines under its own name can be"
+        )
+
+
+def _found(module: str, name: str) -> _ByName:
+    return _ByName(getattr(importlib.import_module(module), name))
+
+
+def _partial(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> _ByName:
+    return _ByName(functools.partial(itself(function), *args, **keywords))
 
 
 def skeleton(tree: _T) -> _T:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnlab.pytrees import by_name as by_name
+from attnlab.pytrees import itself as itself
 from attnlab.pytrees import pytree as pytree
 from attnlab.pytrees import skeleton as skeleton
 from attnlab.pytrees import static as static
@@ -45,10 +47,11 @@ def vary_like(x: Array, references: Any) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def add(x: Array, y: Array) -> Array:
-    """``x + y`` in the type that JAX promotes the two to, in strict mode, too."""
+def promoted(*arrays: Array) -> list[Array]:
+    """The arrays in the type that JAX promotes them to, in strict mode, too."""
     with jax.numpy_dtype_promotion("standard"):
-        return x + y
+        dtype = jnp.result_type(*arrays)
+    return [x.astype(dtype) for x in arrays]
 
 
 def accumulation_dtype(*dtypes: Any) -> Any:
@@ -81,6 +84,12 @@ class Tile(NamedTuple):
     query_positions: Any
     key_positions: Any
     head: Any
+
+
+def inherits(x: Any, base: type, *methods: str) -> bool:
+    """Whether these methods of ``x`` are those of ``base``: nothing overrides them."""
+    own = (getattr(getattr(x, name), "__func__", None) for name in methods)
+    return all(f is getattr(base, name) for f, name in zip(own, methods, strict=True))
 
 
 class Score:
@@ -130,7 +139,7 @@ class Score:
     @property
     def is_inner_product(self) -> bool:
         """Whether the logits are plain inner products of the projections."""
-        return type(self).compare is Score.compare
+        return inherits(self, Score, "compare")
 
     def without_scale(self, head_size: int) -> tuple["Score", float]:
         """Of inner products: the same but for a constant factor, and that factor."""
@@ -175,7 +184,7 @@ class Modifier:
             tile: where they lie.
             operands: each ``[q or 1, k or 1, *payload]``.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a modifier needs an apply of its own")
 
 
 class Intervals(NamedTuple):
@@ -193,7 +202,7 @@ class Intervals(NamedTuple):
         """Blocks in each row, ``[Bp, Np, rows]``."""
         zero = self.lo.dtype.type(0)
         xp = np if isinstance(self.lo, np.ndarray) else jnp
-        return xp.maximum(self.hi - self.lo, zero).sum(-1)
+        return xp.maximum(self.hi - self.lo, zero).sum(-1, dtype=self.lo.dtype)
 
 
 class Live(NamedTuple):

@@ -300,7 +300,6 @@ def main() -> None:
             print(f"{path} has nothing to keep: other lines, versions or machine")
     missing = [name for name in wanted if name not in done]
     console = Console(width=None if Console().is_terminal else 140)
-    documents = load_documents() if missing else []
     least = given.repeats
     repeats = Repeats(2, 2) if given.quick else Repeats(least, 2 * least, 3.0, 0.25)
 
@@ -320,6 +319,7 @@ def main() -> None:
     with progress:
         task = progress.add_task("", total=len(missing))
         try:
+            documents = load_documents() if missing else []
             for name in missing:
                 done[name] = line(
                     name,
@@ -339,6 +339,9 @@ def main() -> None:
                 console.print(summary(done[name]), highlight=False)
         except KeyboardInterrupt:
             interrupted = True
+    if not done:
+        console.print("interrupted: nothing was measured", style="yellow")
+        raise SystemExit(130)
     console.print(table(records()))
     text = markdown(records())
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -5,7 +5,8 @@ no TPU (``pip install "attnlab[tpu-aot]"``), and holds cycles, spills and vector
 to the file beside the other results: 3 % more of any of them is a failure. XLA decides
 where a kernel's arrays lie, from what is around it: a kernel reads and writes them
 faster in vector memory. So another program around the same kernel may change cycles and
-memory; its spills stay.
+memory; its spills stay. The file has figures for each version of JAX and of the
+compiler; a version that it does not have yet is held to the newest that it has.
 
     python -m benchmarks.tpu_baseline            compares
     python -m benchmarks.tpu_baseline --write    shows what changed, and writes it down
@@ -88,9 +89,14 @@ def differences(
         yield path, before, now
 
 
-def compilers() -> dict[str, str]:
-    """Versions of what lowers and compiles; the file has those of each target."""
-    return {name: metadata.version(name) for name in ("jax", "libtpu")}
+def compilers() -> str:
+    """Versions of what lowers and compiles."""
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
+
+
+def held() -> dict[str, Any]:
+    """The file: by versions of the compilers, by target, by kernel; oldest first."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
 def worse(before: Any, now: Any) -> bool:
@@ -112,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     console = Console()
-    before = json.loads(FILE.read_text()) if FILE.exists() else {}
+    content = held()
     now: dict[str, Any] = {}
     each = [(target, name) for target in given.target for name in KERNELS]
     for target, name in track(each, console=Console(stderr=True), transient=True):
@@ -121,23 +127,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except CompilerMissing as error:
             console.print(f"benchmarks.tpu_baseline: {error}", markup=False)
             return 1
-    known = {target: before.get(target) for target in given.target}
-    by, ours = before.get("versions", {}), compilers()
-    for target in given.target:
-        if by.get(target) not in (None, ours):
-            console.print(
-                f"{target}: the file is by {by[target]}, this by {ours}: "
-                "differences may be theirs",
-                highlight=False,
-            )
+    ours = compilers()
+    by = ours if ours in content else next(reversed(content), ours)
+    if by != ours:
+        console.print(
+            f"The file has no figures of {ours}: these are compared with those of "
+            f"{by}, and differences may be the compilers'",
+            highlight=False,
+        )
+    known = {target: content.get(by, {}).get(target) for target in given.target}
     bad = 0
     for path, old, new in differences(known, now):
         mark = "worse" if worse(old, new) else "differs"
         bad += mark == "worse"
         console.print(f"{mark}: {path}: {old} -> {new}", highlight=False)
     if given.write:
-        versions = {**by, **dict.fromkeys(given.target, ours)}
-        content = {**before, **now, "versions": versions}
+        content[ours] = {**content.get(ours, {}), **now}
         text = json.dumps(content, indent=1) + "\n"
         write_atomically(FILE, text.encode())
         console.print(f"written: {FILE.name}")

@@ -26,7 +26,8 @@ def _known(flags):
     def fine(flags):
         env = {**os.environ, "XLA_FLAGS": " ".join(flags)}
         run = [sys.executable, "-c", code]
-        return not subprocess.run(run, env=env, capture_output=True).returncode
+        done = subprocess.run(run, env=env, capture_output=True, check=False)
+        return done.returncode == 0
 
     return flags if fine(flags) else tuple(flag for flag in flags if fine([flag]))
 
@@ -34,7 +35,7 @@ def _known(flags):
 if "ATTNLAB_TESTS" not in os.environ:
     # In the process that the others are started from; they inherit what it finds.
     if "jax" in sys.modules:
-        raise RuntimeError("tests/conftest.py must set XLA_FLAGS before jax is imported")
+        raise RuntimeError("tests/conftest.py must set XLA_FLAGS before jax comes")
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([given, *_known(_QUICK), *_NEEDED])
     os.environ["ATTNLAB_TESTS"] = tempfile.mkdtemp(prefix="attnlab-tests-")
@@ -128,7 +129,7 @@ def pytest_terminal_summary(terminalreporter):
                 counts.append(json.load(file))
     asked, shared = (sum(c[name] for c in counts) for name in ("asked", "shared"))
     terminalreporter.write_line(
-        f"{asked:,} programs, {asked - shared:,} of them compiled (jax {jax.__version__})"
+        f"jax {jax.__version__}: {asked:,} programs, {asked - shared:,} compiled"
     )
 
 
@@ -137,16 +138,18 @@ def pytest_unconfigure(config):
         shutil.rmtree(SHARED, ignore_errors=True)
 
 
-#: Each compiled program holds mappings of memory, and Linux allows 65,530.
-_MOST_MAPPINGS = 30_000
+#: Compiled programs are kept for the next module while they take less than this:
+#: mappings of memory, of which Linux allows 65,530, and bytes.
+_MOST_MAPPINGS, _MOST_BYTES = 30_000, 3 * 2**30
 
 
 @pytest.fixture(scope="module", autouse=True)
 def leave_few_programs():
     yield
     try:
-        with open("/proc/self/maps") as file:
-            crowded = sum(1 for _ in file) > _MOST_MAPPINGS
+        with open("/proc/self/maps") as maps, open("/proc/self/statm") as sizes:
+            resident = int(sizes.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+            crowded = len(maps.readlines()) > _MOST_MAPPINGS or resident > _MOST_BYTES
     except OSError:  # not Linux
         crowded = True
     if crowded:

@@ -318,6 +318,24 @@ def covering() -> list[Cell]:
     return cells
 
 
+def quick(cells: list[Cell], times: int) -> list[Any]:
+    """The cells as parameters: those in which no level is new any more are slow.
+
+    Args:
+        cells: of the grid.
+        times: how often a level has to occur before it is no longer new.
+    """
+    seen: dict[str, int] = {}
+    found = []
+    for cell in cells:
+        levels = [f"{name} {level}" for name, level in cell._asdict().items()]
+        new = any(seen.get(level, 0) < times for level in levels)
+        if new:
+            seen |= {level: seen.get(level, 0) + 1 for level in levels}
+        found.append(pytest.param(cell, marks=() if new else pytest.mark.slow))
+    return found
+
+
 def sampled(count: int, seed: int = 0) -> list[Cell]:
     """Cells drawn from the whole grid."""
     rng = random.Random(seed)

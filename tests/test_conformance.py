@@ -18,10 +18,14 @@ import numpy as np
 import pytest
 
 from attnlab import attention, attention_with_stats
+from attnlab.implementations.native import load
 from tests import grid
 
 CELLS = grid.covering()
 SAMPLES = grid.sampled(int(os.environ.get("ATTNLAB_SAMPLES", "4")))
+
+#: What the native kernel does not know, by design: a user's functions, and float64.
+NATIVE_REFUSES = {"own", "stacked", "float64"}
 
 #: Adapters of other libraries: asked, without log-sum-exp, where they do not refuse.
 ADAPTERS = ("jax_nn",)
@@ -108,15 +112,25 @@ def compare(found, reference, exact, coarse, terms, pairs):
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def conform(cell, tile, monkeypatch, ours="tiled", each=lambda: (None,)):
+def once():
+    yield
+
+
+def instructions():
+    """Every set of instructions that this processor has."""
+    for isa in load.load().isas:
+        with load.instructions(isa):
+            yield isa
+
+
+def conform(cell, tile, monkeypatch, ours):
     """Compiles each evaluation once, side by side, and compares.
 
     Args:
         cell: of the grid.
         tile: the fixture.
         monkeypatch: the fixture.
-        ours: the implementation.
-        each: iterates over settings under which ``ours`` runs again.
+        ours: for each implementation, what iterates over settings under which it runs.
     """
     problem = grid.build(cell)
     is_exact = cell.dtype == "float64"
@@ -128,9 +142,10 @@ def conform(cell, tile, monkeypatch, ours="tiled", each=lambda: (None,)):
         module = sys.modules["attnlab.ops.prepare"]
         if cell.tiles != "chunks":
             patch.setattr(module, "alive", lambda *args: (None, None))
-        jobs[ours] = lower(ours, problem, is_exact)
+        for name in ours:
+            jobs[name] = lower(name, problem, is_exact)
         patch.setattr(module, "alive", lambda *args: (None, None))
-        for name in ADAPTERS if ours == "tiled" else ():
+        for name in ADAPTERS if "tiled" in ours else ():
             try:
                 jobs[name] = lower(name, problem, is_exact, stats=False)
             except NotImplementedError:
@@ -155,8 +170,9 @@ def conform(cell, tile, monkeypatch, ours="tiled", each=lambda: (None,)):
     terms = sum(lengths) + heads.N + heads.H
     pairs = exact["lse"].size * problem.data["key"].shape[1]
 
-    for _ in each():
-        compare(results(ours), reference, exact, coarse, terms, pairs)
+    for name, settings in ours.items():
+        for _ in settings():
+            compare(results(name), reference, exact, coarse, terms, pairs)
     for name in ADAPTERS:
         if name not in jobs:
             continue
@@ -181,11 +197,18 @@ def test_every_pair_of_levels_occurs():
     assert len(CELLS) < 200
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+def every(cell):
+    """The implementations that take a cell, and the settings of each."""
+    refused = load.why_not() or NATIVE_REFUSES & set(cell)
+    return {"tiled": once, **({} if refused else {"native": instructions})}
+
+
+@pytest.mark.parametrize("cell", grid.quick(CELLS, 2), ids=str)
 def test_cell(cell, tile, monkeypatch):
-    conform(cell, tile, monkeypatch)
+    conform(cell, tile, monkeypatch, every(cell))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", SAMPLES, ids=str)
 def test_sample_of_the_whole_grid(cell, tile, monkeypatch):
-    conform(cell, tile, monkeypatch)
+    conform(cell, tile, monkeypatch, every(cell))

@@ -171,6 +171,35 @@ def test_what_is_no_number_shows(t, implementation, monkeypatch):
     assert jnp.isnan(jax.grad(loss)(k.at[0, 38].set(jnp.nan))).any()
 
 
+@pytest.mark.parametrize(
+    ("t", "implementation"),
+    [
+        *((9, name) for name in ("reference", "tiled", interpreted.NAME)),
+        *(pytest.param(t, "native", marks=NATIVE.marks) for t in (2, 9)),
+    ],
+)
+def test_what_modifiers_make_of_hidden_pairs_has_no_gradient(
+    t, implementation, monkeypatch
+):
+    interpreted.register(monkeypatch)
+    x = arrays(t, 9)
+    visible = np.tri(t, 9, 9 - t, dtype=bool)
+    bias = jax.random.normal(jax.random.key(1), (2, t, 9))
+    caps = jnp.full((2, 1, 1), 3.0), jnp.full((t, 9), 2.0)
+
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def slopes(x, bias, caps):
+        added, first, last = modifiers.bias(bias), *map(modifiers.soft_cap, caps)
+        given = dict(modifiers=[added, first, modifiers.alibi(2), last])
+        given |= dict(mask=masks.causal(), query_offset=9 - t)
+        return (attention(*x, **given, implementation=implementation) ** 2).sum()
+
+    wanted = slopes(x, jnp.where(visible, bias, 0), caps)
+    for hidden in (jnp.nan, jnp.inf):
+        found = slopes(x, jnp.where(visible, bias, hidden), caps)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 @pytest.mark.parametrize("lengths", [(0, 4), (4, 0), (0, 0)])
 @pytest.mark.parametrize("mask", [None, masks.lengths(key=np.array([1]))])
 def test_nothing_in_nothing_out(lengths, mask):
@@ -210,7 +239,7 @@ def test_gradients_of_sinks_where_a_query_sees_nothing(sink):
         q, jnp.full(2, sink)
     )
     np.testing.assert_allclose(found[0], d_q, atol=1e-6)
-    np.testing.assert_allclose(found[1], d_sinks + np.isfinite(sink), atol=1e-6)
+    np.testing.assert_allclose(found[1], d_sinks + float(np.isfinite(sink)), atol=1e-6)
 
 
 def test_keys_that_minus_infinity_hides_are_none_of_the_greatest():

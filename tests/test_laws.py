@@ -21,12 +21,14 @@ from attnlab import (
 )
 from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.tile import kept
+from attnlab.ops import prepare
 from attnlab.ops.dispatch import attention_p, compute
 from tests.conftest import forget, verb
 from tests.grid import NATIVE
 
 B, T, S, N, K, H, D = 2, 17, 13, 6, 3, 7, 5
 BOTH = ("reference", "tiled", NATIVE)
+GENERATORS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
 def arrays(seed=0, *, t=T, s=S, n=N, k=K, d=D, b=B):
@@ -504,6 +506,35 @@ def test_7_output_is_weights_times_value(implementation):
     close(result.output, np.einsum("bnts,bsnd->btnd", result.weights, wide))
 
 
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_7_another_key_of_any_generator_is_another_pattern(generator):
+    class Inputs:
+        dropout_rate = RATE
+
+    t, s = 48, 40
+    places = jnp.arange(t)[None, None, :, None], jnp.arange(s)[None, None, None]
+
+    @jax.jit
+    def pattern(rng):
+        rows, columns = prepare._dropout_words(rng, 2, 2, *places)
+        return kept(Inputs, (rows, columns)).reshape(4, t * s)
+
+    first = jax.random.key(0, impl=generator)
+    keys = [first, jax.random.key(1, impl=generator), *jax.random.split(first)]
+    keys += [jax.random.fold_in(first, n) for n in (7, 8)]
+    patterns = np.concatenate([pattern(rng) for rng in keys])
+    spread = np.sqrt(RATE * (1 - RATE) / (t * s))
+    assert (np.abs(patterns.mean(1) - (1 - RATE)) < 5 * spread).all()
+    by_row = patterns.reshape(-1, t, s)
+    for axis, count in ((1, t), (2, s)):
+        deviation = by_row.mean(axis).std() / np.sqrt(RATE * (1 - RATE) / count)
+        assert 0.8 < deviation < 1.2
+    # Any two agree as often as chance has it.
+    agreement = (1 - RATE) ** 2 + RATE**2
+    for a, b in itertools.combinations(patterns, 2):
+        assert abs((a == b).mean() - agreement) < 0.07
+
+
 def test_7_the_mixing_function():
     rows = np.array([[0], [1], [0xDEADBEEF], [2**32 - 1]], np.uint32)
     cols = np.array([[0, 1, 0x12345678]], np.uint32)
@@ -524,6 +555,17 @@ def test_7_the_mixing_function():
 
 
 # Law 8: a random pattern is a pure function of its rng and a number of blocks.
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_8_any_generator(generator):
+    def drawn(rng):
+        return masks.random_blocks(rng, 2, 4, 10).rows
+
+    keys = jax.random.split(jax.random.key(0, impl=generator), 3)
+    one_by_one = np.stack([drawn(rng) for rng in keys])
+    assert not (one_by_one[1:] == one_by_one[:-1]).all((1, 2)).any()
+    np.testing.assert_array_equal(jax.vmap(drawn)(keys), one_by_one)
 
 
 def test_8_a_prefix_stays_a_prefix():
@@ -1138,8 +1180,52 @@ def test_12_forward_mode_goes_through_the_reference_or_says_so():
         run(q + sign * step * tangent, implementation="reference") for sign in (1, -1)
     )
     np.testing.assert_allclose(out, (up - down) / (2 * step), atol=2e-3)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda q: run(q, implementation="tiled"), (q,), (tangent,))
+
+
+FORWARD_MODES = {
+    "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
+    "within jit": lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x),
+    "around jit": lambda f, x: jax.jvp(jax.jit(f), (x,), (x,)),
+    "linearize": lambda f, x: jax.linearize(f, x)[1](x),
+    "jacfwd": lambda f, x: jax.jacfwd(f)(x),
+    "hessian": lambda f, x: jax.hessian(lambda x: f(x).sum())(x),
+    "of a gradient": lambda f, x: jax.jvp(jax.grad(lambda x: f(x).sum()), (x,), (x,)),
+    "in a gradient": lambda f, x: jax.grad(lambda x: jax.jvp(f, (x,), (x,))[1].sum())(
+        x
+    ),
+    "of a pullback": lambda f, x: jax.jvp(jax.vjp(f, x)[1], (x,), (x,)),
+    "additive": lambda f, x: jax.jvp(
+        functools.partial(f, score=ADDITIVE, implementation="reference"), (x,), (x,)
+    ),
+}
+ADDITIVE = scores.additive.init(jax.random.key(0), 2, hidden_size=1)
+
+
+@pytest.mark.parametrize("name", FORWARD_MODES)
+def test_12_forward_mode_says_what_would_do(name):
+    x = jnp.ones((1, 2, 1, 2))
+    words = 'forward mode .* of attention needs implementation="reference"'
+    if name == "additive":
+        words = "forward mode .* of additive and concat scores does not exist"
+    with pytest.raises(NotImplementedError, match=words):
+        FORWARD_MODES[name](lambda q, **options: attention(q, x, x, **options), x)
+
+
+def test_12_reverse_mode_passes_whatever_surrounds_it():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 1, 2))
+
+    def layer(q):
+        return attention(q, x, x, score=ADDITIVE, implementation="tiled")
+
+    def looped(q):
+        step = jax.checkpoint(lambda q, _: (layer(q), None))
+        return lax.scan(step, q, None, length=2)[0].sum()
+
+    wanted = jax.grad(lambda q: layer(layer(q)).sum())(x)
+    found = jax.grad(lambda q: jax.vmap(looped)(q).sum())(x[None])
+    np.testing.assert_allclose(found[0], wanted, atol=1e-6)
+    transposed = jax.linear_transpose(jax.linearize(looped, x)[1], x)
+    np.testing.assert_allclose(*transposed(1.0), wanted, atol=1e-6)
 
 
 # Law 13: nothing but the reference holds [T, S].

@@ -8,17 +8,24 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "attnlab"
 
+#: Single files at the bottom, for all.
+BASE = {"arguments", "prng", "pytrees", "reverse", "types"}
+
 #: For each room, the rooms that it may import besides itself.
 MAY_IMPORT = {
     "pytrees": set(),
+    "arguments": set(),
+    "reverse": set(),
     "types": {"pytrees"},
-    "scores": {"types"},
-    "modifiers": {"types"},
-    "masks": {"types"},
-    "implementations": {"types", "scores", "modifiers", "masks"},
-    "ops": {"types", "scores", "modifiers", "masks", "implementations"},
-    "nn": {"types", "scores", "modifiers", "masks", "ops"},
-    "bench": {"types", "scores", "modifiers", "masks", "implementations", "ops"},
+    "prng": {"types"},
+    "scores": BASE,
+    "modifiers": BASE,
+    "masks": BASE,
+    "implementations": BASE | {"scores", "modifiers", "masks"},
+    "ops": BASE | {"scores", "modifiers", "masks", "implementations"},
+    "nn": BASE | {"scores", "modifiers", "masks", "ops"},
+    "command": {"bench"},
+    "bench": BASE | {"scores", "modifiers", "masks", "implementations", "ops"},
 }
 #: What implementations share; each other one stands alone.
 SHARED = {"measured", "plain", "tile", "walk"}

@@ -1,11 +1,16 @@
 """Classes that are pytrees: what is data, what is structure, and who is who."""
 
+import copy
+import functools
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from attnlab import attention, modifiers, scores
+from attnlab import attention, masks, modifiers, nn, scores
 from attnlab.types import Score, pytree, skeleton, static
 
 
@@ -68,3 +73,64 @@ def test_many_scores_of_equal_fields():
         found = attention(x, x, x, score=made(i))
         wanted = attention(x, x, x, score=scores.scaled_dot(0.1 * (i + 1)))
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def pickled(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+RNG = jax.random.key(0)
+SOME = [
+    scores.scaled_dot(jnp.ones(2)),
+    scores.bilinear.init(RNG, 3),
+    scores.cosine(),
+    scores.additive.init(RNG, 3, hidden_size=2),
+    scores.concat.init(RNG, 3, hidden_size=2),
+    *(
+        scores.mlp.init(RNG, 3, hidden_sizes=(2, 2), activation=f)
+        for f in (jax.nn.relu, jnp.tanh, jax.nn.sigmoid, jax.nn.silu, jax.nn.gelu)
+    ),
+    scores.projected_keys(scores.mlp.init(RNG, 3, hidden_sizes=(2,))),
+    modifiers.bias(np.ones((2, 2), "f")),
+    modifiers.soft_cap(2.0),
+    modifiers.alibi(2),
+    modifiers.relative_bias(np.ones((1, 32), "f")),
+    ~masks.causal() | masks.documents(np.arange(3)) & masks.predicate(jnp.greater),
+    masks.per_head([masks.random_blocks(RNG, 1, 2, 4), masks.lengths(key=3)]),
+]
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickled])
+def test_copies_are_the_same(way):
+    """Their functions, too: an implementation knows an activation by identity."""
+    for one in SOME:
+        other = way(one)
+        assert jax.tree.structure(other) == jax.tree.structure(one)
+        assert skeleton(other) == skeleton(one)
+        jax.tree.map(np.testing.assert_array_equal, other, one)
+    mlp = scores.mlp.init(RNG, 4, hidden_sizes=(2,))
+    layer = nn.MultiHeadAttention(4, 1, score=mlp, rngs=nnx.Rngs(0))
+    assert way(layer).score.activation is jax.nn.relu
+
+
+def test_functions_are_pickled_by_name():
+    leaky = functools.partial(jax.nn.leaky_relu, negative_slope=0.3)
+    again = pickled(scores.mlp.init(RNG, 4, hidden_sizes=(2,), activation=leaky))
+    assert again.activation.func is jax.nn.leaky_relu
+    assert again.activation.keywords == {"negative_slope": 0.3}
+    # Where they are public, whatever their home is called in this version of JAX.
+    mlp = scores.mlp.init(RNG, 4, hidden_sizes=(2,))
+    assert b"jax._src.nn" not in pickle.dumps(mlp)
+    nameless = jax.jit(lambda x: x)
+    with pytest.raises(pickle.PicklingError, match="<lambda> is not that function"):
+        pickle.dumps(scores.mlp.init(RNG, 4, hidden_sizes=(2,), activation=nameless))
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickled])
+def test_models_can_be_copied(way):
+    decoder = nn.Decoder.standard(
+        5, features=4, num_heads=1, num_layers=1, rngs=nnx.Rngs(0)
+    )
+    x = jnp.array([[-1.0, 2.0, 0.5, -3.0]])
+    layers = [m.stack.each()[0].feed_forward for m in (decoder, way(decoder))]
+    np.testing.assert_array_equal(*(layer(x) for layer in layers))

@@ -1,6 +1,7 @@
 """The command line: ``attnlab bench``, ``show``, ``static``, ``tune``."""
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 import time
@@ -25,6 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 where something is missing or failed its check; 130 where interrupted.
     """
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("attnlab: interrupted\n")
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="attnlab", description="Attention with any score, any mask, any backend."
@@ -71,8 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return bench_command(read(bench, given), ["attnlab", *arguments])
     except CompilerMissing as error:
         parser.exit(1, f"attnlab {given.command}: {error}\n")
-    except KeyboardInterrupt:
-        return 130
 
 
 def bench_command(options: Options, command: Sequence[str]) -> int:
@@ -96,11 +103,15 @@ def bench_command(options: Options, command: Sequence[str]) -> int:
 
     started = time.perf_counter()
     messages = Console(stderr=True)
+    nothing = "interrupted: nothing was measured"
     try:
         documents = load_documents(options.text)
     except TextUnavailable as error:
         messages.print(f"attnlab bench: {error}", style="red", highlight=False)
         return 1
+    except KeyboardInterrupt:
+        messages.print(nothing, style="yellow")
+        return 130
     repeats = Repeats(seconds=1.5) if options.quick else Repeats()
     if options.repeats:
         repeats = Repeats(options.repeats, options.repeats)
@@ -114,7 +125,7 @@ def bench_command(options: Options, command: Sequence[str]) -> int:
     progress = Progress(*columns, TimeElapsedColumn(), console=messages, transient=True)
     with progress:
         task = progress.add_task("peaks of this machine", total=len(groups))
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             size = 1024 if options.quick else 2048
             peaks = measure_peaks(options.dtypes, size)
             if budget is not None:
@@ -132,11 +143,11 @@ def bench_command(options: Options, command: Sequence[str]) -> int:
                 progress.update(task, description="peaks of this machine, again")
                 peaks = peaks.higher(measure_peaks(options.dtypes, size))
             complete = True
-        except KeyboardInterrupt:
-            messages.print("interrupted: keeping what was measured", style="yellow")
     if peaks is None or not rows:
-        messages.print("nothing was measured", style="yellow")
+        messages.print(nothing, style="yellow")
         return 130
+    if not complete:
+        messages.print("interrupted: keeping what was measured", style="yellow")
     _present(rows, peaks, options, command, complete)
     if not complete:
         return 130
@@ -155,11 +166,11 @@ def _present(
     if not console.is_terminal:
         console = Console(width=140)
     content = document(rows, peaks, command, complete=complete)
+    path = options.out / "bench.json"
+    write_json(path, content)
     console.print(table(rows, peaks, content["machine"]))
     for line in notes(rows, peaks):
         console.print(line, style="dim", highlight=False, markup=False)
-    path = options.out / "bench.json"
-    write_json(path, content)
     known = content["versions"]
     caption = f"{content['machine']}; jax {known.get('jax')}; {content['date']}"
     written = [path, *draw(rows, options.out, caption)]

@@ -1,6 +1,7 @@
 """The options of ``attnlab bench``: read, checked, and explained where wrong."""
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,9 +100,10 @@ def text_folder(text: str) -> Path:
 
 
 def writable_folder(text: str) -> Path:
-    """A folder that results can be written to, made if need be."""
+    """A folder that results can be written to; it is made when they are."""
     path = Path(text)
     probe = path / ".attnlab-writable"
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         write_atomically(probe, b"")
         probe.unlink()
@@ -109,6 +111,10 @@ def writable_folder(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"expected a folder that can be written to, got {text!r} ({error.strerror})"
         ) from None
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     return path
 
 

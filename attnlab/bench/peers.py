@@ -1,10 +1,11 @@
 """Other libraries' scaled dot-product attention, as their users call it."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.nnx
@@ -21,6 +22,13 @@ def _refusal(case: Case) -> str | None:
     if case.spec.score != "scaled_dot":
         return f"it has no {case.spec.score} score"
     return None
+
+
+@contextlib.contextmanager
+def _defaults() -> Iterator[None]:
+    """JAX's own settings of promotion: in 16 bits, peers promote."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 class JaxNnPeer:
@@ -43,7 +51,10 @@ class JaxNnPeer:
 
         mask = None if causal else case.dense_mask()
         arguments = (case.query, case.key, case.value, (), mask)
-        return compile_call(function, arguments, case.cotangent if backward else None)
+        with _defaults():
+            return compile_call(
+                function, arguments, case.cotangent if backward else None
+            )
 
 
 class FlaxPeer:
@@ -68,7 +79,10 @@ class FlaxPeer:
 
         mask = None if causal else case.dense_mask()
         arguments = (case.query, case.key, case.value, (), mask)
-        return compile_call(function, arguments, case.cotangent if backward else None)
+        with _defaults():
+            return compile_call(
+                function, arguments, case.cotangent if backward else None
+            )
 
 
 def _torch_refusal(case: Case) -> str | None:

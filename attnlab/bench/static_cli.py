@@ -162,7 +162,8 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
                     messages.print(f"{label}: {error}", **said)
                 progress.advance(task)
     except KeyboardInterrupt:
-        messages.print("interrupted: keeping what is known", style="yellow")
+        kept = "keeping what is known" if rows else "nothing is known"
+        messages.print(f"interrupted: {kept}", style="yellow")
         stopped = True
     if not rows:
         return 130 if stopped else 1

@@ -155,7 +155,7 @@ def command(given: argparse.Namespace) -> int:
         given: the options.
 
     Returns:
-        0; 1 where nothing works.
+        0; 1 where nothing works; 130 where interrupted.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -181,26 +181,30 @@ def command(given: argparse.Namespace) -> int:
     assert kind is not None
     of_kind: dict[str, Any] = table.setdefault(kind, {})
     found = 0
-    with Progress(console=console, transient=True) as progress:
-        for size, of in wanted:
-            spec = Spec(dtype="bfloat16", heads=1, key_heads=1, head_size=size)
-            measure = functools.partial(by_time, spec, of)
-            if given.target != HERE:
-                measure = functools.partial(by_cycles, spec, of, given.target)
-            at_once = 1 if given.target == HERE else cores()
-            tried = search(measure, MOST, near, at_once)
-            best = best_of(progress.track(tried, description=f"head size {size}, {of}"))
-            if best is None:
-                progress.console.print(
-                    f"attnlab tune: head size {size}, {of}: no sizes of blocks work",
-                    style="red",
-                )
-                continue
-            # At once, so that whoever stops it keeps what is known.
-            of_kind.setdefault(str(size), {})[of] = list(best[0])
-            text = json.dumps(table, indent=1) + "\n"
-            write_atomically(given.out, text.encode())
-            found += 1
+    try:
+        with Progress(console=console, transient=True) as progress:
+            for size, of in wanted:
+                spec = Spec(dtype="bfloat16", heads=1, key_heads=1, head_size=size)
+                measure = functools.partial(by_time, spec, of)
+                if given.target != HERE:
+                    measure = functools.partial(by_cycles, spec, of, given.target)
+                at_once = 1 if given.target == HERE else cores()
+                tried = search(measure, MOST, near, at_once)
+                doing = f"head size {size}, {of}"
+                best = best_of(progress.track(tried, description=doing))
+                if best is None:
+                    why = f"attnlab tune: {doing}: no sizes of blocks work"
+                    progress.console.print(why, style="red")
+                    continue
+                # At once, so that whoever stops it keeps what is known.
+                of_kind.setdefault(str(size), {})[of] = list(best[0])
+                text = json.dumps(table, indent=1) + "\n"
+                write_atomically(given.out, text.encode())
+                found += 1
+    except KeyboardInterrupt:
+        kept = f"{given.out} keeps what is known" if found else "nothing is known"
+        console.print(f"interrupted: {kept}", style="yellow", highlight=False)
+        return 130
     if not found:
         return 1
     console.print(f"written: {given.out}", highlight=False)

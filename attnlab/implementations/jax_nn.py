@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from attnlab.masks.base import Full, Mask
+from attnlab.masks.base import Full
 from attnlab.masks.planning import dense_visible
 from attnlab.modifiers.bias import Bias
 from attnlab.types import Array, AttentionInputs, Implementation
@@ -21,8 +21,12 @@ class JaxNn(Implementation):
         reasons = []
         if not inputs.score.is_inner_product:
             reasons.append("the score is not an inner product")
-        if any(not isinstance(m, Bias) for m in inputs.modifiers):
-            reasons.append("a modifier is not a bias")
+        # A subclass may do something else.
+        reasons += [
+            f"the modifier {type(m).__name__} is not a bias"
+            for m in inputs.modifiers
+            if type(m) is not Bias
+        ]
         if inputs.dropout_rate > 0:
             reasons.append("it has no dropout")
         if inputs.needs_lse:
@@ -65,12 +69,8 @@ class JaxNn(Implementation):
             inputs.key,
             inputs.value,
             bias,
-            None if _shows_all(inputs.mask) and bias is None else visible,
+            None if type(inputs.mask) is Full and bias is None else visible,
             scale=1.0,
         )
         output = jnp.where(sees, output, 0)
         return output, jnp.zeros(output.shape[:3], inputs.accumulation_dtype)
-
-
-def _shows_all(mask: Mask) -> bool:
-    return isinstance(mask, Full)

@@ -34,8 +34,8 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
         params, modifiers, masks, q_pos, k_pos, words = operands
         tile = Tile(q_pos, k_pos, head)
         logits = compare(inputs, squeeze_params(params), q, k)
-        logits = modify(inputs, logits, tile, modifiers)
         visible = visible_pairs(inputs.mask, tile, masks)
+        logits = modify(inputs, logits, tile, modifiers, visible)
         logits = jnp.where(visible, logits, -jnp.inf)
 
         top = jax.lax.stop_gradient(logits.max(1, initial=-jnp.inf, keepdims=True))

@@ -1,13 +1,14 @@
 """The mathematics of one tile, shared by every implementation written in JAX."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import default_matmul_precision, lax
 
+from attnlab.scores.projected import bare
 from attnlab.types import Array, AttentionInputs, PyTree, Tile
 
 #: Precisions that let 16-bit inputs be multiplied as such.
@@ -47,8 +48,9 @@ def precision_name(precision: Any) -> str | None:
     if isinstance(precision, presets):
         return "default" if precision is presets.DEFAULT else precision.name
     try:
+        hash(precision)  # or it cannot be structure
         return lax.Precision(precision).name.lower()
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(
             "precision: expected None, 'default', 'high', 'highest', a "
             f"jax.lax.Precision or a jax.lax.DotAlgorithmPreset, got {precision!r}"
@@ -80,17 +82,96 @@ def compare(inputs: AttentionInputs, params: PyTree, query: Array, key: Array) -
     if inputs.score.is_inner_product:
         return matmul(inputs, query, key, (1, 1))
     dtype = inputs.accumulation_dtype
+    shape = query.shape[0], key.shape[0]
+    name = f"score: {type(bare(inputs.score)).__name__}.compare"
     with precision_of(inputs.precision):
-        return inputs.score.compare(params, query, key).astype(dtype)
+        found = inputs.score.compare
+        return _logits(name, shape, dtype, found, params, query, key)
 
 
 def modify(
-    inputs: AttentionInputs, logits: Array, tile: Tile, operands: PyTree
+    inputs: AttentionInputs,
+    logits: Array,
+    tile: Tile,
+    operands: PyTree,
+    seen: Array | None = None,
 ) -> Array:
-    """Applies the modifiers in the order given."""
+    """Applies the modifiers in the order given.
+
+    Args:
+        inputs: the canonical record.
+        logits: ``[q, k]``.
+        tile: where they lie.
+        operands: of each modifier.
+        seen: ``[q or 1, k or 1]``, where a pair is visible: elsewhere no gradient
+            passes, whatever a modifier's slope may be there; None: everywhere.
+    """
+    shape, dtype = logits.shape, logits.dtype
     for modifier, own in zip(inputs.modifiers, operands, strict=True):
-        logits = modifier.apply(logits, tile, *own)
+        name = f"modifiers: {type(modifier).__name__}.apply"
+        given = [logits, *own]
+        if seen is not None:
+            given = [_only_where(seen, x) if x.shape == shape else x for x in given]
+        logits, *given = given
+        logits = _logits(name, shape, dtype, modifier.apply, logits, tile, *given)
     return logits
+
+
+def _only_where(seen: Array, x: Array) -> Array:
+    """``x``; where a pair is not seen it is finite, and has no gradient."""
+    other = lax.stop_gradient(x)
+    return jnp.where(seen, x, jnp.where(jnp.isfinite(other), other, 0))
+
+
+def _logits(
+    name: str, shape: tuple[int, ...], dtype: Any, make: Callable[..., Any], *args: Any
+) -> Array:
+    """``make(*args)``, if its author got it right: floating, and of that shape."""
+    where = f"for a tile of {shape[0]} x {shape[1]} pairs"
+    try:
+        found = make(*args)
+        got = jnp.result_type(found)
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise kind(
+            f"{name} fails {where}: {said}; it must work on tiles of any size, and "
+            "read arrays only through its arguments"
+        ) from error
+    if not jnp.issubdtype(got, jnp.floating):
+        raise TypeError(f"{name} yields {got}, expected a real floating type")
+    if jnp.shape(found) != shape:
+        raise ValueError(
+            f"{name} yields shape {jnp.shape(found)} {where}, expected {shape}"
+        )
+    return jnp.asarray(found).astype(dtype)
+
+
+def check_tile(inputs: AttentionInputs) -> None:
+    """Asks the score and the modifiers for a small tile, and computes nothing.
+
+    So that whoever runs, they are right or wrong; sides are not equal, and what is
+    transposed or broadcast shows.
+
+    Raises:
+        TypeError, ValueError: naming the class, what it yields, and what would do.
+    """
+    sides = 2, 3
+
+    def cut(x: Array) -> jax.ShapeDtypeStruct:
+        shape = (1 if n == 1 else m for n, m in zip(x.shape[2:4], sides, strict=True))
+        return jax.ShapeDtypeStruct((*shape, *x.shape[4:]), x.dtype)
+
+    def logits(arrays: Any, params: PyTree, modifiers: PyTree) -> Array:
+        query, key, *places = arrays
+        found = compare(inputs, squeeze_params(params), query, key)
+        return modify(inputs, found, Tile(*places), modifiers)
+
+    shapes = [(2, inputs.sizes.P), (3, inputs.sizes.P), (2, 1), (1, 3), ()]
+    types = [inputs.query.dtype, inputs.key.dtype, *[jnp.int32] * 3]
+    arrays = list(map(jax.ShapeDtypeStruct, shapes, types))
+    operands = inputs.pair_params, inputs.modifier_operands
+    jax.eval_shape(logits, arrays, *jax.tree.map(cut, operands))
 
 
 def kept(inputs: AttentionInputs, words: tuple[Array, Array]) -> Array:

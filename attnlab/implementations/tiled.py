@@ -177,9 +177,9 @@ class Tiled(Implementation):
                 tile = Tile(here.query_positions, here.key_positions, where.head)
                 key = tiles.key_blocks(k, where, ids).astype(dtype)
                 value = tiles.key_blocks(v, where, ids).astype(dtype)
-                logits, pull = _pullback(inputs, here, tile, query, key)
-                if masked:
-                    seen = visible_pairs(inputs.mask, tile, here.mask)
+                seen = visible_pairs(inputs.mask, tile, here.mask) if masked else None
+                logits, pull = _pullback(inputs, here, tile, query, key, seen)
+                if seen is not None:
                     logits = jnp.where(seen, logits, -jnp.inf)
                 p = jnp.exp(logits - row_shift)
                 d_p = matmul(inputs, d_o, value, (1, 1))
@@ -259,7 +259,12 @@ def _like(wanted: PyTree, full: PyTree) -> PyTree:
 
 
 def _pullback(
-    inputs: AttentionInputs, here: Operands, tile: Tile, query: Array, key: Array
+    inputs: AttentionInputs,
+    here: Operands,
+    tile: Tile,
+    query: Array,
+    key: Array,
+    seen: Array | None,
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, PyTree]]]:
     """The logits of a tile, and what turns their gradient into those of its inputs.
 
@@ -285,7 +290,9 @@ def _pullback(
             return d_params, d_query, d_key.T
 
     logits, unmodify = jax.vjp(
-        lambda z, operands: modify(inputs, z, tile, operands), logits, here.modifiers
+        lambda z, operands: modify(inputs, z, tile, operands, seen),
+        logits,
+        here.modifiers,
     )
 
     def back(d: Array) -> tuple[Array, Array, PyTree]:

@@ -56,8 +56,8 @@ def top_weights(
             # A logit of -inf hides a pair, as a mask does.
             seen = visible_pairs(inputs.mask, tile, here.mask) & ~jnp.isneginf(logits)
             weights = jnp.where(seen, weights, -1)
-            slots = jnp.arange(tiles.bk, dtype=jnp.int32)[None]
-            found = ids[:, None] * tiles.bk + slots
+            within = jnp.arange(tiles.bk, dtype=jnp.int32)[None]
+            found = ids[:, None] * tiles.bk + within
             found = jnp.broadcast_to(found.reshape(1, -1), weights.shape)
             best = jnp.concatenate([best, weights.astype(dtype)], 1)
             best, which = lax.top_k(best, k)

@@ -19,3 +19,25 @@ from attnlab.masks.structural import chunked as chunked
 from attnlab.masks.structural import dilated_window as dilated_window
 from attnlab.masks.structural import prefix as prefix
 from attnlab.masks.structural import sliding_window as sliding_window
+
+__all__ = [
+    "Mask",
+    "anchor",
+    "as_mask",
+    "big_bird",
+    "blocks",
+    "causal",
+    "chunked",
+    "dense",
+    "dilated_window",
+    "documents",
+    "full",
+    "lengths",
+    "longformer",
+    "per_head",
+    "predicate",
+    "prefix",
+    "random_blocks",
+    "sliding_window",
+    "streaming",
+]

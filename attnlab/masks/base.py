@@ -57,6 +57,15 @@ class Mask:
     :func:`attnlab.masks.predicate` is enough.
     """
 
+    def __init_subclass__(cls, **options: Any):
+        """What a base says of its own ``visible`` does not hold for another one."""
+        super().__init_subclass__(**options)
+        for name, unknown in _UNKNOWN.items():
+            owner = next(c for c in cls.__mro__ if name in c.__dict__)
+            theirs: Any = getattr(owner, "visible", None)
+            if theirs not in (cls.visible, Mask.visible, None):
+                setattr(cls, name, unknown)
+
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """The arrays that ``visible`` needs, as a pytree of ``Operand``.
 
@@ -166,6 +175,24 @@ class Mask:
             "a mask has no truth value: combine masks with '&', '|' and '~', "
             "not with 'and', 'or' and 'not'; test for None with 'mask is None'"
         )
+
+
+def _anything(
+    mask: Mask, rows: Blocks, cols: Blocks, operands: PyTree
+) -> tuple[Intervals, Intervals]:
+    """The bounds of a mask that says nothing of blocks."""
+    where = np.ones((1, 1, rows.count), bool)
+    return cols.every(where), cols.every(~where)
+
+
+#: What a class that changes ``visible``, and says no more, has of these.
+_UNKNOWN: dict[str, Any] = {
+    "bounds": _anything,
+    "may_be_alive": Mask.may_be_alive,
+    "sees_itself": Mask.sees_itself,
+    "alive_sees_itself": Mask.alive_sees_itself,
+    "grain": Mask.grain,
+}
 
 
 def as_mask(mask: Any) -> Mask:

@@ -11,6 +11,7 @@ from attnlab.masks.data import describe, integers
 from attnlab.masks.geometry import Blocks
 from attnlab.masks.intervals import FAR, namespace, numbers
 from attnlab.masks.structural import nothing, size_argument
+from attnlab.prng import as_threefry
 from attnlab.types import Array, Operand, PyTree, Tile, pytree, static
 
 
@@ -186,7 +187,7 @@ def random_blocks(
             f"blocks_per_row: expected at most num_blocks={num_blocks}, "
             f"got {blocks_per_row}"
         )
-    rng = jax.random.key(rng) if isinstance(rng, int) else rng
+    rng = as_threefry(jax.random.key(rng) if isinstance(rng, int) else rng)
     first, second, third = jax.random.split(rng, 3)
     a = jax.random.permutation(first, num_blocks)
     b = jax.random.permutation(second, num_blocks)

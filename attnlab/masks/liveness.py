@@ -96,7 +96,8 @@ def scan_partial(
         inside = ((index >= lo[:, None]) & (index < hi[:, None])).any(0)
         by_key = by_key + jnp.repeat(inside, bk).astype(jnp.int32) * bq
         # Summed on the way: a result for each row would be O(T S / block) in memory.
-        return seen_by.at[b * heads + h].add(by_key), by_query + widths.sum()
+        by_query = by_query + widths.sum(dtype=jnp.int32)
+        return seen_by.at[b * heads + h].add(by_key), by_query
 
     rows = jnp.arange(batch * heads * nq, dtype=jnp.int32)
     start = vary_like(jnp.zeros((batch * heads, nk * bk), jnp.int32), leaves)

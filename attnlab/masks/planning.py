@@ -37,15 +37,21 @@ def normalise(operand: Operand, batch: tuple[int, ...], name: str) -> Any:
     Raises:
         ValueError: if its batch axes do not broadcast to ``batch``.
     """
+    if not isinstance(operand, Operand):
+        raise TypeError(
+            f"{name}: expected operands of attnlab.types.Operand, got "
+            f"{type(operand).__name__}; write (Operand(array),)"
+        )
     array, payload = operand
     core = 3 + payload
     if array.ndim < core:
         array = array.reshape((1,) * (core - array.ndim) + array.shape)
     lead, rest = array.shape[: array.ndim - core], array.shape[array.ndim - core :]
-    if all(n == 1 for n in lead):
+    few = len(lead) <= max(len(batch), 1)
+    if few and all(n == 1 for n in lead):
         return array.reshape((1, *rest))
     try:
-        if np.broadcast_shapes(lead, batch) != batch:
+        if not few or np.broadcast_shapes(lead, batch) != batch:
             raise ValueError
     except ValueError:
         raise ValueError(

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab import arguments
 from attnlab.types import Array, Modifier, Operand, Tile, pytree
 
 
@@ -52,13 +52,12 @@ def bias(array: Any) -> Modifier:
     Raises:
         TypeError: if the array is not floating.
     """
-    array = array if isinstance(array, jax.Array) else np.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if getattr(array, "dtype", None) == jnp.bool_:
         raise TypeError(
-            f"bias: expected a floating array, got {array.dtype}; a boolean array is a "
-            "mask: pass it as mask="
+            "bias: expected a floating array, got bool; a boolean array is a mask: "
+            "pass it as mask="
         )
-    return Bias(array)
+    return Bias(arguments.floating("bias", array))
 
 
 def soft_cap(cap: Any) -> Modifier:
@@ -68,11 +67,13 @@ def soft_cap(cap: Any) -> Modifier:
         cap: a positive number, or an array that broadcasts to ``[B, N, T, S]``.
 
     Raises:
-        ValueError: if the cap is a number that is not positive.
+        TypeError: if it is no real number, nor an array of them.
+        ValueError: if it is known, and not positive or not finite.
 
     References:
         Gemma Team, "Gemma 2", 2024, section 2 (logit soft-capping).
     """
-    if isinstance(cap, (int, float)) and not cap > 0:
-        raise ValueError(f"cap: expected a positive number, got {cap}")
+    known = arguments.values(arguments.real("cap", cap))
+    if known is not None and not ((known > 0) & (known < np.inf)).all():
+        raise ValueError(f"cap: expected a positive finite number, got {cap}")
     return SoftCap(cap)

@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab import arguments
 from attnlab.types import Array, Modifier, Operand, Tile, pytree, static
 
 
@@ -91,8 +91,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     def powers(n: int) -> list[float]:
         return [2.0 ** (-8 * (i + 1) / n) for i in range(n)]
 
-    if num_heads < 1:
-        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+    arguments.size("num_heads", num_heads)
     lower = 2 ** math.floor(math.log2(num_heads))
     slopes = powers(lower) + powers(2 * lower)[0::2][: num_heads - lower]
     return np.asarray(slopes, np.float32)
@@ -108,9 +107,9 @@ def alibi(slopes: Any) -> Modifier:
         Press, Smith, Lewis, "Train Short, Test Long", 2022, section 3 (there causal;
         the absolute distance extends it to both sides).
     """
-    if isinstance(slopes, int):
-        slopes = alibi_slopes(slopes)
-    slopes = slopes if isinstance(slopes, jax.Array) else np.asarray(slopes)
+    if isinstance(slopes, (int, np.integer)) and not isinstance(slopes, bool):
+        slopes = alibi_slopes(int(slopes))
+    slopes = arguments.real("slopes", slopes)
     if slopes.ndim < 1:
         raise ValueError(f"slopes: expected [N], got shape {tuple(slopes.shape)}")
     return Alibi(slopes)
@@ -133,7 +132,8 @@ def relative_bias(
     References:
         Raffel et al., "T5", 2020, section 2.1 (relative position embeddings).
     """
-    table = table if isinstance(table, jax.Array) else np.asarray(table)
+    table = arguments.floating("table", table)
+    arguments.size("max_distance", max_distance)
     if table.ndim < 2:
         raise ValueError(
             f"table: expected [N or 1, buckets], got shape {tuple(table.shape)}"
@@ -163,9 +163,8 @@ def clipped_relative(table: Any, *, left: int, right: int) -> Modifier:
         Shaw, Uszkoreit, Vaswani, "Self-Attention with Relative Position
         Representations", 2018, section 3.2 (clipping).
     """
-    table = table if isinstance(table, jax.Array) else np.asarray(table)
-    if min(left, right) < 0:
-        raise ValueError(f"left, right: expected at least 0, got {left}, {right}")
+    table = arguments.floating("table", table)
+    arguments.sizes(0, left=left, right=right)
     if table.ndim < 2 or table.shape[-1] != left + right + 1:
         raise ValueError(
             f"table: expected [N or 1, {left + right + 1}] for left={left}, "

@@ -4,8 +4,10 @@ from attnlab.nn import weights as weights
 from attnlab.nn.alignment import Alignment as Alignment
 from attnlab.nn.alignment import PredictiveAlignment as PredictiveAlignment
 from attnlab.nn.anchors import AnchorProjections as AnchorProjections
+from attnlab.nn.angles import sinusoids as sinusoids
 from attnlab.nn.attention import MultiHeadAttention as MultiHeadAttention
 from attnlab.nn.bahdanau import BahdanauDecoder as BahdanauDecoder
+from attnlab.nn.beams import beam_search as beam_search
 from attnlab.nn.blocks import Block as Block
 from attnlab.nn.blocks import BlockState as BlockState
 from attnlab.nn.cache import Cache as Cache
@@ -18,10 +20,9 @@ from attnlab.nn.cells import LSTM as LSTM
 from attnlab.nn.cells import Cell as Cell
 from attnlab.nn.cells import LSTMState as LSTMState
 from attnlab.nn.cells import StackedCells as StackedCells
+from attnlab.nn.choosing import restrict as restrict
 from attnlab.nn.decoding import Decoded as Decoded
-from attnlab.nn.decoding import beam_search as beam_search
 from attnlab.nn.decoding import greedy as greedy
-from attnlab.nn.decoding import restrict as restrict
 from attnlab.nn.decoding import sample as sample
 from attnlab.nn.drop_in import attention_fn as attention_fn
 from attnlab.nn.embedding import Embedding as Embedding
@@ -39,7 +40,6 @@ from attnlab.nn.positions import Positions as Positions
 from attnlab.nn.positions import RelativeBias as RelativeBias
 from attnlab.nn.positions import Rotary as Rotary
 from attnlab.nn.positions import Sinusoidal as Sinusoidal
-from attnlab.nn.positions import sinusoids as sinusoids
 from attnlab.nn.readouts import MaxoutReadout as MaxoutReadout
 from attnlab.nn.readouts import Readout as Readout
 from attnlab.nn.recurrent import Bidirectional as Bidirectional
@@ -62,3 +62,66 @@ from attnlab.nn.transformer import DecoderState as DecoderState
 from attnlab.nn.transformer import Encoder as Encoder
 from attnlab.nn.transformer import EncoderDecoder as EncoderDecoder
 from attnlab.nn.transformer import MaskedLanguageModel as MaskedLanguageModel
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Alibi",
+    "Alignment",
+    "AnchorProjections",
+    "AttentiveDecoder",
+    "BahdanauDecoder",
+    "Bidirectional",
+    "Block",
+    "BlockState",
+    "Cache",
+    "Cell",
+    "ClippedRelative",
+    "Decoded",
+    "Decoder",
+    "DecoderState",
+    "Embedding",
+    "Encoded",
+    "Encoder",
+    "EncoderDecoder",
+    "FeedForward",
+    "GatedFeedForward",
+    "KeyValue",
+    "LSTMState",
+    "Learned",
+    "LuongDecoder",
+    "MaskedLanguageModel",
+    "MaxoutReadout",
+    "MultiHeadAttention",
+    "NoResidual",
+    "PlainDecoder",
+    "Positions",
+    "PostNorm",
+    "PreNorm",
+    "PredictiveAlignment",
+    "Readout",
+    "Recurrent",
+    "RecurrentDecoder",
+    "RecurrentEncoder",
+    "RecurrentEncoderDecoder",
+    "RecurrentLanguageModel",
+    "RecurrentLanguageModelState",
+    "RecurrentState",
+    "RelativeBias",
+    "Residual",
+    "Rotary",
+    "Sinusoidal",
+    "Stack",
+    "StackedCells",
+    "attention_fn",
+    "beam_search",
+    "full_cache",
+    "greedy",
+    "make_blocks",
+    "restrict",
+    "ring_cache",
+    "sample",
+    "sinusoids",
+    "streaming_cache",
+    "weights",
+]

@@ -184,5 +184,11 @@ def _needed(
     cross: MultiHeadAttention, mask: Any, positions: Array | None
 ) -> Array | None:
     """None where nothing speaks of positions: then a plan need not know them."""
-    silent = mask is None and isinstance(cross.mask, Full) and not cross.modifiers
-    return None if silent and type(cross.position) is Positions else positions
+    silent = (
+        type(cross) is MultiHeadAttention
+        and mask is None
+        and type(cross.mask) is Full
+        and not cross.modifiers
+        and type(cross.position) is Positions
+    )
+    return None if silent else positions

@@ -1,20 +1,29 @@
-"""Greedy decoding, sampling, beam search: compiled loops over one step.
+"""Greedy decoding and sampling: compiled loops over one step.
 
 A step is ``step(tokens [B, T], state) -> (logits [B, T, V], state)``, for instance
 ``decoder.decode``. Every array of its state leads with the batch, so that beams can be
 reordered. Full caches among them need a slot for each token but the last:
 ``T + length - 1``.
+
+Where the step is a method of a module, or a module, its search is compiled once for a
+shape, and the weights are data: those of the moment. Any other function is compiled in
+every call, unless the whole search is under ``jax.jit``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnlab.masks.data import integers
 from attnlab.nn.cache import Cache
-from attnlab.types import Array, PyTree
+from attnlab.nn.choosing import as_count, as_temperature, as_top_k, as_top_p, draw
+from attnlab.nn.compiled import compile_once
+from attnlab.nn.positions import Learned
+from attnlab.nn.transformer import Decoder
+from attnlab.types import Array, ArrayLike, PyTree, accumulation_dtype
 
 Step = Callable[[Array, PyTree], tuple[Array, PyTree]]
 
@@ -24,7 +33,7 @@ class Decoded(NamedTuple):
 
     Attributes:
         tokens: ``[B, length]`` or, of beams, ``[B, beams, length]``, int32: what
-            follows the prompt; ``end`` included, then padding.
+            follows the prompt; the token that ended it included, then padding.
         lengths: ``[B]`` or ``[B, beams]``: tokens before the padding.
         scores: ``[B]`` or ``[B, beams]``: the sum of their log-probabilities; of beams
             divided by the length penalty, best first.
@@ -36,7 +45,13 @@ class Decoded(NamedTuple):
 
 
 def greedy(
-    step: Step, state: PyTree, prompt: Array, *, length: int, end: int, padding: int = 0
+    step: Step,
+    state: PyTree,
+    prompt: ArrayLike,
+    *,
+    length: int,
+    end: int | Sequence[int] | ArrayLike,
+    padding: int = 0,
 ) -> Decoded:
     """The most probable token, one after another.
 
@@ -45,8 +60,13 @@ def greedy(
         state: before the prompt.
         prompt: ``[B, T]`` integers, at least the start token.
         length: tokens to decode at most.
-        end: the token that ends a sentence; decoding stops when all have ended.
+        end: the token that ends a sentence, or several, any of which does; decoding
+            stops when all sentences have ended.
         padding: what follows ``end``.
+
+    Raises:
+        TypeError, ValueError: naming the argument; also if the step changes its module
+            (dropout).
 
     Example:
         >>> step = lambda tokens, state: (jax.nn.one_hot(tokens + 1, 5), state)
@@ -54,26 +74,22 @@ def greedy(
         Array([[1, 2, 3, 4],
                [3, 4, 0, 0]], dtype=int32)
     """
-
-    def choose(logits: Array, rng: Array) -> Array:
-        return logits.argmax(-1)
-
-    rng = jax.random.key(0)  # nobody reads it
-    return _decode(step, state, prompt, choose, rng, length, end, padding)
+    given = check(step, state, prompt, length, end, padding)
+    return compile_once(_greedy, step, state, *given, length=int(length))
 
 
 def sample(
     step: Step,
     state: PyTree,
-    prompt: Array,
+    prompt: ArrayLike,
     rng: Array,
     *,
     length: int,
-    end: int,
+    end: int | Sequence[int] | ArrayLike,
     padding: int = 0,
-    temperature: float | Array = 1.0,
-    top_k: int | None = None,
-    top_p: float | Array | None = None,
+    temperature: float | ArrayLike = 1.0,
+    top_k: int | ArrayLike | None = None,
+    top_p: float | ArrayLike | None = None,
 ) -> Decoded:
     """Tokens drawn at random.
 
@@ -83,12 +99,16 @@ def sample(
         prompt: ``[B, T]`` integers, at least the start token.
         rng: a PRNG key.
         length: tokens to decode at most.
-        end: the token that ends a sentence.
+        end: the token that ends a sentence, or several.
         padding: what follows ``end``.
-        temperature: positive; below 1 sharper, above 1 flatter.
-        top_k: only the k most probable tokens.
+        temperature: below 1 sharper, above 1 flatter; 0, and what float32 cannot
+            divide by, is greedy. A number, or one for each example, ``[B]``.
+        top_k: only the k most probable tokens: an int, or ``[B]`` integers.
         top_p: only the fewest most probable tokens whose probabilities reach ``top_p``,
-            in (0, 1].
+            in (0, 1]. A number, or ``[B]``. See :func:`restrict` for both.
+
+    Raises:
+        TypeError, ValueError: as of :func:`greedy`.
 
     Example:
         >>> step = lambda tokens, state: (jax.nn.one_hot(tokens + 1, 5), state)
@@ -102,244 +122,155 @@ def sample(
         Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, section
         3.1 (top-p).
     """
-    if isinstance(temperature, (int, float)) and not temperature > 0:
-        raise ValueError(
-            f"temperature: expected a positive number, got {temperature}; for the most "
-            "probable token use greedy"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
-    if isinstance(top_p, (int, float)) and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-
-    def choose(logits: Array, rng: Array) -> Array:
-        return jax.random.categorical(rng, restrict(logits / temperature, top_k, top_p))
-
-    return _decode(step, state, prompt, choose, rng, length, end, padding)
+    given = check(step, state, prompt, length, end, padding)
+    rows = (given[0].shape[0],)
+    k = as_top_k(top_k, rows)
+    options = (as_temperature(temperature, rows), as_top_p(top_p, rows))
+    fixed = {"length": int(length), "top_k": k if isinstance(k, int) else None}
+    each = None if isinstance(k, int) else k
+    return compile_once(_sample, step, state, *given, rng, *options, each, **fixed)
 
 
-def restrict(
-    logits: Array, top_k: int | None = None, top_p: float | Array | None = None
-) -> Array:
-    """Logits ``[*, V]`` with -inf for tokens that ``top_k`` or ``top_p`` leaves out.
+def _greedy(
+    step: Step,
+    state: PyTree,
+    prompt: Array,
+    ends: Array,
+    padding: Array,
+    *,
+    length: int,
+) -> Decoded:
+    def choose(logits: Array, count: Array) -> Array:
+        return logits.argmax(-1)
 
-    Example:
-        >>> restrict(jnp.array([2.0, 1.0, -5.0]), top_p=0.9)
-        Array([  2.,   1., -inf], dtype=float32)
-    """
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p is not None:
-        descending = -jnp.sort(-logits, axis=-1)
-        mass = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
-        # How many tokens it takes; the first one is always kept.
-        count = (mass < top_p).sum(-1, keepdims=True)
-        count = jnp.minimum(count, logits.shape[-1] - 1)
-        least = jnp.take_along_axis(descending, count, -1)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
+    return _decode(step, state, prompt, ends, padding, choose, length)
+
+
+def _sample(
+    step: Step,
+    state: PyTree,
+    prompt: Array,
+    ends: Array,
+    padding: Array,
+    rng: Array,
+    temperature: Array,
+    top_p: Array | None,
+    top_k_each: Array | None,
+    *,
+    length: int,
+    top_k: int | None,
+) -> Decoded:
+    k = top_k if top_k_each is None else top_k_each
+
+    def choose(logits: Array, count: Array) -> Array:
+        return draw(logits, jax.random.fold_in(rng, count), temperature, k, top_p)
+
+    return _decode(step, state, prompt, ends, padding, choose, length)
+
+
+class _Carry(NamedTuple):
+    count: Array
+    logits: Array
+    found: Decoded
+    ended: Array
+    state: PyTree
 
 
 def _decode(
     step: Step,
     state: PyTree,
     prompt: Array,
+    ends: Array,
+    padding: Array,
     choose: Callable[[Array, Array], Array],
-    rng: Array,
     length: int,
-    end: int,
-    padding: int,
 ) -> Decoded:
-    _check(state, prompt, length)
     batch = prompt.shape[0]
 
-    class Carry(NamedTuple):
-        count: Array
-        logits: Array
-        tokens: Array
-        ended: Array
-        lengths: Array
-        scores: Array
-        state: PyTree
-
-    def unfinished(c: Carry) -> Array:
+    def unfinished(c: _Carry) -> Array:
         return (c.count < length) & ~c.ended.all()
 
-    def body(c: Carry) -> Carry:
-        found = choose(c.logits, jax.random.fold_in(rng, c.count)).astype(jnp.int32)
-        gain = jnp.take_along_axis(jax.nn.log_softmax(c.logits), found[:, None], 1)[
-            :, 0
-        ]
-        token = jnp.where(c.ended, padding, found)
-        tokens = lax.dynamic_update_index_in_dim(c.tokens, token, c.count, 1)
-        lengths = c.lengths + (~c.ended).astype(jnp.int32)
-        scores = c.scores + jnp.where(c.ended, 0, gain)
-        ended = c.ended | (token == end)
+    def body(c: _Carry) -> _Carry:
+        chosen = choose(c.logits, c.count).astype(jnp.int32)
+        log_p = jax.nn.log_softmax(c.logits)
+        gain = jnp.take_along_axis(log_p, chosen[:, None], 1)[:, 0]
+        token = jnp.where(c.ended, padding, chosen)
+        found = Decoded(
+            lax.dynamic_update_index_in_dim(c.found.tokens, token, c.count, 1),
+            c.found.lengths + (~c.ended).astype(jnp.int32),
+            c.found.scores + jnp.where(c.ended, 0, gain),
+        )
         logits, state = step(token[:, None], c.state)
-        return Carry(
-            c.count + 1,
-            logits[:, -1].astype(jnp.float32),
-            tokens,
-            ended,
-            lengths,
-            scores,
-            state,
-        )
+        ended = c.ended | is_one_of(token, ends)
+        return _Carry(c.count + 1, last(logits), found, ended, state)
 
     logits, state = step(prompt, state)
-    start = Carry(
-        jnp.int32(0),
-        logits[:, -1].astype(jnp.float32),
+    first = last(logits)
+    nothing = Decoded(
         jnp.full((batch, length), padding, jnp.int32),
-        jnp.zeros(batch, bool),
         jnp.zeros(batch, jnp.int32),
-        jnp.zeros(batch, jnp.float32),
-        state,
+        jnp.zeros(batch, first.dtype),
     )
-    done = lax.while_loop(unfinished, body, start)
-    return Decoded(done.tokens, done.lengths, done.scores)
+    start = _Carry(jnp.int32(0), first, nothing, jnp.zeros(batch, bool), state)
+    return lax.while_loop(unfinished, body, start).found
 
 
-def beam_search(
-    step: Step,
-    state: PyTree,
-    prompt: Array,
-    *,
-    beams: int,
-    length: int,
-    end: int,
-    padding: int = 0,
-    length_penalty: float = 0.0,
-) -> Decoded:
-    """The best of what a beam of hypotheses finds.
+def last(logits: Array) -> Array:
+    """Of ``[B, T, V]`` those of the last token, at least float32."""
+    return logits[:, -1].astype(accumulation_dtype(logits.dtype))
 
-    A hypothesis that ends leaves the beam; its score is the sum of log-probabilities
-    divided by ``((5 + tokens) / 6) ** length_penalty``. Decoding stops when no running
-    hypothesis can overtake the worst finished one, or at ``length``, where hypotheses
-    that have not ended count as they are.
 
-    Args:
-        step: see the module's text.
-        state: before the prompt; leaves lead with B.
-        prompt: ``[B, T]`` integers, at least the start token.
-        beams: hypotheses an example; also how many are returned.
-        length: tokens to decode at most.
-        end: the token that ends a sentence.
-        padding: what follows ``end``.
-        length_penalty: at least 0; 0: none.
+def is_one_of(tokens: Array, ends: Array) -> Array:
+    """Where tokens ``[*]`` are among ``ends [E]``."""
+    each = ends.reshape((1,) * tokens.ndim + (-1,))
+    return (tokens[..., None] == each).any(-1)
 
-    Returns:
-        Best first, ``[B, beams, length]``; hypotheses that do not exist have a score of
-        -inf.
 
-    Example:
-        >>> step = lambda tokens, state: (jax.nn.one_hot(tokens + 1, 5), state)
-        >>> found = beam_search(step, (), jnp.array([[1]]), beams=2, length=3, end=4)
-        >>> found.tokens[0, 0], found.lengths[0, 0]
-        (Array([2, 3, 4], dtype=int32), Array(3, dtype=int32))
+def check(
+    step: Any, state: PyTree, prompt: Any, length: Any, end: Any, padding: Any
+) -> tuple[Array, Array, Array]:
+    """What every search is given: prompt, end tokens ``[E]`` and padding, as int32.
 
-    References:
-        Wu et al., "Google's Neural Machine Translation System", 2016, equation 14.
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
-    _check(state, prompt, length)
-    if beams < 1:
-        raise ValueError(f"beams: expected at least 1, got {beams}")
-    if length_penalty < 0:
-        raise ValueError(f"length_penalty: expected at least 0, got {length_penalty}")
-    batch = prompt.shape[0]
-
-    def penalty(tokens: Any) -> Array:
-        return ((5.0 + jnp.float32(tokens)) / 6.0) ** length_penalty
-
-    class Carry(NamedTuple):
-        count: Array
-        logits: Array  # [B, beams, V]
-        tokens: Array  # [B, beams, length], running
-        sums: Array  # [B, beams], running
-        finished: Decoded
-        state: PyTree
-
-    def unfinished(c: Carry) -> Array:
-        # Sums only fall; the penalty of the longest hypothesis is the greatest.
-        best = c.sums.max(1) / penalty(length)
-        worst = c.finished.scores.min(1)
-        return (c.count < length) & (best > worst).any()
-
-    def body(c: Carry) -> Carry:
-        gains = jax.nn.log_softmax(c.logits)
-        vocabulary = gains.shape[-1]
-        sums = (c.sums[..., None] + gains).reshape(batch, -1)
-        # Twice as many as beams: at most half of them end.
-        best, index = lax.top_k(sums, min(2 * beams, beams * vocabulary))
-        parent, token = index // vocabulary, (index % vocabulary).astype(jnp.int32)
-        tokens = jnp.take_along_axis(c.tokens, parent[..., None], 1)
-        tokens = lax.dynamic_update_index_in_dim(tokens, token, c.count, 2)
-        ends = token == end
-        last = c.count + 1 == length
-        done = Decoded(
-            tokens,
-            jnp.full(best.shape, c.count + 1),
-            jnp.where(ends | last, best / penalty(c.count + 1), -jnp.inf),
-        )
-        joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), c.finished, done)
-        scores, kept = lax.top_k(joined.scores, beams)
-        finished = Decoded(
-            jnp.take_along_axis(joined.tokens, kept[..., None], 1),
-            jnp.take_along_axis(joined.lengths, kept, 1),
-            scores,
-        )
-        running, chosen = lax.top_k(jnp.where(ends, -jnp.inf, best), beams)
-        parent = jnp.take_along_axis(parent, chosen, 1)
-        token = jnp.take_along_axis(token, chosen, 1)
-        example = (jnp.arange(batch)[:, None] * beams + parent).reshape(-1)
-        state = jax.tree.map(lambda x: jnp.take(x, example, axis=0), c.state)
-        logits, state = step(token.reshape(-1, 1), state)
-        return Carry(
-            c.count + 1,
-            logits[:, -1].astype(jnp.float32).reshape(batch, beams, -1),
-            jnp.take_along_axis(tokens, chosen[..., None], 1),
-            running,
-            finished,
-            state,
-        )
-
-    logits, state = step(prompt, state)
-    logits = logits[:, -1:].astype(jnp.float32)
-    empty = jnp.full((batch, beams, length), padding, jnp.int32)
-    never = jnp.full((batch, beams), -jnp.inf)
-    start = Carry(
-        jnp.int32(0),
-        jnp.broadcast_to(logits, (batch, beams, logits.shape[-1])),
-        empty,
-        # One hypothesis to begin with, not as many copies of it.
-        never.at[:, 0].set(0),
-        Decoded(empty, jnp.zeros((batch, beams), jnp.int32), never),
-        jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), state),
-    )
-    return lax.while_loop(unfinished, body, start).finished
-
-
-def _check(state: PyTree, prompt: Array, length: int) -> None:
+    prompt, ends = integers("prompt", prompt), integers("end", end)
+    padding = integers("padding", padding)
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(
             f"prompt: expected [B, T] with at least one token, got {prompt.shape}"
         )
-    if length < 1:
-        raise ValueError(f"length: expected at least 1, got {length}")
+    if ends.ndim > 1:
+        raise ValueError(f"end: expected one token or [E], got shape {ends.shape}")
+    if padding.ndim:
+        raise ValueError(f"padding: expected one token, got shape {padding.shape}")
+    _check_room(step, state, prompt.shape[1], as_count("length", length))
+    return prompt, ends.reshape(-1), padding
+
+
+def _check_room(step: Any, state: PyTree, given: int, length: int) -> None:
+    """Refuses what full caches, or learned positions, are too short for."""
     # The last token takes no slot: nobody reads what would follow it.
-    taken = prompt.shape[1] + length - 1
-    for cache in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Cache)):
-        if not isinstance(cache, Cache) or cache.window is not None:
-            continue
+    taken = given + length - 1
+    caches = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Cache))
+    for cache in [x for x in caches if isinstance(x, Cache)]:
         held = 0
         if not isinstance(cache.length, jax.core.Tracer):
             with jax.ensure_compile_time_eval():  # known, also where the rest is traced
                 held = int(cache.length.max(initial=0))
-        if (slots := cache.positions.shape[-1]) < held + taken:
+        beside = f"{taken}{f' besides {held} that are held' if held else ''}"
+        slots = cache.positions.shape[-1]
+        if cache.window is None and slots < held + taken:
             raise ValueError(
                 f"state: a full cache of {slots} slots is too short for "
-                f"{prompt.shape[1]} tokens of prompt and length={length}, which need "
-                f"{taken}{f' besides {held} that are held' if held else ''}; make it "
-                f"by start(length={held + taken}), or take a ring"
+                f"{given} tokens of prompt and length={length}, which need "
+                f"{beside}; make it by start(length={held + taken}), or take a ring"
+            )
+        decoder = getattr(step, "__self__", None)
+        learned = isinstance(decoder, Decoder) and decoder.embedding.position
+        if isinstance(learned, Learned) and learned.table.shape[0] < held + taken:
+            raise ValueError(
+                f"length: {given} tokens of prompt and length={length} need {beside} "
+                f"positions, expected at most the {learned.table.shape[0]} that were "
+                "learned"
             )

@@ -111,6 +111,8 @@ def attention_fn(
             sinks=sinks,
             dropout_rate=rate,
             dropout_rng=dropout_rng,
+            precision=precision,
+            implementation=implementation,
         )
         *batch, t, heads, _ = query.shape
         full = (*batch, heads, t, key.shape[-3])

@@ -8,9 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.nn.parameters import GLOROT, Initializer, named
-from attnlab.types import Array, add
+from attnlab.types import Array, by_name, itself, promoted
 
 Layer = Callable[[Array], Array]
+
+
+def _sum(x: Array, added: Array) -> Array:
+    x, added = promoted(x, added)
+    return x + added
 
 
 class Residual(nnx.Module):
@@ -35,7 +40,7 @@ class Residual(nnx.Module):
 
     def __call__(self, x: Array, layer: Layer) -> Array:
         """``[*, features]``, and a function of that shape."""
-        return add(x, self._added(layer(x)))
+        return _sum(x, self._added(layer(x)))
 
     def _added(self, x: Array) -> Array:
         return x if self.dropout is None else self.dropout(x)
@@ -70,7 +75,7 @@ class PreNorm(_Normed):
 
     def __call__(self, x: Array, layer: Layer) -> Array:
         """See :class:`Residual`."""
-        return add(x, self._added(layer(self.norm(x))))
+        return _sum(x, self._added(layer(self.norm(x))))
 
 
 class PostNorm(_Normed):
@@ -86,7 +91,7 @@ class PostNorm(_Normed):
 
     def __call__(self, x: Array, layer: Layer) -> Array:
         """See :class:`Residual`."""
-        return self.norm(add(x, self._added(layer(x))))
+        return self.norm(_sum(x, self._added(layer(x))))
 
 
 class NoResidual(_Normed):
@@ -158,6 +163,15 @@ class FeedForward(nnx.Module):
         self.gate = self._gate(linear, features, hidden_features)
         self.down = linear(hidden_features, features, "hidden", "embed")
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs) if dropout_rate else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds; the activation is found by its name."""
+        state = super().__getstate__()
+        return state | {"activation": by_name(self.activation)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See :meth:`__getstate__`."""
+        super().__setstate__(state | {"activation": itself(state["activation"])})
 
     def _gate(self, linear: Callable, features: int, hidden: int) -> Any:
         return None

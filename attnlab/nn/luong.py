@@ -19,7 +19,7 @@ from attnlab.nn.recurrent_decoders import (
     fits,
     following,
 )
-from attnlab.types import Array, PyTree, Score
+from attnlab.types import Array, PyTree, Score, promoted
 
 
 class LuongDecoder(AttentiveDecoder):
@@ -150,7 +150,7 @@ class LuongDecoder(AttentiveDecoder):
     def _combined(self, query: Array, state: RecurrentState, positions: Array) -> Array:
         """``h~ [B, T, *]`` of queries ``[B, T, *]``."""
         context = self.attend(query, state.source, positions)
-        return jnp.tanh(self.combine(jnp.concatenate([context, query], -1)))
+        return jnp.tanh(self.combine(jnp.concatenate(promoted(context, query), -1)))
 
     def _fed(
         self, gates: Array, state: RecurrentState, positions: Array

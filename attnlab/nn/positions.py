@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from attnlab.modifiers import alibi, alibi_slopes, relative_bias
+from attnlab.nn.angles import sin_cos, sinusoids
 from attnlab.nn.parameters import named
 from attnlab.types import (
     Array,
@@ -19,38 +20,6 @@ from attnlab.types import (
     pytree,
     static,
 )
-
-
-def sinusoids(
-    positions: Any, features: int, *, base: float = 10_000.0, interleaved: bool = True
-) -> Array:
-    """``sin`` and ``cos`` of positions in geometric wavelengths.
-
-    Args:
-        positions: ``[*, T]`` integers.
-        features: even.
-        base: the longest wavelength is ``2 pi base``.
-        interleaved: ``sin`` in the even features and ``cos`` in the odd ones, as in the
-            paper, instead of all ``sin`` first (Marian's).
-
-    Returns:
-        float32 ``[*, T, features]``.
-
-    References:
-        Vaswani et al., 2017, section 3.5.
-    """
-    if features % 2:
-        raise ValueError(f"features: expected an even number, got {features}")
-    rate = base ** (-np.arange(0, features, 2) / features)
-    angle = _times(jnp.asarray(positions, jnp.float32), rate)
-    axis = angle.ndim if interleaved else angle.ndim - 1
-    pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis)
-    return pairs.reshape(*angle.shape[:-1], features)
-
-
-def _times(x: Array, rate: np.ndarray) -> Array:
-    """``[*], [n] -> [*, n]``, float32."""
-    return x[..., None] * rate.astype(np.float32).reshape((1,) * x.ndim + (-1,))
 
 
 def _of_rank(x: Array, rank: int) -> Array:
@@ -92,7 +61,11 @@ class Sinusoidal(nnx.Module):
     def __call__(self, x: Array, positions: Array) -> Array:
         """``[*batch, T, features], [*batch or none, T] -> [*batch, T, features]``."""
         added = sinusoids(
-            positions, x.shape[-1], base=self.base, interleaved=self.interleaved
+            positions,
+            x.shape[-1],
+            base=self.base,
+            interleaved=self.interleaved,
+            dtype=accumulation_dtype(x.dtype),
         )
         return x + _of_rank(added, x.ndim).astype(x.dtype)
 
@@ -241,12 +214,16 @@ class Rotary(Positions):
                 "give an even size= that fits"
             )
         turning, rest = x[..., :size], x[..., size:]
-        rate = self.base ** (-np.arange(0, size, 2) / size)
-        where = (jnp.asarray(positions, jnp.float32) + self.offset) / self.scaling
-        angle = _times(where[..., None], rate)
-        angle = _of_rank(angle, x.ndim)
-        sin, cos = jnp.sin(angle), jnp.cos(angle)
         pairs = turning.astype(accumulation_dtype(x.dtype))
+        sin, cos = sin_cos(
+            positions,
+            size,
+            base=self.base,
+            scaling=self.scaling,
+            offset=self.offset,
+            dtype=pairs.dtype,
+        )
+        sin, cos = (_of_rank(y[..., None, :], x.ndim) for y in (sin, cos))
         if self.interleaved:
             a, b = pairs[..., 0::2], pairs[..., 1::2]
         else:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.nn.projection import projection
-from attnlab.types import Array
+from attnlab.types import Array, promoted
 
 
 class Readout(nnx.Module):
@@ -48,7 +48,7 @@ class Readout(nnx.Module):
 
     def __call__(self, state: Array, context: Array, embedded: Array) -> Array:
         """Each ``[*, features of its own]`` -> ``[*, V]``."""
-        return self.out(jnp.concatenate([state, context, embedded], -1))
+        return self.out(jnp.concatenate(promoted(state, context, embedded), -1))
 
 
 class MaxoutReadout(nnx.Module):
@@ -102,6 +102,6 @@ class MaxoutReadout(nnx.Module):
 
     def __call__(self, state: Array, context: Array, embedded: Array) -> Array:
         """Each ``[*, features of its own]`` -> ``[*, V]``."""
-        pairs = self.hidden(jnp.concatenate([state, context, embedded], -1))
+        pairs = self.hidden(jnp.concatenate(promoted(state, context, embedded), -1))
         # Halves, not neighbours: the greater of two contiguous rows is a plain maximum.
         return self.out(jnp.maximum(*jnp.split(pairs, 2, -1)))

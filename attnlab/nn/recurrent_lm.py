@@ -15,7 +15,7 @@ from attnlab.nn.cells import LSTM
 from attnlab.nn.embedding import Embedding
 from attnlab.nn.projection import projection
 from attnlab.nn.recurrent import Recurrent
-from attnlab.types import Array, ArrayLike, PyTree
+from attnlab.types import Array, ArrayLike, PyTree, promoted
 
 
 class RecurrentLanguageModelState(NamedTuple):
@@ -246,7 +246,8 @@ class RecurrentLanguageModel(nnx.Module):
 
     def _logits(self, context: Array, x: Array) -> Array:
         assert self.combine is not None
-        return self.head(jnp.tanh(self.combine(jnp.concatenate([context, x], -1))))
+        both = jnp.concatenate(promoted(context, x), -1)
+        return self.head(jnp.tanh(self.combine(both)))
 
 
 #: Keys strictly before the query.

@@ -123,11 +123,15 @@ def _positions(make: Any) -> Positions | None:
         ) from error
 
 
-def last_norm(options: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module | None:
+def last_norm(
+    blocks: Sequence[Block], options: dict[str, Any], rngs: nnx.Rngs
+) -> nnx.Module | None:
     """Where layers normalise what they read, nobody else normalises the result."""
-    if options.get("residual") is not PreNorm:
+    norm = options.get("norm", nnx.LayerNorm)
+    pre_norm = blocks and isinstance(blocks[-1].feed_forward_residual, PreNorm)
+    if not pre_norm or norm is None:
         return None
-    return options.get("norm", nnx.LayerNorm)(options.get("features", 512), rngs=rngs)
+    return norm(options.get("features", 512), rngs=rngs)
 
 
 def make_embedding(

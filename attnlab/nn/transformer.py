@@ -52,7 +52,7 @@ class Encoder(nnx.Module):
             **options: as of :func:`make_blocks`.
         """
         blocks = make_blocks(num_layers, rngs=rngs, **options)
-        norm = last_norm(options, rngs)
+        norm = last_norm(blocks, options, rngs)
         embedding = embedding or make_embedding(vocabulary_size, options, rngs)
         return cls(embedding, Stack(blocks, norm=norm, remat=remat, scan=scan))
 
@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
             rngs=rngs,
             **options,
         )
-        norm = last_norm(options, rngs)
+        norm = last_norm(blocks, options, rngs)
         embedding = embedding or make_embedding(vocabulary_size, options, rngs)
         return cls(embedding, Stack(blocks, norm=norm, remat=remat, scan=scan))
 

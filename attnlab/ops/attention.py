@@ -10,14 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
-from attnlab.implementations.tile import precision_name
 from attnlab.implementations.tiled import Tiled
 from attnlab.implementations.top import top_weights
 from attnlab.masks.planning import plan_of
-from attnlab.ops.choice import named
 from attnlab.ops.dispatch import run
 from attnlab.ops.prepare import prepare
-from attnlab.ops.validate import Arguments, Options, check
+from attnlab.ops.validate import Arguments, Options, as_top_k, check, check_names
 from attnlab.types import (
     Array,
     ArrayLike,
@@ -108,6 +106,8 @@ def attention(
         query_offset=query_offset,
         query_positions=query_positions,
         key_positions=key_positions,
+        precision=precision,
+        implementation=implementation,
     )
     return run_attention(
         args,
@@ -150,24 +150,15 @@ def attention_with_stats(
         >>> result.output.shape, result.lse.shape, result.weights.shape
         ((1, 3, 1, 4), (1, 3, 1), (1, 1, 3, 2))
     """
-    given: dict[str, Any] = dict(options)
-    implementation = given.pop("implementation", None)
-    precision = given.pop("precision", None)
-    args = check(query, key, value, **given)
-    if top_k is not None and top_k != "all":
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(
-                f"top_k: expected None, 'all' or an int of at least 1, got {top_k!r}"
-            )
-        if top_k > key.shape[-3]:
-            raise ValueError(f"top_k: got {top_k} of S={key.shape[-3]} keys")
+    check_names("attention_with_stats", options)
+    args = check(query, key, value, **options)
     return run_attention(
         args,
         dropout_rate=float(options.get("dropout_rate", 0.0)),
-        precision=precision,
-        implementation=implementation,
+        precision=options.get("precision"),
+        implementation=options.get("implementation"),
         stats=True,
-        top_k=top_k,
+        top_k=as_top_k(top_k, key.shape[-3]),
     )
 
 
@@ -250,10 +241,6 @@ def _run(
 ) -> AttentionResult:
     batch = args.query.shape[:-3]
     t, heads = args.query.shape[-3:-1]
-    # Here, so that what is asked for is right or wrong whoever runs, if anybody does.
-    precision_name(precision)
-    if implementation is not None:
-        named(implementation)
     if 0 in (*batch, t, args.key.shape[-3]):
         args.mask.operands(t, args.key.shape[-3])
         return _nothing(args, top_k)

@@ -9,6 +9,8 @@ from attnlab.types import AttentionInputs, Implementation
 #: What the automatic choice may take, in order; the last takes everything, everywhere.
 #: ``jax_nn`` holds ``[T, S]`` and ``reference`` too: they run only when asked for.
 AUTOMATIC = ("native", "pallas_tpu", "tiled")
+#: What a program may be lowered for.
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def default_platform() -> str:
@@ -16,6 +18,23 @@ def default_platform() -> str:
     name = jax.default_backend()
     backends = jax.extend.backend.backends().items()
     return next(key for key, backend in backends if backend.platform == name)
+
+
+def as_platform(platform: str | None) -> str:
+    """The default backend's for None; else as it is.
+
+    Raises:
+        ValueError: if lowering knows no such platform.
+    """
+    here = default_platform()
+    if platform is None:
+        return here
+    known = dict.fromkeys((*PLATFORMS, here))
+    if not isinstance(platform, str) or platform not in known:
+        raise ValueError(
+            f"platform: expected one of {', '.join(known)} or None, got {platform!r}"
+        )
+    return platform
 
 
 def _elsewhere(
@@ -39,7 +58,7 @@ def named(name: str) -> Implementation:
     Raises:
         ValueError: if there is none.
     """
-    if name not in IMPLEMENTATIONS:
+    if not isinstance(name, str) or name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation: expected one of {', '.join(IMPLEMENTATIONS)} or None, "
             f"got {name!r}"

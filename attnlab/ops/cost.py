@@ -14,10 +14,10 @@ from attnlab.masks.liveness import scan_partial
 from attnlab.masks.per_head import PerHead
 from attnlab.masks.planning import normalise_tree, plan_of
 from attnlab.ops.attention import run_attention
-from attnlab.ops.choice import choose, default_platform
+from attnlab.ops.choice import as_platform, choose, default_platform
 from attnlab.ops.explain import canonical, describe
 from attnlab.ops.prepare import numbering_of, positions_of
-from attnlab.ops.validate import Arguments, Options
+from attnlab.ops.validate import Arguments, Options, check_names
 from attnlab.types import AttentionInputs, Plan
 
 
@@ -112,9 +112,9 @@ def cost(
         >>> c.pairs == 8 * 4096 * 4097 // 2, c.exact
         (True, True)
     """
+    check_names("cost", options)
     args, inputs = canonical(query, key, value, options)
-    here = default_platform()
-    platform = here if platform is None else platform
+    here, platform = default_platform(), as_platform(platform)
     chosen = choose(inputs, options.get("implementation"), platform)
     sizes, exact = inputs.sizes, True
     known = args
@@ -176,9 +176,9 @@ def _unseen(t: Any, s: Any) -> Any:
 
 def _unknown(mask: Mask | None) -> Mask:
     """The mask with every part that carries data replaced by "may be anything"."""
-    if isinstance(mask, (And, Or, PerHead)):
+    if type(mask) is And or type(mask) is Or or type(mask) is PerHead:
         return type(mask)(tuple(_unknown(m) for m in mask.parts))
-    if isinstance(mask, Not):
+    if type(mask) is Not:
         return Not(_unknown(mask.part))
     if mask is not None and not jax.tree.leaves(mask):
         return mask

@@ -25,6 +25,7 @@ from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
 from attnlab.ops.choice import choose, default_platform
+from attnlab.reverse import reverse_only
 from attnlab.types import (
     Array,
     AttentionInputs,
@@ -33,6 +34,9 @@ from attnlab.types import (
     static,
     vary_like,
 )
+
+#: What it would need.
+_FORWARD_MODE = 'attention needs implementation="reference"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +202,9 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
             sees = ~jnp.isneginf(lse)
             return jnp.where(sees[..., None], output, 0), jnp.where(sees, lse, -jnp.inf)
     # Inside shard_map every input must vary alike: then JAX, not we, sums gradients.
-    inputs = jax.tree.map(lambda x: vary_like(x, inputs), inputs)
+    inputs = jax.tree.map(
+        lambda x: vary_like(x, inputs), reverse_only(inputs, _FORWARD_MODE)
+    )
     asked = _Asked.now(name)
 
     @jax.custom_vjp
@@ -325,7 +331,7 @@ def _backward(
         return (jax.tree.unflatten(structure, d_inputs), None, None, *d_results)
 
     call.defvjp(forward, backward)
-    return call(inputs, output, lse, d_output, d_lse)
+    return call(inputs, output, lse, *reverse_only((d_output, d_lse), _FORWARD_MODE))
 
 
 def _batch_size(inputs: AttentionInputs, batched: AttentionInputs) -> int:

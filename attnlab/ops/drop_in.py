@@ -134,7 +134,14 @@ def dot_product_attention(
             "implementation: 'cudnn' is jax.nn's own kernel; use None for attnlab's "
             "automatic choice, or call jax.nn.dot_product_attention"
         )
-    args = check(q, k, v, score=scores.scaled_dot(_scale(scale)))
+    implementation = "tiled" if implementation == "xla" else implementation
+    args = check(
+        q,
+        k,
+        v,
+        score=scores.scaled_dot(_scale(scale)),
+        implementation=implementation,
+    )
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     args = args._replace(
         mask=all_of(
@@ -148,7 +155,7 @@ def dot_product_attention(
         args,
         dropout_rate=0.0,
         precision=None,
-        implementation="tiled" if implementation == "xla" else implementation,
+        implementation=implementation,
         stats=bool(return_residual),
         top_k=None,
     )

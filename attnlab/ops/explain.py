@@ -10,9 +10,9 @@ import numpy as np
 from attnlab.implementations.measured import measured
 from attnlab.masks import Mask, full
 from attnlab.masks.base import Full
-from attnlab.ops.choice import choose, default_platform, passed_over
+from attnlab.ops.choice import as_platform, choose, passed_over
 from attnlab.ops.prepare import prepare
-from attnlab.ops.validate import Arguments, Options, check
+from attnlab.ops.validate import Arguments, Options, check, check_names
 from attnlab.types import AttentionInputs, Implementation
 
 
@@ -53,10 +53,8 @@ def canonical(
     query: Any, key: Any, value: Any, options: Options, needs_lse: bool = False
 ) -> tuple[Arguments, AttentionInputs]:
     """The validated arguments, and the shapes of what implementations would get."""
-    given: dict[str, Any] = dict(options)
-    given.pop("implementation", None)
-    precision = given.pop("precision", None)
-    args = check(query, key, value, **given)
+    args = check(query, key, value, **options)
+    precision = options.get("precision")
     rate = float(options.get("dropout_rate", 0.0))
     needs_lse = needs_lse or args.sinks is not None
     inputs = jax.eval_shape(
@@ -107,7 +105,7 @@ def crossover(
         and inputs.index_positions
         and s.T == s.S > 0
     )
-    if not fits or isinstance(mask, Full) or not known or not alike:
+    if not fits or type(mask) is Full or not known or not alike:
         return None
     blocks = chosen.block_sizes(inputs)
 
@@ -174,8 +172,9 @@ def explain(
           not jax_nn: it holds [T, S] in memory; it runs only when asked for
           not reference: it holds [T, S] in memory; it runs only when asked for
     """
+    check_names("explain", options)
     args, inputs = canonical(query, key, value, options)
-    platform = default_platform() if platform is None else platform
+    platform = as_platform(platform)
     name = options.get("implementation")
     chosen = choose(inputs, name, platform)
     return Explanation(

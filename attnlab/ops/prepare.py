@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.implementations.plain import zero_dead
-from attnlab.implementations.tile import precision_of
+from attnlab.implementations.tile import check_tile, precision_of
 from attnlab.masks.liveness import alive
 from attnlab.masks.planning import (
     blocks_of,
@@ -15,7 +15,8 @@ from attnlab.masks.planning import (
     normalise,
     normalise_tree,
 )
-from attnlab.ops.validate import Arguments, check_operand_shapes
+from attnlab.ops.validate import Arguments, check_operand_shapes, is_wide_float
+from attnlab.prng import as_threefry
 from attnlab.types import Array, AttentionInputs, Operand, Score, skeleton
 
 #: Blocks in which liveness of slots is decided.
@@ -53,7 +54,8 @@ def prepare(
         )
     mask_operands = jax.lax.stop_gradient(mask_operands)
     modifier_operands = tuple(
-        normalise_tree(m.operands(), batch, type(m).__name__) for m in args.modifiers
+        normalise_tree(m.operands(), batch, f"modifiers: {type(m).__name__}")
+        for m in args.modifiers
     )
     check_operand_shapes(modifier_operands, shape, "modifiers")
     positions = query_positions, key_positions = positions_of(args, batch, t, s)
@@ -82,7 +84,7 @@ def prepare(
     if dropout_rate > 0:
         cells = (1, 1) if shared_dropout else (query.shape[0], heads)
         words = _dropout_words(args.dropout_rng, *cells, query_positions, key_positions)
-    return AttentionInputs(
+    inputs = AttentionInputs(
         query,
         key,
         value,
@@ -102,6 +104,9 @@ def prepare(
         numbering=numbering,
         logit_scale=logit_scale,
     )
+    if inputs.modifiers or not inputs.score.is_inner_product:
+        check_tile(inputs)
+    return inputs
 
 
 def numbering_of(args: Arguments) -> tuple[str, str]:
@@ -148,11 +153,24 @@ def _project(
     with precision_of(precision):
         try:
             projected = score.project_query(query), score.project_key(key)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"score: {name} cannot project query {query.shape} and "
                 f"key {key.shape}: {error}"
             ) from error
+    for method, before, after in zip(
+        ("project_query", "project_key"), (query, key), projected, strict=True
+    ):
+        if jnp.shape(after)[:-1] != before.shape[:-1]:
+            raise ValueError(
+                f"score: {name}.{method} makes shape {jnp.shape(after)} of "
+                f"{before.shape}, expected {before.shape[:-1]} and a size"
+            )
+        if not is_wide_float(after.dtype):
+            raise TypeError(
+                f"score: {name}.{method} yields {after.dtype}, expected a floating "
+                "dtype of at least 16 bits"
+            )
     if projected[0].dtype != projected[1].dtype:
         raise TypeError(
             f"score: {name} projects the query to "
@@ -183,7 +201,7 @@ def _dropout_words(
     """A 32-bit word for each row (batch, head, position) and column (position).
 
     Args:
-        rng: a PRNG key.
+        rng: a PRNG key of any generator.
         batch: B, or 1 for one pattern for all examples.
         heads: N, or 1 for one pattern for all heads.
         query_positions: ``[B or 1, 1, T, 1]``.
@@ -192,8 +210,7 @@ def _dropout_words(
     Returns:
         uint32 operands ``[B or 1, N or 1, T, 1]`` and ``[B or 1, 1, 1, S]``.
     """
-    if jnp.issubdtype(rng.dtype, jnp.uint32):
-        rng = jax.random.wrap_key_data(rng)
+    rng = as_threefry(rng)
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     spread = jax.vmap(jax.random.fold_in, (0, 0))
 

@@ -1,14 +1,18 @@
 """Checks of what the user gave: each failure names the argument, and what would do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab import arguments
+from attnlab.implementations.tile import precision_name
 from attnlab.masks.base import Mask, as_mask
+from attnlab.ops.choice import named
 from attnlab.scores.inner import ScaledDot
+from attnlab.scores.projected import check_score
 from attnlab.types import Array, ArrayLike, Modifier, Score
 
 
@@ -48,21 +52,25 @@ class Arguments(NamedTuple):
     key_positions: Any
 
 
+def is_wide_float(dtype: Any) -> bool:
+    """Whether it is a floating type of at least 16 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2
+
+
 def _check_arrays(query: Any, key: Any, value: Any) -> None:
     for name, x, letters in (
         ("query", query, "[..., T, N, H]"),
         ("key", key, "[..., S, K, H]"),
         ("value", value, "[..., S, K, D]"),
     ):
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
+        dtype = arguments.dtype_of(name, x)
         if len(x.shape) < 3:
             raise ValueError(
                 f"{name}: expected at least three axes, {letters}, got shape {x.shape}"
             )
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+        if not is_wide_float(dtype):
             raise TypeError(
-                f"{name}: expected a floating dtype of at least 16 bits, got {x.dtype}"
+                f"{name}: expected a floating dtype of at least 16 bits, got {dtype}"
             )
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
@@ -120,20 +128,6 @@ def _check_positions(args: Arguments) -> None:
         )
 
 
-def _check_key(rng: Any) -> None:
-    """One PRNG key, typed or not."""
-    if not isinstance(rng, (jax.Array, np.ndarray)):
-        raise TypeError(
-            f"dropout_rng: expected a PRNG key, got {type(rng).__name__}; of Flax's "
-            "nnx.Rngs call a stream: rngs.dropout()"
-        )
-    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
-    if rng.ndim != (0 if typed else 1):
-        raise ValueError(
-            f"dropout_rng: expected one PRNG key, got an array of shape {rng.shape}"
-        )
-
-
 def _as_offset(offset: Any) -> Any:
     """None for 0, which is structure; else data: a new one does not recompile."""
     if isinstance(offset, bool):
@@ -146,6 +140,64 @@ def _as_offset(offset: Any) -> Any:
             f"got {type(offset).__name__}"
         )
     return offset
+
+
+def _check_leaves(name: str, owner: Any) -> None:
+    """What a score or a modifier holds must be arrays and numbers, and it a pytree."""
+    kind = type(owner).__name__
+    for path, leaf in jax.tree.leaves_with_path(owner):
+        if leaf is owner:
+            raise TypeError(
+                f"{name}: {kind} is no pytree; decorate it with attnlab.types.pytree"
+            )
+        if not isinstance(leaf, (bool, int, float, complex)):
+            arguments.dtype_of(f"{name}: {kind}{jax.tree_util.keystr(path)}", leaf)
+
+
+def _as_modifiers(modifiers: Any) -> tuple[Modifier, ...]:
+    if isinstance(modifiers, Modifier) or not isinstance(modifiers, Iterable):
+        raise TypeError(
+            f"modifiers: expected a sequence, got {modifiers!r}; write modifiers=[...]"
+        )
+    modifiers = tuple(modifiers)
+    for modifier in modifiers:
+        if isinstance(modifier, type) and issubclass(modifier, Modifier):
+            raise TypeError(f"modifiers: {modifier.__name__} is a class: call it")
+        if not isinstance(modifier, Modifier):
+            raise TypeError(
+                f"modifiers: expected attnlab modifiers, got {type(modifier).__name__}"
+                "; an array goes in as modifiers=[modifiers.bias(array)]"
+            )
+        _check_leaves("modifiers", modifier)
+    return modifiers
+
+
+def as_top_k(top_k: Any, length: int) -> Any:
+    """None, "all", or an int from 1 to the number of keys."""
+    if top_k is None or (isinstance(top_k, str) and top_k == "all"):
+        return top_k
+    is_int = isinstance(top_k, (int, np.integer)) and not isinstance(top_k, bool)
+    if not is_int or top_k < 1:
+        raise ValueError(
+            f"top_k: expected None, 'all' or an int of at least 1, got {top_k!r}"
+        )
+    if top_k > length:
+        raise ValueError(f"top_k: got {top_k} of S={length} keys")
+    return int(top_k)
+
+
+def check_names(caller: str, options: Mapping[str, Any]) -> None:
+    """The names of keyword arguments, for functions that pass them on.
+
+    Raises:
+        TypeError: naming the function, and what it takes.
+    """
+    unknown = options.keys() - Options.__annotations__
+    if unknown:
+        raise TypeError(
+            f"{caller}() got an unexpected keyword argument {min(unknown)!r}; it takes "
+            f"{', '.join(Options.__annotations__)}"
+        )
 
 
 def check(
@@ -162,38 +214,27 @@ def check(
     query_offset: Any = 0,
     query_positions: Any = None,
     key_positions: Any = None,
+    precision: Any = None,
+    implementation: Any = None,
 ) -> Arguments:
     """Validates everything that shapes tell.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got, and what would do.
     """
+    # What is asked for is right or wrong whoever runs, if anybody does.
+    precision_name(precision)
+    if implementation is not None:
+        named(implementation)
     _check_arrays(query, key, value)
     score = ScaledDot() if score is None else score
-    if not isinstance(score, Score):
-        hint = ""
-        if isinstance(score, type):
-            hint = "; that is a class: call it, or its init"
-        raise TypeError(f"score: expected an attnlab score, got {score!r}{hint}")
-    if any(leaf is score for leaf in jax.tree.leaves(score)):
-        raise TypeError(
-            f"score: {type(score).__name__} is no pytree; decorate it with "
-            "attnlab.types.pytree"
-        )
-    if modifiers is None or isinstance(modifiers, Modifier):
-        raise TypeError(
-            f"modifiers: expected a sequence, got {modifiers!r}; write modifiers=[...]"
-        )
-    modifiers = tuple(modifiers)
-    for modifier in modifiers:
-        if not isinstance(modifier, Modifier):
-            raise TypeError(
-                f"modifiers: expected attnlab modifiers, got {type(modifier).__name__}"
-                "; an array goes in as modifiers=[modifiers.bias(array)]"
-            )
+    check_score(score)
+    _check_leaves("score", score)
+    modifiers = _as_modifiers(modifiers)
     traced = isinstance(dropout_rate, jax.core.Tracer)
     number = isinstance(dropout_rate, (int, float, np.number, np.ndarray, jax.Array))
-    if traced or not number or not 0 <= dropout_rate < 1:
+    number = number and not traced and np.ndim(dropout_rate) == 0
+    if not number or not 0 <= dropout_rate < 1:
         raise ValueError(
             f"dropout_rate: expected a number in [0, 1), got {dropout_rate!r}"
         )
@@ -207,12 +248,17 @@ def check(
         ("query_positions", query_positions),
         ("key_positions", key_positions),
     ):
-        if x is not None and not hasattr(x, "dtype"):
-            raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
+        if x is not None:
+            arguments.dtype_of(name, x)
     if dropout_rng is not None:
-        _check_key(dropout_rng)
-    if sinks is not None and tuple(sinks.shape) not in ((heads,), (1,)):
-        raise ValueError(f"sinks: expected shape ({heads},), got {tuple(sinks.shape)}")
+        hint = "; of Flax's nnx.Rngs call a stream: rngs.dropout()"
+        arguments.prng_key("dropout_rng", dropout_rng, hint)
+    if sinks is not None:
+        arguments.floating("sinks", sinks)
+        if tuple(sinks.shape) not in ((heads,), (1,)):
+            raise ValueError(
+                f"sinks: expected shape ({heads},), got {tuple(sinks.shape)}"
+            )
     args = Arguments(
         query,
         key,

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnlab import arguments
+from attnlab.scores.projected import check_score
 from attnlab.types import Score
 
 
@@ -53,6 +55,8 @@ def cost(score: Score, head_size: int, num_heads: int = 1) -> ScoreCost:
         8,320 parameters; 192 FLOPs a pair (of these 64 transcendental),
         8,192 a query, 8,192 a key
     """
+    check_score(score)
+    arguments.sizes(head_size=head_size, num_heads=num_heads)
     query = jax.ShapeDtypeStruct((1, 1, num_heads, head_size), jnp.float32)
     projected = jax.eval_shape(score.project_query, query).shape[-1]
     return ScoreCost(

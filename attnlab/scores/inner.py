@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab import arguments
 from attnlab.types import Array, Score, accumulation_dtype, pytree
 
 
@@ -46,7 +47,7 @@ class ScaledDot(Score):
         """See :class:`attnlab.Score`."""
         if self.scale is None:
             return query * _default_scale(query.shape[-1])
-        return _times(query, self.scale).astype(query.dtype)
+        return _times(query, "scale", self.scale).astype(query.dtype)
 
     def without_scale(self, head_size: int) -> tuple[Score, float]:
         """See :class:`attnlab.Score`."""
@@ -94,14 +95,16 @@ class Bilinear(Score):
             num_heads: N, or 1 to share one matrix.
             dtype: of the parameters.
         """
+        arguments.prng_key("rng", rng)
         key_size = query_size if key_size is None else key_size
+        arguments.sizes(query_size=query_size, key_size=key_size, num_heads=num_heads)
         shape = (num_heads, query_size, key_size)
         scale = 1 / math.sqrt(query_size * key_size)
         return cls(jax.random.normal(rng, shape, dtype) * scale)
 
     def project_query(self, query: Array) -> Array:
         """``[B, T, N, H of query] -> [B, T, N, H of key]``."""
-        return project(query, self.weight)
+        return project(query, "weight", self.weight)
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -130,11 +133,13 @@ class Cosine(Score):
         cls, rng: Array, *, num_heads: int = 1, temperature: float = 10.0
     ) -> "Cosine":
         """A learnable temperature for each head; ``rng`` is not read."""
+        arguments.sizes(num_heads=num_heads)
         return cls(jnp.full((num_heads,), temperature))
 
     def project_query(self, query: Array) -> Array:
         """See :class:`attnlab.Score`."""
-        return _times(_unit(query), self.temperature).astype(query.dtype)
+        found = _times(_unit(query), "temperature", self.temperature)
+        return found.astype(query.dtype)
 
     def project_key(self, key: Array) -> Array:
         """See :class:`attnlab.Score`."""
@@ -154,11 +159,20 @@ def _default_scale(head_size: int) -> float:
     return 1 / math.sqrt(max(head_size, 1))
 
 
-def _times(x: Array, factor: Any) -> Array:
-    """``[*, N, H]`` times a number or ``[N]``, in the accumulation type."""
+def _times(x: Array, name: str, factor: Any) -> Array:
+    """``[*, N, H]`` times a number or ``[N]``, in the accumulation type.
+
+    ``name``: of the factor, for errors.
+    """
+    factor = jnp.asarray(arguments.real(name, factor))
+    heads = x.shape[-2]
+    if factor.shape not in ((), (1,), (heads,)):
+        raise ValueError(
+            f"{name}: expected a number or [{heads}], got shape {factor.shape}"
+        )
     dtype = accumulation_dtype(x.dtype)
-    factor = jnp.asarray(factor).astype(dtype)
-    return x.astype(dtype) * factor.reshape((1,) * (x.ndim - 2) + (-1, 1))
+    factor = factor.astype(dtype).reshape((1,) * (x.ndim - 2) + (-1, 1))
+    return x.astype(dtype) * factor
 
 
 def _unit(x: Array) -> Array:
@@ -168,8 +182,33 @@ def _unit(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
 
 
-def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """``[B, L, heads, H] , [heads or 1, H, P] -> [B, L, heads, P]``."""
+def check_weight(name: str, x: Any, *shape: Any) -> None:
+    """A floating array of a shape in which letters stand for any size.
+
+    Raises:
+        TypeError, ValueError: naming it.
+    """
+    arguments.floating(name, x)
+    fits = len(x.shape) == len(shape) and all(
+        isinstance(want, str) or have in (want if isinstance(want, tuple) else (want,))
+        for have, want in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(
+            " or ".join(map(str, n)) if isinstance(n, tuple) else str(n) for n in shape
+        )
+        raise ValueError(f"{name}: expected [{wanted}], got shape {tuple(x.shape)}")
+
+
+def project(x: Array, name: str, weight: Array, bias: Array | None = None) -> Array:
+    """``[B, L, heads, H] , [heads or 1, H, P] -> [B, L, heads, P]``.
+
+    ``name``: of the weight, for errors.
+    """
+    heads = tuple(dict.fromkeys((x.shape[2], 1)))
+    check_weight(name, weight, heads, x.shape[-1], "P")
+    if bias is not None:
+        check_weight("bias", bias, heads, weight.shape[-1])
     if weight.shape[0] == 1:
         result = jnp.einsum("blnh,hp->blnp", x, weight[0].astype(x.dtype))
     else:

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnlab.scores.inner import project
+from attnlab import arguments
+from attnlab.reverse import reverse_only
+from attnlab.scores.inner import check_weight, project
 from attnlab.types import (
     Array,
     PyTree,
@@ -18,6 +20,9 @@ from attnlab.types import (
     static,
     vary_like,
 )
+
+#: What it would need.
+_FORWARD_MODE = "additive and concat scores does not exist"
 
 
 def _tile_type(*arrays: Array) -> Any:
@@ -33,7 +38,7 @@ def tanh_sum(weight: Array, query: Array, key: Array) -> Array:
     ``[q, k, P]`` exists, forward or backward.
     """
     # Inside shard_map all must vary alike: then JAX, not we, sums gradients.
-    everything = weight, query, key
+    everything = reverse_only((weight, query, key), _FORWARD_MODE)
     return _tanh_sum(*(vary_like(x, everything) for x in everything))
 
 
@@ -135,6 +140,14 @@ class Additive(Score):
         """
         key_size = query_size if key_size is None else key_size
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
+        arguments.prng_key("rng", rng)
+        arguments.sizes(
+            query_size=query_size,
+            key_size=key_size,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_key_heads=num_key_heads,
+        )
         first, second, third = jax.random.split(rng, 3)
 
         def normal(rng: Array, shape: tuple[int, ...], fan_in: int) -> Array:
@@ -149,14 +162,17 @@ class Additive(Score):
 
     def project_query(self, query: Array) -> Array:
         """``[B, T, N, H] -> [B, T, N, P]``."""
-        return project(query, self.query_weight, self.bias)
+        return project(query, "query_weight", self.query_weight, self.bias)
 
     def project_key(self, key: Array) -> Array:
         """``[B, S, K, H] -> [B, S, K, P]``."""
-        return project(key, self.key_weight)
+        return project(key, "key_weight", self.key_weight)
 
     def pair_params(self) -> PyTree:
         """v, ``[N or 1, P]``."""
+        check_weight(
+            "score: weight", self.weight, "N or 1", self.query_weight.shape[-1]
+        )
         return self.weight
 
     def compare(self, params: PyTree, query: Array, key: Array) -> Array:
@@ -196,6 +212,8 @@ class Concat(Additive):
     @classmethod
     def init(cls, rng: Array, *args: Any, **kwargs: Any) -> "Concat":
         """As :meth:`Additive.init`, less ``bias``."""
+        if "bias" in kwargs:
+            raise TypeError("bias: concat has none; use additive")
         made = Additive.init(rng, *args, **kwargs, bias=False)
         return cls(made.query_weight, made.key_weight, None, made.weight)
 
@@ -253,8 +271,21 @@ class Mlp(Score):
             activation: a function of one array, elementwise.
             dtype: of the parameters.
         """
+        if not isinstance(hidden_sizes, Sequence):
+            raise TypeError(
+                f"hidden_sizes: expected a sequence of sizes, got {hidden_sizes!r}; "
+                "write hidden_sizes=(8,)"
+            )
         if not hidden_sizes:
             raise ValueError("hidden_sizes: expected at least one size, got none")
+        for hidden_size in hidden_sizes:
+            arguments.size("hidden_sizes", hidden_size)
+        if not callable(activation):
+            raise TypeError(
+                f"activation: expected a function, got {activation!r}; for instance "
+                "jax.nn.relu"
+            )
+        arguments.prng_key("rng", rng)
         rngs = jax.random.split(rng, len(hidden_sizes) + 2)
         first = Additive.init(
             rngs[0],
@@ -286,14 +317,21 @@ class Mlp(Score):
 
     def project_query(self, query: Array) -> Array:
         """``[B, T, N, H] -> [B, T, N, P]``."""
-        return project(query, self.query_weight, self.bias)
+        return project(query, "query_weight", self.query_weight, self.bias)
 
     def project_key(self, key: Array) -> Array:
         """``[B, S, K, H] -> [B, S, K, P]``."""
-        return project(key, self.key_weight)
+        return project(key, "key_weight", self.key_weight)
 
     def pair_params(self) -> PyTree:
         """The layers after the first, and v."""
+        size = self.query_weight.shape[-1]
+        for i, (matrix, bias) in enumerate(self.hidden):
+            name = f"score: hidden[{i}]"
+            check_weight(f"{name}[0]", matrix, "N or 1", size, "out")
+            size = matrix.shape[-1]
+            check_weight(f"{name}[1]", bias, "N or 1", size)
+        check_weight("score: weight", self.weight, "N or 1", size)
         return self.hidden, self.weight
 
     def compare(self, params: PyTree, query: Array, key: Array) -> Array:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from attnlab.types import Array, PyTree, Score, pytree
+from attnlab.scores.pairwise import Additive, Mlp
+from attnlab.types import Array, PyTree, Score, inherits, pytree
 
 
 @pytree
@@ -17,6 +18,8 @@ class ProjectedKeys(Score):
 
     def without_scale(self, head_size: int) -> tuple[Score, float]:
         """See :class:`attnlab.Score`."""
+        if type(self) is not ProjectedKeys:
+            return self, 1.0
         score, scale = self.score.without_scale(head_size)
         return ProjectedKeys(score), scale
 
@@ -31,7 +34,8 @@ class ProjectedKeys(Score):
     @property
     def is_inner_product(self) -> bool:
         """See :class:`attnlab.Score`."""
-        return self.score.is_inner_product
+        own = inherits(self, ProjectedKeys, "compare")
+        return own and self.score.is_inner_product
 
     @property
     def floats_per_pair(self) -> int | None:
@@ -51,9 +55,35 @@ class ProjectedKeys(Score):
         return self.score.flops_per_query(head_size)
 
 
+def check_score(score: Any) -> None:
+    """Raises a TypeError if it is no score."""
+    if not isinstance(score, Score):
+        hint = "; that is a class: call it, or its init"
+        raise TypeError(
+            f"score: expected an attnlab score, got {score!r}"
+            f"{hint if isinstance(score, type) else ''}"
+        )
+
+
 def bare(score: Score) -> Any:
     """Without the mark that its keys are projected already."""
-    return score.score if isinstance(score, ProjectedKeys) else score
+    return score.score if type(score) is ProjectedKeys else score
+
+
+def known(score: Score) -> type[Score] | None:
+    """The class whose comparison a kernel of its own may take for the score's.
+
+    Returns:
+        ``Score`` for inner products, ``Additive`` or ``Mlp``; None for a comparison
+        that only the score itself knows, as a subclass may have one.
+    """
+    score = bare(score)
+    if score.is_inner_product:
+        return Score
+    for kind in (Additive, Mlp):
+        if inherits(score, kind, "compare", "pair_params"):
+            return kind
+    return None
 
 
 def projected_keys(score: Score) -> Score:
@@ -71,4 +101,5 @@ def projected_keys(score: Score) -> Score:
         >>> attention(query, projected, key, score=projected_keys(score)).shape
         (1, 2, 1, 4)
     """
+    check_score(score)
     return ProjectedKeys(score)

@@ -22,6 +22,9 @@ try:
     from benchmarks.studies.parallel import ask_for_devices, make_mesh
     from benchmarks.studies.registry import STUDIES
     from benchmarks.studies.training import resuming
+except KeyboardInterrupt:
+    sys.stderr.write("interrupted\n")
+    sys.exit(130)
 except ModuleNotFoundError as missing:
     sys.exit(
         f"benchmarks.studies: needs {missing.name}, which comes with "
@@ -151,6 +154,7 @@ def main(given: Sequence[str]) -> int:
     """Returns the exit status."""
     options = arguments(given)
     console, messages = Console(), Console(stderr=True)
+    nothing_kept = "interrupted: of a check nothing is kept"
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         messages.print(f"warning: {message}", style="yellow", soft_wrap=True)
@@ -159,11 +163,12 @@ def main(given: Sequence[str]) -> int:
     try:
         (check if options.check else run)(options, console)
     except Interrupted as error:
-        said = "interrupted: of a check nothing is kept" if options.check else error
+        said = nothing_kept if options.check else error
         messages.print(str(said), style="yellow", soft_wrap=True)
         return 128 + error.signal
     except KeyboardInterrupt:
-        messages.print(f"interrupted; go on with: {resuming()}", style="yellow")
+        said = f"interrupted; go on with: {resuming()}"
+        messages.print(nothing_kept if options.check else said, style="yellow")
         return 130
     except (StudyError, TextUnavailable, OSError) as error:
         messages.print(f"{options.study}: {error}", style="red", soft_wrap=True)

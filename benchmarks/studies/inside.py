@@ -67,14 +67,14 @@ def _logits(attention: nn.MultiHeadAttention, x: jax.Array) -> jax.Array:
 def _seen(length: int, is_causal: bool) -> jax.Array:
     """``[T - 1, T]``: the keys of every query but the first, which may see but one."""
     keys = jnp.arange(length)
-    seen = keys <= keys[1:, None]
+    seen = keys[None] <= keys[1:, None]
     return seen if is_causal else jnp.ones_like(seen)
 
 
 def _deviation(logits: jax.Array, is_causal: bool) -> jax.Array:
     """``[B]``: standard deviation over the keys of a query, mean over queries."""
     seen = _seen(logits.shape[-1], is_causal)
-    return logits[:, :, 1:].std(-1, where=seen).mean((1, 2))
+    return logits[:, :, 1:].std(-1, where=seen[None, None]).mean((1, 2))
 
 
 def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -90,8 +90,8 @@ def _shape_of(weights: jax.Array, is_causal: bool) -> list[jax.Array]:
     weights = weights[:, :, 1:]
     own = jnp.arange(1, weights.shape[-1])
     logs = jnp.log(jnp.where(weights > 0, weights, 1))
-    entropy = -(weights * logs).sum(-1) / jnp.log(count)
-    itself = weights.argmax(-1) == own
-    own_weight = jnp.diagonal(weights, 1, axis1=-2, axis2=-1) * count
+    entropy = -(weights * logs).sum(-1) / jnp.log(count)[None, None]
+    itself = weights.argmax(-1) == own[None, None]
+    own_weight = jnp.diagonal(weights, 1, axis1=-2, axis2=-1) * count[None, None]
     numbers = (entropy, itself, own_weight)
     return [x.astype(jnp.float32).mean((1, 2)) for x in numbers]

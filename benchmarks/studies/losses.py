@@ -36,7 +36,8 @@ def cross_entropy(
         # optax.smooth_labels, without its [B, T, V] of labels.
         alike = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
         losses = (1 - smoothing) * losses + smoothing * alike
-    counted = jnp.arange(labels.shape[1]) < batch.target_lengths[:, None] - 1
+    places = jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
+    counted = places < batch.target_lengths[:, None] - 1
     return jnp.where(counted, losses, 0).sum(), counted.sum()
 
 

@@ -138,7 +138,8 @@ def shape_of(model: Any, batch: Batch) -> jax.Array:
 
     weights = weights_of(model)
     length = batch.source_lengths[:, None]
-    seen = (jnp.arange(weights.shape[-1]) < length)[:, None]
+    places = jnp.arange(weights.shape[-1], dtype=jnp.int32)[None]
+    seen = (places < length)[:, None]
     spread = jnp.full(weights.shape[:-1], -jnp.inf)
     for heat in HEATS:
         flat = jnp.where(seen, weights_of(heated(model, heat)), 1)
@@ -147,7 +148,7 @@ def shape_of(model: Any, batch: Batch) -> jax.Array:
         found = jnp.where(flat.min(-1) > 0, logits.std(-1, where=seen), -jnp.inf)
         spread = jnp.where(jnp.isfinite(spread), spread, found)
     entropy = jax.scipy.special.entr(weights).sum(-1) / jnp.log(jnp.maximum(length, 2))
-    real = jnp.arange(spread.shape[1]) < batch.target_lengths[:, None] - 1
+    real = jnp.arange(spread.shape[1])[None] < batch.target_lengths[:, None] - 1
     return jnp.stack(
         [*(jnp.where(real, x, 0).sum(-1) for x in (spread, entropy)), real.sum(-1)], -1
     )

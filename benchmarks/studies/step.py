@@ -120,7 +120,7 @@ class Step:
             total, count, gradient = summed(state.params, rest, batch, rng)
             # A batch may hold nothing that counts.
             least = jnp.maximum(count, 1)
-            gradient = jax.tree.map(lambda g: g / least, gradient)
+            gradient = jax.tree.map(lambda g: g / least.astype(g.dtype), gradient)
             updates, optimiser = transform.update(
                 gradient, state.optimiser, state.params
             )

@@ -181,6 +181,13 @@ def script(monkeypatch, tmp_path):
     return start
 
 
+def test_interrupted_before_anything_was_measured(script, capsys, tmp_path):
+    with pytest.raises(FileNotFoundError):  # there is no file to read
+        script(stop={"one"})
+    assert capsys.readouterr().out.strip() == "interrupted: nothing was measured"
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupted_and_resumed(script, capsys):
     everything = ["one", "two", "call"]
     assert script(stop={"two"}) == (["one"], ["one"])
@@ -243,6 +250,7 @@ def test_ratios_for_the_readme():
 
 
 @needs_torch
+@pytest.mark.usefixtures("loose")  # for optax
 def test_the_training_step_is_the_same_mathematics():
     sizes = training_step.Sizes(2, 40, 2, 16, 2, 31)
     tokens = np.random.default_rng(0).integers(0, 31, (2, 41))

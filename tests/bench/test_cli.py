@@ -1,10 +1,22 @@
 """The command line: options, interruption, what is written."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
-from attnlab.bench import cli, machine, selection, timing
+from attnlab.bench import (
+    cli,
+    machine,
+    selection,
+    show,
+    static,
+    static_cli,
+    text,
+    timing,
+)
 from attnlab.bench.contenders import Implementation
 from attnlab.bench.machine import Peaks
 from attnlab.bench.report import document, notes, table
@@ -113,12 +125,65 @@ def test_interrupted_run_keeps_its_rows(small_run, capsys):
     assert (code, content["complete"]) == (130, False)
     assert [row["contender"] for row in content["rows"]] == ["reference"]
     assert (out / "time.svg").exists()
-    assert "interrupted" in capsys.readouterr().err
+    assert interruption(capsys) == "interrupted: keeping what was measured"
 
 
-def test_interrupted_before_anything_was_measured(small_run):
-    code, content, _ = small_run(Group(SMALL, (Interrupting("tiled"),)))
+def interruption(capsys):
+    """The one sentence that an interruption leaves."""
+    (said,) = (x for x in capsys.readouterr().err.splitlines() if "interrupted" in x)
+    return said
+
+
+def test_interrupted_before_anything_was_measured(small_run, capsys):
+    code, content, out = small_run(Group(SMALL, (Interrupting("tiled"),)))
     assert (code, content) == (130, None)
+    assert interruption(capsys) == "interrupted: nothing was measured"
+    assert not out.exists()
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_interrupted_while_the_text_is_read(small_run, capsys, monkeypatch):
+    monkeypatch.setattr(text, "load_documents", stop)
+    code, content, out = small_run(REFERENCE)
+    assert (code, content) == (130, None)
+    assert interruption(capsys) == "interrupted: nothing was measured"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["show", "static"])
+def test_other_commands_interrupted_early(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(show, "_look", stop)
+    monkeypatch.setattr(static, "row", stop)
+    monkeypatch.setattr(static_cli.jax.config, "update", lambda *_: None)
+    out = tmp_path / "deep" / "out"
+    given = ["causal()"] if command == "show" else []
+    assert cli.main([command, *given, "--out", str(out)]) == 130
+    wanted = {"show": "attnlab: interrupted", "static": "interrupted: nothing is known"}
+    assert interruption(capsys) == wanted[command]
+    assert not out.parent.exists()
+
+
+def test_interrupted_while_importing():
+    program = (
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'jax': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from attnlab import command\n"
+        "sys.exit(command.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "bench"],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "attnlab: interrupted\n")
 
 
 def test_failure_is_shown_without_a_time(small_run, capsys):

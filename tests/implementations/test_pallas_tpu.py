@@ -1,12 +1,8 @@
-"""Law 1 for the TPU kernels, interpreted; what they are for runs nowhere here.
-
-``ATTNLAB_EVERY=n`` takes each n-th cell only.
-"""
+"""Law 1 for the TPU kernels, interpreted; what they are for runs nowhere here."""
 
 import functools
 import itertools
 import math
-import os
 import sys
 
 import jax
@@ -37,7 +33,7 @@ from attnlab.types import pytree
 from tests import grid
 from tests.implementations import interpreted
 from tests.implementations.interpreted import NAME, Interpreted
-from tests.test_conformance import CELLS, conform
+from tests.test_conformance import CELLS, conform, once
 
 #: What the kernels do not know, by design.
 REFUSED = {
@@ -49,7 +45,6 @@ REFUSED = {
     "float64": "it computes float32 and bfloat16, not float64",
 }
 TAKEN = [cell for cell in CELLS if not set(REFUSED) & set(cell)]
-EVERY = int(os.environ.get("ATTNLAB_EVERY", "3"))
 #: Several blocks each way, the last ones incomplete.
 LENGTHS = {"wide": (70, 150), "tall": (150, 70), "square": (97, 97)}
 
@@ -59,13 +54,13 @@ def registered(monkeypatch):
     interpreted.register(monkeypatch)
 
 
-@pytest.mark.parametrize("cell", TAKEN[::EVERY], ids=str)
+@pytest.mark.parametrize("cell", grid.quick(TAKEN[::3], 1), ids=str)
 def test_cell(cell, tile, monkeypatch):
     for name, lengths in LENGTHS.items():
         monkeypatch.setitem(grid.LENGTHS, name, lengths)
     if cell.tiles == "chunks":
         interpreted.one_row_segments(monkeypatch)
-    conform(cell, tile, monkeypatch, NAME)
+    conform(cell, tile, monkeypatch, {NAME: once})
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -62,6 +62,7 @@ def test_a_wheel_with_it_is_for_this_platform(project, compiler):
     assert b"-shared" in files[library]
     assert f"{NATIVE}/{build.NOTE.name}" not in files
     assert source_files() <= files.keys()  # it can be built again
+    assert "attnlab/command.py" in files
     assert not wheel.name.endswith("-any.whl")
     assert "-py3-none-" in wheel.name
     assert b"Root-Is-Purelib: false" in files["attnlab-0.1.0.dist-info/WHEEL"]

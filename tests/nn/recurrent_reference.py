@@ -119,6 +119,7 @@ def align(attention, query, states, t, window, xp):
     if hasattr(attention, "half_width"):
         d = attention.half_width
         hidden = xp.tanh(linear(attention.hidden, query))
+        places = places.astype(np.float32)
         p = size * sigmoid(linear(attention.place, hidden)[0], xp)
         seen = xp.abs(places - p) <= d
         factor = xp.exp(-((places - p) ** 2) / (2 * (d / 2) ** 2))

@@ -71,7 +71,7 @@ def test_mask_of_the_call_is_added_to_its_own():
     expected = by_hand(layer, x, mask=masks.causal() & masks.lengths(key=lengths))
     found = layer(x, mask=masks.lengths(key=lengths))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    dense = jnp.arange(6) < lengths[:, None, None, None]
+    dense = np.arange(6) < np.asarray(lengths)[:, None, None, None]
     np.testing.assert_allclose(layer(x, mask=dense), expected, atol=1e-5)
 
 

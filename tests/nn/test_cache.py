@@ -73,7 +73,7 @@ def test_examples_of_other_lengths_in_one_batch(kind):
     attention = layer(mask, position=nn.Rotary())
     whole = attention(x)
     lengths = jnp.array([3, 7])
-    slots = jnp.arange(7)
+    slots = jnp.arange(7)[None]
     positions = jnp.where(slots < lengths[:, None], slots, -1)
     prompt = jnp.where((positions >= 0)[..., None], x[:, :7], 1e9)
     output, cache = attention.decode(prompt, cache, positions=positions)

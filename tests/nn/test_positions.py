@@ -1,5 +1,7 @@
 """Positions: order is lost without them, and each kind brings it back."""
 
+import decimal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,61 @@ def test_rotary_scaling_offset_and_part():
     part = nn.Rotary(size=4)(q, where)
     np.testing.assert_array_equal(part[..., 4:], q[..., 4:])
     np.testing.assert_allclose(part[..., :4], plain(q[..., :4], where), atol=1e-6)
+
+
+#: 131,072 tokens, more than float32 counts, and the last that there are.
+FAR = np.array([0, 1, 3, 131_071, 2**24 + 1, 2**30 + 12_345, 2**31 - 1], np.int32)
+
+
+def angles(positions, features, base, *, scaling=1, offset=0):
+    """In float64: whole turns are taken off with 60 digits."""
+    number = decimal.Decimal
+    with decimal.localcontext(prec=60):
+        turn = 2 * number("3.14159265358979323846264338327950288419716939937511")
+        steps = [(number(int(p)) + offset) / number(scaling) for p in positions]
+        rates = [number(base) ** (number(-i) / features) for i in range(0, features, 2)]
+        return np.array([
+            [float((s * r).remainder_near(turn)) for r in rates] for s in steps
+        ])
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_far_positions_are_as_exact_as_their_type(wide):
+    """Traced as well; a neighbour more or less is seen everywhere."""
+    dtype, eps = (np.float64, 5e-16) if wide else (np.float32, 1.2e-7)
+    rotary = nn.Rotary(base=5e5, scaling=4.0, offset=1, interleaved=True)
+    with jax.enable_x64(wide):
+        where = jnp.asarray(FAR)
+        ones = jnp.ones((1, len(FAR), 1, 8), dtype)
+
+        @jax.jit
+        def run(where):
+            embedded = nn.Sinusoidal()(jnp.zeros((1, len(FAR), 6), dtype), where)
+            added = nn.sinusoids(where, 6, dtype=dtype)
+            return embedded[0], added, rotary(ones, where)[0, :, 0]
+
+        *both, turned = jax.tree.map(np.asarray, run(where))
+    angle = angles(FAR, 6, 10_000)
+    for found in both:
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found[:, 0::2], np.sin(angle), atol=eps, rtol=0)
+        np.testing.assert_allclose(found[:, 1::2], np.cos(angle), atol=eps, rtol=0)
+    angle = angles(FAR, 8, 5e5, scaling=4, offset=1)
+    wanted = np.stack([np.cos(angle) - np.sin(angle), np.cos(angle) + np.sin(angle)], 2)
+    np.testing.assert_allclose(turned, wanted.reshape(-1, 8), atol=2 * eps, rtol=0)
+    assert turned.dtype == dtype
+
+
+def test_small_angles_are_exact_relative_to_themselves():
+    found = nn.sinusoids(np.arange(1, 4), 8, base=1e6)[:, 0::2]
+    wanted = np.sin(angles([1, 2, 3], 8, 1e6))
+    np.testing.assert_allclose(found, wanted, rtol=3e-7)
+
+
+def test_positions_are_integers():
+    for run in (lambda p: nn.sinusoids(p, 4), lambda p: nn.Rotary()(x[:, :, None], p)):
+        with pytest.raises(TypeError, match="positions: expected integers, got float"):
+            run(np.arange(12.0))
 
 
 def test_clipped_relative_is_the_papers_equation():

@@ -113,6 +113,24 @@ def test_only_what_norms_its_input_norms_its_last_output():
             np.testing.assert_allclose(stack(x).std(-1), 1, atol=1e-3)
 
 
+class Scaled(nn.PreNorm):
+    """A residual of the user's own, which normalises what a layer reads."""
+
+    def __call__(self, x, layer):
+        return super().__call__(x, lambda x: 0.5 * layer(x))
+
+
+@pytest.mark.parametrize(
+    "residual",
+    [Scaled, functools.partial(nn.PreNorm), lambda norm, **o: Scaled(norm)],
+)
+def test_residuals_that_only_make_a_pre_norm_have_a_last_norm(residual):
+    made = nn.Encoder.standard(
+        5, features=4, num_heads=1, num_layers=1, residual=residual, rngs=nnx.Rngs(0)
+    )
+    assert isinstance(made.stack.norm, nnx.LayerNorm)
+
+
 def test_stacked_parameters_lead_with_layers():
     model = nn.Decoder.standard(20, scan=True, rngs=nnx.Rngs(0), **SMALL)
     kernel = model.stack.blocks.attention.query.kernel
@@ -418,6 +436,7 @@ def test_an_array_is_one_mask_for_all_blocks(length, scan):
         logits(nn.Decoder, masks.causal)
 
 
+@pytest.mark.usefixtures("loose")  # for optax
 def test_overfits_64_pairs():
     """Sentences of random words and their reversals, learned by heart."""
     count, length, vocabulary, start, end = 64, 6, 24, 0, 1

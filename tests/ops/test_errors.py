@@ -1,16 +1,42 @@
 """Bad input: each error names the argument, what it got, and what would do."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from attnlab import attention, attention_with_stats, masks, modifiers, scores
+from attnlab import (
+    attention,
+    attention_with_stats,
+    cost,
+    explain,
+    masks,
+    modifiers,
+    scores,
+)
+from attnlab.types import Modifier, Score, pytree
+from tests.implementations import interpreted
 
+RNG = jax.random.key(0)
 Q = jnp.zeros((2, 7, 6, 8))
 K = jnp.zeros((2, 5, 3, 8))
 V = jnp.zeros((2, 5, 3, 4))
+ONES = np.ones((1, 4, 4), "f")
+ADDITIVE = scores.additive.init(RNG, 8, hidden_size=4)
+MLP = scores.mlp.init(RNG, 8, hidden_sizes=(4, 4))
+
+
+class Undecorated(Modifier):
+    pass
+
+
+def torch_like(x):
+    """An array of a library whose types NumPy does not know."""
+    return types.SimpleNamespace(shape=x.shape, dtype="torch.float32")
 
 
 def call(query=Q, key=K, value=V, **options):
@@ -274,9 +300,196 @@ CASES = {
         "table: 2 buckets do not fit max_distance=128",
     ),
     "hidden sizes": (
-        lambda: scores.mlp.init(jax.random.key(0), 8, hidden_sizes=()),
+        lambda: scores.mlp.init(RNG, 8, hidden_sizes=()),
         ValueError,
         "hidden_sizes: expected at least one",
+    ),
+    "one hidden size": (
+        lambda: scores.mlp.init(RNG, 8, hidden_sizes=8),
+        TypeError,
+        r"hidden_sizes: expected a sequence of sizes, got 8; write hidden_sizes=\(8,\)",
+    ),
+    "half a hidden size": (
+        lambda: scores.mlp.init(RNG, 8, hidden_sizes=(8, 2.5)),
+        TypeError,
+        "hidden_sizes: expected an int, got 2.5",
+    ),
+    "name of an activation": (
+        lambda: scores.mlp.init(RNG, 8, hidden_sizes=(8,), activation="relu"),
+        TypeError,
+        "activation: expected a function, got 'relu'; for instance jax.nn.relu",
+    ),
+    "layers that do not fit": (
+        call(score=dataclasses.replace(MLP, hidden=((ONES[:, :3], ONES[:, 0]),))),
+        ValueError,
+        r"score: hidden\[0\]\[0\]: expected \[N or 1, 4, out\], got shape \(1, 3, 4\)",
+    ),
+    "negative size": (
+        lambda: scores.additive.init(RNG, 8, hidden_size=-3),
+        ValueError,
+        "hidden_size: expected at least 1, got -3",
+    ),
+    "seed of a score": (
+        lambda: scores.bilinear.init(0, 8),
+        TypeError,
+        "rng: expected a PRNG key, got int; jax.random.key makes one",
+    ),
+    "bias of concat": (
+        lambda: scores.concat.init(RNG, 8, hidden_size=3, bias=True),
+        TypeError,
+        "bias: concat has none; use additive",
+    ),
+    "no parameters": (
+        call(score=scores.additive(None, None, None, None)),
+        ValueError,
+        "score: Additive cannot project .*query_weight: expected real .*, got None",
+    ),
+    "no weight": (
+        call(score=dataclasses.replace(ADDITIVE, weight=None)),
+        TypeError,
+        "score: weight: expected real numbers, got None",
+    ),
+    "weight of another size": (
+        call(score=dataclasses.replace(ADDITIVE, weight=jnp.ones((1, 3)))),
+        ValueError,
+        r"score: weight: expected \[N or 1, 4\], got shape \(1, 3\)",
+    ),
+    "scalar as matrix": (
+        call(score=scores.bilinear(2.0)),
+        ValueError,
+        r"score: Bilinear .*weight: expected \[6 or 1, 8, P\], got shape \(\)",
+    ),
+    "matrix of integers": (
+        call(score=scores.bilinear(np.ones((1, 8, 8), int))),
+        ValueError,
+        "weight: expected a floating array, got int.*cast it",
+    ),
+    "scale as text": (
+        call(score=scores.scaled_dot("a")),
+        TypeError,
+        "score: ScaledDot.scale: expected an array .*got str",
+    ),
+    "imaginary scale": (
+        call(score=scores.scaled_dot(1j)),
+        ValueError,
+        "scale: expected real numbers, got complex",
+    ),
+    "temperature of other heads": (
+        call(score=scores.cosine(np.ones(5, "f"))),
+        ValueError,
+        r"temperature: expected a number or \[6\], got shape \(5,\)",
+    ),
+    "projected keys of nothing": (
+        lambda: scores.projected_keys(scores.dot),
+        TypeError,
+        "score: expected an attnlab score.*class: call it",
+    ),
+    "no cap": (
+        lambda: modifiers.soft_cap(None),
+        TypeError,
+        "cap: expected real numbers, got None",
+    ),
+    "negative cap": (
+        lambda: modifiers.soft_cap(np.float32(-1)),
+        ValueError,
+        "cap: expected a positive finite number, got -1.0",
+    ),
+    "infinite cap": (
+        lambda: modifiers.soft_cap(np.array([1, np.inf])),
+        ValueError,
+        "cap: expected a positive finite number",
+    ),
+    "integers as bias": (
+        lambda: modifiers.bias(np.ones((7, 5), int)),
+        TypeError,
+        "bias: expected a floating array, got int64; cast it with .astype",
+    ),
+    "bias with too many axes": (
+        call(modifiers=[modifiers.bias(np.ones((1, 1, 1, 1, 7, 5), "f"))]),
+        ValueError,
+        r"modifiers: Bias: shape \(1, 1, 1, 1, 7, 5\) does not fit batch axes \(2,\)",
+    ),
+    "no slopes": (
+        lambda: modifiers.alibi(None),
+        TypeError,
+        "slopes: expected real numbers, got None",
+    ),
+    "buckets of integers": (
+        lambda: modifiers.relative_bias(np.ones((1, 32), int)),
+        TypeError,
+        "table: expected a floating array, got int64; cast it",
+    ),
+    "offsets of integers": (
+        lambda: modifiers.clipped_relative(np.ones((1, 3), int), left=1, right=1),
+        TypeError,
+        "table: expected a floating array, got int64; cast it",
+    ),
+    "class of a modifier": (
+        call(modifiers=[type(modifiers.alibi(2))]),
+        TypeError,
+        "modifiers: Alibi is a class: call it",
+    ),
+    "number of modifiers": (call(modifiers=3), TypeError, "expected a sequence, got 3"),
+    "class that is no pytree": (
+        call(modifiers=[Undecorated()]),
+        TypeError,
+        "modifiers: Undecorated is no pytree; decorate it with attnlab.types.pytree",
+    ),
+    "integers as sinks": (
+        call(sinks=np.ones(6, int)),
+        TypeError,
+        "sinks: expected a floating array, got int64; cast it with .astype",
+    ),
+    "rates of dropout": (
+        call(dropout_rate=np.array([0.1]), dropout_rng=RNG),
+        ValueError,
+        r"dropout_rate: expected a number in \[0, 1\), got array\(\[0.1\]\)",
+    ),
+    "numbers as key of dropout": (
+        call(dropout_rate=0.1, dropout_rng=jnp.ones(2)),
+        TypeError,
+        "dropout_rng: expected a PRNG key, got an array of float32",
+    ),
+    "too long a key of dropout": (
+        call(dropout_rate=0.1, dropout_rng=jnp.ones(3, jnp.uint32)),
+        ValueError,
+        "dropout_rng: 3 words are no key of JAX's default generator",
+    ),
+    "array of another library": (
+        call(query=torch_like(Q)),
+        TypeError,
+        "query: expected an array of JAX's or NumPy's, got types.Simple.*jnp.asarray",
+    ),
+    "list of precisions": (
+        call(precision=["highest"]),
+        ValueError,
+        r"precision: expected None.*got \['highest'\]",
+    ),
+    "precision of an array": (
+        call(precision=np.array(1)),
+        ValueError,
+        r"precision: expected None.*got array\(1\)",
+    ),
+    "list of implementations": (
+        call(implementation=["native"]),
+        ValueError,
+        r"implementation: expected one of .* got \['native'\]",
+    ),
+    "unknown argument": (
+        lambda: attention_with_stats(Q, K, V, foo=1),
+        TypeError,
+        r"attention_with_stats\(\) got an unexpected keyword argument 'foo'; it takes "
+        "score, mask",
+    ),
+    "argument of another function": (
+        lambda: explain(Q, K, V, top_k=1),
+        TypeError,
+        r"explain\(\) got an unexpected keyword argument 'top_k'",
+    ),
+    "platform": (
+        lambda: cost(Q, K, V, platform="gpu"),
+        ValueError,
+        "platform: expected one of cpu, cuda, rocm, tpu or None, got 'gpu'",
     ),
 }
 
@@ -286,3 +499,98 @@ def test_message(name):
     run, kind, message = CASES[name]
     with pytest.raises(kind, match=message):
         run()
+
+
+def own_score(compare):
+    @pytree
+    class Own(Score):
+        def compare(self, params, query, key):
+            return compare(query, key)
+
+    return {"score": Own()}
+
+
+def own_modifier(apply):
+    @pytree
+    class Own(Modifier):
+        def apply(self, logits, tile):
+            return apply(logits)
+
+    return {"modifiers": [Own()]}
+
+
+@pytree
+class Narrow(Score):
+    def project_key(self, key):
+        return key[:, :, 0]
+
+
+OWN = {
+    "no axis for the keys": (
+        own_score(lambda q, k: -jnp.abs(q - k).sum(-1)),
+        TypeError,
+        "score: Own.compare fails for a tile of 2 x 3 pairs: .*incompatible shapes.*; "
+        "it must work on tiles of any size",
+    ),
+    "one key": (
+        own_score(lambda q, k: q.sum(-1, keepdims=True)),
+        ValueError,
+        r"score: Own.compare yields shape \(2, 1\) .*, expected \(2, 3\)",
+    ),
+    "a number": (own_score(lambda q, k: 1.0), ValueError, r"yields shape \(\) for"),
+    "booleans": (
+        own_score(lambda q, k: q @ k.T > 0),
+        TypeError,
+        "score: Own.compare yields bool, expected a real floating type",
+    ),
+    "complex": (
+        own_score(lambda q, k: (q @ k.T).astype(complex)),
+        TypeError,
+        "yields complex64",
+    ),
+    "projection": (
+        {"score": Narrow()},
+        ValueError,
+        r"score: Narrow.project_key makes shape \(1, 4, 8\) of \(1, 4, 2, 8\)",
+    ),
+    "turned": (
+        own_modifier(lambda x: x.T),
+        ValueError,
+        r"modifiers: Own.apply yields shape \(3, 2\) .*, expected \(2, 3\)",
+    ),
+    "one for each query": (own_modifier(lambda x: x[:, 0]), ValueError, r"\(2,\) for"),
+    "booleans of a modifier": (
+        own_modifier(lambda x: x > 0),
+        TypeError,
+        "modifiers: Own.apply yields bool",
+    ),
+    "no apply": (
+        {"modifiers": [pytree(type("Own", (Modifier,), {}))()]},
+        TypeError,
+        "modifiers: Own.apply fails .*a modifier needs an apply of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_own_scores_and_modifiers_yield_is_checked_whoever_runs(name, monkeypatch):
+    """As many queries as keys, so that a wrong shape could be broadcast."""
+    interpreted.register(monkeypatch)
+    x = jnp.ones((1, 4, 2, 8))
+    options, kind, message = OWN[name]
+    asked = (None, "reference", "tiled", "native", interpreted.NAME, "jax_nn", "splash")
+    for implementation in asked:
+        with pytest.raises(kind, match=message):
+            attention(x, x, x, implementation=implementation, **options)
+    for ask in (explain, cost):
+        with pytest.raises(kind, match=message):
+            ask(x, x, x, **options)
+
+
+def test_half_precision_of_a_users_own_is_enough():
+    x = jnp.ones((1, 4, 2, 8))
+    options = own_score(lambda q, k: (q @ k.T).astype(jnp.bfloat16))
+    options |= own_modifier(lambda x: x.astype(jnp.float16))
+    result = attention_with_stats(x, x, x, **options, top_k=np.int64(2))
+    assert result.lse.dtype == jnp.float32
+    assert result.weights.shape[-1] == 2

@@ -2,12 +2,20 @@
 
 import io
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
 from benchmarks.studies.parallel import make_mesh
 from benchmarks.studies.training import Place
+
+
+@pytest.fixture(autouse=True)
+def promoting():
+    """Optax's optimisers promote, and studies train."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture

@@ -124,3 +124,17 @@ def test_what_the_dispatch_gets(tmp_path):
     found = read(path)
     assert found.fits == {"native": fits}
     assert found.tile_rates == ((2**19, 90.0), (0, 40.0))
+
+
+def test_an_interrupted_check_is_not_resumed(monkeypatch, capsys, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "check", stop)
+    monkeypatch.setattr(script, "run", stop)
+    arguments = ["attention-graph", "--out", str(tmp_path / "out")]
+    assert script.main(arguments) == 130
+    assert "interrupted; go on with: python -m" in capsys.readouterr().err
+    assert script.main([*arguments, "--check"]) == 130
+    assert capsys.readouterr().err == "interrupted: of a check nothing is kept\n"
+    assert not (tmp_path / "out").exists()

@@ -45,7 +45,7 @@ def test_logits_make_the_weights():
         16, 2, mask=masks.causal(), position=nn.Rotary(), rngs=nnx.Rngs(0)
     )
     x = jax.random.normal(jax.random.key(1), (2, LENGTH, 16))
-    hidden = np.where(np.tri(LENGTH), 0, -np.inf)
+    hidden = np.where(np.tri(LENGTH), 0, -np.inf).astype(np.float32)[None, None]
     expected = jax.nn.softmax(_logits(attention, x) + hidden)
     weights = attention.with_stats(x, top_k="all").weights
     np.testing.assert_allclose(weights, expected, atol=1e-5)

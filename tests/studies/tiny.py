@@ -35,8 +35,8 @@ class Bag(nnx.Module):
 
     def __call__(self, batch):
         source, last = map(self.embedding, (batch.source, batch.target[:, :-1]))
-        seen = jnp.arange(source.shape[1]) < batch.source_lengths[:, None]
-        bag = (source * seen[..., None]).sum(1, keepdims=True)
+        seen = jnp.arange(source.shape[1])[None] < batch.source_lengths[:, None]
+        bag = source.sum(1, keepdims=True, where=seen[..., None])
         return self.out(self.dropout(jax.nn.relu(bag + last)))
 
 

@@ -31,7 +31,7 @@ from attnlab.implementations.tile import may_round
 from attnlab.masks.base import Mask, visible_pairs
 from attnlab.masks.planning import plan_of
 from attnlab.scores.pairwise import Mlp
-from attnlab.scores.projected import bare
+from attnlab.scores.projected import bare, known
 from attnlab.types import (
     Array,
     AttentionInputs,
@@ -387,7 +387,6 @@ class _Call:
 
 def _few_queries(inputs: AttentionInputs) -> bool:
     """Whether queries are so few that vectors lie along the keys instead."""
-    score = bare(inputs.score)
-    deep = isinstance(score, Mlp) and len(score.hidden) > 0
+    deep = known(inputs.score) is Mlp and len(bare(inputs.score).hidden) > 0
     alike = inputs.key.dtype == inputs.value.dtype
     return inputs.sizes.T <= _FEW_QUERIES and alike and not deep

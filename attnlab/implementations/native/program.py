@@ -17,7 +17,7 @@ from attnlab.masks.structural import Anchor, Chunked, Window
 from attnlab.modifiers.bias import Bias, SoftCap
 from attnlab.modifiers.relative import Alibi, RelativeTable
 from attnlab.scores.pairwise import Additive, Mlp
-from attnlab.scores.projected import bare
+from attnlab.scores.projected import bare, known
 from attnlab.types import Array, Modifier, PyTree, Score
 
 _INNER, _ADDITIVE, _MLP = range(3)
@@ -53,16 +53,14 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 def score_code(score: Score) -> tuple[int, int] | None:
     """(score, activation) as the kernel knows them; None if it does not."""
-    score = bare(score)
-    if score.is_inner_product:
-        return _INNER, 0
-    if type(score).compare is Additive.compare:
-        return _ADDITIVE, 0
-    if isinstance(score, Mlp) and type(score).compare is Mlp.compare:
+    kind, score = known(score), bare(score)
+    if kind is Mlp:
         activation = _ACTIVATIONS.get(score.activation)
-        if activation is not None and len(score.hidden) <= MOST_LAYERS:
-            return _MLP, activation
-    return None
+        known_layers = activation is not None and len(score.hidden) <= MOST_LAYERS
+        return (_MLP, activation) if known_layers else None
+    if kind is Additive:
+        return _ADDITIVE, 0
+    return (_INNER, 0) if kind is Score else None
 
 
 def modifier_code(modifier: Modifier) -> int | None:

@@ -15,8 +15,8 @@ from attnlab.implementations.pallas_tpu.call import NT, Products
 from attnlab.implementations.pallas_tpu.logits import Part
 from attnlab.implementations.pallas_tpu.operands import Place, Reader
 from attnlab.modifiers.bias import SoftCap
-from attnlab.scores.pairwise import Mlp
-from attnlab.scores.projected import bare
+from attnlab.scores.pairwise import Additive, Mlp
+from attnlab.scores.projected import bare, known
 from attnlab.types import Array, AttentionInputs
 
 f32 = jnp.float32
@@ -376,12 +376,10 @@ def _by_head(x: Array, place: Callable[..., Place]) -> Reader:
 
 def comparison(inputs: AttentionInputs) -> Comparison:
     """How the logits of these inputs are computed."""
-    score = bare(inputs.score)
-    if score.is_inner_product:
-        return Comparison(inputs)
-    if isinstance(score, Mlp):
-        return _MlpComparison(inputs)
-    return _AdditiveComparison(inputs)
+    kind = known(inputs.score)
+    if kind is Additive:
+        return _AdditiveComparison(inputs)
+    return _MlpComparison(inputs) if kind is Mlp else Comparison(inputs)
 
 
 def _capped(inputs: AttentionInputs) -> Array | None:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.masks.base import And, Mask, Not, Or
-from attnlab.scores.pairwise import Additive, Mlp
-from attnlab.scores.projected import bare
+from attnlab.scores.pairwise import Mlp
+from attnlab.scores.projected import bare, known
 from attnlab.types import Array, Modifier, PyTree, Score, Tile
 
 #: What looks at one element at a time, and has a place in a kernel.
@@ -97,21 +97,20 @@ def modifier_is_elementwise(modifier: Modifier, operands: Sequence[Any]) -> bool
 
 def needs_bits(mask: Mask, operands: PyTree) -> int:
     """How many parts of a mask need bits."""
-    if isinstance(mask, (And, Or)):
+    if type(mask) is And or type(mask) is Or:
         return sum(map(needs_bits, mask.parts, operands))
-    if isinstance(mask, Not):
+    if type(mask) is Not:
         return needs_bits(mask.part, operands)
     return not mask_is_elementwise(mask, operands)
 
 
 def why_not_score(score: Score) -> str | None:
     """Why no kernel computes a score; None: one does."""
-    known = bare(score)
-    if known.is_inner_product or type(known).compare is Additive.compare:
-        return None
-    name = type(known).__name__
-    if type(known).compare is not Mlp.compare:
+    kind, score = known(score), bare(score)
+    name = type(score).__name__
+    if kind is None:
         return f"it does not know the score {name}"
-    if not is_elementwise(known.activation, jax.ShapeDtypeStruct((8, 16), jnp.float32)):
+    shape = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    if kind is Mlp and not is_elementwise(score.activation, shape):
         return f"it cannot compute the activation of {name}"
     return None

@@ -54,7 +54,7 @@ class Rules:
         self.words = jax.tree.map(readers.add, inputs.dropout_words)
         self.padded = tiles.nk * tiles.bk > inputs.sizes.S
         self.visible = None
-        if not isinstance(inputs.mask, Full):
+        if type(inputs.mask) is not Full:
             self.visible = visibility(
                 inputs.mask,
                 inputs.mask_operands,

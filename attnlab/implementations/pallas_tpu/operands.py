@@ -162,14 +162,14 @@ def visibility(
         readers: get what it reads.
         make_bits: ``(mask, operands) -> words``, for a part that is not elementwise.
     """
-    if isinstance(mask, (And, Or)):
+    if type(mask) is And or type(mask) is Or:
         parts = [
             visibility(m, o, readers, make_bits)
             for m, o in zip(mask.parts, operands, strict=True)
         ]
-        join = jnp.logical_and if isinstance(mask, And) else jnp.logical_or
+        join = jnp.logical_and if type(mask) is And else jnp.logical_or
         return lambda tile, read: functools.reduce(join, [p(tile, read) for p in parts])
-    if isinstance(mask, Not):
+    if type(mask) is Not:
         part = visibility(mask.part, operands, readers, make_bits)
         return lambda tile, read: ~part(tile, read)
     if not mask_is_elementwise(mask, operands):
@@ -205,7 +205,7 @@ def bits(mask: Mask, operands: PyTree, tiles: Tiles) -> Array:
     heads = max(head_count(mask), *(x.shape[1] for x in leaves))
     shape = batch, heads, tiles.nk * tiles.bk // WORD, tiles.nq * tiles.bq
     words = jnp.zeros(shape, jnp.int32)
-    shift = jnp.arange(WORD, dtype=jnp.uint32)[:, None]
+    shift = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]
     lines, bounds = lo.shape[2:]
     if bounds == 0:
         return words

@@ -168,7 +168,8 @@ def _steps(
             x = x.reshape(batch, heads // group, group, outers, many)
         x = xp.moveaxis(x, 2, 3)[:, :, None]
         x = xp.broadcast_to(x, (*x.shape[:2], segments, *x.shape[3:]))
-        start = (np.arange(segments, dtype=np.int32) * segment)[:, None, None, None]
+        start = np.arange(0, segments * segment, segment, dtype=np.int32)
+        start = start.reshape(1, 1, -1, 1, 1, 1)
         x = xp.clip(x, start, start + segment)
         return x.reshape(*x.shape[:2], segments * outers * group, many)
 
@@ -185,23 +186,24 @@ def _listed(live: Live, outers: int, segment: int, group: int) -> Steps:
     xp: Any = np if isinstance(full.lo, np.ndarray) else jnp
     lo = xp.concatenate([full.lo, partial.lo], -1)
     end = xp.concatenate([full.hi, partial.hi], -1) - lo
-    end = xp.maximum(end, 0).cumsum(-1)
+    end = xp.maximum(end, 0).cumsum(-1, dtype=np.int32)
     total, fulls = end[..., -1], full.per_row()
     # A line that sees nothing has a step, too: its sums start, and end.
-    stop = xp.maximum(total, 1).cumsum(-1)
+    stop = xp.maximum(total, 1).cumsum(-1, dtype=np.int32)
     longest = stop[..., -1].max()
     count = int(longest) if xp is np else lo.shape[2] * segment
-    nobody = xp.full((1,), -1)
+    nobody = xp.full((1,), -1, np.int32)
 
     def one(lo: Any, end: Any, total: Any, fulls: Any, stop: Any) -> tuple[Any, Any]:
-        t = xp.arange(count)
+        t = xp.arange(count, dtype=np.int32)
         exists = t < stop[-1]
         line = xp.minimum(xp.searchsorted(stop, t, side="right"), len(stop) - 1)
         rank = t - stop[line] + xp.maximum(total[line], 1)
         active = exists & (rank < total[line])
         # Steps that are none stay where they are: nothing is fetched, nothing written.
         rank = xp.minimum(rank, xp.maximum(total[line] - 1, 0))
-        which = xp.minimum((end[line] <= rank[:, None]).sum(-1), lo.shape[1] - 1)
+        which = (end[line] <= rank[:, None]).sum(-1, dtype=np.int32)
+        which = xp.minimum(which, lo.shape[1] - 1)
         before = xp.where(which > 0, end[line, xp.maximum(which - 1, 0)], 0)
         owner = line // group
         # An empty line's step is at a block of its own, which is dead.
@@ -212,12 +214,12 @@ def _listed(live: Live, outers: int, segment: int, group: int) -> Steps:
         last = exists & (lives != xp.concatenate([lives[1:], nobody]))
         outer = owner % outers
         marks = (
-            first * _FIRST
-            | last * _LAST
-            | (first & (outer == 0)) * _FRESH
-            | active * _ACTIVE
-            | (active & (rank >= fulls[line])) * _MASKED
-            | (exists & ~active) * _EMPTY
+            xp.where(first, _FIRST, 0)
+            | xp.where(last, _LAST, 0)
+            | xp.where(first & (outer == 0), _FRESH, 0)
+            | xp.where(active, _ACTIVE, 0)
+            | xp.where(active & (rank >= fulls[line]), _MASKED, 0)
+            | xp.where(exists & ~active, _EMPTY, 0)
             | (line % group) << _MEMBER
             | (owner // outers) << _SEGMENT
         )

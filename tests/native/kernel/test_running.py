@@ -389,7 +389,7 @@ def test_projections_of_another_type(t, types):
     wanted = both_ways(*x, score=score, implementation="reference")
     for a, b in zip(found, wanted, strict=True):
         error = jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max()
-        assert error <= 3 * 2.0**-8 * jnp.abs(b).max()
+        assert error <= 3 * 2.0**-8 * float(jnp.abs(b).max())
 
 
 def test_more_than_its_arrays_hold_is_refused():

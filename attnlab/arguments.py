@@ -1,0 +1,118 @@
+"""Checks of arguments that many share: each names the argument and what would do."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def dtype_of(name: str, x: Any) -> Any:
+    """The type of an array's numbers (or of its PRNG keys).
+
+    Raises:
+        TypeError: if it is no array of JAX's or NumPy's.
+    """
+    dtype: Any = getattr(x, "dtype", None)
+    try:
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            return dtype
+        if dtype is not None and hasattr(x, "shape"):
+            return np.dtype(dtype)
+    except TypeError:
+        pass
+    kind = type(x)
+    plain = kind.__module__ == "builtins"
+    got = kind.__name__ if plain else f"{kind.__module__}.{kind.__name__}"
+    hint = "" if dtype is None else "; jnp.asarray makes one of it"
+    raise TypeError(f"{name}: expected an array of JAX's or NumPy's, got {got}{hint}")
+
+
+def size(name: str, value: Any, least: int = 1) -> int:
+    """An int that is at least ``least``."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
+
+
+def sizes(least: int = 1, **named: Any) -> None:
+    """:func:`size` of each."""
+    for name, value in named.items():
+        size(name, value, least)
+
+
+def real(name: str, x: Any) -> Any:
+    """A real number, or an array of them; NumPy makes one of lists and numbers.
+
+    Raises:
+        TypeError: if it is something else: booleans, complex numbers, text, None.
+    """
+    array = x if hasattr(x, "dtype") and hasattr(x, "shape") else np.asarray(x)
+    dtype = dtype_of(name, array)
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        got = repr(x) if array is not x else dtype
+        raise TypeError(f"{name}: expected real numbers, got {got}")
+    return array
+
+
+def values(x: Any) -> np.ndarray | None:
+    """The numbers of an array, where this process knows them; else None."""
+    known = isinstance(x, (np.ndarray, np.generic, jax.Array))
+    if not known or isinstance(x, jax.core.Tracer):
+        return None
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return None
+    return np.asarray(x)
+
+
+def floating(name: str, x: Any, hint: str = "; cast it with .astype") -> Any:
+    """A floating array; NumPy makes one of lists and numbers.
+
+    Args:
+        name: of the argument.
+        x: what was given.
+        hint: what would do in place of an array of another type.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    array = real(name, x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected a floating array, got {array.dtype}{hint}")
+    return array
+
+
+def prng_key(name: str, rng: Any, hint: str = "; jax.random.key makes one") -> None:
+    """One PRNG key, typed or not.
+
+    Args:
+        name: of the argument.
+        rng: what was given.
+        hint: what would do in place of what is no array.
+
+    Raises:
+        TypeError: if it is none.
+        ValueError: if they are several.
+    """
+    if not isinstance(rng, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name}: expected a PRNG key, got {type(rng).__name__}{hint}")
+    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    if not typed and rng.dtype != np.uint32:
+        raise TypeError(
+            f"{name}: expected a PRNG key, got an array of {rng.dtype}; "
+            "jax.random.key makes one"
+        )
+    if rng.ndim != (0 if typed else 1):
+        raise ValueError(
+            f"{name}: expected one PRNG key, got an array of shape {rng.shape}"
+        )
+    if not typed:
+        try:
+            jax.eval_shape(jax.random.wrap_key_data, rng)
+        except TypeError:
+            raise ValueError(
+                f"{name}: {rng.shape[0]} words are no key of JAX's default generator; "
+                "jax.random.key makes one"
+            ) from None
