@@ -5,6 +5,18 @@ from tests.mutants.mutant import Mutant
 _LAWS = "tests/test_laws.py::"
 _TILES = f"{_LAWS}test_7_dropout_does_not_depend_on_tiles"
 _CELL = "tests/test_conformance.py::test_cell"
+_FULL = f"{_CELL}[scaled_dot-none-none-grouped-float32-index-plain-wide-chunks]"
+_CAUSAL = (
+    f"{_CELL}[cosine-causal-bias-grouped_square-float32-offset_batch-plain-wide-chunks]"
+)
+_KEYS = f"{_CELL}[bilinear-causal-bias_keys-grouped-float32-index-dropout-wide-whole]"
+_NOT = f"{_CELL}[scaled_dot-not-bias_keys-grouped-float64-index-sinks-square-chunks]"
+_STREAMING = (
+    f"{_CELL}[scaled_dot-streaming-soft_cap-each-float32-offset-plain-square-chunks]"
+)
+_BUCKETS = (
+    f"{_CELL}[scaled_dot-lengths-t5-grouped-float32-offset-dropout-square-blocks]"
+)
 _NATIVE = "tests/native/kernel/test_running.py::"
 _TPU = "tests/implementations/test_pallas_tpu.py::"
 
@@ -87,10 +99,7 @@ MUTANTS = (
         "seen = visible_pairs(inputs.mask, tile, here.mask) if masked else None",
         "seen = None",
         "In the backward pass a query sees what the mask hides in partial blocks.",
-        (
-            f"{_CELL}[cosine-causal-bias-grouped_square-float32-offset_batch-plain-"
-            "wide-chunks]",
-        ),
+        (_CAUSAL,),
     ),
     Mutant(
         "missing-delta",
@@ -98,7 +107,7 @@ MUTANTS = (
         "delta = (d_output.astype(dtype) * output.astype(dtype)).sum(-1)",
         "delta = 0 * (d_output.astype(dtype) * output.astype(dtype)).sum(-1)",
         "The softmax's gradient lacks its mean.",
-        (f"{_CELL}[scaled_dot-none-none-grouped-float32-index-plain-wide-chunks]",),
+        (_FULL,),
     ),
     Mutant(
         "missing-gradient-of-lse",
@@ -106,7 +115,7 @@ MUTANTS = (
         "delta = delta - d_lse",
         "delta = delta - 0 * d_lse",
         "What comes in through the log-sum-exp reaches no gradient.",
-        (f"{_CELL}[scaled_dot-none-none-grouped-float32-index-plain-wide-chunks]",),
+        (_FULL,),
     ),
     Mutant(
         "gradient-through-dropped-weights",
@@ -114,10 +123,7 @@ MUTANTS = (
         "d_p = jnp.where(keep, d_p, 0)",
         "d_p = jnp.where(keep, d_p, d_p)",
         "Weights that dropout drops have a gradient.",
-        (
-            f"{_CELL}[scaled_dot-lengths-t5-grouped-float32-offset-dropout-square-"
-            "blocks]",
-        ),
+        (_BUCKETS,),
     ),
     Mutant(
         "bias-gradient-of-the-last-tile",
@@ -125,10 +131,7 @@ MUTANTS = (
         "return lax.dynamic_update_slice(x, old + part.reshape(shape), start)",
         "return lax.dynamic_update_slice(x, part.reshape(shape), start)",
         "A gradient that many tiles add to is that of the last one.",
-        (
-            f"{_CELL}[cosine-causal-bias-grouped_square-float32-offset_batch-plain-"
-            "wide-chunks]",
-        ),
+        (_KEYS,),
     ),
     Mutant(
         "walk-heads",
@@ -144,7 +147,7 @@ MUTANTS = (
         "ids = jnp.clip(lo[which] + ranks - start, 0, self.nk - 1)",
         "ids = jnp.clip(lo[which] + ranks, 0, self.nk - 1)",
         "Blocks of a row's second interval are counted from the first one on.",
-        ("tests/ops/test_attention.py::test_greatest_weights[4-0.0]",),
+        (_NOT,),
     ),
     Mutant(
         "walk-one-rank-too-many",
@@ -152,7 +155,7 @@ MUTANTS = (
         "return ids, ranks < total",
         "return ids, ranks <= total",
         "A chunk computes one block more than is alive.",
-        (f"{_TILES}[sizes0]",),
+        (_NOT,),
     ),
     Mutant(
         "walk-last-chunk",
@@ -160,7 +163,7 @@ MUTANTS = (
         "return fulls, -(-(self.total - fulls * self.wide) // self.chunk)",
         "return fulls, (self.total - fulls * self.wide) // self.chunk",
         "Blocks that do not fill a chunk are left out.",
-        (f"{_CELL}[scaled_dot-none-none-grouped-float32-index-plain-wide-chunks]",),
+        (_FULL,),
     ),
     Mutant(
         "walk-rest-from-the-start",
@@ -168,7 +171,7 @@ MUTANTS = (
         "first = in_full * w.wide",
         "first = in_full * 0",
         "After chunks of full blocks the walk starts from the first block again.",
-        (f"{_CELL}[scaled_dot-none-none-grouped-float32-index-plain-wide-chunks]",),
+        (_FULL,),
     ),
     Mutant(
         "walk-padding-is-a-key",
@@ -192,10 +195,7 @@ MUTANTS = (
         'return [_ANCHOR, int(mask.side == "key")',
         'return [_ANCHOR, int(mask.side == "query")',
         "The native kernel takes anchors that are seen for anchors that see.",
-        (
-            "tests/native/kernel/test_conformance.py::test_cell[scaled_dot-streaming-"
-            "soft_cap-each-float32-offset-plain-square-chunks]",
-        ),
+        (_STREAMING,),
     ),
     Mutant(
         "native-modifiers",
@@ -219,10 +219,7 @@ MUTANTS = (
         "count)].add(gradient)",
         "count)].set(gradient)",
         "A bucket's gradient is that of one offset, not of all that share it.",
-        (
-            "tests/native/kernel/test_conformance.py::test_cell"
-            "[cosine-not-t5-grouped-float32-index-plain-wide-chunks]",
-        ),
+        (_BUCKETS,),
     ),
     Mutant(
         "tpu-masked-steps",

@@ -100,11 +100,11 @@ MUTANTS = (
         (f"{_SOUND}[drawn]",),
     ),
     Mutant(
-        "blocks-beyond-the-layout",
+        "layout-askew",
         "masks/layouts.py",
-        "hi = xp.where(listed < 0, lo, hi)",
-        "hi = xp.where(listed < -1, lo, hi)",
-        "A layout's empty entries make blocks full or partial before the first one.",
+        "+ (not (aligned and rows.starts_at_zero))",
+        "+ 0 * (not (aligned and rows.starts_at_zero))",
+        "Where blocks do not fit a layout's, a plan leaves out the last of these.",
         (f"{_SOUND}[blocks]",),
     ),
     Mutant(
@@ -156,6 +156,6 @@ MUTANTS = (
         ".astype(jnp.int32) * bq",
         ".astype(jnp.int32) * 0",
         "A key that is seen in full blocks only counts as dead.",
-        (f"{_LAWS}test_3_poison_in_hidden_slots[causal-default-tiled]",),
+        (f"{_PLANS}test_what_is_alive_is_what_somebody_sees[in full blocks]",),
     ),
 )
