@@ -43,18 +43,72 @@ def sizes(least: int = 1, **named: Any) -> None:
         size(name, value, least)
 
 
+def as_array(x: Any) -> Any:
+    """What has a shape and a type as it is; NumPy makes an array of anything else."""
+    return x if hasattr(x, "dtype") and hasattr(x, "shape") else np.asarray(x)
+
+
 def real(name: str, x: Any) -> Any:
     """A real number, or an array of them; NumPy makes one of lists and numbers.
 
     Raises:
         TypeError: if it is something else: booleans, complex numbers, text, None.
     """
-    array = x if hasattr(x, "dtype") and hasattr(x, "shape") else np.asarray(x)
+    array = as_array(x)
     dtype = dtype_of(name, array)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         got = repr(x) if array is not x else dtype
         raise TypeError(f"{name}: expected real numbers, got {got}")
     return array
+
+
+#: What 32 bits hold.
+_LEAST, _MOST = -(2**31), 2**31 - 1
+
+
+def integers(name: str, x: Any) -> Any:
+    """Integers as int32; NumPy makes an array of lists and numbers.
+
+    What is traced in a wider type cannot be checked: it stops at the ends of int32.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if it is known here and does not fit 32 bits.
+    """
+    array = as_array(x)
+    check_integers(name, array)
+    return as_int32(array)
+
+
+def check_integers(name: str, x: Any) -> None:
+    """:func:`integers` of an array, or of its shape and type, left as it is."""
+    dtype = dtype_of(name, x)
+    # Where no type of NumPy's is wide enough, it holds Python's own integers.
+    huge = dtype == np.object_ and all(type(n) is int for n in x.flat)
+    if not (huge or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name}: expected integers, got {dtype}")
+    known = values(x) if is_wide(dtype) else None
+    if known is None or known.size == 0:
+        return
+    for number in (known.min(), known.max()):
+        if not _LEAST <= number <= _MOST:
+            raise ValueError(
+                f"{name}: expected integers from {_LEAST} to {_MOST} (32 bits), "
+                f"got {number}"
+            )
+
+
+def is_wide(dtype: Any) -> bool:
+    """Whether int32 does not hold every integer of this type."""
+    return not np.can_cast(dtype, np.int32)
+
+
+def as_int32(x: Any) -> Any:
+    """An integer array as int32; what does not fit stops at the ends of int32."""
+    if is_wide(x.dtype):
+        least = 0 if jnp.issubdtype(x.dtype, jnp.unsignedinteger) else _LEAST
+        x = x.clip(least, _MOST)
+    return x.astype(np.int32)
 
 
 def values(x: Any) -> np.ndarray | None:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnlab.dtypes import accumulation_dtype as accumulation_dtype
+from attnlab.dtypes import promoted as promoted
 from attnlab.pytrees import by_name as by_name
 from attnlab.pytrees import itself as itself
 from attnlab.pytrees import pytree as pytree
@@ -45,18 +47,6 @@ def vary_like(x: Array, references: Any) -> Array:
         axes |= _varying(leaf)
     missing = tuple(sorted(axes - _varying(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
-
-
-def promoted(*arrays: Array) -> list[Array]:
-    """The arrays in the type that JAX promotes them to, in strict mode, too."""
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*arrays)
-    return [x.astype(dtype) for x in arrays]
-
-
-def accumulation_dtype(*dtypes: Any) -> Any:
-    """What sums of these types are held in: float64 if one is that, else float32."""
-    return np.result_type(np.float32, *(d for d in dtypes if d == np.float64))
 
 
 class Operand(NamedTuple):
@@ -141,8 +131,12 @@ class Score:
         """Whether the logits are plain inner products of the projections."""
         return inherits(self, Score, "compare")
 
-    def without_scale(self, head_size: int) -> tuple["Score", float]:
-        """Of inner products: the same but for a constant factor, and that factor."""
+    def without_scale(self, head_size: int) -> tuple["Score", float | Array]:
+        """Of inner products: the same but for a factor of the logits, and the factor.
+
+        It is applied in the accumulation type. A float is structure; an array, a scalar
+        or ``[N]``, is data.
+        """
         return self, 1.0
 
     def flops_per_pair(self, projected_size: int) -> int:
@@ -255,11 +249,13 @@ class AttentionInputs:
             ...]`` where an axis was mapped.
         modifier_operands: a tuple of operands for each modifier.
         mask_operands: the mask's operands, nested as its combinations are.
-        query_positions: ``[B or 1, 1, T, 1]`` int32.
+        query_positions: ``[B or 1, 1, T, 1]`` int32; N where the mask reads the head.
         key_positions: ``[B or 1, 1, 1, S]`` int32.
         dropout_words: None, or two uint32 operands: one word a row, one a column.
         living: queries ``[B or 1, N or 1, T]`` and keys ``[B or 1, K or 1, S]`` that
             see or are seen; the others may hold NaN. None: nothing to look at.
+        head_scale: None, or an operand ``[B or 1, N or 1, 1, 1]`` in the accumulation
+            type: what inner products are multiplied by, too, where it is data.
         score: skeleton.
         modifiers: skeletons.
         mask: skeleton.
@@ -269,7 +265,8 @@ class AttentionInputs:
         numbering: where the positions of queries and of keys come from. "index": they
             are slot numbers, known when compiling; "offset" (queries only): slot
             numbers and an offset, which is the first position; "given": one by one.
-        logit_scale: what inner products are multiplied by.
+        logit_scale: what inner products, not queries, are multiplied by: queries of 16
+            bits would be rounded.
     """
 
     query: Array
@@ -282,6 +279,7 @@ class AttentionInputs:
     key_positions: Array
     dropout_words: tuple[Array, Array] | None
     living: tuple[Array | None, Array | None]
+    head_scale: Array | None
     score: Score = static()
     modifiers: tuple[Modifier, ...] = static()
     mask: Any = static()
@@ -354,7 +352,7 @@ class Implementation:
     exportable: ClassVar[bool] = True
     #: Whether a program for several platforms can hold it.
     shares_program: ClassVar[bool] = True
-    #: Whether it knows ``logit_scale`` and ``living``; for others they are settled.
+    #: Whether it knows ``living``; for others dead slots are 0.
     reads_raw: ClassVar[bool] = False
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
@@ -390,6 +388,9 @@ class Implementation:
     ) -> list[Array | None]:
         """Gradients of the leaves of ``inputs``, None where ``wanted`` is False.
 
-        Each has the type of its leaf. ``d_lse``: None where nobody differentiates it.
+        Each in the type of its leaf or in the accumulation type. That of the query is
+        with respect to ``head_scale * query``, in the accumulation type where there is
+        a ``head_scale``, whose gradient follows from it and is never asked for.
+        ``d_lse``: None where nobody differentiates it.
         """
         raise NotImplementedError

@@ -315,3 +315,25 @@ def test_numpy_array_on_the_left_of_a_mask():
     np.testing.assert_array_equal(left.to_dense(4), right.to_dense(4))
     with pytest.raises(TypeError, match="None"):
         masks.causal() & None
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_infinities_that_nobody_asked_for_are_not_seen(implementation):
+    """A query that sees nothing has a log-sum-exp of -inf, and an output of 0."""
+    mask = masks.lengths(*[np.array([0, 2])] * 2)
+    x = jnp.ones((2, 4, 2, 8))
+
+    def run(x):
+        return attention(x, x, x, mask=mask, implementation=implementation)
+
+    with jax.debug_infs(True):
+        assert not np.asarray(run(x))[0].any()
+        gradient = jax.grad(lambda x: run(x).sum())(x)
+    assert np.isfinite(gradient).all()
+
+
+def test_infinities_that_were_asked_for_are_named():
+    mask = masks.lengths(*[np.array([0, 2])] * 2)
+    x = jnp.ones((2, 4, 2, 8))
+    with jax.debug_infs(True), pytest.raises(FloatingPointError):
+        attention_with_stats(x, x, x, mask=mask, implementation="tiled")

@@ -9,14 +9,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "attnlab"
 
 #: Single files at the bottom, for all.
-BASE = {"arguments", "prng", "pytrees", "reverse", "types"}
+BASE = {"arguments", "dtypes", "prng", "pytrees", "reverse", "types"}
 
 #: For each room, the rooms that it may import besides itself.
 MAY_IMPORT = {
     "pytrees": set(),
     "arguments": set(),
     "reverse": set(),
-    "types": {"pytrees"},
+    "dtypes": set(),
+    "types": {"dtypes", "pytrees"},
     "prng": {"types"},
     "scores": BASE,
     "modifiers": BASE,

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from attnlab.implementations.plain import scaled_query
 from attnlab.masks.base import Full
 from attnlab.masks.planning import dense_visible
 from attnlab.modifiers.bias import Bias
@@ -37,7 +38,7 @@ class JaxNn(Implementation):
             )
         if inputs.query.dtype == jnp.float64:
             reasons.append("its softmax is float32, for float64 inputs too")
-        if inputs.query.dtype in (jnp.float16, jnp.bfloat16):
+        if inputs.value.dtype in (jnp.float16, jnp.bfloat16):
             reasons.append("it rounds the weights to 16 bits")
         if inputs.precision is not None:
             reasons.append("it takes no precision=")
@@ -65,7 +66,7 @@ class JaxNn(Implementation):
         # Its mask is added: where a whole row is hidden it yields the mean of the
         # values, and our laws want zero.
         output = jax.nn.dot_product_attention(
-            inputs.query,
+            scaled_query(inputs),
             inputs.key,
             inputs.value,
             bias,

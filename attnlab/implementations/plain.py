@@ -1,6 +1,8 @@
 """Inputs for implementations that read arrays as they are."""
 
 import dataclasses
+import math
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -15,14 +17,29 @@ def zero_dead(x: Array, living: Array | None) -> Array:
 
 
 def plain(inputs: AttentionInputs) -> AttentionInputs:
-    """The same with queries scaled and dead slots 0, so that nobody need do either."""
+    """The same with dead slots 0, so that nobody need look for them."""
     of_query, of_key = inputs.living
-    query = zero_dead(inputs.query, of_query)
     return dataclasses.replace(
         inputs,
-        query=query if inputs.logit_scale == 1 else query * inputs.logit_scale,
+        query=zero_dead(inputs.query, of_query),
         key=zero_dead(inputs.key, of_key),
         value=zero_dead(inputs.value, of_key),
         living=(None, None),
-        logit_scale=1.0,
     )
+
+
+def scaled_query(inputs: AttentionInputs, dtype: Any = None) -> Array:
+    """The query times the factors of its logits, in its own type or in ``dtype``."""
+    query = inputs.query if dtype is None else inputs.query.astype(dtype)
+    if inputs.logit_scale != 1:
+        query = query * inputs.logit_scale
+    if inputs.head_scale is None:
+        return query
+    return query * inputs.head_scale.swapaxes(1, 2).astype(query.dtype)
+
+
+def scaling_rounds(inputs: AttentionInputs) -> bool:
+    """Whether ``scaled_query`` is rounded to 16 bits: by all but a power of two."""
+    if inputs.query.dtype.itemsize > 2:
+        return False
+    return inputs.head_scale is not None or math.frexp(inputs.logit_scale)[0] != 0.5

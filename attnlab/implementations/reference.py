@@ -31,9 +31,9 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
 
     def one_head(arrays: Any, operands: Any) -> tuple[Array, Array, Array]:
         q, k, v, head = arrays
-        params, modifiers, masks, q_pos, k_pos, words = operands
+        params, head_scale, modifiers, masks, q_pos, k_pos, words = operands
         tile = Tile(q_pos, k_pos, head)
-        logits = compare(inputs, squeeze_params(params), q, k)
+        logits = compare(inputs, squeeze_params(params), head_scale, q, k)
         visible = visible_pairs(inputs.mask, tile, masks)
         logits = modify(inputs, logits, tile, modifiers, visible)
         logits = jnp.where(visible, logits, -jnp.inf)
@@ -60,6 +60,7 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
 
     operands = (
         inputs.pair_params,
+        inputs.head_scale,
         inputs.modifier_operands,
         inputs.mask_operands,
         inputs.query_positions,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab.implementations.plain import scaled_query, scaling_rounds
 from attnlab.masks.base import Mask
 from attnlab.masks.planning import dense_visible
 from attnlab.types import Array, AttentionInputs, Implementation
@@ -47,6 +48,11 @@ class Splash(Implementation):
             reasons.append(
                 f"it computes float32 and bfloat16, not {inputs.query.dtype}"
             )
+        if scaling_rounds(inputs):
+            reasons.append(
+                "the scale of the logits is no power of two, and it would round "
+                f"scaled queries to {inputs.query.dtype}"
+            )
         if config.jax_enable_x64:
             reasons.append("it does not compile in x64 mode (jax_enable_x64)")
         if inputs.precision is not None:
@@ -74,7 +80,11 @@ class Splash(Implementation):
         if not seen.any():  # of such a mask it makes no kernel
             return jnp.zeros((s.B, s.T, s.N, s.D), dtype), lse
         made = self._kernel(seen, *self.block_sizes(inputs))
-        arrays = (x.swapaxes(1, 2) for x in (inputs.query, inputs.key, inputs.value))
+        query = scaled_query(inputs)
+        arrays = (
+            x.swapaxes(1, 2).astype(query.dtype)
+            for x in (query, inputs.key, inputs.value)
+        )
         output = jax.vmap(made)(*arrays).swapaxes(1, 2)
         # Where a whole row is hidden it yields the mean of the values; we want zero.
         output = jnp.where(np.any(seen, axis=-1).T[None, :, :, None], output, 0)

@@ -77,10 +77,24 @@ def may_round(inputs: AttentionInputs) -> bool:
     return asked in _ROUGH
 
 
-def compare(inputs: AttentionInputs, params: PyTree, query: Array, key: Array) -> Array:
+def scaled(inputs: AttentionInputs, x: Array, head_scale: Array | None) -> Array:
+    """A tile times the factors of inner products; ``head_scale``: ``[1, 1]``."""
+    if inputs.logit_scale != 1:
+        x = x * inputs.logit_scale
+    return x if head_scale is None else x * head_scale
+
+
+def compare(
+    inputs: AttentionInputs,
+    params: PyTree,
+    head_scale: Array | None,
+    query: Array,
+    key: Array,
+) -> Array:
     """Logits of one tile before modifiers: ``[q, P], [k, P] -> [q, k]``."""
     if inputs.score.is_inner_product:
-        return matmul(inputs, query, key, (1, 1))
+        # Not the query: a matrix unit may round it to 16 bits, or it has no more.
+        return scaled(inputs, matmul(inputs, query, key, (1, 1)), head_scale)
     dtype = inputs.accumulation_dtype
     shape = query.shape[0], key.shape[0]
     name = f"score: {type(bare(inputs.score)).__name__}.compare"
@@ -164,7 +178,7 @@ def check_tile(inputs: AttentionInputs) -> None:
 
     def logits(arrays: Any, params: PyTree, modifiers: PyTree) -> Array:
         query, key, *places = arrays
-        found = compare(inputs, squeeze_params(params), query, key)
+        found = compare(inputs, squeeze_params(params), None, query, key)
         return modify(inputs, found, Tile(*places), modifiers)
 
     shapes = [(2, inputs.sizes.P), (3, inputs.sizes.P), (2, 1), (1, 3), ()]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.implementations.measured import measured
-from attnlab.implementations.tile import compare, kept, matmul, modify
+from attnlab.implementations.tile import compare, kept, matmul, modify, scaled
 from attnlab.implementations.walk import Operands, Tiles, make_walk
 from attnlab.masks.base import visible_pairs
 from attnlab.masks.planning import plan_of
@@ -94,7 +94,7 @@ class Tiled(Implementation):
                 here = operands.at(tiles, where, ids, valid)
                 tile = Tile(here.query_positions, here.key_positions, where.head)
                 key = tiles.key_blocks(k, where, ids)
-                logits = compare(inputs, here.params, query, key)
+                logits = compare(inputs, here.params, here.head_scale, query, key)
                 logits = modify(inputs, logits, tile, here.modifiers)
                 if masked:
                     seen = visible_pairs(inputs.mask, tile, here.mask)
@@ -221,13 +221,7 @@ class Tiled(Implementation):
             "modifier_operands": d_learned[1],
         }
         found = dataclasses.replace(skeleton(inputs), **gradients)
-        leaves, structure = jax.tree.flatten(inputs)
-        return [
-            None if gradient is None else gradient.astype(leaf.dtype)
-            for gradient, leaf in zip(
-                structure.flatten_up_to(found), leaves, strict=True
-            )
-        ]
+        return jax.tree.structure(inputs).flatten_up_to(found)
 
 
 class _Sums(NamedTuple):
@@ -270,23 +264,24 @@ def _pullback(
 
     Returns:
         Logits ``[q, k]``, and a function from their gradient to those of query
-        ``[q, P]``, of key, transposed ``[P, k]``, and of (pair parameters, modifiers).
-        What is not used of it, XLA does not compute.
+        ``[q, P]`` (times ``head_scale``), of key, transposed ``[P, k]``, and of (pair
+        parameters, modifiers). What is not used of it, XLA does not compute.
     """
     if inputs.score.is_inner_product:
-        logits = compare(inputs, here.params, query, key)
+        logits = compare(inputs, here.params, here.head_scale, query, key)
 
         def uncompare(d: Array) -> tuple[PyTree, Array, Array]:
-            d_query = matmul(inputs, d, key, (1, 0))
-            return here.params, d_query, matmul(inputs, query, d, (0, 0))
+            d_query = scaled(inputs, matmul(inputs, d, key, (1, 0)), None)
+            scaled_query = scaled(inputs, query, here.head_scale)
+            return here.params, d_query, matmul(inputs, scaled_query, d, (0, 0))
 
     else:
         logits, pull = jax.vjp(
-            functools.partial(compare, inputs), here.params, query, key
+            functools.partial(compare, inputs), here.params, None, query, key
         )
 
         def uncompare(d: Array) -> tuple[PyTree, Array, Array]:
-            d_params, d_query, d_key = pull(d)
+            d_params, _, d_query, d_key = pull(d)
             return d_params, d_query, d_key.T
 
     logits, unmodify = jax.vjp(

@@ -47,7 +47,7 @@ def top_weights(
             here = operands.at(tiles, where, ids, valid)
             tile = Tile(here.query_positions, here.key_positions, where.head)
             key = tiles.key_blocks(keys, where, ids)
-            logits = compare(inputs, here.params, query, key)
+            logits = compare(inputs, here.params, here.head_scale, query, key)
             logits = modify(inputs, logits, tile, here.modifiers)
             weights = jnp.exp(logits - row_shift)
             if here.words is not None:

@@ -287,6 +287,7 @@ class Operands(NamedTuple):
     """The operands, padded."""
 
     params: PyTree
+    head_scale: Array | None
     modifiers: PyTree
     mask: PyTree
     query_positions: Array
@@ -300,6 +301,7 @@ class Operands(NamedTuple):
         pad = functools.partial(jax.tree.map, tiles.pad)
         return cls(
             inputs.pair_params,
+            inputs.head_scale,
             pad(inputs.modifier_operands),
             pad(inputs.mask_operands),
             tiles.pad(inputs.query_positions, -1),

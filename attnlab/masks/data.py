@@ -1,7 +1,6 @@
 """Masks that carry data: arrays are pytree leaves, so new data never recompiles.
 
-Lengths, documents and dense arrays run along the arrays they mask: they speak of slots.
-Anchor indices and block layouts speak of positions.
+They run along the arrays they mask: they speak of slots.
 """
 
 from collections.abc import Callable
@@ -11,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab import arguments
 from attnlab.masks.base import Bounds, Mask
 from attnlab.masks.geometry import Blocks
 from attnlab.masks.intervals import FAR, first_run, hull, namespace, numbers, runs
-from attnlab.masks.structural import nothing
 from attnlab.types import (
     Array,
     ArrayLike,
@@ -25,14 +24,6 @@ from attnlab.types import (
     pytree,
     static,
 )
-
-
-def integers(name: str, array: Any) -> Any:
-    """The array as int32; a TypeError that names it if it is not integer."""
-    array = array if isinstance(array, jax.Array) else np.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name}: expected integers, got {array.dtype}")
-    return array.astype(np.int32)
 
 
 def _flags(blocks: Blocks, operand: Any, how: str, fill: bool) -> Any:
@@ -223,6 +214,10 @@ class Dense(Mask):
             some, every = some.swapaxes(2, 3), every.swapaxes(2, 3)
         return runs(some), runs(every)
 
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`Mask`."""
+        return operands.any(3 if side == "query" else 2, keepdims=True)
+
     def __repr__(self) -> str:
         return f"dense({describe(self.array)})"
 
@@ -252,46 +247,16 @@ class Predicate(Mask):
         return f"predicate({', '.join([name, *map(describe, self.arrays)])})"
 
 
-@pytree
-class AnchorIndices(Mask):
-    """As ``Anchor``, the positions being data: ``[*batch, A]``, negative = none."""
-
-    indices: Any
-    side: str = static()
-
-    def operands(self, query_length: int, key_length: int) -> PyTree:
-        """See :class:`Mask`."""
-        return Operand(self.indices[..., None, None, None, :], payload=1)
-
-    def visible(self, tile: Tile, operands: PyTree) -> Array:
-        """See :class:`Mask`."""
-        own = tile.query_positions if self.side == "query" else tile.key_positions
-        return (own[..., None] == operands).any(-1)
-
-    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
-        """See :class:`Mask`."""
-        xp = namespace(operands)
-        index = operands[:, :, :, 0, :]
-        if rows.side == self.side:
-            inside = (rows.rows_lo <= index) & (index <= rows.rows_hi) & (index >= 0)
-            only = (rows.rows_lo == rows.rows_hi) & inside
-            return cols.every(inside.any(-1)), cols.every_complete(only.any(-1))
-        shape = index.shape[:2] + (rows.count, index.shape[-1])
-        lo = xp.broadcast_to(index, shape)
-        hi = xp.where(lo < 0, lo, lo + 1)
-        return cols.touched(lo, hi), nothing(lo)
-
-    def __repr__(self) -> str:
-        whom = "seen" if self.side == "key" else "seeing"
-        return f"anchor({describe(self.indices)}, {whom})"
-
-
 def documents(query_ids: ArrayLike, key_ids: ArrayLike | None = None) -> Mask:
     """Several documents packed into one sequence: tokens attend within their own.
 
     Args:
         query_ids: ``[*batch, T]`` integers; negative = padding.
         key_ids: ``[*batch, S]`` integers; the query's if not given.
+
+    Raises:
+        TypeError: if ids are no integers.
+        ValueError: if ids do not fit 32 bits, or there is one for all tokens.
 
     Example:
         >>> print(documents(np.array([0, 0, 1, -1])).to_dense(4).astype(int)[0, 0])
@@ -300,9 +265,43 @@ def documents(query_ids: ArrayLike, key_ids: ArrayLike | None = None) -> Mask:
          [0 0 1 0]
          [0 0 0 0]]
     """
-    query_ids = integers("query_ids", query_ids)
-    key_ids = None if key_ids is None else integers("key_ids", key_ids)
-    return Documents(query_ids, key_ids)
+    if key_ids is None:
+        (ids,) = document_ids(query_ids=query_ids)
+        return Documents(ids, None)
+    return Documents(*document_ids(query_ids=query_ids, key_ids=key_ids))
+
+
+def document_ids(**named: Any) -> list[Any]:
+    """Ids of documents as int32, negative = padding, by the name of their argument.
+
+    What is traced in a wider type is numbered anew, all together, so that ids that
+    differ stay different.
+
+    Raises:
+        TypeError: if they are no integers.
+        ValueError: if they are known here and do not fit 32 bits, or have no axis.
+    """
+    arrays = [arguments.as_array(ids) for ids in named.values()]
+    for name, ids in zip(named, arrays, strict=True):
+        arguments.check_integers(name, ids)
+        if ids.ndim == 0:
+            raise ValueError(f"{name}: expected [*batch, length], got one id: {ids}")
+    if not any(_is_wide_tracer(ids) for ids in arrays):
+        return [arguments.as_int32(ids) for ids in arrays]
+    width = max(ids.dtype.itemsize for ids in arrays)
+    flat = [jnp.asarray(ids).astype(f"uint{8 * width}").reshape(-1) for ids in arrays]
+    flat = jnp.concatenate(flat)
+    _, places = jnp.unique(flat, return_inverse=True, size=flat.size)
+    ends = np.cumsum([ids.size for ids in arrays])[:-1]
+    parts = jnp.split(places.astype(jnp.int32), ends)
+    return [
+        jnp.where(ids < 0, -1, part.reshape(ids.shape))
+        for ids, part in zip(arrays, parts, strict=True)
+    ]
+
+
+def _is_wide_tracer(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer) and arguments.is_wide(x.dtype)
 
 
 def lengths(query: Any = None, key: Any = None) -> Mask:
@@ -323,8 +322,8 @@ def lengths(query: Any = None, key: Any = None) -> Mask:
     if query is None and key is None:
         raise ValueError("lengths: give query=, key= or both; got neither")
     return Lengths(
-        None if query is None else integers("query", query),
-        None if key is None else integers("key", key),
+        None if query is None else arguments.integers("query", query),
+        None if key is None else arguments.integers("key", key),
     )
 
 

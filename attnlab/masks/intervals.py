@@ -8,8 +8,8 @@ from jax import lax
 
 from attnlab.types import Intervals
 
-#: Beyond every position: positions are int32 and must stay below it.
-FAR = 2**30
+#: The greatest position; as the end of an interval of positions: that it has none.
+FAR = 2**31 - 1
 
 
 def namespace(*arrays: Any) -> Any:
@@ -21,6 +21,11 @@ def namespace(*arrays: Any) -> Any:
 def numbers(count: int, rank: int) -> np.ndarray:
     """0 to ``count - 1`` along the last of ``rank`` axes, the others being 1."""
     return np.arange(count, dtype=np.int32).reshape((1,) * (rank - 1) + (count,))
+
+
+def plus(x: Any, n: int) -> Any:
+    """``x + n``, or ``FAR`` where that is beyond int32; n is at least 0."""
+    return namespace(x).minimum(x, FAR - n) + n
 
 
 def _cummax(x: Any) -> Any:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab.arguments import integers
 from attnlab.masks.base import Bounds, Mask
-from attnlab.masks.data import describe, integers
+from attnlab.masks.data import describe
 from attnlab.masks.geometry import Blocks
 from attnlab.masks.intervals import FAR, namespace, numbers
 from attnlab.masks.structural import nothing, size_argument

@@ -174,7 +174,7 @@ def _decide(
     for side, positions, shape in zip(
         ("query", "key"), (query_positions, key_positions), shapes, strict=True
     ):
-        slots = positions.reshape(positions.shape[0], 1, -1) >= 0
+        slots = positions.reshape(*positions.shape[:2], -1) >= 0
         known = _along(side, mask, operands)
         if known is not None:
             slots = slots & known

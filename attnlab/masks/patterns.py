@@ -6,10 +6,48 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlab.masks import data, layouts
-from attnlab.masks.base import Full, Mask
-from attnlab.masks.structural import Anchor, size_argument, sliding_window
-from attnlab.types import ArrayLike
+from attnlab import arguments
+from attnlab.masks import layouts
+from attnlab.masks.base import Bounds, Full, Mask
+from attnlab.masks.data import describe
+from attnlab.masks.geometry import Blocks
+from attnlab.masks.intervals import namespace, plus
+from attnlab.masks.structural import Anchor, nothing, size_argument, sliding_window
+from attnlab.types import Array, ArrayLike, Operand, PyTree, Tile, pytree, static
+
+
+@pytree
+class AnchorIndices(Mask):
+    """As ``Anchor``, the positions being data: ``[*batch, A]``, negative = none."""
+
+    indices: Any
+    side: str = static()
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        return Operand(self.indices[..., None, None, None, :], payload=1)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        own = tile.query_positions if self.side == "query" else tile.key_positions
+        return (own[..., None] == operands).any(-1)
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        xp = namespace(operands)
+        index = operands[:, :, :, 0, :]
+        if rows.side == self.side:
+            inside = (rows.rows_lo <= index) & (index <= rows.rows_hi) & (index >= 0)
+            only = (rows.rows_lo == rows.rows_hi) & inside
+            return cols.every(inside.any(-1)), cols.every_complete(only.any(-1))
+        shape = index.shape[:2] + (rows.count, index.shape[-1])
+        lo = xp.broadcast_to(index, shape)
+        hi = xp.where(lo < 0, lo, plus(lo, 1))
+        return cols.touched(lo, hi), nothing(lo)
+
+    def __repr__(self) -> str:
+        whom = "seen" if self.side == "key" else "seeing"
+        return f"anchor({describe(self.indices)}, {whom})"
 
 
 def anchor(
@@ -47,8 +85,8 @@ def anchor(
         raise ValueError("anchor: visible_to_all and see_all are both False")
     masks: list[Mask]
     if isinstance(positions, (jax.Array, np.ndarray)) and positions.ndim > 0:
-        indices = data.integers("positions", positions)
-        masks = [data.AnchorIndices(indices, side) for side in sides]
+        indices = arguments.integers("positions", positions)
+        masks = [AnchorIndices(indices, side) for side in sides]
     else:
         runs = _runs(positions)
         masks = [Anchor(runs, side) for side in sides]

@@ -276,6 +276,32 @@ def head_count(mask: Mask) -> int:
     return max([len(m.parts) for m in inner if isinstance(m, PerHead)] + [1])
 
 
+def reads_head(mask: Mask, operands: PyTree) -> bool:
+    """Whether what a mask shows depends on the head, as a user's own may.
+
+    Args:
+        mask: the mask.
+        operands: its operands, normalised.
+    """
+
+    def visible(tile: Tile, operands: PyTree) -> Array:
+        return mask.visible(tile, operands)
+
+    def cut(x: Array) -> jax.ShapeDtypeStruct:
+        sides = (min(n, m) for n, m in zip(x.shape[2:4], (2, 3), strict=True))
+        return jax.ShapeDtypeStruct((*sides, *x.shape[4:]), x.dtype)
+
+    shapes = (2, 1), (1, 3), ()
+    tile = Tile(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
+    try:
+        traced = jax.make_jaxpr(visible)(tile, jax.tree.map(cut, operands)).jaxpr
+    except Exception:  # a rule that fails: whoever asks it says so
+        return False
+    head = traced.invars[2]
+    read = [*traced.outvars, *(x for step in traced.eqns for x in step.invars)]
+    return any(x is head for x in read)
+
+
 def slot_operand(length: int, axis: int) -> Array:
     """Slot numbers along axis 2 or 3 of an operand."""
     slots = jnp.arange(length, dtype=jnp.int32)

@@ -11,8 +11,9 @@ from attnlab import modifiers, scores
 from attnlab.masks import Mask, as_mask
 from attnlab.nn.cache import KeyValue
 from attnlab.nn.parameters import as_arrays, as_params
+from attnlab.nn.positions import zero_empty
 from attnlab.nn.projection import projection
-from attnlab.ops import attention_with_stats, project_key
+from attnlab.ops import attend, project_key
 from attnlab.types import (
     Array,
     ArrayLike,
@@ -111,9 +112,10 @@ class Alignment(nnx.Module):
 
         Args:
             key: states ``[B, S, features]``.
-            positions: as of :meth:`MultiHeadAttention.project`; states of a recurrent
-                network know theirs, and nothing is done with them here.
+            positions: ``[B, S]``, -1 = empty: states of a recurrent network know
+                theirs, so that nothing else is done with them here.
         """
+        key = zero_empty(key, positions)
         keys = project_key(self._score(), self._key(key), self.precision)
         return KeyValue(keys, key[:, :, None])
 
@@ -139,9 +141,8 @@ class Alignment(nnx.Module):
             ``[B, T, features of the states]``; 0 where a query sees nothing.
         """
         score = scores.projected_keys(self._score())
-        return self._attend(
-            query, memory, score, mask, query_positions, key_positions, None
-        ).output
+        places = query_positions, key_positions
+        return self._attend(query, memory, score, mask, *places, stats=False).output
 
     def with_stats(
         self,
@@ -158,8 +159,9 @@ class Alignment(nnx.Module):
         For ``top_k`` see :func:`attnlab.attention_with_stats`.
         """
         memory = KeyValue(self._key(key), key[:, :, None])
+        places = query_positions, key_positions
         return self._attend(
-            query, memory, self._score(), mask, query_positions, key_positions, top_k
+            query, memory, self._score(), mask, *places, stats=True, top_k=top_k
         )
 
     def _attend(
@@ -170,7 +172,9 @@ class Alignment(nnx.Module):
         mask: Any,
         query_positions: Array | None,
         key_positions: Array | None,
-        top_k: Any,
+        *,
+        stats: bool,
+        top_k: Any = None,
     ) -> AttentionResult:
         return self._run(
             query,
@@ -180,6 +184,7 @@ class Alignment(nnx.Module):
             # Where no mask speaks of them, a plan need not know them.
             query_positions=None if self._seen(mask) is None else query_positions,
             key_positions=key_positions,
+            stats=stats,
             top_k=top_k,
         )
 
@@ -188,7 +193,7 @@ class Alignment(nnx.Module):
     ) -> AttentionResult:
         """One head: ``output`` has lost its axis."""
         query = query if self.query is None else self.query(query)
-        found = attention_with_stats(
+        found = attend(
             query[:, :, None],
             *memory,
             score=score,
@@ -277,7 +282,9 @@ class PredictiveAlignment(Alignment):
         mask: Any,
         query_positions: Array | None,
         key_positions: Array | None,
-        top_k: Any,
+        *,
+        stats: bool,
+        top_k: Any = None,
     ) -> AttentionResult:
         slots = jnp.arange(memory.value.shape[1], dtype=jnp.int32)[None]
         places = slots if key_positions is None else key_positions
@@ -296,6 +303,7 @@ class PredictiveAlignment(Alignment):
                 mask=self._seen(mask),
                 query_positions=None if self._seen(mask) is None else query_positions,
                 key_positions=key_positions,
+                stats=True,
                 **options,
             )
 

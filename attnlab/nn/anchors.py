@@ -1,6 +1,6 @@
 """Projections of their own for anchors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,12 +9,10 @@ import numpy as np
 from flax import nnx
 
 from attnlab.masks import Mask, as_mask
-from attnlab.nn.cache import KeyValue
 from attnlab.nn.parameters import GLOROT, Initializer, named
 from attnlab.types import (
     Array,
     ArrayLike,
-    AttentionResult,
     Operand,
     PyTree,
     Tile,
@@ -140,28 +138,15 @@ class AnchorProjections(nnx.Module):
         """What a mask of so many queries says of the anchors."""
         return None if mask is None else Rows(as_mask(mask), self.slots, length)
 
-    def replace_rows(
-        self,
-        heads: Array,
-        query: Array,
-        key: Array,
-        value: Array | None,
-        attend: Callable[[Array, KeyValue, Array], AttentionResult],
-    ) -> Array:
-        """``heads [*batch, T, N, H]`` with what the anchors see in their rows.
+    def within(self, length: int) -> np.ndarray:
+        """The slots of the anchors among so many queries.
 
-        Args:
-            heads: what ordinary attention made.
-            query: ``[*batch, T, in_features]``.
-            key: ``[*batch, S, in_features]``.
-            value: ``[*batch, S, in_features]``; the key if not given.
-            attend: from projected queries, keys and values, and query positions.
+        Raises:
+            ValueError: if there are fewer queries.
         """
         slots = np.asarray(self.slots, np.int32)
-        if slots.max() >= query.shape[-2]:
+        if slots.max() >= length:
             raise ValueError(
-                f"anchors: slot {slots.max()} is beyond the {query.shape[-2]} queries"
+                f"anchors: slot {slots.max()} is beyond the {length} queries"
             )
-        memory = KeyValue(self.key(key), self.value(key if value is None else value))
-        seen = attend(self.query(query[..., slots, :]), memory, jnp.asarray(slots))
-        return heads.at[..., slots, :, :].set(seen.output)
+        return slots

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab.masks.data import integers
+from attnlab.arguments import integers
 from attnlab.types import Array, ArrayLike
 
 _PI = decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097")

@@ -19,9 +19,9 @@ from attnlab.nn.parameters import (
     as_params,
     named,
 )
-from attnlab.nn.positions import Positions, as_positions, positions_of
-from attnlab.nn.projection import check_features
-from attnlab.ops import attention_with_stats, project_key
+from attnlab.nn.positions import Positions, as_positions, positions_of, zero_empty
+from attnlab.nn.projection import check_features, head_sizes
+from attnlab.ops import attend, project_key, zero_hidden
 from attnlab.types import Array, ArrayLike, AttentionResult, Modifier, Score
 
 
@@ -108,19 +108,9 @@ class MultiHeadAttention(nnx.Module):
         """
         if isinstance(modifiers, Modifier):
             raise TypeError("modifiers: expected a sequence; write modifiers=[...]")
-        key_heads = num_heads if num_key_heads is None else num_key_heads
-        if key_heads < 1 or num_heads % key_heads:
-            raise ValueError(
-                f"num_key_heads: expected a divisor of num_heads={num_heads}, "
-                f"got {key_heads}"
-            )
-        if head_size is None:
-            if in_features % num_heads:
-                raise ValueError(
-                    f"num_heads: {num_heads} heads do not divide in_features="
-                    f"{in_features}; give head_size="
-                )
-            head_size = in_features // num_heads
+        key_heads, head_size = head_sizes(
+            in_features, num_heads, num_key_heads, head_size
+        )
         value_size = head_size if value_size is None else value_size
         key_features = in_features if key_features is None else key_features
         out_features = in_features if out_features is None else out_features
@@ -164,11 +154,9 @@ class MultiHeadAttention(nnx.Module):
         self.modifiers = nnx.data(tuple(modifiers))
         self.position = as_positions(position)
         self.query_norm, self.key_norm, self.anchors = query_norm, key_norm, anchors
-        self.sinks = nnx.data(
-            None
-            if sinks is None
-            else nnx.Param(jnp.asarray(sinks, param_dtype), **named("heads"))
-        )
+        self.sinks: Any = nnx.data(None)
+        if sinks is not None:
+            self.sinks = nnx.Param(jnp.asarray(sinks, param_dtype), **named("heads"))
         self.dropout_rate, self.deterministic = dropout_rate, False
         self.rngs = rngs.dropout.fork() if dropout_rate > 0 else None
         self.implementation, self.precision = implementation, precision
@@ -187,6 +175,9 @@ class MultiHeadAttention(nnx.Module):
     ) -> Array:
         """Attends.
 
+        What sees nothing, or nobody sees, counts as zeros before it is projected: with
+        ``masks.lengths(n, n)`` both the queries and the keys of padding.
+
         Args:
             query: ``[*batch, T, in_features]``.
             key: ``[*batch, S, key_features]``; the query if not given.
@@ -200,16 +191,9 @@ class MultiHeadAttention(nnx.Module):
         Returns:
             ``[*batch, T, out_features]``.
         """
-        return self.with_stats(
-            query,
-            key,
-            value,
-            mask=mask,
-            query_offset=query_offset,
-            query_positions=query_positions,
-            key_positions=key_positions,
-            rngs=rngs,
-        ).output
+        options = {"rngs": rngs, "stats": False}
+        where = query_offset, query_positions, key_positions
+        return self._whole((query, key, value), mask, where, options).output
 
     def with_stats(
         self,
@@ -229,39 +213,9 @@ class MultiHeadAttention(nnx.Module):
         The weights are those of the ordinary projections: rows of ``anchors`` are not
         theirs. For ``top_k`` see :func:`attnlab.attention_with_stats`.
         """
-        check_features("query", query, self.query)
-        key = query if key is None else key
-        where = positions_of(query, query_offset, query_positions)
-        found = self._attend(
-            self._query(query, where),
-            self.project(key, value, positions=key_positions, compare=False),
-            self._score(),
-            mask=self.mask if mask is None else self.mask & mask,
-            query_offset=query_offset,
-            query_positions=query_positions,
-            key_positions=key_positions,
-            rngs=rngs,
-            top_k=top_k,
-        )
-        heads = found.output
-        if (anchors := self.anchors) is not None:
-            key_at = positions_of(key, 0, key_positions)
-
-            def attend(own: Array, memory: KeyValue, slots: Array) -> AttentionResult:
-                at = where[..., slots]
-                keys = self._placed(memory.key, self.key_norm, key_at)
-                return self._attend(
-                    self._placed(own, self.query_norm, at),
-                    memory._replace(key=keys),
-                    self._score(),
-                    mask=anchors.rows(mask, where.shape[-1]),
-                    query_positions=at,
-                    key_positions=key_positions,
-                    rngs=rngs,
-                )
-
-            heads = anchors.replace_rows(heads, query, key, value, attend)
-        return found._replace(output=self.out(heads))
+        options = {"rngs": rngs, "stats": True, "top_k": top_k}
+        where = query_offset, query_positions, key_positions
+        return self._whole((query, key, value), mask, where, options)
 
     def project(
         self,
@@ -269,26 +223,23 @@ class MultiHeadAttention(nnx.Module):
         value: Array | None = None,
         *,
         positions: Array | None = None,
-        compare: bool = True,
     ) -> KeyValue:
-        """Keys and values, once for many queries.
+        """Keys and values, once for many queries: what :meth:`attend` and caches take.
 
         Args:
             key: ``[*batch, S, key_features]``.
             value: ``[*batch, S, key_features]``; the key if not given.
-            positions: ``[S]`` or ``[*batch, S]``; slot numbers if not given.
-            compare: whether keys are projected by the score, too: what
-                :meth:`attend` and caches take.
+            positions: ``[S]`` or ``[*batch, S]``, -1 = empty; slot numbers if not
+                given.
         """
-        check_features("key", key, self.key)
-        if value is not None:
-            check_features("value", value, self.value)
-        keys = self._placed(
-            self.key(key), self.key_norm, positions_of(key, 0, positions)
-        )
-        if compare:
-            keys = project_key(self._score(), keys, self.precision)
-        return KeyValue(keys, self.value(key if value is None else value))
+        value = key if value is None else value
+        for name, x in (("key", key), ("value", value)):
+            check_features(name, x, getattr(self, name))
+        key, value = zero_empty(key, positions), zero_empty(value, positions)
+        where = positions_of(key, 0, positions)
+        keys = self._placed(self.key(key), self.key_norm, where)
+        keys = project_key(as_arrays(self.score), keys, self.precision)
+        return KeyValue(keys, self.value(value))
 
     def attend(
         self,
@@ -306,10 +257,11 @@ class MultiHeadAttention(nnx.Module):
             raise NotImplementedError("anchors: their own projections need all inputs")
         check_features("query", query, self.query)
         where = positions_of(query, query_offset, query_positions)
+        query = self.query(zero_empty(query, query_positions))
         found = self._attend(
-            self._query(query, where),
+            self._placed(query, self.query_norm, where),
             memory,
-            scores.projected_keys(self._score()),
+            scores.projected_keys(as_arrays(self.score)),
             mask=self.mask if mask is None else self.mask & mask,
             query_offset=query_offset,
             query_positions=query_positions,
@@ -337,11 +289,11 @@ class MultiHeadAttention(nnx.Module):
         if positions is None:
             positions = cache.next_positions(x.shape[1])
         new = self.project(x, positions=positions)
-        check_type(cache, new.key.dtype)
+        check_type(cache, new.value.dtype)
         following, view = cache.append(*new, positions)
         output = self.attend(
             x,
-            KeyValue(view.key, view.value),
+            KeyValue(*view[:2]),
             mask=cache.mask(),
             query_positions=positions,
             key_positions=view.positions,
@@ -354,17 +306,60 @@ class MultiHeadAttention(nnx.Module):
         """P: what the score makes of a key's head, the head size of caches."""
         head = (1, 1, self.num_key_heads, self.head_size)
         keys = jax.ShapeDtypeStruct(head, jnp.float32)
-        return jax.eval_shape(self._score().project_key, keys).shape[-1]
+        return jax.eval_shape(as_arrays(self.score).project_key, keys).shape[-1]
 
-    def _score(self) -> Score:
-        return as_arrays(self.score)
+    def _whole(
+        self,
+        given: tuple[Array, Array | None, Array | None],
+        mask: Mask | ArrayLike | None,
+        where: tuple[Any, Array | None, Array | None],
+        options: dict[str, Any],
+    ) -> AttentionResult:
+        """A call: attends by the module's projections, and in some rows by others."""
+        query, key, value = given
+        memory = query if key is None else key
+        memory = memory, memory if value is None else value
+        own = self.mask if mask is None else self.mask & mask
+        found = self._see(self, query, memory, own, where, options)
+        heads = found.output
+        if (anchors := self.anchors) is not None:
+            slots = anchors.within(query.shape[-2])
+            at = positions_of(query, *where[:2])[..., slots]
+            rows = self._see(
+                anchors,
+                query[..., slots, :],
+                memory,
+                anchors.rows(mask, query.shape[-2]),
+                (0, at, where[2]),
+                {**options, "top_k": None},
+            )
+            heads = heads.at[..., slots, :, :].set(rows.output)
+        return found._replace(output=self.out(heads))
 
-    def _query(self, x: Array, positions: Array) -> Array:
-        return self._placed(self.query(x), self.query_norm, positions)
+    def _see(
+        self,
+        by: Any,
+        query: Array,
+        memory: tuple[Array, Array],
+        mask: Any,
+        where: tuple[Any, Array | None, Array | None],
+        options: dict[str, Any],
+    ) -> AttentionResult:
+        """Attends by the projections of ``by``."""
+        for name, x in zip(("query", "key", "value"), (query, *memory), strict=True):
+            check_features(name, x, getattr(by, name))
+        names = "query_offset", "query_positions", "key_positions"
+        seen: dict[str, Any] = {"mask": mask, **dict(zip(names, where, strict=True))}
+        query, key, value = zero_hidden(
+            query, *memory, num_heads=self.num_heads, **seen
+        )
+        at = positions_of(query, *where[:2]), positions_of(key, 0, where[2])
+        query = self._placed(by.query(query), self.query_norm, at[0])
+        key = self._placed(by.key(key), self.key_norm, at[1])
+        values = KeyValue(key, by.value(value))
+        return self._attend(query, values, as_arrays(self.score), **seen, **options)
 
-    def _placed(
-        self, heads: Array, norm: Callable[[Array], Array] | None, positions: Array
-    ) -> Array:
+    def _placed(self, heads: Array, norm: Any, positions: Array) -> Array:
         return self.position.rotate(heads if norm is None else norm(heads), positions)
 
     def _attend(
@@ -374,15 +369,17 @@ class MultiHeadAttention(nnx.Module):
         score: Score,
         *,
         rngs: nnx.Rngs | None,
+        stats: bool = False,
         **options: Any,
     ) -> AttentionResult:
         rate, rng = 0.0, None
         if self.rngs is not None and not self.deterministic:
             rate = self.dropout_rate
             rng = self.rngs() if rngs is None else rngs.dropout()
-        return attention_with_stats(
+        return attend(
             query,
             *memory,
+            stats=stats,
             score=score,
             modifiers=(*self.position.modifiers(query), *self.modifiers),
             sinks=None if self.sinks is None else self.sinks[...],

@@ -10,7 +10,8 @@ from attnlab.masks.base import Full
 from attnlab.nn.attention import MultiHeadAttention
 from attnlab.nn.cache import Cache, KeyValue
 from attnlab.nn.layers import Residual
-from attnlab.nn.positions import Positions
+from attnlab.nn.positions import Positions, zero_empty
+from attnlab.ops import zero_hidden
 from attnlab.types import Array
 
 
@@ -80,7 +81,8 @@ class Block(nnx.Module):
         """Transforms a sequence.
 
         Args:
-            x: ``[*batch, T, features]``.
+            x: ``[*batch, T, features]``. What the mask of this call, or a position of
+                -1, hides from all, and all from it, counts as zeros.
             memory: ``[*batch, S, features of memory]`` for the cross-attention.
             mask: of this call, for the self-attention: lengths, documents.
             memory_mask: likewise for the cross-attention.
@@ -89,6 +91,7 @@ class Block(nnx.Module):
         Returns:
             ``[*batch, T, features]``.
         """
+        x = self._zero_padding(x, mask, query_positions)
 
         def attend(x: Array) -> Array:
             return self.attention(
@@ -109,7 +112,7 @@ class Block(nnx.Module):
                 query_positions=_needed(cross, memory_mask, query_positions),
             ),
         )
-        return self.feed_forward_residual(x, self.feed_forward)
+        return self._feed(x)
 
     def decode(
         self,
@@ -121,6 +124,7 @@ class Block(nnx.Module):
     ) -> tuple[Array, BlockState]:
         """The next tokens, as :meth:`MultiHeadAttention.decode`."""
         following: list[Cache] = []
+        x = zero_empty(x, positions)
         if positions is None:
             positions = state.cache.next_positions(x.shape[1])
 
@@ -140,8 +144,7 @@ class Block(nnx.Module):
                 query_positions=_needed(cross, memory_mask, positions),
             ),
         )
-        x = self.feed_forward_residual(x, self.feed_forward)
-        return x, state._replace(cache=following[0])
+        return self._feed(x), state._replace(cache=following[0])
 
     def types(self, x: Array) -> tuple[Array, Array]:
         """Queries of the self-attention, and an output: only their types count.
@@ -160,13 +163,34 @@ class Block(nnx.Module):
         cross, residual = self.cross_attention, self.cross_residual
         if cross is not None and residual is not None:
             x = residual(x, lambda x: stand_in(cross, x))
-        return found[0], self.feed_forward_residual(x, self.feed_forward)
+        return found[0], self._feed(x)
 
     def start(self, cache: Cache, memory: Array | None = None) -> BlockState:
         """The state before the first step: projects the memory, once."""
         if memory is None or self.cross_attention is None:
             return BlockState(cache)
         return BlockState(cache, self.cross_attention.project(memory))
+
+    def _zero_padding(self, x: Array, mask: Any, positions: Array | None) -> Array:
+        if mask is None and positions is None:
+            return x
+        slots = jnp.ones((*x.shape[:-1], 1), bool)
+        sees, seen = zero_hidden(
+            slots,
+            slots,
+            num_heads=self.attention.num_heads,
+            mask=mask,
+            query_positions=positions,
+            key_positions=positions,
+        )
+        return jnp.where(sees | seen, x, jnp.zeros((), x.dtype))
+
+    def _feed(self, x: Array) -> Array:
+        def feed(x: Array) -> Array:
+            return self.feed_forward(x)
+
+        # nnx.tabulate can show a function that is handed over, but not a module.
+        return self.feed_forward_residual(x, feed)
 
     def _cross(self, x: Array, memory: Any, attend: Callable[..., Array]) -> Array:
         """Through ``attend(cross_attention, x, memory)``, if there is one."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnlab import arguments
 from attnlab.masks import Mask, causal, prefix, sliding_window
 from attnlab.types import Array, pytree, static
 
@@ -84,8 +85,10 @@ class Cache:
             all that is new, also where a ring keeps less of it for the next step.
 
         Raises:
-            ValueError: if a position is known not to fit a full cache.
+            TypeError: if positions are no integers.
+            ValueError: if a position is known not to fit a full cache, or 32 bits.
         """
+        positions = jnp.asarray(arguments.integers("positions", positions))
         lost = self.overflows(positions)
         if not isinstance(lost, jax.core.Tracer) and lost.any():
             raise ValueError(

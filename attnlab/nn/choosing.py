@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab.masks.data import integers
+from attnlab.arguments import integers
+from attnlab.ops.validate import is_wide_float
 from attnlab.types import Array, ArrayLike, accumulation_dtype
 
 #: The smallest number that float32 divides by; what is below counts as 0.
@@ -26,7 +27,7 @@ def restrict(
     Of equal logits, the one of the lowest index comes first, as in ``argmax``.
 
     Args:
-        logits: ``[*, V]``, floating.
+        logits: ``[*, V]``, of at least 16 bits.
         top_k: only the k most probable tokens, exactly k of them: an int, or integers
             ``[*]``.
         top_p: only the fewest most probable tokens (of those k) whose probabilities
@@ -43,8 +44,11 @@ def restrict(
         Array([  2.,   1., -inf], dtype=float32)
     """
     logits = jnp.asarray(logits)
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(f"logits: expected floating numbers, got {logits.dtype}")
+    if not is_wide_float(logits.dtype):
+        raise TypeError(
+            "logits: expected a floating dtype of at least 16 bits, got "
+            f"{logits.dtype}; cast them with .astype(jnp.float32)"
+        )
     rows = logits.shape[:-1]
     kept, index = _leading(logits, as_top_k(top_k, rows), as_top_p(top_p, rows))
     nothing = jnp.full_like(logits, -jnp.inf)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnlab.masks.data import integers
+from attnlab.arguments import integers
 from attnlab.nn.cache import Cache
 from attnlab.nn.choosing import as_count, as_temperature, as_top_k, as_top_p, draw
 from attnlab.nn.compiled import compile_once

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab import arguments
 from attnlab.nn.parameters import named
 from attnlab.types import Array
 
@@ -75,6 +76,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Array, positions: Array | None = None) -> Array:
         """``[*batch, T]`` integers -> ``[*batch, T, features]``."""
+        tokens = jnp.asarray(arguments.integers("tokens", tokens))
         if positions is None:
             positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
         x = self.table(tokens) * self.scale

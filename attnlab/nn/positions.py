@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from attnlab import arguments
 from attnlab.modifiers import alibi, alibi_slopes, relative_bias
 from attnlab.nn.angles import sin_cos, sinusoids
 from attnlab.nn.parameters import named
@@ -36,10 +37,23 @@ def positions_of(x: Array, offset: Any, given: Array | None) -> Array:
         given: ``[T]`` or ``[*batch, T]``.
     """
     if given is not None:
-        return jnp.asarray(given)
+        return jnp.asarray(arguments.integers("positions", given))
     slots = jnp.arange(x.shape[-2], dtype=jnp.int32)
-    offset = jnp.asarray(offset, jnp.int32)[..., None]
+    offset = jnp.asarray(arguments.integers("query_offset", offset))[..., None]
     return _of_rank(slots, offset.ndim) + offset
+
+
+def zero_empty(x: Array, positions: Array | None) -> Array:
+    """With zeros where the position is -1: before anything is made of x.
+
+    Args:
+        x: ``[*batch, T, features]``.
+        positions: ``[T]`` or ``[*batch, T]``; None: no slot is empty.
+    """
+    if positions is None:
+        return x
+    held = _of_rank(jnp.asarray(positions)[..., None] >= 0, x.ndim)
+    return jnp.where(held, x, jnp.zeros((), x.dtype))
 
 
 class Sinusoidal(nnx.Module):
@@ -351,7 +365,10 @@ class ClippedRelative(Positions):
     def modifiers(self, query: Array) -> tuple[Modifier, ...]:
         """See :class:`Positions`."""
         scale = 1 / math.sqrt(query.shape[-1])
-        sums = jnp.einsum("...tnh,rh->...ntr", query, self.table[...]) * scale
+        # Parts of logits: never in 16 bits.
+        wide = accumulation_dtype(query.dtype)
+        pair = query.astype(wide), self.table[...].astype(wide)
+        sums = jnp.einsum("...tnh,rh->...ntr", *pair) * scale
         return (_OffsetSums(sums, self.left, self.right),)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.nn.parameters import GLOROT, ZEROS, Initializer, named
+from attnlab.ops.validate import is_wide_float
 from attnlab.types import Array
 
 
@@ -55,3 +56,32 @@ def check_features(name: str, x: Array, linear: nnx.LinearGeneral) -> None:
         raise ValueError(
             f"{name}: expected [*batch, length, {expected}], got shape {x.shape}"
         )
+    if jnp.issubdtype(x.dtype, jnp.floating) and not is_wide_float(x.dtype):
+        raise TypeError(
+            f"{name}: expected a floating dtype of at least 16 bits, got {x.dtype}; "
+            "cast it with .astype(jnp.bfloat16)"
+        )
+
+
+def head_sizes(
+    in_features: int, num_heads: int, num_key_heads: int | None, head_size: int | None
+) -> tuple[int, int]:
+    """K and H where they are not given.
+
+    Raises:
+        ValueError: if the heads do not fit each other, or the features.
+    """
+    key_heads = num_heads if num_key_heads is None else num_key_heads
+    if key_heads < 1 or num_heads % key_heads:
+        raise ValueError(
+            f"num_key_heads: expected a divisor of num_heads={num_heads}, "
+            f"got {key_heads}"
+        )
+    if head_size is None:
+        if in_features % num_heads:
+            raise ValueError(
+                f"num_heads: {num_heads} heads do not divide in_features="
+                f"{in_features}; give head_size="
+            )
+        head_size = in_features // num_heads
+    return key_heads, head_size

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from attnlab.masks.data import integers
+from attnlab import arguments
+from attnlab.masks.data import document_ids
 from attnlab.nn.cells import GRU, Cell, StackedCells
 from attnlab.nn.embedding import Embedding
 from attnlab.types import Array, ArrayLike, PyTree
@@ -324,7 +325,7 @@ def _read(
         raise ValueError("lengths: give lengths or documents, got both")
     slots = jnp.arange(length, dtype=jnp.int32)[None]
     if lengths is not None:
-        lengths = jnp.asarray(integers("lengths", lengths))
+        lengths = jnp.asarray(arguments.integers("lengths", lengths))
         if lengths.shape != (batch,):
             raise ValueError(
                 f"lengths: expected one for each of {batch} examples, "
@@ -339,7 +340,7 @@ def _read(
         return slots < lengths[:, None], None
     if documents is None:
         return None, None
-    ids = jnp.asarray(integers("documents", documents))
+    (ids,) = map(jnp.asarray, document_ids(documents=documents))
     if ids.shape != (batch, length):
         raise ValueError(
             f"documents: expected ids of shape {(batch, length)}, got {ids.shape}"

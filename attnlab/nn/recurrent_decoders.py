@@ -217,10 +217,8 @@ class AttentiveDecoder(RecurrentDecoder):
 
     def start(self, encoded: Encoded) -> RecurrentState:
         """See :class:`RecurrentDecoder`; projects what is attended to, once."""
-        states = encoded.states
-        if encoded.positions is not None:
-            states = jnp.where(encoded.positions[..., None] >= 0, states, 0)
-        memory = Memory(self.attention.project(states), encoded.positions)
+        content = self.attention.project(encoded.states, positions=encoded.positions)
+        memory = Memory(content, encoded.positions)
         return self._begin(encoded.last[-1], memory)
 
     def attend(self, query: Array, memory: Memory, positions: Array) -> Array:

@@ -192,7 +192,7 @@ class RecurrentLanguageModel(nnx.Module):
             num_heads,
             size,
             value_size=value.shape[-1],
-            dtype=key.dtype if dtype is None else dtype,
+            dtype=value.dtype if dtype is None else dtype,
         )
         return RecurrentLanguageModelState(cells, cache)
 
@@ -220,7 +220,7 @@ class RecurrentLanguageModel(nnx.Module):
             )
         positions = state.cache.next_positions(tokens.shape[1])
         key, value = self.attention.project(x, positions=positions)
-        check_type(state.cache, key.dtype)
+        check_type(state.cache, value.dtype)
         cache, view = state.cache.append(key, value, positions)
         context = self.attention.attend(
             x,

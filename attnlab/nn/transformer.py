@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.masks import Mask, causal
+from attnlab.masks import Mask, as_mask, causal
+from attnlab.masks.data import Dense
 from attnlab.nn.blocks import Block, BlockState
 from attnlab.nn.cache import Cache, check_examples, full_cache
 from attnlab.nn.embedding import Embedding
@@ -220,7 +221,8 @@ class Decoder(nnx.Module):
             length: slots of the full caches, one for each token that follows; to
                 decode n after a prompt of T takes ``T + n - 1``.
             memory: ``[B, S, features]``, for cross-attention.
-            memory_mask: who may see what of it; its arrays lead with B.
+            memory_mask: who may see what of it: a boolean array that broadcasts to
+                ``[B, N, T, S]``, or a mask whose arrays lead with B.
             make_cache: a cache for a block (ring, streaming); a full one if not given.
             dtype: of the full caches; what each self-attention computes in if not
                 given.
@@ -239,7 +241,7 @@ class Decoder(nnx.Module):
             )
 
         blocks = self.stack.start(full if make_cache is None else make_cache, memory)
-        return DecoderState(blocks, memory_mask)
+        return DecoderState(blocks, _for_batch(memory_mask, batch))
 
     def decode(
         self, tokens: Array, state: DecoderState, *, positions: Array | None = None
@@ -363,3 +365,27 @@ class EncoderDecoder(nnx.Module):
         """
         memory = self.encoder(source, mask=source_mask)
         return self.decoder(target, memory, mask=target_mask, memory_mask=memory_mask)
+
+
+def _for_batch(mask: Any, batch: int) -> Mask | None:
+    """A mask whose arrays lead with the batch, as every array of a state does."""
+    if mask is None:
+        return None
+
+    def spread(part: Any) -> Any:
+        if not isinstance(part, Dense):
+            return part
+        shape = (1,) * (4 - part.array.ndim) + part.array.shape
+        if shape[0] not in (1, batch) or len(shape) > 4:
+            return part
+        array = jnp.asarray(part.array).reshape(shape)
+        return Dense(jnp.broadcast_to(array, (batch, *shape[1:])))
+
+    mask = jax.tree.map(spread, as_mask(mask), is_leaf=lambda x: isinstance(x, Dense))
+    for array in jax.tree.leaves(mask):
+        if jnp.shape(array)[:1] != (batch,):
+            raise ValueError(
+                f"memory_mask: expected arrays that lead with a batch of {batch}, got "
+                f"shape {jnp.shape(array)} in {mask!r}; jnp.broadcast_to would do"
+            )
+    return mask

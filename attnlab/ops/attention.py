@@ -93,10 +93,11 @@ def attention(
         Vaswani et al., "Attention Is All You Need", 2017, section 3.2; Dao et al.,
         "FlashAttention", 2022, section 3.1 (the online softmax of the fast paths).
     """
-    args = check(
+    return attend(
         query,
         key,
         value,
+        stats=False,
         score=score,
         mask=mask,
         modifiers=modifiers,
@@ -108,14 +109,6 @@ def attention(
         key_positions=key_positions,
         precision=precision,
         implementation=implementation,
-    )
-    return run_attention(
-        args,
-        dropout_rate=float(dropout_rate),
-        precision=precision,
-        implementation=implementation,
-        stats=False,
-        top_k=None,
     ).output
 
 
@@ -151,13 +144,26 @@ def attention_with_stats(
         ((1, 3, 1, 4), (1, 3, 1), (1, 1, 3, 2))
     """
     check_names("attention_with_stats", options)
+    return attend(query, key, value, stats=True, top_k=top_k, **options)
+
+
+def attend(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    stats: bool,
+    top_k: int | Literal["all"] | None = None,
+    **options: Unpack[Options],
+) -> AttentionResult:
+    """Either verb: :func:`attention_with_stats`, and without ``stats`` no ``lse``."""
     args = check(query, key, value, **options)
     return run_attention(
         args,
         dropout_rate=float(options.get("dropout_rate", 0.0)),
         precision=options.get("precision"),
         implementation=options.get("implementation"),
-        stats=True,
+        stats=stats,
         top_k=as_top_k(top_k, key.shape[-3]),
     )
 
@@ -200,7 +206,9 @@ def run_attention(
     placed = _explicitly_placed(args, top_k)
     if placed is not None:
         run_on = jax.sharding.auto_axes(run_on, out_sharding=placed)
-    return run_on(args)
+    found = run_on(args)
+    # Where nobody asks for a -inf, jax.debug_infs should see none.
+    return found if stats else found._replace(lse=None)
 
 
 def _explicitly_placed(

@@ -193,6 +193,8 @@ def _count(
     def work(args: Arguments) -> tuple[Plan, Any]:
         batch = args.query.shape[:-3]
         query, key = positions_of(args, batch, shapes.sizes.T, shapes.sizes.S)
+        heads = shapes.query_positions.shape[1]
+        query = jnp.broadcast_to(query, (query.shape[0], heads, *query.shape[2:]))
         operands = shapes.mask_operands
         if jax.tree.leaves(operands):
             operands = normalise_tree(

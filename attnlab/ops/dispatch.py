@@ -15,7 +15,6 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import mlir
@@ -25,6 +24,7 @@ from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
 from attnlab.ops.choice import choose, default_platform
+from attnlab.ops.residuals import keep, with_inf
 from attnlab.reverse import reverse_only
 from attnlab.types import (
     Array,
@@ -118,15 +118,38 @@ def compute(*leaves: Array, name: str, wanted: Any, structure: Any) -> Sequence[
         inputs = plain(inputs)
     if wanted is None:
         return implementation.forward(inputs, *others)
-    if not implementation.reads_raw:
-        flags: Any = jax.tree.unflatten(jax.tree.structure(given[0]), wanted)
-        flags = dataclasses.replace(flags, living=(None, None))
-        wanted = tuple(jax.tree.leaves(flags))
-    gradients = implementation.backward(inputs, *others, wanted=wanted)
-    found = [g for g, on in zip(gradients, wanted, strict=True) if on]
-    if not implementation.reads_raw and wanted[0]:  # with respect to the scaled query
-        found[0] = found[0] * given[0].logit_scale
-    return found
+    want: Any = jax.tree.unflatten(jax.tree.structure(given[0]), wanted)
+    want = dataclasses.replace(
+        want, living=jax.tree.map(lambda _: False, inputs.living)
+    )
+    asked = want
+    if inputs.head_scale is not None:
+        both = want.query or want.head_scale
+        asked = dataclasses.replace(want, query=both, head_scale=False)
+    gradients = implementation.backward(inputs, *others, wanted=jax.tree.leaves(asked))
+    structure = jax.tree.structure(inputs)
+    found: Any = jax.tree.unflatten(structure, gradients)
+    if inputs.head_scale is not None and asked.query:
+        found = _of_scaled(inputs, found)
+    each = map(jax.tree.leaves, (inputs, want))
+    return [
+        g.astype(x.dtype)
+        for g, x, on in zip(structure.flatten_up_to(found), *each, strict=True)
+        if on
+    ]
+
+
+def _of_scaled(inputs: AttentionInputs, found: AttentionInputs) -> AttentionInputs:
+    """Gradients of query and ``head_scale``, from that of their product."""
+    scale: Any = inputs.head_scale
+    query = plain(inputs).query.astype(scale.dtype)
+    d_scale = (found.query * query).sum((1, 3))[..., None, None]
+    shared = tuple(axis for axis in (0, 1) if scale.shape[axis] == 1)
+    return dataclasses.replace(
+        found,
+        query=found.query * scale.swapaxes(1, 2),
+        head_scale=d_scale.sum(shared, keepdims=True),
+    )
 
 
 def _lower(
@@ -165,7 +188,9 @@ def _bind(*leaves: Array, **static: Any) -> list[Array]:
 
 @attention_p.def_impl
 def _run_alone(*leaves: Array, **static: Any) -> list[Array]:
-    with jax.disable_jit(False):
+    # What JAX runs step by step to find a NaN is one step here, and a log-sum-exp of
+    # -inf is what it should be: the next step that yields one is named.
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         return _bind(*leaves, **static)
 
 
@@ -214,14 +239,12 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
     def forward(inputs: Any) -> tuple[tuple[Array, Array], PyTree]:
         wanted = _Wanted(tuple(x.perturbed for x in jax.tree.leaves(inputs)))
         inputs = jax.tree.map(lambda x: x.value, inputs)
-        output, lse = attend(inputs)
-        output = checkpoint_name(output, "attnlab_output")
-        lse = checkpoint_name(lse, "attnlab_lse")
-        return (output, lse), (wanted, inputs, output, lse)
+        output, kept = keep(*attend(inputs))
+        return (output, with_inf(kept)), (wanted, inputs, output, kept)
 
     def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
-        wanted, inputs, output, lse = saved
-        d_output, d_lse = cotangents
+        wanted, inputs, output, kept = saved
+        lse, (d_output, d_lse) = with_inf(kept), cotangents
         # Whatever gradient comes to a query that sees nothing, it stops here.
         sees = ~jnp.isneginf(lse)
         if isinstance(d_output, SymbolicZero):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab import modifiers, scores
+from attnlab import arguments, modifiers, scores
 from attnlab.masks import Mask, causal, dense, lengths, sliding_window
 from attnlab.masks import full as full_mask
 from attnlab.ops.attention import run_attention
@@ -235,9 +235,7 @@ def _lengths(query: Any, key: Any, batch: int) -> Mask | None:
 def _length(name: str, given: Any, batch: int) -> Array | None:
     if given is None:
         return None
-    given = as_array(name, given)
-    if not jnp.issubdtype(given.dtype, jnp.integer):
-        raise TypeError(f"{name}: expected integers, got {given.dtype}")
+    given = arguments.integers(name, given)
     if given.shape != (batch,):
         raise ValueError(
             f"{name}: expected one length for each example, shape {(batch,)}, "

@@ -1,23 +1,34 @@
 """From validated arguments to the canonical record that implementations take."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from attnlab import arguments
 from attnlab.implementations.plain import zero_dead
 from attnlab.implementations.tile import check_tile, precision_of
+from attnlab.masks.intervals import FAR
 from attnlab.masks.liveness import alive
 from attnlab.masks.planning import (
     blocks_of,
     head_count,
     normalise,
     normalise_tree,
+    reads_head,
 )
 from attnlab.ops.validate import Arguments, check_operand_shapes, is_wide_float
 from attnlab.prng import as_threefry
-from attnlab.types import Array, AttentionInputs, Operand, Score, skeleton
+from attnlab.scores.projected import bare
+from attnlab.types import (
+    Array,
+    AttentionInputs,
+    Operand,
+    Score,
+    accumulation_dtype,
+    skeleton,
+)
 
 #: Blocks in which liveness of slots is decided.
 _ALIVE_BLOCK = 512
@@ -44,32 +55,19 @@ def prepare(
     )
     t, heads = query.shape[1:3]
     s, key_heads = key.shape[1:3]
-    shape = (heads, t, s)
-
-    mask_operands = normalise_tree(args.mask.operands(t, s), batch, "mask")
-    check_operand_shapes(mask_operands, shape, "mask")
-    if head_count(args.mask) not in (1, heads):
-        raise ValueError(
-            f"mask: per_head got {head_count(args.mask)} masks for {heads} query heads"
-        )
-    mask_operands = jax.lax.stop_gradient(mask_operands)
+    seen = what_is_seen(args, batch, heads, t, s)
     modifier_operands = tuple(
         normalise_tree(m.operands(), batch, f"modifiers: {type(m).__name__}")
         for m in args.modifiers
     )
-    check_operand_shapes(modifier_operands, shape, "modifiers")
-    positions = query_positions, key_positions = positions_of(args, batch, t, s)
-    numbering = numbering_of(args)
-
-    fine = math.gcd(args.mask.grain or _ALIVE_BLOCK, _ALIVE_BLOCK)
-    size = fine if fine >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK
-    blocks = blocks_of(*positions, numbering, (size, size))
-    query_alive, key_alive = alive(args.mask, mask_operands, *positions, *blocks)
+    check_operand_shapes(modifier_operands, (heads, t, s), "modifiers")
+    query_positions, key_positions = seen.query_positions, seen.key_positions
+    query_alive, key_alive = seen.query_alive, seen.key_alive
     if key_alive is not None and key_alive.shape[1] > key_heads:
         # Query heads of one group share a key head.
         grouped = key_alive.reshape(key_alive.shape[0], key_heads, -1, s)
         key_alive = grouped.any(2)
-    score, logit_scale = args.score.without_scale(query.shape[-1])
+    score, logit_scale, head_scale = _without_scale(args.score, query)
     # Whoever reads the arrays can leave out dead slots; a projection must not see them.
     name = type(args.score).__name__
     projected = _project(score, query, key, name, precision)
@@ -90,23 +88,64 @@ def prepare(
         value,
         jax.tree.map(lambda x: _pair_operand(x, heads), args.score.pair_params()),
         modifier_operands,
-        mask_operands,
+        seen.operands,
         query_positions,
         key_positions,
         words,
         (query_alive, key_alive),
+        head_scale,
         score=skeleton(args.score),
         modifiers=skeleton(args.modifiers),
         mask=skeleton(args.mask),
         dropout_rate=float(dropout_rate),
         precision=precision,
         needs_lse=needs_lse,
-        numbering=numbering,
+        numbering=numbering_of(args),
         logit_scale=logit_scale,
     )
     if inputs.modifiers or not inputs.score.is_inner_product:
         check_tile(inputs)
     return inputs
+
+
+class Seen(NamedTuple):
+    """What a mask says of the slots.
+
+    Attributes:
+        operands: of the mask, normalised.
+        query_positions: ``[B or 1, N or 1, T, 1]``.
+        key_positions: ``[B or 1, 1, 1, S]``.
+        query_alive: ``[B or 1, N or 1, T]``; None: every query sees something.
+        key_alive: ``[B or 1, N or 1, S]``; None: every key is seen.
+    """
+
+    operands: Any
+    query_positions: Array
+    key_positions: Array
+    query_alive: Array | None
+    key_alive: Array | None
+
+
+def what_is_seen(
+    args: Arguments, batch: tuple[int, ...], heads: int, t: int, s: int
+) -> Seen:
+    """Which slots are alive; of the arguments, mask and positions count."""
+    operands = normalise_tree(args.mask.operands(t, s), batch, "mask")
+    check_operand_shapes(operands, (heads, t, s), "mask")
+    if head_count(args.mask) not in (1, heads):
+        raise ValueError(
+            f"mask: per_head got {head_count(args.mask)} masks for {heads} query heads"
+        )
+    operands = jax.lax.stop_gradient(operands)
+    query, key = positions_of(args, batch, t, s)
+    if head_count(args.mask) == 1 and reads_head(args.mask, operands):
+        # Where positions run along the heads, each head is asked.
+        query = jnp.broadcast_to(query, (query.shape[0], heads, t, 1))
+    positions = query, key
+    fine = math.gcd(args.mask.grain or _ALIVE_BLOCK, _ALIVE_BLOCK)
+    size = fine if fine >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK
+    blocks = blocks_of(*positions, numbering_of(args), (size, size))
+    return Seen(operands, *positions, *alive(args.mask, operands, *positions, *blocks))
 
 
 def numbering_of(args: Arguments) -> tuple[str, str]:
@@ -121,15 +160,16 @@ def positions_of(
 ) -> tuple[Array, Array]:
     """Positions as operands: ``[B or 1, 1, T, 1]`` and ``[B or 1, 1, 1, S]``."""
     if args.query_positions is not None:
-        positions = args.query_positions.astype(jnp.int32)[..., None, :, None]
+        positions = arguments.as_int32(args.query_positions)[..., None, :, None]
     else:
         offset = 0 if args.query_offset is None else args.query_offset
-        offset = jnp.asarray(offset, jnp.int32)
-        slots = jnp.arange(t, dtype=jnp.int32).reshape(*[1] * (offset.ndim + 1), t, 1)
-        positions = slots + offset[..., None, None, None]
+        offset = arguments.as_int32(jnp.asarray(offset))[..., None, None, None]
+        slots = jnp.arange(t, dtype=jnp.int32).reshape(*[1] * (offset.ndim - 2), t, 1)
+        # No position is beyond the greatest one.
+        positions = jnp.minimum(offset, FAR - slots) + slots
     query = normalise(Operand(positions), batch, "query_positions")
     if args.key_positions is not None:
-        positions = args.key_positions.astype(jnp.int32)[..., None, None, :]
+        positions = arguments.as_int32(args.key_positions)[..., None, None, :]
     else:
         positions = jnp.arange(s, dtype=jnp.int32)[None, None, :]
     return query, normalise(Operand(positions), batch, "key_positions")
@@ -145,6 +185,24 @@ def project_key(score: Score, key: Array, precision: Any) -> Array:
     """
     with precision_of(precision):
         return score.project_key(key)
+
+
+def _without_scale(score: Score, query: Array) -> tuple[Score, float, Array | None]:
+    """The score, the factor of its logits that is structure, and that which is data."""
+    if not score.is_inner_product:
+        return score, 1.0, None
+    name = type(bare(score)).__name__
+    score, scale = score.without_scale(query.shape[-1])
+    if isinstance(scale, float):
+        return score, scale, None
+    heads, scale = query.shape[2], jnp.asarray(scale)
+    if scale.shape not in ((), (1,), (heads,)):
+        raise ValueError(
+            f"score: {name} expected one factor or one for each of {heads} query "
+            f"heads, got shape {scale.shape}"
+        )
+    scale = scale.astype(accumulation_dtype(query.dtype))
+    return score, 1.0, scale.reshape(1, -1, 1, 1)
 
 
 def _project(
@@ -171,10 +229,12 @@ def _project(
                 f"score: {name}.{method} yields {after.dtype}, expected a floating "
                 "dtype of at least 16 bits"
             )
-    if projected[0].dtype != projected[1].dtype:
+    types = {x.dtype for x in projected}
+    wide = {accumulation_dtype(t) for t in types}
+    if len(wide) > 1 or len(types - wide) > 1:
         raise TypeError(
-            f"score: {name} projects the query to "
-            f"{projected[0].dtype} and the key to {projected[1].dtype}; they must agree"
+            f"score: {name} projects the query to {projected[0].dtype} and the key to "
+            f"{projected[1].dtype}; they must agree, or one be float32 and one 16 bits"
         )
     sizes = [x.shape[-1] for x in projected]
     if sizes[0] != sizes[1]:

@@ -10,10 +10,11 @@ import numpy as np
 from attnlab import arguments
 from attnlab.implementations.tile import precision_name
 from attnlab.masks.base import Mask, as_mask
+from attnlab.masks.intervals import FAR
 from attnlab.ops.choice import named
 from attnlab.scores.inner import ScaledDot
-from attnlab.scores.projected import check_score
-from attnlab.types import Array, ArrayLike, Modifier, Score
+from attnlab.scores.projected import ProjectedKeys, check_score
+from attnlab.types import Array, ArrayLike, Modifier, Score, accumulation_dtype
 
 
 class Options(TypedDict, total=False):
@@ -57,7 +58,8 @@ def is_wide_float(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2
 
 
-def _check_arrays(query: Any, key: Any, value: Any) -> None:
+def _check_arrays(query: Any, key: Any, value: Any, projected: bool) -> None:
+    """``projected``: the score made the key, and may have made it wider."""
     for name, x, letters in (
         ("query", query, "[..., T, N, H]"),
         ("key", key, "[..., S, K, H]"),
@@ -70,10 +72,13 @@ def _check_arrays(query: Any, key: Any, value: Any) -> None:
             )
         if not is_wide_float(dtype):
             raise TypeError(
-                f"{name}: expected a floating dtype of at least 16 bits, got {dtype}"
+                f"{name}: expected a floating dtype of at least 16 bits, got {dtype}; "
+                "cast it with .astype(jnp.bfloat16)"
             )
     for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
+        may_be_wide = projected and name == "key"
+        wide = accumulation_dtype(query.dtype) if may_be_wide else query.dtype
+        if x.dtype not in (query.dtype, wide):
             raise TypeError(
                 f"{name}: dtype {x.dtype} differs from the query's {query.dtype}; "
                 f"cast one with .astype"
@@ -106,21 +111,17 @@ def _check_positions(args: Arguments) -> None:
     ):
         if x is None:
             continue
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise TypeError(f"{name}: expected integers, got {x.dtype}")
+        arguments.check_integers(name, x)
         if x.shape not in ((length,), (*batch, length)):
             raise ValueError(
                 f"{name}: expected shape {(length,)} or {(*batch, length)}, "
                 f"got {x.shape}"
             )
     offset = args.query_offset
-    if offset is not None:
-        if not jnp.issubdtype(offset.dtype, jnp.integer):
-            raise TypeError(f"query_offset: expected integers, got {offset.dtype}")
-        if offset.shape not in ((), batch):
-            raise ValueError(
-                f"query_offset: expected a scalar or shape {batch}, got {offset.shape}"
-            )
+    if offset is not None and offset.shape not in ((), batch):
+        raise ValueError(
+            f"query_offset: expected a scalar or shape {batch}, got {offset.shape}"
+        )
     if args.query_positions is not None and offset is not None:
         raise ValueError(
             "query_offset, query_positions: give one of the two, got both; positions "
@@ -128,18 +129,31 @@ def _check_positions(args: Arguments) -> None:
         )
 
 
-def _as_offset(offset: Any) -> Any:
+def _as_offset(offset: Any, length: int) -> Any:
     """None for 0, which is structure; else data: a new one does not recompile."""
-    if isinstance(offset, bool):
-        raise TypeError("query_offset: expected an integer, got bool")
-    if isinstance(offset, (int, np.integer)):
-        return None if offset == 0 else jnp.int32(offset)
-    if not hasattr(offset, "dtype"):
+    is_int = isinstance(offset, (int, np.integer)) and not isinstance(offset, bool)
+    if not is_int and not hasattr(offset, "dtype"):
         raise TypeError(
             f"query_offset: expected an int or an integer array, "
             f"got {type(offset).__name__}"
         )
-    return offset
+    if is_int and offset == 0:
+        return None
+    checked = np.asarray(offset) if is_int else offset
+    arguments.check_integers("query_offset", checked)
+    if isinstance(checked, np.ndarray) and checked.size:
+        if checked.min() < 0:
+            raise ValueError(
+                f"query_offset: expected positions of at least 0, got {checked.min()}; "
+                "slots that hold no query have query_positions of -1"
+            )
+        last = int(checked.max()) + length - 1
+        if last > FAR:
+            raise ValueError(
+                f"query_offset: {checked.max()} is too great for {length} queries; the "
+                f"last position there is is {FAR}"
+            )
+    return jnp.asarray(checked, jnp.int32) if is_int else offset
 
 
 def _check_leaves(name: str, owner: Any) -> None:
@@ -226,7 +240,7 @@ def check(
     precision_name(precision)
     if implementation is not None:
         named(implementation)
-    _check_arrays(query, key, value)
+    _check_arrays(query, key, value, isinstance(score, ProjectedKeys))
     score = ScaledDot() if score is None else score
     check_score(score)
     _check_leaves("score", score)
@@ -268,7 +282,7 @@ def check(
         modifiers,
         sinks,
         dropout_rng if dropout_rate > 0 else None,
-        _as_offset(query_offset),
+        _as_offset(query_offset, query.shape[-3]),
         query_positions,
         key_positions,
     )

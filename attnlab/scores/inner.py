@@ -46,15 +46,17 @@ class ScaledDot(Score):
     def project_query(self, query: Array) -> Array:
         """See :class:`attnlab.Score`."""
         if self.scale is None:
-            return query * _default_scale(query.shape[-1])
-        return _times(query, "scale", self.scale).astype(query.dtype)
+            return _widened(query) * _default_scale(query.shape[-1])
+        return _times(query, "scale", self.scale)
 
-    def without_scale(self, head_size: int) -> tuple[Score, float]:
+    def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
         # A subclass may do more than this class.
-        if type(self) is ScaledDot and self.scale is None:
+        if type(self) is not ScaledDot:
+            return self, 1.0
+        if self.scale is None:
             return Dot(), _default_scale(head_size)
-        return self, 1.0
+        return Dot(), _factor("scale", self.scale)
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -112,14 +114,28 @@ class Bilinear(Score):
 
 
 @pytree
-class Cosine(Score):
+class _Directions(Score):
+    """Inner products of unit vectors, float32 where the vectors have 16 bits."""
+
+    def project_query(self, query: Array) -> Array:
+        """See :class:`attnlab.Score`."""
+        return _unit(query)
+
+    def project_key(self, key: Array) -> Array:
+        """See :class:`attnlab.Score`."""
+        return _unit(key)
+
+
+@pytree
+class Cosine(_Directions):
     """``score(q, k) = temperature * (q . k) / (|q| |k|)``: bounded by the temperature.
 
     Attributes:
         temperature: a number or ``[N]``; may be traced and differentiated.
 
     Numerics:
-        Norms are taken in float32; a zero vector has cosine 0 with everything.
+        Unit vectors are float32 where queries and keys have 16 bits, which would round
+        them; a zero vector has cosine 0 with everything.
 
     References:
         Graves, Wayne, Danihelka, "Neural Turing Machines", 2014, equation 6;
@@ -138,12 +154,14 @@ class Cosine(Score):
 
     def project_query(self, query: Array) -> Array:
         """See :class:`attnlab.Score`."""
-        found = _times(_unit(query), "temperature", self.temperature)
-        return found.astype(query.dtype)
+        return _times(_unit(query), "temperature", self.temperature)
 
-    def project_key(self, key: Array) -> Array:
+    def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
-        return _unit(key).astype(key.dtype)
+        # A subclass may do more than this class.
+        if type(self) is not Cosine:
+            return self, 1.0
+        return _Directions(), _factor("temperature", self.temperature)
 
     def flops_per_query(self, head_size: int) -> int:
         """See :class:`attnlab.Score`."""
@@ -159,24 +177,34 @@ def _default_scale(head_size: int) -> float:
     return 1 / math.sqrt(max(head_size, 1))
 
 
+def _widened(x: Array) -> Array:
+    return x.astype(accumulation_dtype(x.dtype))
+
+
+def _factor(name: str, x: Any) -> Array:
+    """A number or ``[N]``; ``name``: of it, for errors."""
+    factor = jnp.asarray(arguments.real(name, x))
+    if factor.ndim > 1:
+        raise ValueError(f"{name}: expected a number or [N], got shape {factor.shape}")
+    return factor
+
+
 def _times(x: Array, name: str, factor: Any) -> Array:
     """``[*, N, H]`` times a number or ``[N]``, in the accumulation type.
 
     ``name``: of the factor, for errors.
     """
-    factor = jnp.asarray(arguments.real(name, factor))
+    x, factor = _widened(x), _factor(name, factor)
     heads = x.shape[-2]
     if factor.shape not in ((), (1,), (heads,)):
         raise ValueError(
             f"{name}: expected a number or [{heads}], got shape {factor.shape}"
         )
-    dtype = accumulation_dtype(x.dtype)
-    factor = factor.astype(dtype).reshape((1,) * (x.ndim - 2) + (-1, 1))
-    return x.astype(dtype) * factor
+    return x * factor.astype(x.dtype).reshape((1,) * (x.ndim - 2) + (-1, 1))
 
 
 def _unit(x: Array) -> Array:
-    x = x.astype(accumulation_dtype(x.dtype))
+    x = _widened(x)
     square = (x * x).sum(-1, keepdims=True)
     # The inner where keeps the gradient of a zero vector finite.
     return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1))

@@ -16,7 +16,7 @@ class ProjectedKeys(Score):
         """See :class:`attnlab.Score`."""
         return self.score.project_query(query)
 
-    def without_scale(self, head_size: int) -> tuple[Score, float]:
+    def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
         if type(self) is not ProjectedKeys:
             return self, 1.0

@@ -68,6 +68,20 @@ def test_what_it_refuses(options, reason):
         explain(x, x, x, implementation="splash", platform="tpu", **options)
 
 
+def test_a_scale_that_would_round_queries_is_refused():
+    def ask(head_size, dtype, score=None):
+        x = jax.ShapeDtypeStruct((1, 256, 2, head_size), dtype)
+        options = dict(implementation="splash", platform="tpu")
+        return explain(x, x, x, score=score, **options).implementation
+
+    for taken in ((64, jnp.bfloat16), (128, jnp.float32)):
+        assert ask(*taken) == "splash"
+    learned = scores.scaled_dot(jnp.float32(0.5))
+    for refused in ((128, jnp.bfloat16), (64, jnp.bfloat16, learned)):
+        with pytest.raises(NotImplementedError, match="no power of two.*bfloat16"):
+            ask(*refused)
+
+
 def test_x64_mode():
     x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
     ask = lambda: explain(x, x, x, implementation="splash", platform="tpu")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from attnlab import attention, explain, masks, scores
+from attnlab import attention, cost, explain, masks, scores
 from attnlab.masks.base import And, Full, Not
 from attnlab.masks.structural import Window
 from attnlab.modifiers.bias import Bias
@@ -38,6 +38,14 @@ class EvenKeys(Full):
 
 
 @pytree
+class Turns(Full):
+    """Another half of the keys for each head."""
+
+    def visible(self, tile, operands):
+        return (tile.key_positions + tile.head) % 2 == 0
+
+
+@pytree
 class Holes(Window):
     def visible(self, tile, operands):
         return super().visible(tile, operands) & (tile.key_positions % 3 != 1)
@@ -63,6 +71,10 @@ ROWS, COLS = np.arange(T)[:, None], np.arange(T)[None, :]
 BEFORE = (COLS <= ROWS) & (COLS >= ROWS - 3)
 MASKS = {
     "full": (EvenKeys(), COLS % 2 == 0),
+    "heads": (
+        Turns() & ~masks.anchor([0, 1, 2]),
+        ((COLS + np.arange(N)[:, None, None]) % 2 == 0) & (ROWS > 2) & (COLS > 2),
+    ),
     "window": (Holes(9, 9), (abs(ROWS - COLS) <= 9) & (COLS % 3 != 1)),
     "and": (
         Xor(PARTS) & masks.causal(),
@@ -79,13 +91,16 @@ MASKS = {
 def test_masks_that_show_something_else(name, implementation, monkeypatch, tile):
     tile(16, 8)
     interpreted.register(monkeypatch)
-    if implementation == "jax_nn" and name != "full":
-        return
     mask, visible = MASKS[name]
     found = attention(
         Q, K, V, mask=mask, score=scores.dot(), implementation=implementation
     )
     np.testing.assert_allclose(found, softmax(DOT, visible), atol=1e-5)
+
+
+def test_pairs_of_a_mask_that_reads_the_head():
+    mask, visible = MASKS["heads"]
+    assert cost(Q, K, V, mask=mask).pairs == visible.sum()
 
 
 def test_a_mask_that_says_what_it_means_keeps_it():

@@ -332,3 +332,12 @@ def test_query_of_rank_one_to_what_was_projected():
     layer = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"query: expected .* got shape \(8,\)"):
         layer.attend(inputs(8), layer.project(inputs(1, 4, 8)))
+
+
+def test_eight_bits_are_refused():
+    layer = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 3, 8), jnp.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"^query: .* got float8_e4m3fn; .*bfloat16"):
+        layer(x)
+    with pytest.raises(TypeError, match=r"^key: .* got float8_e4m3fn; .*bfloat16"):
+        layer(jnp.ones((1, 3, 8)), x)

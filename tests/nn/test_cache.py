@@ -162,6 +162,30 @@ def test_a_cache_of_another_type_or_batch_is_refused():
             attention.decode(wrong, cache)
 
 
+def test_a_cache_keeps_16_bits_of_unit_vectors():
+    """What a step makes of a key is float32, for its own comparison."""
+    attention = nn.MultiHeadAttention(
+        N * H,
+        N,
+        mask=masks.causal(),
+        score=scores.cosine(2.0),
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+        rngs=nnx.Rngs(0),
+    )
+    x = jax.random.normal(jax.random.key(0), (B, T, N * H), jnp.bfloat16)
+    whole = attention(x)
+    memory = attention.project(x)
+    assert memory.key.dtype == jnp.float32
+    assert memory.value.dtype == whole.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(attention.attend(x, memory), whole)
+    cache = nn.full_cache(B, T, N, H, dtype=jnp.bfloat16)
+    found, cache = attention.decode(x, cache)
+    assert cache.key.dtype == jnp.bfloat16
+    off = jnp.abs(found.astype(jnp.float32) - whole.astype(jnp.float32)).max()
+    assert off <= 2.0**-6 * jnp.abs(whole.astype(jnp.float32)).max()
+
+
 def test_other_examples():
     cache = nn.full_cache(3, 4, K, H)
     cache = jax.tree.map(

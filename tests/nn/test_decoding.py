@@ -316,6 +316,12 @@ def test_positions_that_were_not_learned_are_refused():
         nn.greedy(model.decode, model.start(1, 9), prompt, length=4, end=9)
 
 
+def test_logits_that_cannot_be_restricted():
+    for logits in (jnp.ones(3, jnp.float8_e4m3fn), jnp.ones(3, jnp.int32)):
+        with pytest.raises(TypeError, match=r"^logits: .* 16 bits, .*float32"):
+            nn.restrict(logits, top_k=1)
+
+
 def test_top_p_keeps_at_least_one():
     kept = nn.restrict(jnp.log(jnp.array([0.9, 0.1])), top_p=0.01)
     np.testing.assert_array_equal(jnp.isinf(kept), [False, True])

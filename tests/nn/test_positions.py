@@ -158,6 +158,17 @@ def test_clipped_relative_is_the_papers_equation():
     np.testing.assert_allclose(layer(x), layer.out(heads), atol=1e-5)
 
 
+def test_parts_of_logits_are_never_in_16_bits():
+    types = dict(param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    position = nn.ClippedRelative(8, left=2, right=1, **types)
+    query = jax.random.normal(jax.random.key(0), (1, 3, 2, 8), jnp.bfloat16)
+    (made,) = position.modifiers(query)
+    q, table = (np.asarray(x, np.float64) for x in (query, position.table[...]))
+    wanted = np.einsum("btnh,rh->bntr", q, table) / 8**0.5
+    assert made.sums.dtype == jnp.float32
+    np.testing.assert_allclose(made.sums, wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_learned_positions_end():
     learned = nn.Learned(4, 8, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="positions: expected less than 4.* got 4"):

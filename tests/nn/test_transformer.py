@@ -394,6 +394,149 @@ def test_memory_without_cross_attention_and_the_reverse():
         block(x)
 
 
+LENGTHS = jnp.array([3, 4])
+REAL = np.arange(4) < np.array(LENGTHS)[:, None]
+PLACES = np.where(REAL, np.arange(4), -1).astype(np.int32)
+
+
+def of_paddings(model, run, x, paddings):
+    """The sum of the real tokens' outputs, and gradients, for each padding of x."""
+    real = REAL.reshape(*REAL.shape, *[1] * (x.ndim - 2))
+
+    @nnx.jit
+    def both(model, x):
+        return nnx.value_and_grad(
+            lambda model: jnp.where(REAL[..., None], run(model, x), 0).sum()
+        )(model)
+
+    return [jax.tree.leaves(both(model, jnp.where(real, x, p))) for p in paddings]
+
+
+def blocks():
+    options = {"features": 8, "num_heads": 2, "hidden_features": 8}
+    return nn.make_blocks(2, residual=nn.PreNorm, rngs=nnx.Rngs(0), **options)
+
+
+def both_sides(model, x):
+    return model(x, mask=masks.lengths(LENGTHS, LENGTHS))
+
+
+PADDED = {
+    "dense": (
+        lambda: nn.MultiHeadAttention(8, 2, mask=masks.causal(), rngs=nnx.Rngs(0)),
+        lambda m, x: m(x, mask=REAL[:, None, :, None] & REAL[:, None, None, :]),
+    ),
+    "positions": (
+        lambda: nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0)),
+        lambda m, x: m(x, query_positions=PLACES, key_positions=PLACES),
+    ),
+    "cross-attention": (
+        lambda: nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0)),
+        lambda m, x: m(jnp.ones((2, 4, 8)), x, mask=masks.lengths(key=LENGTHS)),
+    ),
+    "projected before": (
+        lambda: nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0)),
+        lambda m, x: m.attend(
+            x,
+            m.project(x, positions=PLACES),
+            query_positions=PLACES,
+            key_positions=PLACES,
+        ),
+    ),
+    "alignment": (
+        lambda: nn.Alignment.projected(8, 8, 4, rngs=nnx.Rngs(0)),
+        lambda m, x: m.attend(
+            jnp.ones((2, 4, 8)), m.project(x, positions=PLACES), key_positions=PLACES
+        ),
+    ),
+    "anchors": (
+        lambda: nn.MultiHeadAttention(
+            8,
+            2,
+            mask=masks.longformer(window=2, anchors=1),
+            anchors=nn.AnchorProjections(8, 2, 4, positions=1, rngs=nnx.Rngs(1)),
+            rngs=nnx.Rngs(0),
+        ),
+        both_sides,
+    ),
+    "block": (lambda: blocks()[0], lambda m, x: m(x, mask=masks.documents(PLACES))),
+    "stack": (lambda: nn.Stack(blocks()), both_sides),
+    "scan": (
+        lambda: nn.Stack(blocks(), scan=True),
+        lambda m, x: m(x, query_positions=PLACES),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_reaches_no_gradient(name):
+    make, run = PADDED[name]
+    model = make()
+    x = jax.random.normal(jax.random.key(0), (2, 4, 8))
+    wanted, *found = of_paddings(model, run, x, (0, jnp.nan, jnp.inf))
+    for leaves in found:
+        for one, other in zip(leaves, wanted, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_tokens_in_padding_need_no_vector():
+    """Beyond the vocabulary there is none: Flax yields NaN."""
+    model = nn.Encoder.standard(
+        5, num_layers=1, features=8, num_heads=2, rngs=nnx.Rngs(0)
+    )
+    tokens = jnp.ones((2, 4), jnp.int32)
+    found, wanted = of_paddings(model, both_sides, tokens, (99, 0))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_what_a_query_sees_shows():
+    """A key that somebody sees is no padding, whatever it holds."""
+    layer = nn.MultiHeadAttention(8, 2, mask=masks.causal(), rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 4, 8)).at[0, 2].set(jnp.nan)
+    assert np.isnan(layer(x)[0, 2:]).all()
+
+
+MEMORY_MASKS = {
+    "one for all examples": np.arange(4)[None, None, None, :] < 3,
+    "combined": masks.dense(np.arange(4)[None, :] < 3) & masks.lengths(key=LENGTHS),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY_MASKS)
+def test_a_memory_mask_is_reordered_with_the_beams(name):
+    mask = MEMORY_MASKS[name]
+    model = nn.Decoder.standard(
+        5, num_layers=1, features=8, num_heads=2, cross_attention=True, rngs=nnx.Rngs(0)
+    )
+    memory = jax.random.normal(jax.random.key(0), (2, 4, 8))
+    prompt = jnp.zeros((2, 1), jnp.int32)
+    state = model.start(2, 3, memory, memory_mask=mask)
+    found = nn.beam_search(model.decode, state, prompt, beams=2, length=3, end=9)
+    tokens = found.tokens[:, 0]
+    given = jnp.concatenate([prompt, tokens[:, :-1]], 1)
+    log_p = jax.nn.log_softmax(model(given, memory, memory_mask=mask))
+    gains = jnp.take_along_axis(log_p, tokens[..., None], 2)[..., 0]
+    np.testing.assert_allclose(gains.sum(1), found.scores[:, 0], atol=1e-4)
+
+
+def test_memory_masks_that_do_not_lead_with_the_batch():
+    model = nn.Decoder.standard(
+        5, num_layers=1, features=8, num_heads=2, cross_attention=True, rngs=nnx.Rngs(0)
+    )
+    for mask in (masks.lengths(key=np.array(3)), np.ones((3, 1, 1, 4), bool)):
+        with pytest.raises(ValueError, match="memory_mask: .* lead with a batch of 2"):
+            model.start(2, 3, jnp.ones((2, 4, 8)), memory_mask=mask)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_flax_tabulates_decoders(scan):
+    model = nn.Decoder.standard(
+        5, num_layers=2, features=8, num_heads=2, scan=scan, rngs=nnx.Rngs(0)
+    )
+    assert " Block " in nnx.tabulate(model, jnp.zeros((1, 3), jnp.int32))
+
+
 def test_errors_of_stacks():
     with pytest.raises(ValueError, match="blocks: expected at least one"):
         nn.Stack([])

@@ -205,6 +205,17 @@ def test_copies_are_compared_and_stand_in_for_each_other():
     np.testing.assert_array_equal(ours.table.embedding[...], table)
 
 
+def test_copies_of_what_another_part_takes():
+    names = weights.t5(1)
+    norm = nnx.RMSNorm(FEATURES, rngs=nnx.Rngs(0))
+    scale = np.arange(FEATURES, dtype=np.float32)
+    tensors = {"encoder.final_layer_norm.weight": scale}
+    tensors |= {"encoder.embed_tokens.weight": np.ones((VOCABULARY, FEATURES))}
+    for part in (names.of("encoder.stack.norm"), names.of("encoder").of("stack.norm")):
+        weights.load(norm, tensors, part)
+        np.testing.assert_array_equal(norm.scale[...], scale)
+
+
 def test_a_wrong_shape():
     tensors = checkpoint()
     name = "encoder.layer.0.output.dense.weight"
@@ -508,6 +519,10 @@ def test_foreign_files_and_sources(save, tmp_path):
     message = refused(encoder(), file, weights.bert(LAYERS))
     assert message.startswith(f"{file}: tensor 'embeddings.")
     assert "cannot be read; convert it to float32" in message
+    # The file of another model.
+    save({"a": np.ones(3)}, file)
+    message = refused(encoder(), tmp_path, weights.bert(LAYERS))
+    assert message.startswith(f"{tmp_path}: weights do not fit:\n")
     message = refused(encoder(), [("a", 1)], weights.bert(LAYERS), TypeError)
     assert "source: expected a path or arrays by name, got list" in message
 

@@ -357,7 +357,7 @@ ERRORS = {
     "lengths dtype": (
         call(query_seq_lengths=np.ones(B)),
         TypeError,
-        "query_seq_lengths: expected integers, got float32",
+        "query_seq_lengths: expected integers, got float",
     ),
     "lengths shape": (
         call(key_value_seq_lengths=np.ones(3, int)),

@@ -371,13 +371,13 @@ CASES = {
     ),
     "imaginary scale": (
         call(score=scores.scaled_dot(1j)),
-        ValueError,
+        TypeError,
         "scale: expected real numbers, got complex",
     ),
     "temperature of other heads": (
         call(score=scores.cosine(np.ones(5, "f"))),
         ValueError,
-        r"temperature: expected a number or \[6\], got shape \(5,\)",
+        r"score: Cosine expected one factor or .* 6 query heads, got shape \(5,\)",
     ),
     "projected keys of nothing": (
         lambda: scores.projected_keys(scores.dot),

@@ -148,7 +148,9 @@ class Native(Implementation):
             results.append(jax.ShapeDtypeStruct(shape if on else (0,), dtype))
             return len(results) - 1
 
-        result((s.B, s.T, s.N, s.P), inputs.query.dtype, want.query)
+        narrow, wide = inputs.query.dtype, inputs.accumulation_dtype
+        query_type = narrow if inputs.head_scale is None else wide
+        result((s.B, s.T, s.N, s.P), query_type, want.query)
         result((s.B, s.S, s.K, s.P), inputs.key.dtype, want.key)
         result((s.B, s.S, s.K, s.D), inputs.value.dtype, want.value)
         # Room for the kernel: gradients of the queries a slice, and of the rows' sums.
@@ -219,13 +221,7 @@ class Native(Implementation):
             structure = jax.tree.structure(inputs.pair_params)
             gradients["pair_params"] = jax.tree.unflatten(structure, d_params)
         bare = dataclasses.replace(skeleton(inputs), **gradients)
-        leaves, structure = jax.tree.flatten(inputs)
-        return [
-            gradient.astype(leaf.dtype) if on else None
-            for gradient, leaf, on in zip(
-                structure.flatten_up_to(bare), leaves, wanted, strict=True
-            )
-        ]
+        return jax.tree.structure(inputs).flatten_up_to(bare)
 
 
 def _sum(x: Array, operand: Array) -> Array:
@@ -305,7 +301,10 @@ class _Call:
             param_gradient,
             words,
             d_lse,
-            *(-1 if x is None else self.add(x) for x in inputs.living),
+            *(
+                -1 if x is None else self.add(x)
+                for x in (*inputs.living, inputs.head_scale)
+            ),
             len(inputs.modifiers),
             *modifiers,
             *mask_program(inputs.mask, inputs.mask_operands, self.buffers, self.bits),

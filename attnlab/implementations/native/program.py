@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.masks.base import And, Full, Mask, Not, Or
-from attnlab.masks.data import AnchorIndices, Dense, Documents, Lengths
+from attnlab.masks.data import Dense, Documents, Lengths
 from attnlab.masks.layouts import BlockLayout
+from attnlab.masks.patterns import AnchorIndices
 from attnlab.masks.per_head import PerHead
 from attnlab.masks.structural import Anchor, Chunked, Window
 from attnlab.modifiers.bias import Bias, SoftCap

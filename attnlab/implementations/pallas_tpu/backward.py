@@ -33,6 +33,7 @@ from attnlab.implementations.pallas_tpu.logits import Part, Rules
 from attnlab.implementations.pallas_tpu.memory import bytes_needed, segment_of
 from attnlab.implementations.pallas_tpu.operands import Place
 from attnlab.implementations.pallas_tpu.steps import Step, by_key, run_if
+from attnlab.implementations.tile import scaled
 from attnlab.implementations.walk import Tiles
 from attnlab.masks.planning import plan_of
 from attnlab.types import Array, AttentionInputs, skeleton
@@ -159,15 +160,14 @@ class Backward:
             x = jnp.pad(x, pad, constant_values=fill)
             return x.transpose(0, 2, 1)[:, :, None]
 
+        key = inputs.key.astype(self.compare.dtype)
         # With copies of their edge: a modifier's slope may be infinite at 0.
         query, key_down, key_across = (
-            heads_first(
-                x.astype(self.compare.dtype), length, transposed=turned, padding="edge"
-            )
+            heads_first(x, length, transposed=turned, padding="edge")
             for x, length, turned in (
-                (inputs.query, rows, across),
-                (inputs.key, cols, False),
-                (inputs.key, cols, True),
+                (self.compare.query, rows, across),
+                (key, cols, False),
+                (key, cols, True),
             )
         )
         yield query, self._by_query(s.P, across)
@@ -256,8 +256,8 @@ class Backward:
             return None if found is None else like(found, operand)
 
         gradients: dict[str, Any] = {
-            "query": d_query[:, : s.T],
-            "key": by_key(d_key),
+            "query": scaled(inputs, d_query[:, : s.T], None),
+            "key": by_key(d_key) * self.compare.factor,
             "value": by_key(d_value),
             "modifier_operands": jax.tree.map(
                 modifier, self.rules.modifiers, inputs.modifier_operands
@@ -267,13 +267,8 @@ class Backward:
             made = self.compare.finish_gradients(params)
             gradients["pair_params"] = jax.tree.map(like, made, inputs.pair_params)
         bare = dataclasses.replace(skeleton(inputs), **gradients)
-        leaves, structure = jax.tree.flatten(inputs)
-        return [
-            gradient.astype(leaf.dtype) if on else None
-            for gradient, leaf, on in zip(
-                structure.flatten_up_to(bare), leaves, self.wanted, strict=True
-            )
-        ]
+        found = jax.tree.structure(inputs).flatten_up_to(bare)
+        return [x if on else None for x, on in zip(found, self.wanted, strict=True)]
 
     def _kernel(self, *refs: Any) -> None:
         taken = iter(refs)
@@ -356,9 +351,10 @@ class _Block:
         q, d_o, shift, delta, k, k_across, v = self.sides
         sums = [ref for _, ref, _ in self.windows[len(self.backward.learned) :]]
         sums = [ref.at[self.step.member] for ref in sums]
-        given = Given(q, k, k_across, self.own, self.room, product)
         for first in range(0, blocks.k, blocks.chunk):
             part = Part(self.place, first, blocks.chunk)
+            scale = rules.scale(part, self.given)
+            given = Given(q, k, k_across, self.own, self.room, product, scale)
             z = compare.logits_again(given, part)
             z, pull = self._modified(part, z)
             if masked:

@@ -14,6 +14,7 @@ from attnlab.implementations.pallas_tpu.blocks import Blocks
 from attnlab.implementations.pallas_tpu.call import NT, Products
 from attnlab.implementations.pallas_tpu.logits import Part
 from attnlab.implementations.pallas_tpu.operands import Place, Reader
+from attnlab.implementations.plain import scaled_query, scaling_rounds
 from attnlab.modifiers.bias import SoftCap
 from attnlab.scores.pairwise import Additive, Mlp
 from attnlab.scores.projected import bare, known
@@ -40,6 +41,7 @@ class Given(NamedTuple):
         params: to ``Comparison.params``.
         room: to ``Comparison.room``.
         product: of matrices.
+        scale: ``head_scale``; None where there is none, or queries have it.
     """
 
     q: Any
@@ -48,14 +50,15 @@ class Given(NamedTuple):
     params: Sequence[Any]
     room: Sequence[Any]
     product: Products
+    scale: Any
 
 
 class Sums(NamedTuple):
     """References to the gradients that a comparison adds to.
 
     Attributes:
-        q: ``[P, queries]``.
-        k: ``[keys, P]``.
+        q: ``[P, queries]``; of inner products, as if their scale were 1.
+        k: ``[keys, P]``; of inner products, less ``Comparison.factor``.
         params: of ``Comparison.gradient_shapes``; none where nobody asks.
     """
 
@@ -77,7 +80,25 @@ class Comparison:
     @property
     def dtype(self) -> Any:
         """In which the kernel holds queries and keys."""
-        return self.inputs.query.dtype
+        key, query = self.inputs.key.dtype, self.inputs.query.dtype
+        return query if key == query else f32
+
+    @property
+    def query(self) -> Array:
+        """As the kernel reads it: scaled, where that rounds nothing."""
+        inputs = self.inputs
+        exact = not scaling_rounds(inputs)
+        return (scaled_query(inputs) if exact else inputs.query).astype(self.dtype)
+
+    @property
+    def factor(self) -> float:
+        """The constant part of a scale that queries do not have."""
+        return self.inputs.logit_scale if scaling_rounds(self.inputs) else 1.0
+
+    def _scaled(self, z: Array, scale: Any) -> Array:
+        if self.factor != 1:
+            scale = self.factor if scale is None else self.factor * scale
+        return _times(z, scale)
 
     def bound(self) -> Array | None:
         """What no logit exceeds in size; None: unknown."""
@@ -87,7 +108,7 @@ class Comparison:
             return capped
         norms = [
             jnp.square(x.astype(f32)).sum(-1).max(1, initial=0)
-            for x in (inputs.query, inputs.key)
+            for x in (scaled_query(inputs, f32), inputs.key)
         ]
         queries = norms[0].reshape(*norms[1].shape, -1)
         return jnp.sqrt((queries * norms[1][..., None]).max(initial=0))
@@ -102,11 +123,13 @@ class Comparison:
 
     def logits(self, given: Given, part: Part) -> Array:
         """Of a part of the keys, ``[keys, queries]``."""
-        return given.product(given.k[part.keys, :], given.q[...])
+        z = given.product(given.k[part.keys, :], given.q[...])
+        return self._scaled(z, given.scale)
 
     def logits_again(self, given: Given, part: Part) -> Array:
         """As ``logits``, in the backward pass: see ``queries_across``."""
-        return given.product(given.k[part.keys, :], given.q[...], NT)
+        z = given.product(given.k[part.keys, :], given.q[...], NT)
+        return self._scaled(z, given.scale)
 
     def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
         """Of what ``pull`` sums for the parameters of one head."""
@@ -115,7 +138,7 @@ class Comparison:
     def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
         """Adds what a gradient ``d [keys, queries]`` makes of those of the inputs."""
         sums.q[...] += given.product(given.k_across[:, part.keys], d)
-        sums.k[part.keys, :] += given.product(d, given.q[...])
+        sums.k[part.keys, :] += given.product(_times(d, given.scale), given.q[...])
 
     def finish_gradients(self, found: Sequence[Array]) -> Any:
         """Sums ``[B, N, *shape]`` as gradients ``[B, N, 1, 1, *payload]``."""
@@ -337,6 +360,10 @@ class _MlpComparison(Comparison):
             for x, leaf in zip(found, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, found)
+
+
+def _times(x: Array, scale: Any) -> Array:
+    return x if scale is None else x * scale
 
 
 def _loop(count: int, body: Callable[[Array, Any], Any], start: Any) -> Any:

@@ -68,7 +68,7 @@ def _forward(
     rules = Rules(inputs, tiles, place)
     compare = comparison(inputs)
     arrays = [
-        heads_first(inputs.query.astype(compare.dtype), rows, transposed=True),
+        heads_first(compare.query, rows, transposed=True),
         heads_first(inputs.key.astype(compare.dtype), cols, transposed=False),
         heads_first(inputs.value, cols, transposed=True),
     ]
@@ -108,7 +108,8 @@ def _forward(
             sums[...] = jnp.zeros_like(sums)
 
         def logits(part: Part, masked: bool) -> Array:
-            z = compare.logits(Given(q, k, None, own, room, product), part)
+            scale = rules.scale(part, given)
+            z = compare.logits(Given(q, k, None, own, room, product, scale), part)
             z = rules.modify(z, part, given, rules.read_modifiers(part, given))
             return rules.hide(z, part, given) if masked else z
 

@@ -13,6 +13,7 @@ from attnlab.implementations.pallas_tpu.operands import (
     bits,
     visibility,
 )
+from attnlab.implementations.plain import scaling_rounds
 from attnlab.implementations.tile import kept, modify
 from attnlab.implementations.walk import Tiles
 from attnlab.masks.base import Full
@@ -50,6 +51,9 @@ class Rules:
             None if queries == "index" else readers.add(inputs.query_positions, -1),
             None if keys == "index" else readers.add(inputs.key_positions, -1),
         )
+        self.head_scale = None
+        if inputs.head_scale is not None and scaling_rounds(inputs):
+            self.head_scale = readers.add(inputs.head_scale)
         self.modifiers = jax.tree.map(readers.add, inputs.modifier_operands)
         self.words = jax.tree.map(readers.add, inputs.dropout_words)
         self.padded = tiles.nk * tiles.bk > inputs.sizes.S
@@ -82,6 +86,12 @@ class Rules:
     def read(self, number: int, part: Part, refs: Any) -> Array:
         """An operand, ``[keys, queries]`` or a scalar."""
         return self.readers.readers[number].read(refs[number], *part)
+
+    def scale(self, part: Part, refs: Any) -> Any:
+        """``head_scale`` of a head; None where there is none, or queries have it."""
+        if self.head_scale is None:
+            return None
+        return self.read(self.head_scale, part, refs)
 
     def modify(self, logits: Array, part: Part, refs: Any, operands: Any) -> Array:
         """Applies the modifiers."""

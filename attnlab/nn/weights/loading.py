@@ -43,7 +43,8 @@ def load(module: nnx.Module, source: Source, names: Names) -> None:
         ValueError: if a tensor is missing, has another shape, is left over, or is a
             copy that differs; if the map lacks a parameter; if arrays of the module
             that are no parameters have no values; or if a file is damaged, is no
-            safetensors file (a pickle), or lies outside the folder.
+            safetensors file (a pickle), or lies outside the folder. The message names
+            the file or folder.
         FileNotFoundError: if there is no such file.
         TypeError: if the source is something else.
         ImportError: if safetensors is not installed.
@@ -78,7 +79,7 @@ def load(module: nnx.Module, source: Source, names: Names) -> None:
         unused, ignored = _unused(shapes, found, names)
         problems = [*_without_values(module), *_unmade(shapes, found, names), *unused]
         # Only what has the right shapes is read.
-        _refuse(problems or _different(needed, found, names))
+        _refuse(problems or _different(needed, found, names), source)
         loaded = []
         for at, (path, variable) in params.items():
             value, recipe = variable.get_value(), names.recipes[at]
@@ -127,11 +128,12 @@ def _needed(shapes: Mapping[str, tuple[int, ...]], names: Names) -> set[str]:
     return {name for recipe in recipes for name in recipe.names}
 
 
-def _refuse(problems: Sequence[str]) -> None:
+def _refuse(problems: Sequence[str], source: Source) -> None:
     if problems:
+        where = "" if isinstance(source, Mapping) else f"{source}: "
         more = len(problems) - _LISTED
         listed = [*problems[:_LISTED], *([f"... and {more} more"] if more > 0 else [])]
-        raise ValueError("weights do not fit:\n  " + "\n  ".join(listed))
+        raise ValueError(f"{where}weights do not fit:\n  " + "\n  ".join(listed))
 
 
 def _without_values(module: nnx.Module) -> list[str]:

@@ -114,8 +114,8 @@ class Names(NamedTuple):
             there they must be equal; where one is missing the other is taken.
         prefixed: the same map for checkpoints with another prefix of their names. That
             which finds most tensors is taken; this one, if none finds more.
-        elsewhere: in the map of a part, tensors of the other parts; None: it is the map
-            of a whole.
+        elsewhere: in the map of a part, tensors of the other parts and their copies;
+            None: it is the map of a whole.
     """
 
     recipes: Mapping[str, Recipe]
@@ -143,14 +143,16 @@ class Names(NamedTuple):
         if not own:
             raise KeyError(f"{path!r}: the map has no parameters there")
         used = {name for recipe in own.values() for name in recipe.names}
-        all_used = {name for recipe in self.recipes.values() for name in recipe.names}
+        every = {name for recipe in self.recipes.values() for name in recipe.names}
+        others = every - used
+        others |= {copy for copy, name in self.copies.items() if name in others} - used
         # ``x.self.query.weight``: two levels up, all else of ``x.self.``.
         near = {".".join([*name.split(".")[:-2], ""]).lstrip(".") for name in used}
         return self._replace(
             recipes=own,
             within=tuple(sorted(near)),
             prefixed=tuple(names.of(path) for names in self.prefixed),
-            elsewhere=frozenset(all_used - used) | (self.elsewhere or frozenset()),
+            elsewhere=frozenset(others) | (self.elsewhere or frozenset()),
         )
 
 

@@ -52,6 +52,7 @@ INLINE float* query_gradient(const Problem& c, int64_t slice, int64_t b, int64_t
 template <class E>
 struct BackPanel {
   Panel panel;
+  Scale scale;
   E *q, *d_o;               // [P][kLanes], [D][kLanes], or pairs
   E *q_across, *d_o_across;  // [kLanes][stride], or pairs of lanes
   float shift[kLanes], delta[kLanes];
@@ -62,9 +63,10 @@ void load_panel(const Problem& c, Work<E>& w, int64_t b, int64_t n, int64_t t0, 
                 BackPanel<E>& s) {
   const int64_t p_stride = up(c.P, kWidth), d_stride = up(c.D, kWidth);
   s.panel = Panel(c, b, n, t0, t1);
+  s.scale = scale_of(c, b, n, (E*)0);
   float* rows = w.rows.get(kLanes * (p_stride + d_stride));
   float* d_rows = rows + kLanes * p_stride;
-  load_rows(c, c.arg(0), s.panel, c.P, p_stride, (float)c.call.logit_scale, rows);
+  load_rows(c, c.arg(0), s.panel, c.P, p_stride, s.scale.queries, rows);
   load_rows(c, c.arg(11), s.panel, c.D, d_stride, (float)c.call.keep_scale, d_rows);
   s.q = w.q.get(up(c.P, 2) * kLanes), s.d_o = w.d_o.get(up(c.D, 2) * kLanes);
   to_lanes(rows, p_stride, c.P, s.q);
@@ -116,7 +118,7 @@ struct BackTile {
       additive_logits<true>(network, (const float*)s.q, (const float*)keys.rows, keys.stride,
                             first, end, p, kept);
     } else {
-      logits(c, network, s.q, keys, first, end, p);
+      logits(c, network, s.q, keys, s.scale, first, end, p);
     }
     Modifying modifying{c, s.panel, c.key_positions.as<int32_t>(s.panel.b, 0, 0, s0), s0,
                         w.values, w.before};
@@ -163,18 +165,19 @@ struct BackTile {
     if (!(c.wanted & ~kWantValue)) return;
     modifying.gradients(first, end, d, slice);
     if (c.score == kInner) {
-      if (c.wanted & kWantKey) {
-        x = w.probs.get(kTile);
-        over_lanes(d, first, first + key_rows, x);
-        outer_wide<E>(d_key + first * p_wide, s.q_across, x + first * along, along, key_rows,
-                      along, p_wide);
-      }
       if (c.wanted & kWantQuery) {
         x = w.probs.get(kTile);
         over_keys(d, first, end, x);
         const int64_t at = steps(first, (E*)0);
         outer<E, false>(d_q, x + at * kLanes, keys.across + at * keys.width, keys.width, c.P,
                         steps(end - first, (E*)0), true);
+      }
+      if (c.wanted & kWantKey) {
+        multiply(d, first, end, s.scale.logits);
+        x = w.probs.get(kTile);
+        over_lanes(d, first, first + key_rows, x);
+        outer_wide<E>(d_key + first * p_wide, s.q_across, x + first * along, along, key_rows,
+                      along, p_wide);
       }
       return;
     }
@@ -319,7 +322,8 @@ void backward_keys(const Problem& c, int64_t b, int64_t kh, int64_t slice) {
     }
 }
 
-// Adds the slices of a block's gradients, always in their order.
+// Adds the slices of a block's gradients, always in their order. They are those of
+// `head_scale * query`.
 template <class E>
 void finish_queries(const Problem& c, int64_t b, int64_t n, int64_t r) {
   Work<E>& w = work<E>();

@@ -120,8 +120,8 @@ struct Few {
     weight = w.network.get(c.N * p_wide);
     z = w.probs.get(rows * kKeys);
     tile = w.tile.get(kKeys * kLanes);
-    gather(c.arg(0), c.P, p_wide, (float)c.call.logit_scale, q);
     for (int64_t n = 0; n < c.N; ++n) {
+      gather(c.arg(0), n, c.P, p_wide, c.scale(b, n), q);
       panels[n] = Panel(c, b, n, 0, c.T);
       if (c.score == kInner) continue;
       Operand own(c.arg(c.first_param + c.num_params - 1));
@@ -130,16 +130,16 @@ struct Few {
     }
   }
 
-  // All queries' rows of an array [B, T, N, size], zeros behind them. What dead ones hold
+  // A head's rows of an array [B, T, N, size], zeros behind them. What dead ones hold
   // goes no further than logits, all of which are hidden.
-  void gather(const Array& x, int64_t size, int64_t width, float scale, float* out) const {
-    for (int64_t n = 0; n < c.N; ++n)
-      for (int64_t t = 0; t < c.T; ++t) {
-        float* row = out + (n * c.T + t) * width;
-        load_floats(x, c.query_at(b, t, n, size), size, row);
-        memset(row + size, 0, (width - size) * 4);
-        for (int64_t i = 0; i < size; ++i) row[i] *= scale;
-      }
+  void gather(const Array& x, int64_t n, int64_t size, int64_t width, float scale,
+              float* out) const {
+    for (int64_t t = 0; t < c.T; ++t) {
+      float* row = out + (n * c.T + t) * width;
+      load_floats(x, c.query_at(b, t, n, size), size, row);
+      memset(row + size, 0, (width - size) * 4);
+      for (int64_t i = 0; i < size; ++i) row[i] *= scale;
+    }
   }
 
   // What heads see of keys [s, s + n).
@@ -411,7 +411,8 @@ void few_backward(const Problem& c, int64_t b, int64_t slice) {
   Few few(c, w, b);
   const int64_t p_wide = few.p_wide, d_wide = few.d_wide;
   float* above = w.d_o.get(few.rows * d_wide);
-  few.gather(c.arg(11), c.D, d_wide, (float)c.call.keep_scale, above);
+  for (int64_t n = 0; n < c.N; ++n)
+    few.gather(c.arg(11), n, c.D, d_wide, (float)c.call.keep_scale, above);
   float* d_query = w.rows.get(few.rows * p_wide);
   float* d_weight = w.gradients.get(c.N * p_wide);
   float* d_logits = w.probs2.get(few.rows * kKeys);

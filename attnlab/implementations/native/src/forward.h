@@ -147,12 +147,13 @@ void forward_rows(const Problem& c, int64_t b, int64_t n, int64_t r) {
   E* q = w.q.get(panels * q_size);
   float* o = w.out.get(panels * o_size);
   float* rows = w.rows.get(kLanes * stride);
+  const Scale scale = scale_of(c, b, n, (E*)0);
   memset(o, 0, panels * o_size * 4);
   for (int64_t i = 0; i < panels; ++i) {
     State<E>& s = states[i];
     s.panel = Panel(c, b, n, t0 + i * kLanes, t1);
     s.q = q + i * q_size, s.o = o + i * o_size;
-    load_rows(c, c.arg(0), s.panel, c.P, stride, (float)c.call.logit_scale, rows);
+    load_rows(c, c.arg(0), s.panel, c.P, stride, scale.queries, rows);
     to_lanes(rows, stride, c.P, s.q);
     s.sums.reset();
   }
@@ -174,7 +175,7 @@ void forward_rows(const Problem& c, int64_t b, int64_t n, int64_t r) {
         const bool masked =
             see(c, s.panel, s0, begin, stop, full, words, &first, &end);
         if (first == end) continue;
-        logits(c, network, s.q, keys, first, end, tile);
+        logits(c, network, s.q, keys, scale, first, end, tile);
         if (c.num_modifiers)
           Modifying{c, s.panel, positions, s0, w.values, w.before}.apply(first, end, tile,
                                                                          false);

@@ -37,7 +37,7 @@ struct Call {
   const Array* rets;
   const int64_t* program;
   double keep_scale;   // 1 / (1 - dropout rate)
-  double logit_scale;  // queries are multiplied by it as they are read
+  double logit_scale;  // inner products are multiplied by it
   Parallel parallel;
 };
 

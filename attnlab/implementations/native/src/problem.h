@@ -199,6 +199,7 @@ struct Problem {
   int64_t words;  // argument, or -1
   int64_t d_lse;  // argument, or -1
   int64_t living_queries, living_keys;  // arguments, or -1
+  int64_t head_scale;                   // argument, or -1
   int num_modifiers;
   Modifier* modifiers;
   const int64_t* mask;
@@ -217,8 +218,9 @@ struct Problem {
     num_params = p[9], first_param = p[10], first_param_gradient = p[11];
     words = p[12], d_lse = p[13];
     living_queries = p[14], living_keys = p[15];
-    num_modifiers = (int)p[16];
-    p += 17;
+    head_scale = p[16];
+    num_modifiers = (int)p[17];
+    p += 18;
     for (int i = 0; i < num_modifiers; ++i, p += 5) {
       // Trivially copyable; `storage` is raw.
       Modifier m = {(ModifierKind)p[0], Operand(c.args[p[1]]), p[2], p[3], p[4]};
@@ -232,6 +234,12 @@ struct Problem {
   }
   const Array& arg(int64_t i) const { return call.args[i]; }
   const Array& ret(int64_t i) const { return call.rets[i]; }
+  // What the inner products of a head are multiplied by.
+  float scale(int64_t b, int64_t n) const {
+    const float constant = (float)call.logit_scale;
+    if (head_scale < 0) return constant;
+    return constant * *Operand(arg(head_scale)).as<float>(b, n);
+  }
   int64_t query_at(int64_t b, int64_t t, int64_t n, int64_t size) const {
     return ((b * T + t) * N + n) * size;
   }

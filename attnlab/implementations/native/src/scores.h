@@ -250,15 +250,38 @@ void network_gradients(const Problem& c, const Network& w, const float* q,
   }
 }
 
+// The scale of a head's inner products: what queries are multiplied by as they are read,
+// and what tiles of logits are. Queries that are rounded to 16 bits get it only where it
+// is a power of two, which rounds nothing.
+struct Scale {
+  float queries, logits;
+};
+INLINE Scale scale_of(const Problem& c, int64_t b, int64_t n, float*) {
+  return {c.scale(b, n), 1.0f};
+}
+INLINE Scale scale_of(const Problem& c, int64_t b, int64_t n, Pair*) {
+  const float scale = c.scale(b, n);
+  int exponent;
+  if (frexpf(scale, &exponent) == 0.5f) return {scale, 1.0f};
+  return {1.0f, scale};
+}
+
+INLINE void multiply(float* tile, int64_t first, int64_t end, float by) {
+  if (by == 1.0f) return;
+  for (int64_t i = first * kLanes; i < end * kLanes; i += kWidth)
+    store(tile + i, load<vf>(tile + i) * by);
+}
+
 template <class E>
 INLINE void logits(const Problem& c, const Network&, const E* q, const Keys<E>& keys,
-                   int64_t first, int64_t end, float* tile) {
+                   Scale scale, int64_t first, int64_t end, float* tile) {
   outer<E, true>(tile + first * kLanes, q, keys.rows + first * keys.stride, keys.stride,
                  end - first, steps(c.P, (E*)0), false);
+  multiply(tile, first, end, scale.logits);
 }
 template <>
 INLINE void logits<float>(const Problem& c, const Network& w, const float* q,
-                          const Keys<float>& keys, int64_t first, int64_t end,
+                          const Keys<float>& keys, Scale, int64_t first, int64_t end,
                           float* tile) {
   if (c.score == kInner) {
     outer<float, true>(tile + first * kLanes, q, keys.rows + first * keys.stride,
