@@ -83,8 +83,8 @@ MUTANTS = (
     Mutant(
         "offset-ignored",
         "ops/prepare.py",
-        "positions = slots + offset[..., None, None, None]",
-        "positions = slots + 0 * offset[..., None, None, None]",
+        "positions = jnp.minimum(offset, FAR - slots) + slots",
+        "positions = jnp.minimum(0 * offset, FAR - slots) + slots",
         "query_offset= has no effect on positions.",
         (f"{_LAWS}test_4_offsets_select_rows[causal-reference]",),
     ),
