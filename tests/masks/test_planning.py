@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnlab import attention, masks
-from attnlab.masks import planning
+from attnlab.masks import liveness, planning
 from attnlab.ops import prepare
 
 T, S = 37, 29
@@ -451,3 +451,19 @@ def test_a_block_that_holds_more_than_the_keys_is_partial_from_both_sides():
     assert (rows.hi == 4).all()  # 130 = 4 * 32 + 2
     assert (cols.hi - cols.lo)[0, 0, :, 0].tolist() == [3, 3, 3, 3, 0]
     assert (plan.cols.partial.per_row()[0, 0] == [0, 0, 0, 0, 3]).all()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [masks.chunked(8), ~masks.sliding_window(20, 20) & masks.causal()],
+    ids=["in full blocks", "in some of each"],
+)
+def test_what_is_alive_is_what_somebody_sees(mask):
+    t, s = 24, 40
+    blocks = [planning.index_blocks(*side, 4) for side in (("query", t), ("key", s))]
+    slots = planning.slot_operand(t, 2), planning.slot_operand(s, 3)
+    found = liveness.alive(mask, mask.operands(t, s), *slots, *blocks)
+    visible = np.asarray(mask.to_dense(t, s))
+    for alive, axis in zip(found, (1, 0), strict=True):
+        np.testing.assert_array_equal(alive[0, 0], visible.any(axis))
+    assert not found[1].all()

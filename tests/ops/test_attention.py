@@ -63,6 +63,13 @@ def test_against_numpy(implementation):
     np.testing.assert_array_equal(output, found.output)
 
 
+def test_a_key_that_one_head_of_a_group_sees_is_alive():
+    mask = masks.per_head([masks.prefix(4), ~masks.prefix(4)] * K)
+    visible = np.asarray(mask.to_dense(T, S))[0]
+    found = attention(QUERY, KEY, VALUE, mask=mask, implementation="reference")
+    near(found, by_hand(QUERY, KEY, VALUE, visible)[0])
+
+
 def test_the_adapter_against_numpy():
     value = RNG.normal(size=(B, S, K, H)).astype("f")
     for visible in (np.tri(T, S, dtype=bool), None):

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
-from attnlab import attention, cost, explain, masks, scores, types
+from attnlab import attention, cost, explain, masks, modifiers, scores, types
 from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.tiled import Tiled
 from attnlab.masks import planning
@@ -304,3 +304,21 @@ def test_cost_of_scores_that_take_different_sizes(name):
     score = getattr(scores, name).init(jax.random.key(0), 16, 8, **options)
     q, k = (jax.ShapeDtypeStruct((1, 32, 2, size), jnp.float32) for size in (16, 8))
     assert cost(q, k, k, score=score, mask=masks.causal()).pairs == 2 * 32 * 33 // 2
+
+
+def test_operations_are_counted():
+    q, k, v = (
+        jax.ShapeDtypeStruct((2, 32, heads, size), jnp.float32)
+        for heads, size in ((4, 16), (2, 16), (2, 8))
+    )
+    cap = modifiers.soft_cap(2.0)
+    # Of another platform: nothing is compiled to ask for its memory.
+    found = cost(q, k, v, mask=masks.causal(), modifiers=[cap], platform="cuda")
+    pairs, scaled = 2 * 4 * 32 * 33 // 2, 2 * 32 * 4 * 16
+    assert found.pairs == pairs
+    # Logits, the cap, weights times values.
+    forward = 2 * 16 + cap.flops_per_pair + 2 * 8
+    assert found.flops_forward == pairs * forward + scaled
+    # Logits again, their gradient to both sides; the cap again and back; values.
+    backward = 3 * 2 * 16 + 2 * cap.flops_per_pair + 2 * 2 * 8
+    assert found.flops_backward == pairs * backward + 2 * scaled

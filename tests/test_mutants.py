@@ -1,0 +1,27 @@
+"""The list of mutants does not rot: running them is for ``python -m tests.mutants``."""
+
+import re
+
+import pytest
+
+from tests.mutants import MUTANTS
+from tests.mutants.mutant import ROOT
+
+
+def test_there_are_enough_and_each_has_a_name():
+    assert len({m.name for m in MUTANTS}) == len(MUTANTS) >= 40
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_the_old_text_occurs_once_and_the_tests_are_there(mutant):
+    text = (ROOT / "attnlab" / mutant.file).read_text(encoding="utf-8")
+    assert mutant.planted(text) != text
+    compile(mutant.planted(text), mutant.file, "exec")
+    assert "\n" not in mutant.old + mutant.new
+    assert mutant.fault.endswith(".")
+    assert mutant.tests
+    for test in mutant.tests:
+        file, name = test.split("::")
+        function = re.escape(name.partition("[")[0])
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {function}\(", source, re.MULTILINE), test
