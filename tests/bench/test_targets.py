@@ -35,6 +35,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("targets")
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("target", TARGETS)
 def test_any_function_compiles(target, cache, monkeypatch):
@@ -78,6 +79,7 @@ def test_pytrees_reach_the_compiler_as_leaves():
     assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in wanted]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_functions_of_pytrees_compile(cache):
     found = study(of_pytrees, *PYTREES, target="tpu:v5e", cache=cache)
@@ -172,6 +174,7 @@ def test_the_baseline_has_figures_of_every_target():
         assert figures.keys() == {*TARGETS}
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_too_much_memory_is_a_reason_and_no_crash(cache):
     def large(x):
@@ -184,6 +187,7 @@ def test_too_much_memory_is_a_reason_and_no_crash(cache):
     assert found.why
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("number", [9, 15])
 def test_whom_the_system_stopped_is_asked_again(number, tmp_path, monkeypatch):
@@ -204,6 +208,7 @@ def test_whom_the_system_stopped_is_asked_again(number, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_an_interrupted_compiler_gave_no_answer(tmp_path, monkeypatch):
     """Else it would be taken for one that cannot tell cycles, and be kept as such."""

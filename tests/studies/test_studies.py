@@ -14,6 +14,7 @@ from benchmarks.studies import ablations, patterns_lm
 from benchmarks.studies.check import committed, numbers
 from benchmarks.studies.puzzles import VALUES
 
+SLOW = pytest.mark.slow
 WHO = {"il": "he", "elle": "she", "nous": "we", "qui": "who"}
 WHAT = {"mange": "eats", "dort": "sleeps", "chante": "sings", "parle": "speaks"}
 WHERE = {"ici": "here", "là": "there", "dehors": "outside", "partout": "everywhere"}
@@ -56,7 +57,13 @@ def quick(table, long_texts, tmp_path, monkeypatch, capsys):
     return start
 
 
-@pytest.mark.parametrize("study", ["align", "translate", "bottleneck", "scores"])
+@pytest.mark.parametrize(
+    "study",
+    [
+        "align",
+        *(pytest.param(x, marks=SLOW) for x in ("translate", "bottleneck", "scores")),
+    ],
+)
 def test_study(study, quick):
     folder = quick(study)
     page = (folder / f"{study}.md").read_text()
@@ -102,6 +109,7 @@ def results(folder, study):
     return content["results"]
 
 
+@SLOW
 def test_patterns_lm(quick):
     found = results(quick("patterns-lm"), "patterns-lm")
     assert {row["pattern"] for row in found["masked"]} == set(
@@ -114,6 +122,7 @@ def test_patterns_lm(quick):
         assert 0 < useful <= executed
 
 
+@SLOW
 def test_recall(quick):
     found = results(quick("recall"), "recall")
     for puzzle in ("reach", "recall"):
@@ -125,6 +134,7 @@ def test_recall(quick):
     assert len(found["listops"]) == 2
 
 
+@SLOW
 def test_ablations(quick):
     found = results(quick("ablations"), "ablations")
     assert set(found["runs"]) == set(ablations.CHANGES) - ablations.NOT_QUICK
@@ -137,6 +147,7 @@ def test_ablations(quick):
     np.testing.assert_allclose(ratio, 16, rtol=1e-3)
 
 
+@SLOW
 def test_crossover(quick):
     folder = quick("crossover")
     found = results(folder, "crossover")
