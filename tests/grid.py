@@ -228,7 +228,7 @@ def _explicit(s: Setting) -> dict[str, Any]:
 POSITIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "index": lambda s: {},
     "offset": lambda s: dict(query_offset=np.int32(3)),
-    "offset_batch": lambda s: dict(query_offset=s.rng.integers(-3, 5, s.B, np.int32)),
+    "offset_batch": lambda s: dict(query_offset=s.rng.integers(0, 5, s.B, np.int32)),
     "explicit": _explicit,
 }
 

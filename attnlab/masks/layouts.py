@@ -10,7 +10,7 @@ from attnlab.arguments import integers
 from attnlab.masks.base import Bounds, Mask
 from attnlab.masks.data import describe
 from attnlab.masks.geometry import Blocks
-from attnlab.masks.intervals import FAR, namespace, numbers
+from attnlab.masks.intervals import FAR, namespace, numbers, plus
 from attnlab.masks.structural import nothing, size_argument
 from attnlab.prng import as_threefry
 from attnlab.types import Array, Operand, PyTree, Tile, pytree, static
@@ -89,7 +89,8 @@ class BlockLayout(Mask):
         listed = listed.reshape(index.shape + table.shape[-1:])
         listed = xp.where(known[..., None], listed, -1)
         listed = listed.reshape(lead + (rows.count, -1))
-        lo, hi = listed * size, (listed + 1) * size
+        lo = listed * size
+        hi = plus(lo, size)
         hi = xp.where(listed < 0, lo, hi)
         if rows.offset is None:
             # Positions given one by one may lie farther apart: any block may be seen.

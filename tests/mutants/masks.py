@@ -19,8 +19,8 @@ MUTANTS = (
     Mutant(
         "window-right",
         "masks/structural.py",
-        "result = result & (s <= t + self.right)",
-        "result = result & (s < t + self.right)",
+        "result = result & (s - self.right <= t)",
+        "result = result & (s - self.right < t)",
         "A window ends one position too early on the right.",
         (f"{_LAWS}test_5_window_bounds_are_inclusive[1-1]",),
     ),
@@ -35,8 +35,8 @@ MUTANTS = (
     Mutant(
         "window-plan-last-block",
         "masks/structural.py",
-        "else last + right + 1",
-        "else last + right",
+        "else plus(last, right + 1)",
+        "else plus(last, right)",
         "A plan leaves out the block that holds only a window's last position.",
         (f"{_SOUND}[window]",),
     ),
@@ -110,8 +110,8 @@ MUTANTS = (
     Mutant(
         "partly-covered-is-full",
         "masks/geometry.py",
-        "last = xp.clip((hi - offset) // self.size, 0, self.length // self.size)",
-        "last = xp.clip(-((offset - hi) // self.size), 0, self.length // self.size)",
+        "last = xp.minimum(self._slot(hi) // self.size, self.length // self.size)",
+        "last = xp.minimum(-(-self._slot(hi) // self.size), self.length // self.size)",
         "A block that is covered in part counts as full.",
         (f"{_SOUND}[prefix]",),
     ),
