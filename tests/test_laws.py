@@ -700,6 +700,7 @@ def _data_of(name, seed):
         "documents",
         "random",
         "dense",
+        "blocks",
         "offset",
         "offsets",
         "positions",

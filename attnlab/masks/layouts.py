@@ -1,12 +1,13 @@
 """Masks that list blocks: given layouts, and random ones."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.arguments import integers
+from attnlab import arguments
 from attnlab.masks.base import Bounds, Mask
 from attnlab.masks.data import describe
 from attnlab.masks.geometry import Blocks
@@ -20,16 +21,14 @@ from attnlab.types import Array, Operand, PyTree, Tile, pytree, static
 class BlockLayout(Mask):
     """Each block of queries sees the blocks of keys that are listed for it.
 
-    ``rows [..., n, R]`` lists key blocks for each query block, ``cols [..., m, R']``
-    query blocks for each key block; -1 = none. Where ``rows`` is traced, ``cols`` are
-    made for the length in use, and may say nothing of key blocks beyond.
+    ``rows [..., n, R]`` lists key blocks for each query block; -1 = none. ``cols [...,
+    m, R']`` lists query blocks for each key block; where it is None, a plan finds them.
     """
 
     rows: Any
     cols: Any
     block_size: int = static()
     name: str = static()
-    traced: bool = static(default=False)
 
     @property
     def grain(self) -> int:
@@ -47,12 +46,10 @@ class BlockLayout(Mask):
                 f"positions, used with length {length}; it needs "
                 f"{-(-length // self.block_size)} blocks"
             )
-        cols = self.cols
-        if self.traced:
-            cols = _traced_columns(self.rows, -(-key_length // self.block_size))
         return tuple(
             Operand(_lift(a)[..., None, None, :, :], payload=2)
-            for a in (self.rows, cols)
+            for a in (self.rows, self.cols)
+            if a is not None
         )
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
@@ -71,40 +68,56 @@ class BlockLayout(Mask):
 
     def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
         """See :class:`Mask`."""
-        table = operands[0 if rows.side == "query" else 1][:, :, 0, 0]
-        size, entries = self.block_size, table.shape[-2]
-        xp = namespace(table, rows.lo)
+        size = self.block_size
+        known = rows.side == "query" or len(operands) == 2
+        if known:
+            listed = operands[0 if rows.side == "query" else 1][:, :, 0, 0]
+            exact = namespace(listed).ones_like(listed, bool)
+            listed = _Listed(listed, listed, exact)
+        else:
+            listed = _columns(operands[0][:, :, 0, 0], -(-rows.length // size))
+        entries = listed.first.shape[-2]
+        xp = namespace(*listed, rows.lo)
         # A block of rows spans this many blocks of the layout, or one more if askew.
         aligned = rows.size % size == 0 or size % rows.size == 0
         span = -(-rows.size // size) + (not (aligned and rows.starts_at_zero))
         first, last = rows.rows_lo // size, rows.rows_hi // size
         wanted = first + numbers(span, first.ndim)
-        known = (wanted >= 0) & (wanted <= last) & (wanted < entries)
+        there = (wanted >= 0) & (wanted <= last) & (wanted < entries)
         index = xp.clip(wanted, 0, entries - 1)
-        lead = np.broadcast_shapes(table.shape[:2], index.shape[:2])
-        index = xp.broadcast_to(index, lead + index.shape[2:])
-        table = xp.broadcast_to(table, lead + table.shape[2:])
-        flat = index.reshape(lead + (-1, 1))
-        listed = xp.take_along_axis(table, flat, axis=2)
-        listed = listed.reshape(index.shape + table.shape[-1:])
-        listed = xp.where(known[..., None], listed, -1)
-        listed = listed.reshape(lead + (rows.count, -1))
-        lo = listed * size
-        hi = plus(lo, size)
-        hi = xp.where(listed < 0, lo, hi)
+        lead = np.broadcast_shapes(listed.first.shape[:2], index.shape[:2])
+        flat = xp.broadcast_to(index, lead + index.shape[2:]).reshape(
+            lead + (rows.count * span, 1)
+        )
+
+        def of_rows(table: Any) -> Any:
+            """``[..., entries, m]`` as ``[..., rows.count, span * m]``."""
+            table = xp.broadcast_to(table, lead + table.shape[2:])
+            return xp.take_along_axis(table, flat, axis=2).reshape(
+                lead + (rows.count, span * table.shape[-1])
+            )
+
+        listed = _Listed(*map(of_rows, listed))
+        there = xp.repeat(there, listed.first.shape[-1] // span, axis=-1)
+        # Blocks from this one on begin beyond every position.
+        most = FAR // size
+        there = there & (listed.first >= 0) & (listed.first <= most)
+        lo = xp.where(there, listed.first, 0) * size
+        hi = plus(xp.minimum(xp.where(there, listed.last, 0), most) * size, size)
+        hi = xp.where(there, hi, lo)
         if rows.offset is None:
             # Positions given one by one may lie farther apart: any block may be seen.
             far = last - first >= span
             lo, hi = xp.where(far, 0, lo), xp.where(far, FAR, hi)
-        beyond = last >= entries
-        if self.traced and rows.side == "key":
-            # Whoever lists it, unknown.
+        sure = listed.exact & (first == last)
+        if not known:
+            # Of blocks beyond those of the length nothing was found.
+            beyond = last >= entries
             lo, hi = xp.where(beyond, 0, lo), xp.where(beyond, FAR, hi)
-            last = xp.where(beyond, first + 1, last)
+            sure = sure & ~beyond
         if span > 1 or size < cols.size:
             return cols.touched(lo, hi), nothing(lo)
-        sure = xp.where(first == last, hi, lo)
-        return cols.touched(lo, hi), cols.covered(lo, sure)
+        return cols.touched(lo, hi), cols.covered(lo, xp.where(sure, hi, lo))
 
     def __repr__(self) -> str:
         return f"{self.name}({describe(self.rows)}, block_size={self.block_size})"
@@ -131,32 +144,90 @@ def blocks(indices: Any, block_size: int) -> Mask:
          [1 1 0 0]
          [1 1 0 0]]
     """
-    indices = integers("indices", indices)
+    indices = arguments.integers("indices", indices)
     if indices.ndim < 2:
         raise ValueError(
             f"indices: expected [..., query blocks, R], got shape {indices.shape}"
         )
+    if indices.shape[-2] == 0:
+        raise ValueError(
+            f"indices: expected at least one query block, got shape {indices.shape}"
+        )
     block_size = size_argument("block_size", block_size, 1)
-    if isinstance(indices, jax.core.Tracer):
-        return BlockLayout(indices, None, block_size, "blocks", traced=True)
-    return BlockLayout(indices, _columns(np.asarray(indices)), block_size, "blocks")
+    if indices.shape[-1] == 0:
+        # No block of queries sees any: one entry that is none says so, too.
+        nothing_listed = [(0, 0)] * (indices.ndim - 1) + [(0, 1)]
+        indices = namespace(indices).pad(indices, nothing_listed, constant_values=-1)
+    return BlockLayout(indices, None, block_size, "blocks")
 
 
-def _traced_columns(indices: Array, count: int) -> Array:
-    """Query blocks for each of the first key blocks, padded: any may list any."""
-    listed = indices[..., None] == numbers(count, indices.ndim + 1)
-    listed = listed.any(-2).swapaxes(-1, -2)
-    return jnp.where(listed, numbers(listed.shape[-1], listed.ndim), -1)
+class _Listed(NamedTuple):
+    """Runs of blocks that are listed for each block, ``[..., blocks, m]``.
+
+    Attributes:
+        first: first block of each run, -1 if there is none.
+        last: its last block.
+        exact: whether every block between is listed, too.
+    """
+
+    first: Any
+    last: Any
+    exact: Any
 
 
-def _columns(indices: np.ndarray) -> np.ndarray:
-    """Query blocks for each key block, ``[..., max(indices) + 1, most]``, padded."""
-    count = max(int(indices.max(initial=-1)) + 1, 1)
-    listed = np.stack([(indices == j).any(-1) for j in range(count)], -2)
-    most = max(int(listed.sum(-1).max(initial=0)), 1)
-    order = np.argsort(~listed, axis=-1, kind="stable")[..., :most]
-    found = np.take_along_axis(listed, order, -1)
-    return np.where(found, order, -1).astype(np.int32)
+def _columns(table: Any, count: int) -> _Listed:
+    """Query blocks for each of the first key blocks, in time that is linear.
+
+    Args:
+        table: ``[B, N, n, R]``, key blocks for each query block; -1 = none.
+        count: key blocks.
+
+    Returns:
+        A fixed number of runs for each key block, whatever the table holds: several
+        times as many as there are on average. What is more joins the last one.
+    """
+    xp = namespace(table)
+    n, each = table.shape[2:]
+    most, length = min(n, 4 * each + 4), n * each
+    query_blocks = np.repeat(np.arange(n, dtype=np.int32), each)
+    places = np.arange(length, dtype=np.int32)
+
+    def one(table: Any) -> tuple[Any, ...]:
+        key_block = table.reshape(-1)
+        inside = (key_block >= 0) & (key_block < count)
+        key_block = xp.where(inside, key_block, count)
+        order = xp.argsort(key_block, stable=True)
+        key_block, query_block = key_block[order], xp.asarray(query_blocks)[order]
+        same = key_block[1:] == key_block[:-1]
+        follows = same & (query_block[1:] <= query_block[:-1] + 1)
+        edge = xp.ones(1, bool)
+        # The k-th place at which a run starts, and at which it ends.
+        starts, ends = (
+            xp.argsort(~xp.concatenate(parts), stable=True)
+            for parts in ((edge, ~follows), (~follows, edge))
+        )
+        runs = xp.where(places <= (~follows).sum(), key_block[starts], count)
+        wanted = np.arange(count, dtype=np.int32)
+        begin, stop = (
+            xp.searchsorted(runs, wanted, side) for side in ("left", "right")
+        )
+        run = begin[:, None] + numbers(most, 2)
+        exists, last = run < stop[:, None], stop[:, None] - 1
+        final = xp.where(numbers(most, 2) == most - 1, last, run)
+        run, final = (xp.clip(x, 0, length - 1) for x in (run, final))
+        return (
+            xp.where(exists, query_block[starts[run]], -1).astype(np.int32),
+            xp.where(exists, query_block[ends[final]], -1).astype(np.int32),
+            run == final,
+        )
+
+    lead = table.shape[:2]
+    flat = table.reshape((math.prod(lead), n, each))
+    if xp is np and len(flat):
+        found = [np.stack(x) for x in zip(*map(one, flat), strict=True)]
+    else:
+        found = jax.vmap(one)(flat)
+    return _Listed(*(x.reshape(lead + x.shape[1:]) for x in found))
 
 
 def random_blocks(

@@ -379,6 +379,42 @@ def test_block_sizes_are_checked():
         masks.causal().plan(8, block_size=0)
 
 
+def test_layouts_of_one_shape_are_one_structure():
+    """Whatever blocks they list: they can be stacked, and mapped over."""
+    rng = np.random.default_rng(0)
+    layouts = [rng.integers(-1, most, (6, 2)) for most in (1, 3, 6)]
+    several = [masks.blocks(layout, 3) for layout in layouts]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *several)
+    found = np.asarray(jax.jit(jax.vmap(lambda mask: mask.to_dense(18)))(stacked))
+    mapped = jax.jit(jax.vmap(lambda mask: mask.plan(18, block_size=4)))(stacked)
+    for b, mask in enumerate(several):
+        np.testing.assert_array_equal(found[b], mask.to_dense(18))
+        check_plan(jax.tree.map(lambda x, b=b: x[b], mapped), found[b], 4, 4)
+
+
+def test_a_long_layout_is_built_and_planned_in_linear_memory():
+    n, each = 2**13, 8
+    layout = np.random.default_rng(0).integers(0, n, (n, each))
+    tracemalloc.start()
+    plan = masks.blocks(layout, 4).plan(4 * n, block_size=4)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Booleans for all pairs of blocks alone would be 2**26.
+    assert peak < 2**26
+    assert plan.rows.partial.per_row().sum() == 0
+    distinct = sum(len(set(row)) for row in layout.tolist())
+    assert plan.rows.full.per_row().sum() == distinct
+    assert plan.cols.full.per_row().sum() == distinct
+
+
+def test_a_key_block_that_many_see_joins_runs():
+    """What is between the last of those that there is room for is partial."""
+    layout = np.full((24, 1), 1)
+    layout[::2] = 0
+    mask = masks.blocks(layout, 2)
+    assert check(mask, dense(mask, 48, 4), 2, 2) == 2 * 9
+
+
 @pytest.mark.parametrize("size", [4, 8, 3])
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_traced_layout_has_the_plan_of_a_known_one(hidden, size):
