@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 from jax.tree_util import GetAttrKey
 
 _T = TypeVar("_T")
@@ -23,6 +24,10 @@ def static(**kwargs: Any) -> Any:
 def pytree(cls: type[_T]) -> type[_T]:
     """Makes a class a frozen dataclass and a pytree; ``static()`` fields are structure.
 
+    Two instances are equal if they are of one class, hold the same arrays (the same
+    objects: numbers in them are not compared), and are equal in all else; ``hash``
+    agrees with that. A class may define ``__eq__`` itself.
+
     Example:
         >>> @pytree
         ... class Shift:
@@ -32,7 +37,10 @@ def pytree(cls: type[_T]) -> type[_T]:
         [3.0]
     """
     described = cls.__repr__ is not object.__repr__
-    made: Any = dataclasses.dataclass(frozen=True, repr=not described)(cls)
+    compared = "__eq__" in vars(cls)
+    made: Any = dataclasses.dataclass(frozen=True, repr=not described, eq=compared)(cls)
+    if not compared:
+        made.__eq__, made.__hash__ = _equal, _hash
     fields = dataclasses.fields(made)
     data = [f.name for f in fields if not f.metadata.get("static")]
     rest = [f.name for f in fields if f.metadata.get("static")]
@@ -56,6 +64,30 @@ def pytree(cls: type[_T]) -> type[_T]:
     # equal, and now and then runs what was compiled for the other one.
     jax.tree_util.register_pytree_with_keys(made, with_keys, unflatten, flatten)
     return made
+
+
+def _equal(x: Any, other: object) -> Any:
+    return (
+        _identity(x) == _identity(other) if type(x) is type(other) else NotImplemented
+    )
+
+
+def _hash(x: Any) -> int:
+    return hash((type(x), _identity(x)))
+
+
+def _identity(x: Any) -> tuple[Any, ...]:
+    """What makes an instance equal to another one of its class."""
+    return tuple([_known(getattr(x, f.name)) for f in dataclasses.fields(x)])
+
+
+def _known(x: Any) -> Any:
+    """A value that can be compared and hashed: an array's is who it is."""
+    if isinstance(x, (np.ndarray, jax.Array)) or hasattr(x, "__jax_array__"):
+        return type(x), id(x)
+    if isinstance(x, dict):
+        return frozenset((key, _known(value)) for key, value in x.items())
+    return tuple(map(_known, x)) if isinstance(x, (tuple, list)) else x
 
 
 def _reduce(x: Any) -> tuple[Any, ...]:

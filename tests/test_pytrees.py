@@ -134,3 +134,41 @@ def test_models_can_be_copied(way):
     x = jnp.array([[-1.0, 2.0, 0.5, -3.0]])
     layers = [m.stack.each()[0].feed_forward for m in (decoder, way(decoder))]
     np.testing.assert_array_equal(*(layer(x) for layer in layers))
+
+
+@pytree
+class AroundADictionary(Score):
+    held: dict
+
+
+def test_equality_and_hashes_go_by_the_arrays_held():
+    """Who an array is, never what it holds: that may be on a device, or traced."""
+    table = jnp.ones((2, 2))
+    for one in (*SOME, masks.dense(table > 0), AroundADictionary({"a": table, "b": 1})):
+        leaves, structure = jax.tree.flatten(one)
+        same, copied = jax.tree.unflatten(structure, leaves), copy.deepcopy(one)
+        assert one == same
+        assert hash(one) == hash(same)
+        held = any(isinstance(x, (np.ndarray, jax.Array)) for x in leaves)
+        assert (one != copied) == held
+        assert [copied, same].index(one) == held
+        assert {one: 1, copied: 2}[same] == (1 if held else 2)
+    assert masks.dense(table > 0) != masks.full()
+    assert Plus(1.0) == Plus(1.0) != Minus(1.0)
+    traced = jax.jit(lambda x: masks.dense(x) in {masks.dense(x)})
+    assert traced(table > 0)
+
+
+def test_a_class_may_define_its_own_equality():
+    @pytree
+    class Same(Score):
+        shift: float
+
+        def __eq__(self, other):
+            return isinstance(other, Same)
+
+        def __hash__(self):
+            return 3
+
+    assert Same(1.0) == Same(2.0)
+    assert hash(Same(1.0)) == 3
