@@ -98,6 +98,32 @@ def check_integers(name: str, x: Any) -> None:
             )
 
 
+def check_kept(name: str, x: Any) -> None:
+    """An array that JAX holds as it is: without x64 mode, it wraps wide integers.
+
+    Raises:
+        TypeError: if it is no array of numbers, of booleans or of keys.
+        ValueError: if it holds integers, known here, that do not fit.
+    """
+    dtype = dtype_of(name, x)
+    kinds = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
+    if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        raise TypeError(f"{name}: expected numbers or booleans, got {dtype}")
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return
+    held: Any = jax.dtypes.canonicalize_dtype(dtype)
+    known = None if held == dtype else values(x)
+    if known is None or known.size == 0:
+        return
+    least, most = jnp.iinfo(held).min, jnp.iinfo(held).max
+    for number in (known.min(), known.max()):
+        if not least <= number <= most:
+            raise ValueError(
+                f"{name}: expected integers from {least} to {most} where JAX has no "
+                f"{dtype}, got {number}; set jax_enable_x64, or number them anew"
+            )
+
+
 def is_wide(dtype: Any) -> bool:
     """Whether int32 does not hold every integer of this type."""
     return not np.can_cast(dtype, np.int32)

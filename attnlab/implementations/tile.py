@@ -185,7 +185,13 @@ def check_tile(inputs: AttentionInputs) -> None:
     types = [inputs.query.dtype, inputs.key.dtype, *[jnp.int32] * 3]
     arrays = list(map(jax.ShapeDtypeStruct, shapes, types))
     operands = inputs.pair_params, inputs.modifier_operands
-    jax.eval_shape(logits, arrays, *jax.tree.map(cut, operands))
+    traced = jax.make_jaxpr(logits)(arrays, *jax.tree.map(cut, operands))
+    if any(isinstance(x, jax.core.Tracer) for x in traced.consts):
+        names = [type(x).__name__ for x in (bare(inputs.score), *inputs.modifiers)]
+        raise TypeError(
+            f"score, modifiers: one of {', '.join(names)} reads a traced array that is "
+            "none of its arguments; give it as a field, through pair_params or operands"
+        )
 
 
 def kept(inputs: AttentionInputs, words: tuple[Array, Array]) -> Array:

@@ -1,14 +1,12 @@
 """The mask protocol and its algebra: ``&``, ``|``, ``~``."""
 
-import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnlab.masks.geometry import Blocks
-from attnlab.masks.intervals import complement, intersection, namespace, union
 from attnlab.types import Array, Intervals, Plan, PyTree, Tile, pytree
 
 Bounds = tuple[Intervals, Intervals]
@@ -24,26 +22,48 @@ def seen_by(mask: "Mask", tile: Tile, operands: PyTree) -> Array:
     """What the mask shows, if it is a mask that its author got right.
 
     Raises:
-        TypeError: if it yields no booleans.
+        TypeError: if it yields no booleans, or fails.
         ValueError: if they are not those of the tile.
     """
-    seen = mask.visible(tile, operands)
-    if jnp.result_type(seen) != jnp.bool_:
-        raise TypeError(
-            f"mask: {mask!r} yields {jnp.result_type(seen)}, expected booleans "
-            "(True = attend)"
-        )
     pairs = jnp.broadcast_shapes(tile.query_positions.shape, tile.key_positions.shape)
+    where = f"for a tile of {pairs[0]} queries and {pairs[1]} keys"
     try:
-        fits = jnp.broadcast_shapes(jnp.shape(seen), pairs) == pairs
-    except ValueError:
-        fits = False
-    if not fits:
+        seen = mask.visible(tile, operands)
+        got = jnp.result_type(seen)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        if _asks_others(mask):
+            raise  # whoever fails was told by name
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise kind(
+            f"mask: {mask!r} fails {where}: {said}; it must work on traced arrays of "
+            "any size (by jnp.where, '&', '|' and '~', not by 'if', 'and', 'or' and "
+            "'not'), and read arrays only through its operands"
+        ) from error
+    if got != jnp.bool_:
+        raise TypeError(
+            f"mask: {mask!r} yields {got}, expected booleans (True = attend)"
+        )
+    if jnp.ndim(seen) == 0:
+        return jnp.broadcast_to(seen, (1, 1))
+    shape = jnp.shape(seen)
+    if len(shape) != 2 or any(
+        n not in (1, m) for n, m in zip(shape, pairs, strict=True)
+    ):
         raise ValueError(
-            f"mask: {mask!r} yields shape {jnp.shape(seen)} for a tile of "
-            f"{pairs[0]} queries and {pairs[1]} keys; expected {pairs}, or 1 on an axis"
+            f"mask: {mask!r} yields shape {shape} {where}; expected {pairs}, or 1 on "
+            "an axis"
         )
     return seen
+
+
+def _asks_others(mask: "Mask") -> bool:
+    """Whether it is made of other masks."""
+
+    def is_part(x: Any) -> bool:
+        return isinstance(x, Mask) and x is not mask
+
+    return any(map(is_part, jax.tree.leaves(mask, is_leaf=is_part)))
 
 
 class Mask:
@@ -53,8 +73,8 @@ class Mask:
     what you gave it. Combine masks with ``&``, ``|`` and ``~``.
 
     To write one, subclass, decorate with ``attnlab.types.pytree``, and define
-    ``visible`` and ``bounds``. For a rule without its own block arithmetic,
-    :func:`attnlab.masks.predicate` is enough.
+    ``visible``; and ``bounds``, so that blocks that hide all cost nothing. For a rule
+    without its own block arithmetic, :func:`attnlab.masks.predicate` is enough.
     """
 
     def __init_subclass__(cls, **options: Any):
@@ -84,7 +104,7 @@ class Mask:
             operands: arrays ``[q or 1, k or 1, *payload]`` in the structure that
                 ``operands`` returned.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a mask needs a 'visible' of its own")
 
     def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
         """(possibly live, surely full) blocks of ``cols`` for each block of ``rows``.
@@ -96,9 +116,11 @@ class Mask:
 
         Returns:
             Two ``Intervals``: the first holds at least every block with a visible
-            pair, the second at most the blocks whose pairs are all visible.
+            pair, the second at most the blocks whose pairs are all visible. Of a mask
+            that says no more: every block, and none.
         """
-        raise NotImplementedError
+        where = np.ones((1, 1, rows.count), bool)
+        return cols.every(where), cols.every(~where)
 
     def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
         """A necessary condition for a slot to be visible: an operand, or None."""
@@ -159,15 +181,21 @@ class Mask:
     __array_ufunc__ = None
 
     def __and__(self, other: Any) -> "Mask":
+        from attnlab.masks.algebra import And
+
         return And((self, _part(other)))
 
     def __or__(self, other: Any) -> "Mask":
+        from attnlab.masks.algebra import Or
+
         return Or((self, _part(other)))
 
     __rand__ = __and__
     __ror__ = __or__
 
     def __invert__(self) -> "Mask":
+        from attnlab.masks.algebra import Not
+
         return Not(self)
 
     def __bool__(self) -> NoReturn:
@@ -177,21 +205,10 @@ class Mask:
         )
 
 
-def _anything(
-    mask: Mask, rows: Blocks, cols: Blocks, operands: PyTree
-) -> tuple[Intervals, Intervals]:
-    """The bounds of a mask that says nothing of blocks."""
-    where = np.ones((1, 1, rows.count), bool)
-    return cols.every(where), cols.every(~where)
-
-
 #: What a class that changes ``visible``, and says no more, has of these.
 _UNKNOWN: dict[str, Any] = {
-    "bounds": _anything,
-    "may_be_alive": Mask.may_be_alive,
-    "sees_itself": Mask.sees_itself,
-    "alive_sees_itself": Mask.alive_sees_itself,
-    "grain": Mask.grain,
+    name: getattr(Mask, name)
+    for name in ("bounds", "may_be_alive", "sees_itself", "alive_sees_itself", "grain")
 }
 
 
@@ -210,9 +227,10 @@ def as_mask(mask: Any) -> Mask:
         )
     if hasattr(mask, "dtype") or isinstance(mask, (list, tuple)):
         return dense(mask)
+    hint = f"; call it: {mask.__name__}(...)" if hasattr(mask, "__name__") else ""
     raise TypeError(
         f"mask: expected an attnlab mask, a boolean array or None, "
-        f"got {type(mask).__name__}"
+        f"got {type(mask).__name__}{hint}"
     )
 
 
@@ -242,154 +260,6 @@ class Full(Mask):
 
     def __repr__(self) -> str:
         return "full()"
-
-
-def common_grain(masks: Sequence[Mask]) -> int | None:
-    """What blocks must divide to divide the grain of each mask that has one."""
-    grains = [m.grain for m in masks if m.grain is not None]
-    return math.gcd(*grains) if grains else None
-
-
-@pytree
-class _Combination(Mask):
-    parts: tuple[Mask, ...]
-    symbol: ClassVar[str] = ""
-
-    def operands(self, query_length: int, key_length: int) -> PyTree:
-        """See :class:`Mask`."""
-        return tuple(m.operands(query_length, key_length) for m in self.parts)
-
-    @property
-    def grain(self) -> int | None:
-        """See :class:`Mask`."""
-        return common_grain(self.parts)
-
-    def _bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> list[Bounds]:
-        return [
-            m.bounds(rows, cols, o) for m, o in zip(self.parts, operands, strict=True)
-        ]
-
-    def _alive(self, side: str, operands: PyTree) -> list[Array | None]:
-        return [
-            m.may_be_alive(side, o) for m, o in zip(self.parts, operands, strict=True)
-        ]
-
-    def __repr__(self) -> str:
-        return "(" + f" {self.symbol} ".join(repr(m) for m in self.parts) + ")"
-
-
-@pytree
-class And(_Combination):
-    """Visible where every part says so."""
-
-    symbol: ClassVar[str] = "&"
-
-    @property
-    def sees_itself(self) -> bool:
-        """See :class:`Mask`."""
-        return all(m.sees_itself for m in self.parts)
-
-    @property
-    def alive_sees_itself(self) -> bool:
-        """See :class:`Mask`."""
-        return all(m.alive_sees_itself for m in self.parts)
-
-    def visible(self, tile: Tile, operands: PyTree) -> Array:
-        """See :class:`Mask`."""
-        result = self.parts[0].visible(tile, operands[0])
-        for mask, own in zip(self.parts[1:], operands[1:], strict=True):
-            result = result & mask.visible(tile, own)
-        return result
-
-    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
-        """See :class:`Mask`."""
-        (possible, certain), *rest = self._bounds(rows, cols, operands)
-        for more_possible, more_certain in rest:
-            possible = intersection(possible, more_possible, cols.count)
-            certain = intersection(certain, more_certain, cols.count)
-        return possible, certain
-
-    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
-        """See :class:`Mask`."""
-        known = [a for a in self._alive(side, operands) if a is not None]
-        if not known:
-            return None
-        result = known[0]
-        for more in known[1:]:
-            result = result & more
-        return result
-
-
-@pytree
-class Or(_Combination):
-    """Visible where some part says so."""
-
-    symbol: ClassVar[str] = "|"
-
-    @property
-    def sees_itself(self) -> bool:
-        """See :class:`Mask`."""
-        return any(m.sees_itself for m in self.parts)
-
-    @property
-    def alive_sees_itself(self) -> bool:
-        """See :class:`Mask`."""
-        return self.sees_itself or all(m.alive_sees_itself for m in self.parts)
-
-    def visible(self, tile: Tile, operands: PyTree) -> Array:
-        """See :class:`Mask`."""
-        result = self.parts[0].visible(tile, operands[0])
-        for mask, own in zip(self.parts[1:], operands[1:], strict=True):
-            result = result | mask.visible(tile, own)
-        return result
-
-    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
-        """See :class:`Mask`."""
-        (possible, certain), *rest = self._bounds(rows, cols, operands)
-        for more_possible, more_certain in rest:
-            possible = union(possible, more_possible)
-            certain = union(certain, more_certain)
-        return possible, certain
-
-    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
-        """See :class:`Mask`."""
-        parts = self._alive(side, operands)
-        result = parts[0]
-        for more in parts[1:]:
-            result = None if result is None or more is None else result | more
-        return result
-
-
-@pytree
-class Not(Mask):
-    """Visible where the other mask hides."""
-
-    part: Mask
-
-    def operands(self, query_length: int, key_length: int) -> PyTree:
-        """See :class:`Mask`."""
-        return self.part.operands(query_length, key_length)
-
-    @property
-    def grain(self) -> int | None:
-        """See :class:`Mask`."""
-        return self.part.grain
-
-    def visible(self, tile: Tile, operands: PyTree) -> Array:
-        """See :class:`Mask`."""
-        return ~self.part.visible(tile, operands)
-
-    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
-        """See :class:`Mask`."""
-        possible, certain = self.part.bounds(rows, cols, operands)
-        full = complement(possible, cols.count)
-        xp = namespace(*full)
-        # A complement reaches into an incomplete last block: that is never full.
-        full = Intervals(full.lo, xp.minimum(full.hi, cols.length // cols.size))
-        return complement(certain, cols.count), full
-
-    def __repr__(self) -> str:
-        return f"~{self.part!r}"
 
 
 def full() -> Mask:

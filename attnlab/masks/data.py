@@ -3,6 +3,7 @@
 They run along the arrays they mask: they speak of slots.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -237,11 +238,6 @@ class Predicate(Mask):
         """See :class:`Mask`."""
         return self.fn(tile.query_positions, tile.key_positions, *operands)
 
-    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
-        """See :class:`Mask`."""
-        where = np.ones((1, 1, rows.count), bool)
-        return cols.every(where), cols.every(~where)
-
     def __repr__(self) -> str:
         name = getattr(self.fn, "__name__", repr(self.fn))
         return f"predicate({', '.join([name, *map(describe, self.arrays)])})"
@@ -363,6 +359,11 @@ def predicate(fn: Callable[..., Array], *operands: ArrayLike) -> Mask:
         operands: arrays that broadcast to ``[B, N, T, S]``; ``fn`` gets the tile of
             each, ``[q or 1, k or 1]``.
 
+    Raises:
+        TypeError: if ``fn`` is no function of so many arguments, or an operand is no
+            array of numbers.
+        ValueError: if an operand is known here and does not fit JAX's integers.
+
     Example:
         >>> def even(t, s):
         ...     return (t + s) % 2 == 0
@@ -370,4 +371,27 @@ def predicate(fn: Callable[..., Array], *operands: ArrayLike) -> Mask:
         [[1 0 1]
          [0 1 0]]
     """
-    return Predicate(tuple(operands), fn)
+    if not callable(fn):
+        raise TypeError(
+            f"fn: expected a function of query and key positions, got {fn!r}; "
+            "for a boolean array use masks.dense"
+        )
+    arrays = tuple(map(arguments.as_array, operands))
+    for place, array in enumerate(arrays):
+        arguments.check_kept(f"operands[{place}]", array)
+    _check_arity(fn, len(arrays))
+    return Predicate(arrays, fn)
+
+
+def _check_arity(fn: Callable[..., Array], count: int) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # of a builtin that does not tell
+        return
+    try:
+        signature.bind(*[None] * (2 + count))
+    except TypeError as error:
+        raise TypeError(
+            f"fn: expected a function of query positions, key positions and the tiles "
+            f"of {count} operands, got {getattr(fn, '__name__', fn)}{signature}"
+        ) from error

@@ -223,7 +223,7 @@ def _columns(table: Any, count: int) -> _Listed:
 
     lead = table.shape[:2]
     flat = table.reshape((math.prod(lead), n, each))
-    if xp is np and len(flat):
+    if xp is np:
         found = [np.stack(x) for x in zip(*map(one, flat), strict=True)]
     else:
         found = jax.vmap(one)(flat)
@@ -248,7 +248,8 @@ def random_blocks(
             positions beyond it (by an offset, in a cache) see no random block.
 
     Raises:
-        ValueError: if ``blocks_per_row`` exceeds ``num_blocks``.
+        TypeError: if ``rng`` is neither a key nor an int.
+        ValueError: if ``blocks_per_row`` exceeds ``num_blocks``, or a seed 32 bits.
 
     References:
         Zaheer et al., "Big Bird", 2020, section 2 (there drawn independently a row).
@@ -260,7 +261,13 @@ def random_blocks(
             f"blocks_per_row: expected at most num_blocks={num_blocks}, "
             f"got {blocks_per_row}"
         )
-    rng = as_threefry(jax.random.key(rng) if isinstance(rng, int) else rng)
+    key: Any = rng
+    if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
+        if not -(2**31) <= rng < 2**32:
+            raise ValueError(f"rng: expected a seed of 32 bits, got {rng}")
+        key = jax.random.key(int(rng))
+    arguments.prng_key("rng", key, "; jax.random.key makes one, and an int is a seed")
+    rng = as_threefry(key)
     first, second, third = jax.random.split(rng, 3)
     a = jax.random.permutation(first, num_blocks)
     b = jax.random.permutation(second, num_blocks)

@@ -15,6 +15,7 @@ from attnlab.masks.planning import (
     alone,
     head_count,
     index_blocks,
+    lengths_of,
     make_plan,
     slot_operand,
 )
@@ -242,7 +243,7 @@ def _structurally_alive(plan: Plan) -> bool:
 
 def mask_density(mask: Mask, t: int, s: int | None) -> float:
     """See ``Mask.density``."""
-    s = t if s is None else s
+    t, s = lengths_of(t, s)
     if t == 0 or s == 0:
         return 0.0
     operands, _ = alone(mask, t, s)

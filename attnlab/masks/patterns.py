@@ -117,6 +117,7 @@ def longformer(*, window: int, anchors: int | Sequence[int] | ArrayLike = 0) -> 
     References:
         Beltagy, Peters, Cohan, "Longformer", 2020, section 3.1.
     """
+    window = size_argument("window", window, 0)
     mask = sliding_window(window, window)
     none = isinstance(anchors, int) and anchors == 0
     return mask if none else mask | anchor(anchors)
@@ -147,6 +148,7 @@ def big_bird(
     References:
         Zaheer et al., "Big Bird", 2020, section 2.
     """
+    random_blocks = size_argument("random_blocks", random_blocks, 1)
     drawn = layouts.random_blocks(rng, random_blocks, block_size, num_blocks)
     return longformer(window=window, anchors=anchors) | drawn
 
@@ -169,6 +171,7 @@ def streaming(*, anchors: int, window: int) -> Mask:
         Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
         section 3.
     """
-    recent = sliding_window(window, 0)
+    recent = sliding_window(size_argument("window", window, 0), 0)
+    anchors = size_argument("anchors", anchors, 0)
     first = anchor(anchors, see_all=False) if anchors else ~Full()
     return sliding_window(None, 0) & (recent | first)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab.masks.base import Bounds, Mask, as_mask, common_grain
+from attnlab.masks.algebra import common_grain
+from attnlab.masks.base import Bounds, Mask, as_mask, seen_by
 from attnlab.masks.geometry import Blocks
 from attnlab.masks.intervals import FAR, namespace
 from attnlab.types import Array, Intervals, Operand, PyTree, Tile, pytree
@@ -58,7 +59,7 @@ class PerHead(Mask):
             tile.query_positions.shape, tile.key_positions.shape
         )
         branches = [
-            lambda ops, m=m, i=i: jnp.broadcast_to(m.visible(tile, ops[i]), shape)
+            lambda ops, m=m, i=i: jnp.broadcast_to(seen_by(m, tile, ops[i]), shape)
             for i, m in enumerate(self.parts)
         ]
         return lax.switch(tile.head, branches, operands)
@@ -98,7 +99,16 @@ def per_head(masks: Sequence[Mask]) -> Mask:
 
     Args:
         masks: N masks, one a head, none of which varies by head itself.
+
+    Raises:
+        TypeError: if it is one mask, or something else.
+        ValueError: if there are none, or one is ``per_head`` itself.
     """
+    if not isinstance(masks, (list, tuple)):
+        raise TypeError(
+            f"masks: expected a list, one mask for each query head, got {masks!r}; "
+            "a mask alone holds for all heads"
+        )
     if not masks:
         raise ValueError("masks: expected one mask for each query head, got none")
     parts = tuple(as_mask(m) for m in masks)

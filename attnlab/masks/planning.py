@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.masks.base import Mask, visible_pairs
+from attnlab import arguments
+from attnlab.masks.base import Mask, seen_by, visible_pairs
 from attnlab.masks.geometry import Blocks
 from attnlab.masks.intervals import FAR, difference, merge, namespace, numbers
 from attnlab.masks.per_head import PerHead
@@ -227,16 +228,29 @@ def alone(mask: Mask, t: int, s: int) -> tuple[PyTree, tuple[int, ...]]:
     return normalise_tree(operands, batch, "mask"), batch
 
 
+def lengths_of(query_length: Any, key_length: Any) -> tuple[int, int]:
+    """T and S; S is T if not given.
+
+    Raises:
+        TypeError: if one is no int.
+        ValueError: if one is negative.
+    """
+    t = arguments.size("query_length", query_length, 0)
+    return t, t if key_length is None else arguments.size("key_length", key_length, 0)
+
+
 def plan_mask(
     mask: Mask, t: int, s: int | None, block_size: int | tuple[int, int]
 ) -> Plan:
     """See ``Mask.plan``."""
-    s = t if s is None else s
-    block_q, block_k = (
-        (block_size, block_size) if isinstance(block_size, int) else block_size
-    )
-    if min(block_q, block_k) < 1:
-        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    t, s = lengths_of(t, s)
+    given = block_size if isinstance(block_size, (tuple, list)) else [block_size] * 2
+    if len(given) != 2:
+        raise ValueError(
+            f"block_size: expected an int, or two, of queries and of keys, got "
+            f"{block_size}"
+        )
+    block_q, block_k = (arguments.size("block_size", n) for n in given)
     operands, _ = alone(mask, t, s)
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
         operands = jax.tree.map(np.asarray, operands)
@@ -282,16 +296,37 @@ def head_count(mask: Mask) -> int:
     return max([len(m.parts) for m in inner if isinstance(m, PerHead)] + [1])
 
 
+def check_heads(mask: Mask, heads: int) -> None:
+    """Each ``per_head`` must have a mask for each head.
+
+    Raises:
+        ValueError: if one has more, or fewer.
+    """
+    inner = jax.tree.leaves(mask, is_leaf=lambda m: isinstance(m, PerHead))
+    for part in inner:
+        if isinstance(part, PerHead) and len(part.parts) != heads:
+            raise ValueError(
+                f"mask: per_head got {len(part.parts)} masks for {heads} query heads"
+            )
+
+
 def reads_head(mask: Mask, operands: PyTree) -> bool:
     """Whether what a mask shows depends on the head, as a user's own may.
+
+    It is asked for a small tile, and nothing is computed: whoever runs, a mask is right
+    or wrong.
 
     Args:
         mask: the mask.
         operands: its operands, normalised.
+
+    Raises:
+        TypeError, ValueError: if its author did not get it right.
     """
+    mask = skeleton(mask)
 
     def visible(tile: Tile, operands: PyTree) -> Array:
-        return mask.visible(tile, operands)
+        return seen_by(mask, tile, operands)
 
     def cut(x: Array) -> jax.ShapeDtypeStruct:
         sides = (min(n, m) for n, m in zip(x.shape[2:4], (2, 3), strict=True))
@@ -299,12 +334,15 @@ def reads_head(mask: Mask, operands: PyTree) -> bool:
 
     shapes = (2, 1), (1, 3), ()
     tile = Tile(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
-    try:
-        traced = jax.make_jaxpr(visible)(tile, jax.tree.map(cut, operands)).jaxpr
-    except Exception:  # a rule that fails: whoever asks it says so
-        return False
-    head = traced.invars[2]
-    read = [*traced.outvars, *(x for step in traced.eqns for x in step.invars)]
+    traced = jax.make_jaxpr(visible)(tile, jax.tree.map(cut, operands))
+    if any(isinstance(x, jax.core.Tracer) for x in traced.consts):
+        raise TypeError(
+            f"mask: {mask!r} reads a traced array that is none of its operands; give "
+            "it as one: predicate(fn, array) passes its tile to fn"
+        )
+    head = traced.jaxpr.invars[2]
+    steps = traced.jaxpr.eqns
+    read = [*traced.jaxpr.outvars, *(x for step in steps for x in step.invars)]
     return any(x is head for x in read)
 
 
@@ -316,7 +354,7 @@ def slot_operand(length: int, axis: int) -> Array:
 
 def dense_mask(mask: Mask, t: int, s: int | None) -> Array:
     """See ``Mask.to_dense``."""
-    s = t if s is None else s
+    t, s = lengths_of(t, s)
     operands, _ = alone(mask, t, s)
     result = dense_visible(mask, operands, slot_operand(t, 2), slot_operand(s, 3))
     plain = not jax.tree.leaves(operands) and result.shape[:2] == (1, 1)

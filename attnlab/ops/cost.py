@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.masks.base import And, Mask, Not, Or
+from attnlab.masks.algebra import And, Not, Or
+from attnlab.masks.base import Mask
 from attnlab.masks.data import predicate
 from attnlab.masks.liveness import scan_partial
 from attnlab.masks.per_head import PerHead

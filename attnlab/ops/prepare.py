@@ -13,6 +13,7 @@ from attnlab.masks.intervals import FAR
 from attnlab.masks.liveness import alive
 from attnlab.masks.planning import (
     blocks_of,
+    check_heads,
     head_count,
     normalise,
     normalise_tree,
@@ -132,13 +133,10 @@ def what_is_seen(
     """Which slots are alive; of the arguments, mask and positions count."""
     operands = normalise_tree(args.mask.operands(t, s), batch, "mask")
     check_operand_shapes(operands, (heads, t, s), "mask")
-    if head_count(args.mask) not in (1, heads):
-        raise ValueError(
-            f"mask: per_head got {head_count(args.mask)} masks for {heads} query heads"
-        )
+    check_heads(args.mask, heads)
     operands = jax.lax.stop_gradient(operands)
     query, key = positions_of(args, batch, t, s)
-    if head_count(args.mask) == 1 and reads_head(args.mask, operands):
+    if reads_head(args.mask, operands) and head_count(args.mask) == 1:
         # Where positions run along the heads, each head is asked.
         query = jnp.broadcast_to(query, (query.shape[0], heads, t, 1))
     positions = query, key

@@ -157,15 +157,16 @@ def _as_offset(offset: Any, length: int) -> Any:
 
 
 def _check_leaves(name: str, owner: Any) -> None:
-    """What a score or a modifier holds must be arrays and numbers, and it a pytree."""
+    """What it holds must be arrays and numbers, and it a pytree."""
     kind = type(owner).__name__
     for path, leaf in jax.tree.leaves_with_path(owner):
-        if leaf is owner:
+        if isinstance(leaf, (Mask, Modifier, Score)):
             raise TypeError(
-                f"{name}: {kind} is no pytree; decorate it with attnlab.types.pytree"
+                f"{name}: {type(leaf).__name__} is no pytree; decorate it with "
+                "attnlab.types.pytree"
             )
         if not isinstance(leaf, (bool, int, float, complex)):
-            arguments.dtype_of(f"{name}: {kind}{jax.tree_util.keystr(path)}", leaf)
+            arguments.check_kept(f"{name}: {kind}{jax.tree_util.keystr(path)}", leaf)
 
 
 def _as_modifiers(modifiers: Any) -> tuple[Modifier, ...]:
@@ -273,12 +274,14 @@ def check(
             raise ValueError(
                 f"sinks: expected shape ({heads},), got {tuple(sinks.shape)}"
             )
+    mask = as_mask(mask)
+    _check_leaves("mask", mask)
     args = Arguments(
         query,
         key,
         value,
         score,
-        as_mask(mask),
+        mask,
         modifiers,
         sinks,
         dropout_rng if dropout_rate > 0 else None,

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from attnlab import attention, cost, explain, masks, scores
-from attnlab.masks.base import And, Full, Not
+from attnlab.masks.algebra import And, Not
+from attnlab.masks.base import Full
 from attnlab.masks.structural import Window
 from attnlab.modifiers.bias import Bias
 from attnlab.scores.pairwise import Additive, Concat, Mlp

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.masks.base import And, Full, Mask, Not, Or
+from attnlab.masks.algebra import And, Not, Or
+from attnlab.masks.base import Full, Mask
 from attnlab.masks.data import Dense, Documents, Lengths
 from attnlab.masks.layouts import BlockLayout
 from attnlab.masks.patterns import AnchorIndices

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.masks.base import And, Mask, Not, Or
+from attnlab.masks.algebra import And, Not, Or
+from attnlab.masks.base import Mask
 from attnlab.scores.pairwise import Mlp
 from attnlab.scores.projected import bare, known
 from attnlab.types import Array, Modifier, PyTree, Score, Tile

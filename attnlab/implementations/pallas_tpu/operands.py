@@ -18,7 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnlab.implementations.pallas_tpu.elementwise import mask_is_elementwise
 from attnlab.implementations.walk import Row, Tiles
-from attnlab.masks.base import And, Mask, Not, Or, seen_by, visible_pairs
+from attnlab.masks.algebra import And, Not, Or
+from attnlab.masks.base import Mask, seen_by, visible_pairs
 from attnlab.masks.planning import head_count
 from attnlab.types import Array, PyTree, Tile
 
