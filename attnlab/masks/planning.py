@@ -329,7 +329,7 @@ def reads_head(mask: Mask, operands: PyTree) -> bool:
         return seen_by(mask, tile, operands)
 
     def cut(x: Array) -> jax.ShapeDtypeStruct:
-        sides = (min(n, m) for n, m in zip(x.shape[2:4], (2, 3), strict=True))
+        sides = (1 if n == 1 else m for n, m in zip(x.shape[2:4], (2, 3), strict=True))
         return jax.ShapeDtypeStruct((*sides, *x.shape[4:]), x.dtype)
 
     shapes = (2, 1), (1, 3), ()

@@ -279,3 +279,11 @@ def test_a_rule_may_yield_one_truth_for_all():
         assert mask.to_dense(2, 3).all()
         assert not (~mask).to_dense(2, 3).any()
         explain(X, X, X, mask=~mask)
+
+
+def test_two_keys_are_no_fault_of_a_mask():
+    """The tile that every mask is asked for has other sides than the arrays."""
+    ids, key = np.array([0, 1, 1, 0]), X[:, :2]
+    for shape in ((4, 2), (4, 1), (1, 2)):
+        mask = masks.documents(ids, ids[:2]) & np.ones(shape, bool)
+        explain(X, key, key, mask=mask)
