@@ -244,8 +244,7 @@ struct Mask {
         const int64_t* sizes = code;
         code += parts;
         for (int64_t i = 0; i < parts; ++i) {
-          // One mask alone serves all heads.
-          if (i == least(panel.n, parts - 1)) evaluate(code, out);
+          if (i == panel.n) evaluate(code, out);
           code += sizes[i];
         }
         return code;
