@@ -1,4 +1,4 @@
-"""The mask protocol and its algebra: ``&``, ``|``, ``~``."""
+"""The mask protocol, and the mask that shows everything."""
 
 from typing import Any, NoReturn
 
