@@ -55,6 +55,7 @@ class Distance(Score):
         return self.weight
 
     def compare(self, params, query, key):
+        query, key = query.astype(params.dtype), key.astype(params.dtype)
         difference = query[:, None, :] - key[None, :, :]
         return -params * jnp.sqrt(difference * difference + 0.5).sum(-1)
 

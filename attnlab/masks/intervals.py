@@ -145,7 +145,7 @@ def first_run(flags: Any) -> Intervals:
     """The first interval of Trues of ``[..., count]``: sound where a hull is not."""
     xp = namespace(flags)
     count = flags.shape[-1]
-    lo = xp.where(flags.any(-1), flags.argmax(-1), count)
+    lo = xp.where(flags.any(-1), flags.argmax(-1), count).astype(np.int32)
     stops = ~flags & (numbers(count, flags.ndim) > lo[..., None])
     hi = xp.where(stops.any(-1), stops.argmax(-1), count)
-    return Intervals(lo[..., None].astype(np.int32), hi[..., None].astype(np.int32))
+    return Intervals(lo[..., None], hi[..., None].astype(np.int32))

@@ -178,7 +178,7 @@ def test_the_baseline_has_figures_of_every_target():
 @needs_compiler
 def test_too_much_memory_is_a_reason_and_no_crash(cache):
     def large(x):
-        all_pairs = x[:, None] * x
+        all_pairs = x[:, None] * x[None, :]
         return all_pairs @ all_pairs
 
     shape = jax.ShapeDtypeStruct((2**20,), jnp.float32)

@@ -199,7 +199,7 @@ def test_greatest_weights(count, dropout, tile):
     assert plain.weights is None
     assert plain.indices is None
     for other in (everything, found):
-        np.testing.assert_array_equal(other.output, plain.output)
+        np.testing.assert_allclose(other.output, plain.output, rtol=2e-6)
         np.testing.assert_array_equal(other.lse, plain.lse)
     dense = np.asarray(everything.weights)
     wanted = -np.sort(-dense, -1)[..., :count]

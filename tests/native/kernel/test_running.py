@@ -358,13 +358,6 @@ def test_a_class_of_the_users_own_with_bounds(mask):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_one_mask_of_per_head_serves_all():
-    x = arrays()
-    found = both_ways(*x, mask=masks.per_head([masks.causal()]))
-    wanted = both_ways(*x, mask=masks.causal())
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
 @pytree
 class Widening(scores.Score):
     """Projects to another type than the value has."""
