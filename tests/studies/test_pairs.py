@@ -1,5 +1,6 @@
 """Reading pairs, holding some out, subwords: nothing leaks, nothing is silent."""
 
+import contextlib
 import hashlib
 import io
 import sqlite3
@@ -74,11 +75,6 @@ def test_ratio_of_words():
 
 
 def make_database():
-    connection = sqlite3.connect(":memory:")
-    connection.execute(
-        "CREATE TABLE bible (bbName TEXT, bNumber INT, cNumber INT, vNumber INT, "
-        "vText TEXT)"
-    )
     rows = [
         ("l", 2, 1, 1, "Voici  les noms"),
         ("l", 1, 1, 2, "La terre"),
@@ -91,8 +87,13 @@ def make_database():
         ("3", 1, 1, 4, "nothing beside it"),
         ("k", 1, 1, 1, "In the beginning"),
     ]
-    connection.executemany("INSERT INTO bible VALUES (?, ?, ?, ?, ?)", rows)
-    return connection.serialize()
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute(
+            "CREATE TABLE bible (bbName TEXT, bNumber INT, cNumber INT, vNumber INT, "
+            "vText TEXT)"
+        )
+        connection.executemany("INSERT INTO bible VALUES (?, ?, ?, ?, ?)", rows)
+        return connection.serialize()
 
 
 def test_verses_of_a_wheel(tmp_path, monkeypatch):

@@ -11,11 +11,12 @@ import pytest
 
 from attnlab import explain
 from attnlab.implementations.native import load
-from attnlab.implementations.native import load
 from tests import grid
 from tests.test_conformance import CELLS, NATIVE_REFUSES, conform, instructions
 
-pytestmark = pytest.mark.skipif(load.why_not(), reason="the library is not there")
+pytestmark = pytest.mark.skipif(
+    load.why_not() is not None, reason="the library is not there"
+)
 
 TAKEN = [cell for cell in CELLS if not NATIVE_REFUSES & set(cell)]
 
