@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from attnlab.implementations.plain import plain
 from attnlab.implementations.tile import (
     compare,
+    finite,
     kept,
     matmul,
     modify,
+    spoilt,
     squeeze_params,
 )
 from attnlab.masks.base import visible_pairs
@@ -24,6 +26,13 @@ def _over(fn: Any, size: int, shared: tuple[PyTree, ...]) -> Any:
     return jax.vmap(fn, (0, axes), axis_size=size), arrays
 
 
+def _lose(lost: Array, seen: Array, x: Array) -> Array:
+    """``x [T, ...]``; NaN where a query is ``lost [T]``, and a function of ``seen``."""
+    value = jnp.where(lost, jnp.nan, 1) * seen
+    lost, value = (y.reshape(-1, *[1] * (x.ndim - 1)) for y in (lost, value))
+    return jnp.where(lost, value, x)
+
+
 def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
     """Output ``[B, T, N, D]``, log-sum-exp ``[B, T, N]``, weights ``[B, N, T, S]``."""
     inputs, sizes = plain(inputs), inputs.sizes
@@ -33,8 +42,11 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
         q, k, v, head = arrays
         params, head_scale, modifiers, masks, q_pos, k_pos, words = operands
         tile = Tile(q_pos, k_pos, head)
+        bad_q, bad_k, bad_v = map(spoilt, (q, k, v))
+        q, k, v = map(finite, (q, k, v))
         logits = compare(inputs, squeeze_params(params), head_scale, q, k)
         visible = visible_pairs(inputs.mask, tile, masks)
+        visible = jnp.broadcast_to(visible, logits.shape)
         logits = modify(inputs, logits, tile, modifiers, visible)
         logits = jnp.where(visible, logits, -jnp.inf)
 
@@ -44,12 +56,23 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
         total = p.sum(1, keepdims=True)
         alive = total != 0  # NaN is no zero: it shows
         safe = jnp.where(alive, total, 1)
-        weights = p / safe
+        weights = jnp.where(visible, p / safe, 0)
         lse = jnp.where(alive, top + jnp.log(safe), -jnp.inf)[:, 0]
         if words is not None:
             scale = 1 / (1 - inputs.dropout_rate)
             weights = jnp.where(kept(inputs, words), weights * scale, 0)
-        return matmul(inputs, weights, v, (1, 0)), lse, weights
+        output = matmul(inputs, weights, v, (1, 0))
+
+        # A query that sees what is not finite is lost, and so are the gradients of all
+        # that it sees. They take another way: in products, 0 times NaN would be NaN.
+        sums = v.astype(logits.dtype).sum(1)
+        seen = jnp.where(visible, logits + sums[None], 0).sum(1)
+        lost = (visible & (bad_q[:, None] | bad_k[None])).any(1)
+        lost |= jnp.isnan(total[:, 0])
+        lse = _lose(lost, seen, lse)
+        weights = jnp.where(visible, _lose(lost, seen, weights), 0)
+        lost |= (visible & bad_v[None]).any(1)
+        return _lose(lost, seen, output), lse, weights
 
     def one_example(arrays: Any, operands: Any) -> tuple[Array, Array, Array]:
         q, k, v = (x.swapaxes(0, 1) for x in arrays)

@@ -27,6 +27,25 @@ def matmul(inputs: AttentionInputs, a: Array, b: Array, axes: tuple[int, int]) -
     )
 
 
+@jax.custom_jvp
+def finite(x: Array) -> Array:
+    """``x`` with 0 for what is NaN or infinite; its slope is that of ``x``.
+
+    In a product, 0 of a hidden pair times NaN would be NaN.
+    """
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+
+
+@finite.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return finite(*primals), tangents[0]
+
+
+def spoilt(x: Array) -> Array:
+    """Which rows hold a number that is not finite: ``[rows, X] -> bool [rows]``."""
+    return ~jnp.isfinite(x).all(1)
+
+
 def precision_name(precision: Any) -> str | None:
     """A precision as the name that ``jax.default_matmul_precision`` takes.
 

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.implementations.measured import measured
-from attnlab.implementations.tile import compare, kept, matmul, modify, scaled
+from attnlab.implementations.tile import (
+    compare,
+    finite,
+    kept,
+    matmul,
+    modify,
+    scaled,
+    spoilt,
+)
 from attnlab.implementations.walk import Operands, Tiles, make_walk
 from attnlab.masks.base import visible_pairs
 from attnlab.masks.planning import plan_of
@@ -96,8 +104,8 @@ class Tiled(Implementation):
                 key = tiles.key_blocks(k, where, ids)
                 logits = compare(inputs, here.params, here.head_scale, query, key)
                 logits = modify(inputs, logits, tile, here.modifiers)
-                if masked:
-                    seen = visible_pairs(inputs.mask, tile, here.mask)
+                seen = visible_pairs(inputs.mask, tile, here.mask) if masked else None
+                if seen is not None:
                     logits = jnp.where(seen, logits, -jnp.inf)
                 # ``top`` stays finite, so a hidden pair gives exp(-inf) = 0 exactly.
                 new = jnp.maximum(top, logits.max(1))
@@ -107,6 +115,10 @@ class Tiled(Implementation):
                 if here.words is not None:
                     p = jnp.where(kept(inputs, here.words), p, 0)
                 value = tiles.key_blocks(v, where, ids)
+                if seen is not None:
+                    # In a product, 0 of a hidden pair times NaN would be NaN.
+                    p = jnp.where(seen & spoilt(value)[None], jnp.nan, p)
+                    value = finite(value)
                 product = matmul(inputs, p, value, (1, 0))
                 return new, total, sums * shrink[:, None] + product
 
@@ -170,6 +182,7 @@ class Tiled(Implementation):
             )
             # What is kept counts for what is dropped: here once, not in every tile.
             d_o = d_o * (1 / (1 - inputs.dropout_rate))
+            lost = spoilt(query) | spoilt(d_o)
 
             def step(ids: Array, valid: Array, state: tuple, masked: bool) -> tuple:
                 d_query, sums = state
@@ -177,19 +190,27 @@ class Tiled(Implementation):
                 tile = Tile(here.query_positions, here.key_positions, where.head)
                 key = tiles.key_blocks(k, where, ids).astype(dtype)
                 value = tiles.key_blocks(v, where, ids).astype(dtype)
-                seen = visible_pairs(inputs.mask, tile, here.mask) if masked else None
-                logits, pull = _pullback(inputs, here, tile, query, key, seen)
-                if seen is not None:
-                    logits = jnp.where(seen, logits, -jnp.inf)
+                seen = bad = None
+                sides, above = (query, key), d_o
+                if masked:  # as in the forward pass
+                    seen = visible_pairs(inputs.mask, tile, here.mask)
+                    bad = lost[:, None] | spoilt(key)[None]
+                    sides, above = (finite(query), finite(key)), finite(d_o)
+                logits, pull = _pullback(inputs, here, tile, *sides, seen)
                 p = jnp.exp(logits - row_shift)
-                d_p = matmul(inputs, d_o, value, (1, 1))
+                if seen is not None and bad is not None:
+                    p = jnp.where(seen, jnp.where(bad, jnp.nan, p), 0)
+                d_p = matmul(inputs, above, value, (1, 1))
                 dropped = p
                 if here.words is not None:
                     keep = kept(inputs, here.words)
                     d_p = jnp.where(keep, d_p, 0)
                     dropped = jnp.where(keep, p, 0)
-                part_query, part_key, part_learned = pull(p * (d_p - row_delta))
-                part_value = matmul(inputs, d_o, dropped, (0, 0))
+                d_logits = p * (d_p - row_delta)
+                if seen is not None:
+                    d_logits = jnp.where(seen, d_logits, 0)
+                part_query, part_key, part_learned = pull(d_logits)
+                part_value = matmul(inputs, above, dropped, (0, 0))
                 add = functools.partial(_add, tiles.add_transposed, row=kv, ids=ids)
                 sums = _Sums(
                     add(sums.key, part_key),

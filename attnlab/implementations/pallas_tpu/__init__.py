@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from attnlab.implementations import spread
 from attnlab.implementations.pallas_tpu.backward import Backward
 from attnlab.implementations.pallas_tpu.blocks import Blocks, best, limit
 from attnlab.implementations.pallas_tpu.call import fit
@@ -159,7 +160,8 @@ class PallasTpu(Implementation):
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.types.Implementation`."""
-        return forward(inputs, self.sizes(inputs, "forward"), self.interpret)
+        blocks = self.sizes(inputs, "forward")
+        return spread.forward(inputs, lambda x: forward(x, blocks, self.interpret))
 
     def backward(
         self,
@@ -172,5 +174,8 @@ class PallasTpu(Implementation):
     ) -> list[Array | None]:
         """See :class:`attnlab.types.Implementation`."""
         blocks = self.sizes(inputs, "backward")
-        made = Backward(inputs, wanted, blocks, limit(), self.interpret)
-        return made.run(output, lse, d_output, d_lse)
+
+        def run(inputs: AttentionInputs, *above: Any) -> list[Array | None]:
+            return Backward(inputs, wanted, blocks, limit(), self.interpret).run(*above)
+
+        return spread.backward(inputs, output, lse, d_output, d_lse, run)

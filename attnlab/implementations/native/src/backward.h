@@ -56,6 +56,7 @@ struct BackPanel {
   E *q, *d_o;               // [P][kLanes], [D][kLanes], or pairs
   E *q_across, *d_o_across;  // [kLanes][stride], or pairs of lanes
   float shift[kLanes], delta[kLanes];
+  uint32_t lost;  // one bit a lane: its query or gradient is not finite, and zero here
 };
 
 template <class E>
@@ -68,6 +69,14 @@ void load_panel(const Problem& c, Work<E>& w, int64_t b, int64_t n, int64_t t0, 
   float* d_rows = rows + kLanes * p_stride;
   load_rows(c, c.arg(0), s.panel, c.P, p_stride, s.scale.queries, rows);
   load_rows(c, c.arg(11), s.panel, c.D, d_stride, (float)c.call.keep_scale, d_rows);
+  s.lost = 0;
+  for (int i = 0; i < s.panel.lanes; ++i) {
+    float *row = rows + i * p_stride, *d_row = d_rows + i * d_stride;
+    if (are_finite(row, c.P) && are_finite(d_row, c.D)) continue;
+    s.lost |= 1u << i;
+    memset(row, 0, c.P * 4);
+    memset(d_row, 0, c.D * 4);
+  }
   s.q = w.q.get(up(c.P, 2) * kLanes), s.d_o = w.d_o.get(up(c.D, 2) * kLanes);
   to_lanes(rows, p_stride, c.P, s.q);
   to_lanes(d_rows, d_stride, c.D, s.d_o);
@@ -82,6 +91,7 @@ void load_panel(const Problem& c, Work<E>& w, int64_t b, int64_t n, int64_t t0, 
     const bool there = i < s.panel.lanes && lse[row] != -INFINITY;
     s.shift[i] = there ? lse[row] : INFINITY;
     s.delta[i] = there ? delta[row] : 0.0f;
+    if (!there) s.lost &= ~(1u << i);
   }
 }
 
@@ -134,9 +144,14 @@ struct BackTile {
       for (int j = 0; j < 2; ++j) {
         const int64_t at = k * kLanes + j * kWidth;
         vf x = exp2_((load<vf>(p + at) - shift[j]) * kLog2e);
-        if (words) x = where_shown(words[k], j, x, (vf){});
+        if (s.lost) x = where_shown(s.lost, j, splat(NAN), x);
+        vf y = x * (load<vf>(d + at) - delta[j]);
+        if (words) {
+          x = where_shown(words[k], j, x, (vf){});
+          y = where_shown(words[k], j, y, (vf){});
+        }
         store(p + at, x);
-        if (c.drop_below < 0) store(d + at, x * (load<vf>(d + at) - delta[j]));
+        if (c.drop_below < 0) store(d + at, y);
       }
     if (c.drop_below >= 0) {
       Dropout drop(c, s.panel, s0);
@@ -146,7 +161,9 @@ struct BackTile {
           vi kept = drop.kept(k, j);
           vf x = load<vf>(p + at);
           vf above = kept ? load<vf>(d + at) : (vf){};
-          store(d + at, x * (above - delta[j]));
+          vf y = x * (above - delta[j]);
+          if (words) y = where_shown(words[k], j, y, (vf){});
+          store(d + at, y);
           store(p + at, kept ? x : (vf){});
         }
     }
@@ -295,6 +312,7 @@ void backward_keys(const Problem& c, int64_t b, int64_t kh, int64_t slice) {
               k.value_rows += index * kTileRows * k.value_stride;
               k.across += steps(index * kTileRows, (E*)0) * k.width;
               k.values += steps(index * kTileRows, (E*)0) * k.value_width;
+              k.lost += index * kTileRows;
               if (!packed[index]) pack_keys(c, b, kh, tile0, tile1 - tile0, true, k);
               packed[index] = true;
               BackTile<E>{c, w, network, d_network[g], s, k, tile0, slice,

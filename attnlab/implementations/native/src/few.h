@@ -195,6 +195,27 @@ struct Few {
     }
   }
 
+  // Makes NaN the weights of what is not finite among `count` values at key k, where
+  // it is seen, if some query does not: 0 times NaN would be NaN.
+  template <class T>
+  void lose(int64_t kh, int64_t k, int64_t count, int64_t size, const T** at) const {
+    const uint32_t all = c.T < 32 ? (1u << c.T) - 1 : ~0u;
+    uint32_t seen = all;
+    for (int64_t n = kh * c.group; n < (kh + 1) * c.group; ++n)
+      if (sees[n])
+        for (int64_t i = 0; i < count; ++i) seen &= words[n][k + i];
+    if (seen == all) return;
+    for (int64_t i = 0; i < count; ++i) {
+      vf zeros = {};
+      for (int64_t d = 0; d < size; d += kWidth) zeros += elements(at[i], d, size) * 0.0f;
+      if (sum(zeros) == 0) continue;
+      at[i] = (const T*)nothing;
+      for (int64_t n = kh * c.group; n < (kh + 1) * c.group; ++n)
+        for (int64_t t = 0; t < c.T; ++t)
+          z[(n * c.T + t) * kKeys + k + i] = words[n][k + i] >> t & 1 ? NAN : 0.0f;
+    }
+  }
+
   // Logits of keys [first, end) before the modifiers.
   template <int kComparison, class T>
   void logits() {
@@ -336,6 +357,7 @@ void few_forward(const Problem& c, int64_t b, int64_t slice) {
       for (int64_t kh = 0; kh < c.K; ++kh) {
         few.slots(values, k, kh, c.D, at);
         const int64_t count = least(kWidth, few.count - k);
+        few.lose(kh, k, count, c.D, at);
         few.each_row(kh, [&](int64_t row, auto rows) {
           add_values<decltype(rows)::value>(o + row * few.d_wide, c.D,
                                             few.z + row * kKeys + k, at, count);

@@ -110,6 +110,17 @@ INLINE void softmax(const Problem& c, const Panel& panel, Running& s, int64_t s0
   }
 }
 
+// Makes NaN of a tile, beside the keys that are marked, what the words show (null: all).
+void lose(const uint8_t* marks, uint8_t mark, const uint32_t* words, int64_t first,
+          int64_t end, float* tile) {
+  for (int64_t k = first; k < end; ++k)
+    for (int j = 0; j < 2; ++j) {
+      float* at = tile + k * kLanes + j * kWidth;
+      if (marks[k] & mark)
+        store(at, where_shown(words ? words[k] : ~0u, j, splat(NAN), load<vf>(at)));
+    }
+}
+
 template <class E>
 void finish(const Problem& c, Work<E>& w, const State<E>& s) {
   const Panel& p = s.panel;
@@ -179,11 +190,15 @@ void forward_rows(const Problem& c, int64_t b, int64_t n, int64_t r) {
         if (c.num_modifiers)
           Modifying{c, s.panel, positions, s0, w.values, w.before}.apply(first, end, tile,
                                                                          false);
-        softmax<2>(c, s.panel, s.sums, s0, first, end, masked ? words : nullptr, tile,
+        const uint32_t* shown = masked ? words : nullptr;
+        const uint8_t lost = keys.lost[kKeys];
+        if (lost & kLostKey) lose(keys.lost, kLostKey, nullptr, first, end, tile);
+        softmax<2>(c, s.panel, s.sums, s0, first, end, shown, tile,
                    [&](const vf* factors) {
                      for (int64_t d = 0; d < 2 * c.D; ++d)
                        store(s.o + d * kWidth, load<vf>(s.o + d * kWidth) * factors[d & 1]);
                    });
+        if (lost & kLostValue) lose(keys.lost, kLostValue, shown, first, end, tile);
         E* p = probs;
         over_keys(tile, first, end, p);
         const int64_t at = steps(first, (E*)0);

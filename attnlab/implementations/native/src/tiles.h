@@ -10,12 +10,17 @@ namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
+// A key or value that is not all finite is packed as zeros, for in products 0 of a
+// hidden pair times NaN would be NaN. What queries see of it, its mark tells.
+enum { kLostKey = 1, kLostValue = 2 };
+
 template <class E>
 struct Keys {
   E* rows;       // [key][stride]: elements of the key one after another
   E* across;     // [key or pair of keys][width]; for floats the same as rows
   E* values;     // [key or pair of keys][value_width]
   E* value_rows; // [key][value_stride], for the backward pass
+  uint8_t* lost; // [key]: kLostKey | kLostValue; at kKeys: those of any of them
   int64_t stride, width, value_width, value_stride;
 };
 
@@ -29,6 +34,7 @@ constexpr int64_t kTileRows = kKeys + kRows;
 template <class E>
 struct KeyBuffers {
   Buffer<E> rows, across, values, value_rows;
+  Buffer<uint8_t> lost;
 };
 
 INLINE void sizes_of(Keys<float>& k, int64_t p, int64_t d) {
@@ -54,13 +60,14 @@ INLINE void fetch_ahead(const Array& x, int64_t at, int64_t size) {
     fetch_ahead((const uint16_t*)x.data + at, size);
 }
 
-// Copies keys [s0, s0 + count) of one head; dead rows, and those up to a multiple of
-// kRows, are zero.
+// Copies keys [s0, s0 + count) of one head; dead rows, what is not finite, and rows up
+// to a multiple of kRows, are zero.
 void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t count,
                bool backward, Keys<float>& k) {
   (void)backward;
   const Array &key = c.arg(1), &value = c.arg(2);
   const bool* lives = living(c, c.living_keys, b, kh, s0);
+  uint8_t any = 0;
   for (int64_t i = 0; i < up(count, kRows); ++i) {
     float* r = k.rows + i * k.stride;
     float* v = k.values + i * k.value_width;
@@ -73,21 +80,27 @@ void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t coun
       for (int64_t p = c.P; p < k.stride; ++p) r[p] = 0;
       load_floats(value, c.key_at(b, s0 + i, kh, c.D), c.D, v);
       for (int64_t d = c.D; d < k.value_width; ++d) v[d] = 0;
+      uint8_t lost = 0;
+      if (!are_finite(r, c.P)) lost |= kLostKey, memset(r, 0, c.P * 4);
+      if (!are_finite(v, c.D)) lost |= kLostValue, memset(v, 0, c.D * 4);
+      any |= k.lost[i] = lost;
     } else {
       memset(r, 0, k.stride * 4);
       memset(v, 0, k.value_width * 4);
+      k.lost[i] = 0;
     }
   }
+  k.lost[kKeys] = any;
 }
 
-void pack_pairs(const uint16_t* x, int64_t row_stride, const bool* lives, int64_t count,
+void pack_pairs(const uint16_t* x, int64_t row_stride, const bool* reads, int64_t count,
                 int64_t size, int64_t width, Pair* out) {
   for (int64_t i = 0; i < up(count, kRows); i += 2) {
     const uint16_t* a = x + i * row_stride;
     const uint16_t* b = a + row_stride;
     Pair* o = out + i / 2 * width;
-    const bool first = i < count && (!lives || lives[i]);
-    const bool second = i + 1 < count && (!lives || lives[i + 1]);
+    const bool first = i < count && reads[i];
+    const bool second = i + 1 < count && reads[i + 1];
     if (first && second)
       for (int64_t p = 0; p < size; ++p) o[p].bits = a[p] | (uint32_t)b[p] << 16;
     else if (first)
@@ -100,11 +113,11 @@ void pack_pairs(const uint16_t* x, int64_t row_stride, const bool* lives, int64_
   }
 }
 
-void pack_rows(const uint16_t* x, int64_t row_stride, const bool* lives, int64_t count,
+void pack_rows(const uint16_t* x, int64_t row_stride, const bool* reads, int64_t count,
                int64_t size, int64_t stride, Pair* out) {
   for (int64_t i = 0; i < count; ++i) {
     if (size % 2) out[(i + 1) * stride - 1].bits = 0;
-    if (!lives || lives[i])
+    if (reads[i])
       memcpy((void*)(out + i * stride), x + i * row_stride, size * 2);
     else
       memset((void*)(out + i * stride), 0, size * 2);
@@ -117,24 +130,36 @@ void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t coun
   const uint16_t* key = (const uint16_t*)c.arg(1).data + c.key_at(b, s0, kh, c.P);
   const uint16_t* value = (const uint16_t*)c.arg(2).data + c.key_at(b, s0, kh, c.D);
   const bool* lives = living(c, c.living_keys, b, kh, s0);
-  pack_rows(key, c.K * c.P, lives, count, c.P, k.stride, k.rows);
+  bool keys[kKeys], values[kKeys];  // which are read
+  uint8_t any = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool alive = !lives || lives[i];
+    keys[i] = alive && are_finite(key + i * c.K * c.P, c.P);
+    values[i] = alive && are_finite(value + i * c.K * c.D, c.D);
+    k.lost[i] = !alive ? 0 : (keys[i] ? 0 : kLostKey) | (values[i] ? 0 : kLostValue);
+    any |= k.lost[i];
+  }
+  k.lost[kKeys] = any;
+  pack_rows(key, c.K * c.P, keys, count, c.P, k.stride, k.rows);
   if (backward) {
-    pack_pairs(key, c.K * c.P, lives, count, c.P, k.width, k.across);
-    pack_rows(value, c.K * c.D, lives, count, c.D, k.value_stride, k.value_rows);
+    pack_pairs(key, c.K * c.P, keys, count, c.P, k.width, k.across);
+    pack_rows(value, c.K * c.D, values, count, c.D, k.value_stride, k.value_rows);
   } else {
-    pack_pairs(value, c.K * c.D, lives, count, c.D, k.value_width, k.values);
+    pack_pairs(value, c.K * c.D, values, count, c.D, k.value_width, k.values);
   }
 }
 
 void reserve(Keys<float>& k, KeyBuffers<float>& from, int64_t count) {
   k.rows = k.across = from.rows.get(count * k.stride);
   k.values = k.value_rows = from.values.get(count * k.value_width);
+  k.lost = from.lost.get(count);
 }
 void reserve(Keys<Pair>& k, KeyBuffers<Pair>& from, int64_t count) {
   k.rows = from.rows.get(count * k.stride);
   k.across = from.across.get(count / 2 * k.width);
   k.values = from.values.get(count / 2 * k.value_width);
   k.value_rows = from.value_rows.get(count * k.value_stride);
+  k.lost = from.lost.get(count);
 }
 
 // Tiles of keys that a thread has packed, by their number: blocks of queries one after
@@ -155,6 +180,7 @@ class TileCache {
     const int64_t slot = index % slots_;
     keys.rows += slot * kTileRows * keys.stride;
     keys.values += steps(slot * kTileRows, (E*)0) * keys.value_width;
+    keys.lost += slot * kTileRows;
     int64_t* tag = tags_.get(slots_) + slot;
     const int64_t wanted = (b * c.K + kh) * c.tiles + index;
     if (*tag != wanted) {

@@ -102,6 +102,22 @@ INLINE uint32_t to_bits(vi mask) {
 #endif
 }
 
+// Whether none of n numbers is infinite or NaN.
+bool are_finite(const float* x, int64_t n) {
+  int32_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    memcpy(&bits, x + i, 4);
+    bad |= (bits & 0x7f800000u) == 0x7f800000u;
+  }
+  return !bad;
+}
+bool are_finite(const uint16_t* x, int64_t n) {  // bfloat16
+  uint16_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad |= (x[i] & 0x7f80u) == 0x7f80u;
+  return !bad;
+}
+
 INLINE float sum(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
