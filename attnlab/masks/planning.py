@@ -293,7 +293,7 @@ def dense_visible(
 def head_count(mask: Mask) -> int:
     """How many heads a mask tells apart by itself (1: it does not)."""
     inner = jax.tree.leaves(mask, is_leaf=lambda m: isinstance(m, PerHead))
-    return max([len(m.parts) for m in inner if isinstance(m, PerHead)] + [1])
+    return max([len(m.order) for m in inner if isinstance(m, PerHead)] + [1])
 
 
 def check_heads(mask: Mask, heads: int) -> None:
