@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from attnlab.masks.algebra import common_grain
@@ -93,7 +92,7 @@ def _stack(heads: list[Intervals]) -> Intervals:
     """Intervals ``[Bp, 1, rows, m]`` of each head -> ``[Bp, N, rows, max m]``."""
     xp = namespace(*(x for h in heads for x in h))
     most = max(h.lo.shape[-1] for h in heads)
-    lead = np.broadcast_shapes(*(h.lo.shape[:-1] for h in heads))
+    lead = jnp.broadcast_shapes(*(h.lo.shape[:-1] for h in heads))
     sides = []
     for arrays in zip(*heads, strict=True):
         padded = [

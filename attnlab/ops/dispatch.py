@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
-from attnlab.ops.choice import choose, default_platform
+from attnlab.ops.choice import choose, default_platform, symbolic_sizes
 from attnlab.ops.folding import fold_of
 from attnlab.ops.residuals import keep, with_inf
 from attnlab.reverse import reverse_only
@@ -249,7 +249,7 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
         NotImplementedError: if the one asked for cannot take the inputs. On a platform
             on which it does not run, lowering raises it.
     """
-    if name is not None:
+    if name is not None or symbolic_sizes(inputs, "TS"):
         implementation = choose(inputs, name, None)
         if implementation.differentiable:
             output, lse = implementation.forward(plain(inputs))
