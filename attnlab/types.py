@@ -352,6 +352,9 @@ class Implementation:
     exportable: ClassVar[bool] = True
     #: Whether a program for several platforms can hold it.
     shares_program: ClassVar[bool] = True
+    #: Letters of the axes that may be symbolic (``jax.export``): a plan of blocks needs
+    #: lengths that are known.
+    symbolic: ClassVar[str] = ""
     #: Whether it knows ``living``; for others dead slots are 0.
     reads_raw: ClassVar[bool] = False
 

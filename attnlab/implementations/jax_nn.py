@@ -15,6 +15,7 @@ class JaxNn(Implementation):
 
     name = "jax_nn"
     differentiable = True
+    symbolic = "BTS"
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
         """See :class:`attnlab.types.Implementation`."""

@@ -21,8 +21,8 @@ from attnlab.types import Array, AttentionInputs, Implementation, PyTree, Tile
 
 def _over(fn: Any, size: int, shared: tuple[PyTree, ...]) -> Any:
     """Maps over the leading axis of every array, those of size 1 being shared."""
-    axes = jax.tree.map(lambda x: 0 if x.shape[0] > 1 else None, shared)
-    arrays = jax.tree.map(lambda x: x if x.shape[0] > 1 else x[0], shared)
+    axes = jax.tree.map(lambda x: None if x.shape[0] == 1 else 0, shared)
+    arrays = jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, shared)
     return jax.vmap(fn, (0, axes), axis_size=size), arrays
 
 
@@ -100,6 +100,7 @@ class Reference(Implementation):
 
     name = "reference"
     differentiable = True
+    symbolic = "BTS"
 
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
         """It has no blocks; these are for description only."""

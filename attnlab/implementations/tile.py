@@ -189,6 +189,25 @@ def check_tile(inputs: AttentionInputs) -> None:
     Raises:
         TypeError, ValueError: naming the class, what it yields, and what would do.
     """
+    traced = _of_small_tile(inputs)
+    if any(isinstance(x, jax.core.Tracer) for x in traced.consts):
+        names = [type(x).__name__ for x in (bare(inputs.score), *inputs.modifiers)]
+        raise TypeError(
+            f"score, modifiers: one of {', '.join(names)} reads a traced array that is "
+            "none of its arguments; give it as a field, through pair_params or operands"
+        )
+
+
+def modifiers_read_head(inputs: AttentionInputs) -> bool:
+    """Whether a modifier asks which head it is at, as a user's own may."""
+    if not inputs.modifiers:
+        return False
+    traced = _of_small_tile(inputs).jaxpr
+    return any(x is traced.invars[4] for step in traced.eqns for x in step.invars)
+
+
+def _of_small_tile(inputs: AttentionInputs) -> Any:
+    """The logits of a tile as a jaxpr of query, key, their positions, the head, ..."""
     sides = 2, 3
 
     def cut(x: Array) -> jax.ShapeDtypeStruct:
@@ -204,13 +223,7 @@ def check_tile(inputs: AttentionInputs) -> None:
     types = [inputs.query.dtype, inputs.key.dtype, *[jnp.int32] * 3]
     arrays = list(map(jax.ShapeDtypeStruct, shapes, types))
     operands = inputs.pair_params, inputs.modifier_operands
-    traced = jax.make_jaxpr(logits)(arrays, *jax.tree.map(cut, operands))
-    if any(isinstance(x, jax.core.Tracer) for x in traced.consts):
-        names = [type(x).__name__ for x in (bare(inputs.score), *inputs.modifiers)]
-        raise TypeError(
-            f"score, modifiers: one of {', '.join(names)} reads a traced array that is "
-            "none of its arguments; give it as a field, through pair_params or operands"
-        )
+    return jax.make_jaxpr(logits)(arrays, *jax.tree.map(cut, operands))
 
 
 def kept(inputs: AttentionInputs, words: tuple[Array, Array]) -> Array:

@@ -47,6 +47,7 @@ class Tiled(Implementation):
     """Pure XLA, tile by tile; memory O(T + S); dead blocks cost nothing."""
 
     name = "tiled"
+    symbolic = "B"
 
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
         """See :class:`attnlab.types.Implementation`."""

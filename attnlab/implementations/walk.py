@@ -281,8 +281,8 @@ def _starts(*starts: Any) -> list[Array]:
 def pick(x: Any, row: Row) -> Array:
     """One row of a plan array ``[Bp, Np, rows, ...]``."""
     x = jnp.asarray(x)
-    example = row.example if x.shape[0] > 1 else 0
-    return x[example, row.head if x.shape[1] > 1 else 0, row.block]
+    example = row.example if x.shape[0] != 1 else 0
+    return x[example, row.head if x.shape[1] != 1 else 0, row.block]
 
 
 class Operands(NamedTuple):

@@ -41,7 +41,7 @@ def _shift(x: Any, fill: Any, xp: Any) -> Any:
 
 
 def _concatenate(parts: list[Any], xp: Any) -> Any:
-    lead = np.broadcast_shapes(*(p.shape[:-1] for p in parts))
+    lead = jnp.broadcast_shapes(*(p.shape[:-1] for p in parts))
     return xp.concatenate(
         [xp.broadcast_to(p, lead + p.shape[-1:]) for p in parts], axis=-1
     )

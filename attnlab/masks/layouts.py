@@ -38,6 +38,11 @@ class BlockLayout(Mask):
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""
         count = self.rows.shape[-2]
+        if not isinstance(query_length, int) or not isinstance(key_length, int):
+            raise NotImplementedError(
+                f"{self!r}: built for {count} blocks, and must know the lengths it is "
+                f"used with, got symbolic ones: {query_length}, {key_length}"
+            )
         drawn = self.name == "random_blocks"
         length = max(query_length, key_length) if drawn else query_length
         if length > count * self.block_size:
@@ -85,7 +90,7 @@ class BlockLayout(Mask):
         wanted = first + numbers(span, first.ndim)
         there = (wanted >= 0) & (wanted <= last) & (wanted < entries)
         index = xp.clip(wanted, 0, entries - 1)
-        lead = np.broadcast_shapes(listed.first.shape[:2], index.shape[:2])
+        lead = jnp.broadcast_shapes(listed.first.shape[:2], index.shape[:2])
         flat = xp.broadcast_to(index, lead + index.shape[2:]).reshape(
             lead + (rows.count * span, 1)
         )

@@ -13,6 +13,7 @@ from attnlab.masks.geometry import Blocks
 from attnlab.masks.intervals import numbers
 from attnlab.masks.planning import (
     alone,
+    dense_visible,
     head_count,
     index_blocks,
     lengths_of,
@@ -54,11 +55,11 @@ def scan_partial(
     q_pos, k_pos = pad(query_positions, -1), pad(key_positions, -1)
 
     def cut(x: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
-        x = lax.dynamic_index_in_dim(x, b if x.shape[0] > 1 else 0, 0, False)
-        x = lax.dynamic_index_in_dim(x, h if x.shape[0] > 1 else 0, 0, False)
-        if x.shape[0] > 1:
+        x = lax.dynamic_index_in_dim(x, b if x.shape[0] != 1 else 0, 0, False)
+        x = lax.dynamic_index_in_dim(x, h if x.shape[0] != 1 else 0, 0, False)
+        if x.shape[0] != 1:
             x = lax.dynamic_slice_in_dim(x, i * bq, bq, 0)
-        if x.shape[1] > 1:
+        if x.shape[1] != 1:
             x = lax.dynamic_slice_in_dim(x, j * bk, bk, 1)
         return x
 
@@ -66,7 +67,7 @@ def scan_partial(
         b, h, i = r // (heads * nq), r // nq % heads, r % nq
 
         def pick(x: Array) -> Array:
-            return x[b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0, i]
+            return x[b if x.shape[0] != 1 else 0, h if x.shape[1] > 1 else 0, i]
 
         lo, hi = pick(partial.lo), pick(partial.hi)
         end = jnp.maximum(hi - lo, 0).cumsum(dtype=jnp.int32)
@@ -150,6 +151,14 @@ def alive(
     return decide(*given)
 
 
+def alive_by_pairs(
+    mask: Mask, operands: PyTree, query_positions: Array, key_positions: Array
+) -> tuple[Array, Array]:
+    """As :func:`alive`, without blocks: it holds ``[T, S]``."""
+    seen = dense_visible(mask, operands, query_positions, key_positions)
+    return seen.any(3), seen.any(2)
+
+
 def _decide(
     mask: Mask,
     operands: PyTree,
@@ -216,7 +225,7 @@ def _diagonal(
     heads = max([x.shape[1] for x in leaves] + [head_count(mask)])
 
     def pick(x: Array, b: Array, h: Array) -> Array:
-        return x[b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0]
+        return x[b if x.shape[0] != 1 else 0, h if x.shape[1] > 1 else 0]
 
     def cell(b: Array, h: Array) -> Array:
         tree = jax.tree.map(lambda x: pick(x, b, h), operands)

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from attnlab.masks.algebra import common_grain
 from attnlab.masks.base import Bounds, Mask, as_mask, seen_by
 from attnlab.masks.geometry import Blocks
 from attnlab.masks.intervals import FAR, namespace
-from attnlab.types import Array, Intervals, Operand, PyTree, Tile, pytree
+from attnlab.types import Array, Intervals, Operand, PyTree, Tile, pytree, static
 
 
 def _is_operand(x: Any) -> bool:
@@ -29,6 +28,13 @@ class PerHead(Mask):
     """Another mask for each query head."""
 
     parts: tuple[Mask, ...]
+    #: Of each head the number of its mask; empty: they are in order.
+    which: tuple[int, ...] = static(default=())
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Of each head the number of its mask."""
+        return self.which or tuple(range(len(self.parts)))
 
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""
@@ -62,14 +68,21 @@ class PerHead(Mask):
             lambda ops, m=m, i=i: jnp.broadcast_to(seen_by(m, tile, ops[i]), shape)
             for i, m in enumerate(self.parts)
         ]
-        return lax.switch(tile.head, branches, operands)
+        part = (
+            jnp.asarray(self.which, jnp.int32)[tile.head] if self.which else tile.head
+        )
+        return lax.switch(part, branches, operands)
 
     def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
         """See :class:`Mask`."""
         each = [
             m.bounds(rows, cols, o) for m, o in zip(self.parts, operands, strict=True)
         ]
-        return _stack([p for p, _ in each]), _stack([c for _, c in each])
+        possible, certain = (
+            _stack([side[part] for part in self.order])
+            for side in ([p for p, _ in each], [c for _, c in each])
+        )
+        return possible, certain
 
     def __repr__(self) -> str:
         return f"per_head({', '.join(repr(m) for m in self.parts)})"
@@ -79,7 +92,7 @@ def _stack(heads: list[Intervals]) -> Intervals:
     """Intervals ``[Bp, 1, rows, m]`` of each head -> ``[Bp, N, rows, max m]``."""
     xp = namespace(*(x for h in heads for x in h))
     most = max(h.lo.shape[-1] for h in heads)
-    lead = np.broadcast_shapes(*(h.lo.shape[:-1] for h in heads))
+    lead = jnp.broadcast_shapes(*(h.lo.shape[:-1] for h in heads))
     sides = []
     for arrays in zip(*heads, strict=True):
         padded = [

@@ -52,7 +52,7 @@ def normalise(operand: Operand, batch: tuple[int, ...], name: str) -> Any:
     if few and all(n == 1 for n in lead):
         return array.reshape((1, *rest))
     try:
-        if not few or np.broadcast_shapes(lead, batch) != batch:
+        if not few or jnp.broadcast_shapes(lead, batch) != batch:
             raise ValueError
     except ValueError:
         raise ValueError(
@@ -153,7 +153,7 @@ def _live(mask: Mask, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
         certain = Intervals(certain.lo, xp.where(last, certain.lo, certain.hi))
     xp = namespace(*possible, *certain)
     arrays = (*possible, *certain)
-    lead = np.broadcast_shapes((1, 1, rows.count), *(x.shape[:-1] for x in arrays))
+    lead = jnp.broadcast_shapes((1, 1, rows.count), *(x.shape[:-1] for x in arrays))
     arrays = [xp.broadcast_to(x, lead + x.shape[-1:]).astype(np.int32) for x in arrays]
     possible, certain = Intervals(*arrays[:2]), Intervals(*arrays[2:])
     return Live(certain, difference(possible, certain, cols.count))
@@ -222,7 +222,7 @@ def alone(mask: Mask, t: int, s: int) -> tuple[PyTree, tuple[int, ...]]:
     """Normalised operands of a mask that no call surrounds: it tells the batch."""
     operands = mask.operands(t, s)
     leaves = jax.tree.leaves(operands, is_leaf=lambda x: isinstance(x, Operand))
-    batch = np.broadcast_shapes(
+    batch = jnp.broadcast_shapes(
         *(o.array.shape[: max(o.array.ndim - 3 - o.payload, 0)] for o in leaves)
     )
     return normalise_tree(operands, batch, "mask"), batch
@@ -276,24 +276,28 @@ def dense_visible(
         return jnp.broadcast_to(visible_pairs(mask, tile, operands), shape)
 
     def each(operands: PyTree, q: Array, k: Array, head: Array) -> Array:
-        axes = jax.tree.map(lambda x: 0 if x.shape[0] > 1 else None, operands)
-        operands = jax.tree.map(lambda x: x if x.shape[0] > 1 else x[0], operands)
+        axes, operands = _shared(operands)
         return jax.vmap(one, (axes, None, None, 0), axis_size=heads)(
             operands, q, k, head
         )
 
     arrays = (operands, query_positions[:, 0], key_positions[:, 0])
-    axes = jax.tree.map(lambda x: 0 if x.shape[0] > 1 else None, arrays)
-    arrays = jax.tree.map(lambda x: x if x.shape[0] > 1 else x[0], arrays)
+    axes, arrays = _shared(arrays)
     index = jnp.arange(heads, dtype=jnp.int32)
     run = jax.vmap(lambda a: each(a[0], a[1], a[2], index), (axes,), axis_size=batch)
     return run(arrays)
 
 
+def _shared(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """Axes for ``jax.vmap``: what has one of the leading axis is shared."""
+    axes = jax.tree.map(lambda x: None if x.shape[0] == 1 else 0, tree)
+    return axes, jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, tree)
+
+
 def head_count(mask: Mask) -> int:
     """How many heads a mask tells apart by itself (1: it does not)."""
     inner = jax.tree.leaves(mask, is_leaf=lambda m: isinstance(m, PerHead))
-    return max([len(m.parts) for m in inner if isinstance(m, PerHead)] + [1])
+    return max([len(m.order) for m in inner if isinstance(m, PerHead)] + [1])
 
 
 def check_heads(mask: Mask, heads: int) -> None:

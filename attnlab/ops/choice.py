@@ -52,6 +52,27 @@ def _elsewhere(
     return where
 
 
+def symbolic_sizes(inputs: AttentionInputs, letters: str = "BTS") -> dict[str, str]:
+    """Sizes that are not known (``jax.export``), by the letter of their axis."""
+    sizes = {letter: getattr(inputs.sizes, letter) for letter in letters}
+    return {n: str(size) for n, size in sizes.items() if not isinstance(size, int)}
+
+
+def _reasons(
+    implementation: Implementation, inputs: AttentionInputs
+) -> tuple[str, ...]:
+    """Why it cannot take the inputs."""
+    unknown = symbolic_sizes(inputs)
+    where = [f"{n} ({unknown[n]})" for n in unknown if n not in implementation.symbolic]
+    if not where:
+        return implementation.unsupported(inputs)
+    verb = "are" if len(where) > 1 else "is"
+    return (
+        f"its plan needs sizes that are known, and {' and '.join(where)} {verb} "
+        "symbolic; implementation='reference' needs no plan",
+    )
+
+
 def named(name: str) -> Implementation:
     """The implementation of a name.
 
@@ -85,19 +106,24 @@ def choose(
     Raises:
         ValueError: if there is no implementation of that name.
         NotImplementedError: if the one asked for cannot take the inputs; it names
-            every reason.
+            every reason. Or if a length is symbolic and none was asked for.
     """
     if name is None:
         # Nobody behind the first that can is asked: some trace functions to answer.
-        return next(
-            made
-            for made in map(IMPLEMENTATIONS.__getitem__, AUTOMATIC)
-            if not _elsewhere(made, platform, exported, shared)
-            and not made.unsupported(inputs)
+        for made in map(IMPLEMENTATIONS.__getitem__, AUTOMATIC):
+            elsewhere = _elsewhere(made, platform, exported, shared)
+            if not elsewhere and not _reasons(made, inputs):
+                return made
+        lengths = symbolic_sizes(inputs, "TS")
+        unknown = " and ".join(f"{n} ({x})" for n, x in lengths.items())
+        raise NotImplementedError(
+            f"implementation: a plan needs lengths that are known, got {unknown}; "
+            "implementation='reference' needs none: it holds [T, S], and runs only "
+            "when asked for"
         )
     made = named(name)
     # JAX itself says what it thinks of exporting one that was asked for.
-    reasons = _elsewhere(made, platform, False, shared) + made.unsupported(inputs)
+    reasons = _elsewhere(made, platform, False, shared) + _reasons(made, inputs)
     if reasons:
         raise NotImplementedError(
             f"implementation={name!r} cannot take these inputs: " + "; ".join(reasons)
@@ -120,6 +146,6 @@ def passed_over(
             why = (f"{chosen!r} comes first",)
         else:
             why = ("it holds [T, S] in memory; it runs only when asked for",)
-        reasons = _elsewhere(made, platform, False, False) + made.unsupported(inputs)
+        reasons = _elsewhere(made, platform, False, False) + _reasons(made, inputs)
         passed[other] = reasons or why
     return passed

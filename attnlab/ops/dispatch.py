@@ -8,22 +8,23 @@ only what is chosen is ever traced.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab.implementations import IMPLEMENTATIONS
 from attnlab.implementations.plain import plain
 from attnlab.implementations.reference import attend as reference_attend
-from attnlab.ops.choice import choose, default_platform
+from attnlab.ops.choice import choose, default_platform, symbolic_sizes
+from attnlab.ops.folding import fold_of
 from attnlab.ops.residuals import keep, with_inf
 from attnlab.reverse import reverse_only
 from attnlab.types import (
@@ -201,6 +202,34 @@ def _pass(
     return attention_p.bind(*leaves, asked=asked, wanted=wanted, structure=structure)
 
 
+def _mapped(
+    values: Sequence[Array],
+    axes: Sequence[int | None],
+    *,
+    asked: _Asked,
+    wanted: Any,
+    structure: Any,
+) -> tuple[list[Array], list[int]]:
+    """Under ``vmap`` it is one pass still."""
+    on = [axis is not None for axis in axes]
+    size = next(x.shape[a] for x, a in zip(values, axes, strict=True) if a is not None)
+    values = [
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(values, axes, strict=True)
+    ]
+    given, mapped = (jax.tree.unflatten(structure, x) for x in (values, on))
+    fold = fold_of(size, mapped, given, wanted)
+    found = _pass(asked, wanted, *fold.fold(mapped, given, wanted))
+    batches = [x.shape[mark] for x, mark in zip(values, on, strict=True)]
+    batches = (
+        [batches[0]] * 2 if wanted is None else itertools.compress(batches, wanted)
+    )
+    return fold.unfold(found, [*batches]), [0] * len(found)
+
+
+batching.primitive_batchers[attention_p] = _mapped
+
+
 @pytree
 class _Wanted:
     """Which leaves of the inputs need a gradient: structure, not data."""
@@ -220,7 +249,7 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
         NotImplementedError: if the one asked for cannot take the inputs. On a platform
             on which it does not run, lowering raises it.
     """
-    if name is not None:
+    if name is not None or symbolic_sizes(inputs, "TS"):
         implementation = choose(inputs, name, None)
         if implementation.differentiable:
             output, lse = implementation.forward(plain(inputs))
@@ -230,16 +259,49 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
     inputs = jax.tree.map(
         lambda x: vary_like(x, inputs), reverse_only(inputs, _FORWARD_MODE)
     )
-    asked = _Asked.now(name)
+    output, lse = _pass(_Asked.now(name), None, inputs)
+    return output, lse
+
+
+def _differentiated(
+    primals: Sequence[Array], tangents: Sequence[Any], *, asked: _Asked, **static: Any
+) -> tuple[Sequence[Array], Sequence[Any]]:
+    """The forward pass of what has a gradient: here the residuals are kept.
+
+    Not where it is called: mapped axes are folded by then, so that keys that were not
+    mapped have one gradient, not one for each example, to be added up.
+    """
+    moves = [not isinstance(x, ad.Zero) for x in tangents]
+
+    def of_moving(*moving: Array) -> list[Array]:
+        given = iter(moving)
+        leaves = [
+            next(given) if on else x for x, on in zip(primals, moves, strict=True)
+        ]
+        inputs: Any = jax.tree.unflatten(static["structure"], leaves)[0]
+        return [*_with_backward(asked)(inputs)]
+
+    moving = [x for x, on in zip(primals, moves, strict=True) if on]
+    return jax.jvp(
+        of_moving, moving, [x for x in tangents if not isinstance(x, ad.Zero)]
+    )
+
+
+ad.primitive_jvps[attention_p] = _differentiated
+
+
+def _with_backward(asked: _Asked) -> Callable[[AttentionInputs], tuple[Array, Array]]:
+    """The forward pass with the backward pass as its derivative."""
 
     @jax.custom_vjp
     def attend(inputs: AttentionInputs) -> tuple[Array, Array]:
-        return _forward(asked, inputs)
+        output, lse = _pass(asked, None, inputs)
+        return output, lse
 
     def forward(inputs: Any) -> tuple[tuple[Array, Array], PyTree]:
         wanted = _Wanted(tuple(x.perturbed for x in jax.tree.leaves(inputs)))
         inputs = jax.tree.map(lambda x: x.value, inputs)
-        output, kept = keep(*attend(inputs))
+        output, kept = keep(*_pass(asked, None, inputs))
         return (output, with_inf(kept)), (wanted, inputs, output, kept)
 
     def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
@@ -257,26 +319,7 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
         return (jax.tree.unflatten(jax.tree.structure(inputs), leaves),)
 
     attend.defvjp(forward, backward, symbolic_zeros=True)
-    return attend(inputs)
-
-
-def _forward(asked: _Asked, inputs: AttentionInputs) -> tuple[Array, Array]:
-    """The forward pass; a mapped axis folds into the batch."""
-
-    @custom_vmap
-    def call(inputs: AttentionInputs) -> tuple[Array, Array]:
-        output, lse = _pass(asked, None, inputs)
-        return output, lse
-
-    @call.def_vmap
-    def fold(axis_size: int, batched: Any, inputs: Any) -> tuple:
-        batch = _batch_size(inputs, batched[0])
-        inputs = _fold_inputs(axis_size, batch, batched[0], inputs)
-        result = _forward(asked, inputs)
-        result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), result)
-        return result, (True, True)
-
-    return call(inputs)
+    return attend
 
 
 def _backward(
@@ -292,31 +335,7 @@ def _backward(
 
     @jax.custom_vjp
     def call(*arguments: Any) -> list:
-        return mapped(*arguments)
-
-    @custom_vmap
-    def mapped(*arguments: Any) -> list:
         return _pass(asked, flags, *arguments)
-
-    @mapped.def_vmap
-    def fold(axis_size: int, batched: Any, inputs: Any, *arrays: Any) -> tuple:
-        batch = _batch_size(inputs, batched[0])
-        before = [x for x, on in zip(jax.tree.leaves(inputs), flags, strict=True) if on]
-        marks = [
-            x for x, on in zip(jax.tree.leaves(batched[0]), flags, strict=True) if on
-        ]
-        inputs = _fold_inputs(axis_size, batch, batched[0], inputs, flags)
-        spread = [
-            _fold(axis_size, batch, mark, x, True)
-            for mark, x in zip(batched[1:], arrays, strict=True)
-        ]
-        found = _backward(asked, flags, inputs, *spread)
-        result = []
-        for folded, leaf, mark in zip(found, before, marks, strict=True):
-            own = leaf.shape[1 if mark else 0]
-            gradient = folded.reshape(axis_size, batch, *folded.shape[1:])
-            result.append(gradient.sum(1, keepdims=True) if own < batch else gradient)
-        return result, [True] * len(result)
 
     def forward(*arguments: Any) -> tuple[list, Any]:
         return call(*arguments), arguments
@@ -355,46 +374,3 @@ def _backward(
 
     call.defvjp(forward, backward)
     return call(inputs, output, lse, *reverse_only((d_output, d_lse), _FORWARD_MODE))
-
-
-def _batch_size(inputs: AttentionInputs, batched: AttentionInputs) -> int:
-    return inputs.query.shape[1 if batched.query else 0]
-
-
-def _fold(
-    axis_size: int, batch: int, batched: Any, tree: Any, spread: bool = False
-) -> Any:
-    """Folds a mapped leading axis into the batch axis behind it.
-
-    Arrays that are not mapped stay shared where their batch axis is 1, unless
-    ``spread`` says that they must have one entry for each folded example.
-    """
-
-    def one(mark: bool, x: Array) -> Array:
-        if not mark and x.shape[0] == 1 and not spread:
-            return x
-        if not mark:
-            x = jnp.broadcast_to(x, (axis_size, *x.shape))
-        if x.shape[1] != batch:
-            x = jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:]))
-        return x.reshape(axis_size * batch, *x.shape[2:])
-
-    return jax.tree.map(one, batched, tree)
-
-
-def _fold_inputs(
-    axis_size: int,
-    batch: int,
-    batched: AttentionInputs,
-    inputs: AttentionInputs,
-    flags: tuple[bool, ...] | None = None,
-) -> AttentionInputs:
-    """``_fold`` for the record: arrays with a gradient, q, k and v are spread out."""
-    marks, structure = jax.tree.flatten(batched)
-    leaves = jax.tree.leaves(inputs)
-    flags = (False,) * len(leaves) if flags is None else flags
-    folded = [
-        _fold(axis_size, batch, mark, leaf, on or place < 3)
-        for place, (mark, leaf, on) in enumerate(zip(marks, leaves, flags, strict=True))
-    ]
-    return jax.tree.unflatten(structure, folded)

@@ -10,7 +10,7 @@ from attnlab import arguments
 from attnlab.implementations.plain import zero_dead
 from attnlab.implementations.tile import check_tile, precision_of
 from attnlab.masks.intervals import FAR
-from attnlab.masks.liveness import alive
+from attnlab.masks.liveness import alive, alive_by_pairs
 from attnlab.masks.planning import (
     blocks_of,
     check_heads,
@@ -140,6 +140,10 @@ def what_is_seen(
         # Where positions run along the heads, each head is asked.
         query = jnp.broadcast_to(query, (query.shape[0], heads, t, 1))
     positions = query, key
+    if not isinstance(t, int) or not isinstance(s, int):
+        # Without known lengths there is no plan, and nobody who does without pairs.
+        living = alive_by_pairs(args.mask, operands, *positions)
+        return Seen(operands, *positions, *living)
     fine = math.gcd(args.mask.grain or _ALIVE_BLOCK, _ALIVE_BLOCK)
     size = fine if fine >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK
     blocks = blocks_of(*positions, numbering_of(args), (size, size))

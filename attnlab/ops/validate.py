@@ -147,8 +147,7 @@ def _as_offset(offset: Any, length: int) -> Any:
                 f"query_offset: expected positions of at least 0, got {checked.min()}; "
                 "slots that hold no query have query_positions of -1"
             )
-        last = int(checked.max()) + length - 1
-        if last > FAR:
+        if isinstance(length, int) and int(checked.max()) + length - 1 > FAR:
             raise ValueError(
                 f"query_offset: expected at most {FAR + 1 - length} for {length} "
                 f"queries, got {checked.max()}; the greatest position is {FAR}"
@@ -195,6 +194,11 @@ def as_top_k(top_k: Any, length: int) -> Any:
     if not is_int or top_k < 1:
         raise ValueError(
             f"top_k: expected None, 'all' or an int of at least 1, got {top_k!r}"
+        )
+    if not isinstance(length, int):
+        raise NotImplementedError(
+            f"top_k: the greatest weights need a plan, and S is symbolic ({length}); "
+            "top_k='all' takes it, with implementation='reference'"
         )
     if top_k > length:
         raise ValueError(f"top_k: got {top_k} of S={length} keys")

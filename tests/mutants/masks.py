@@ -86,8 +86,8 @@ MUTANTS = (
     Mutant(
         "heads-in-reverse",
         "masks/per_head.py",
-        "return lax.switch(tile.head, branches, operands)",
-        "return lax.switch(len(branches) - 1 - tile.head, branches, operands)",
+        "return lax.switch(part, branches, operands)",
+        "return lax.switch(len(branches) - 1 - part, branches, operands)",
         "per_head gives its masks to the heads in reverse order.",
         (f"{_MASKS}test_per_head",),
     ),

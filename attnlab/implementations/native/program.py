@@ -130,7 +130,8 @@ def mask_program(
         case Not():
             return [_NOT, *mask_program(mask.part, operands, buffers, bits)]
         case PerHead():
-            programs = parts(mask.parts)
+            each = parts(mask.parts)
+            programs = [each[part] for part in mask.order]
             sizes = [len(p) for p in programs]
             return [_PER_HEAD, len(programs), *sizes, *sum(programs, [])]
     return _structure(mask) or _data(mask, operands, add)
