@@ -316,4 +316,4 @@ def test_nothing_is_held_for_each_example(implementation, gradient):
     run = jax.grad(total, (0, 1, 2)) if gradient else total
     program = jax.jit(run).lower(query, key, key).compile()
     # Copies of keys or of values would be 8.4 MB each.
-    assert program.memory_analysis().temp_size_in_bytes < 5e6
+    assert program.memory_analysis().temp_size_in_bytes < 8e6
