@@ -1,0 +1,147 @@
+"""Names that JAX does not promise to keep: each that is used, and what is asked of it.
+
+A release that changes one is noticed here first. Nothing private (``jax._src``, a name
+with an underscore) is used at all.
+"""
+
+import ast
+import pathlib
+
+import jax
+import jax.extend.backend
+import jax.extend.core
+import jax.numpy as jnp
+import pytest
+from jax.interpreters import ad, batching, mlir
+
+import attnlab
+
+ROOT = pathlib.Path(attnlab.__file__).parent.parent
+#: Modules of which every name that is used must be in ``CHECKS``.
+UNSTABLE = ("jax.core", "jax.extend", "jax.interpreters")
+
+
+def double(x):
+    """``2 * x`` as a primitive of its own, by all the names that make one."""
+    primitive = jax.extend.core.Primitive("double")
+    primitive.def_impl(lambda x: x + x)
+    primitive.def_abstract_eval(lambda x: x)
+    batching.primitive_batchers[primitive] = lambda x, axes: (
+        primitive.bind(*x),
+        axes[0],
+    )
+
+    def slope(primals, tangents):
+        (tangent,) = tangents
+        moved = tangent if isinstance(tangent, ad.Zero) else primitive.bind(tangent)
+        return primitive.bind(*primals), moved
+
+    ad.primitive_jvps[primitive] = slope
+    ad.primitive_transposes[primitive] = lambda cotangent, _: [
+        primitive.bind(cotangent)
+    ]
+
+    def lower(ctx, x):
+        avals = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+        platforms = ctx.platforms or ctx.module_context.platforms
+        assert tuple(platforms) == ("cpu",)
+        assert not ctx.module_context.lowering_parameters.for_export
+        twice = mlir.lower_fun(lambda x: 2 * x, multiple_results=False)
+        return twice(ctx.replace(avals_in=avals), x)
+
+    mlir.register_lowering(primitive, lower)
+    return primitive.bind(x)
+
+
+def of_a_primitive():
+    """A primitive is batched, differentiated, transposed and lowered by our rules."""
+    x = jnp.arange(3.0)
+    run = jax.jit(jax.vmap(jax.grad(lambda x: double(x) * 2)))
+    assert run(x).tolist() == [4, 4, 4]
+    assert jax.jit(double)(x).tolist() == [0, 2, 4]
+
+
+def defvectorized():
+    """A primitive that works element by element needs no batching rule of its own."""
+    primitive = jax.extend.core.Primitive("same")
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda x: x)
+    batching.defvectorized(primitive)
+    assert jax.vmap(primitive.bind)(jnp.arange(3)).tolist() == [0, 1, 2]
+
+
+def tracer():
+    """What is traced is told from what has a value."""
+    found = []
+    jax.jit(lambda x: found.append(isinstance(x, jax.core.Tracer)) or x)(1.0)
+    assert found == [True]
+    assert not isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
+def backends():
+    """The platforms that are there, by their names."""
+    assert "cpu" in jax.extend.backend.backends()
+
+
+CHECKS = {
+    "jax.core.ShapedArray": of_a_primitive,
+    "jax.core.Tracer": tracer,
+    "jax.extend.backend.backends": backends,
+    "jax.extend.core.Primitive": of_a_primitive,
+    "jax.interpreters.ad.Zero": of_a_primitive,
+    "jax.interpreters.ad.primitive_jvps": of_a_primitive,
+    "jax.interpreters.ad.primitive_transposes": of_a_primitive,
+    "jax.interpreters.batching.defvectorized": defvectorized,
+    "jax.interpreters.batching.primitive_batchers": of_a_primitive,
+    "jax.interpreters.mlir.lower_fun": of_a_primitive,
+    "jax.interpreters.mlir.register_lowering": of_a_primitive,
+}
+
+
+def names_of(path):
+    """The dotted names of JAX and Flax that a file uses, imports resolved."""
+    tree = ast.parse(path.read_text())
+    roots = {"jax": "jax"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            for one in node.names:
+                roots[one.asname or one.name] = f"{node.module}.{one.name}"
+                yield f"{node.module}.{one.name}"
+        elif isinstance(node, ast.Import):
+            for one in node.names:
+                roots[one.asname or one.name.partition(".")[0]] = (
+                    one.name if one.asname else one.name.partition(".")[0]
+                )
+    for node in ast.walk(tree):
+        parts, inner = [], node
+        while isinstance(inner, ast.Attribute):
+            parts.append(inner.attr)
+            inner = inner.value
+        if parts and isinstance(inner, ast.Name) and inner.id in roots:
+            yield ".".join([roots[inner.id], *reversed(parts)])
+
+
+def test_every_name_is_listed():
+    used = {
+        name
+        for folder in ("attnlab", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in names_of(path)
+        if name.split(".")[0] in {"jax", "jaxlib", "flax", "optax"}
+    }
+    assert any(name == "jax.numpy" for name in used)
+    private = {n for n in used if any(part.startswith("_") for part in n.split("."))}
+    assert private - {"jax.__version__"} == set()
+    unstable = {n for n in used if n.startswith(UNSTABLE)}
+    # Only whole names: a module on the way to one is none.
+    known = {n for n in unstable if any(c.startswith(f"{n}.") for c in CHECKS)}
+    tails = {c for n in unstable for c in CHECKS if n == c or n.startswith(f"{c}.")}
+    assert unstable - known - tails == set()
+    assert tails == set(CHECKS)
+
+
+@pytest.mark.parametrize(
+    "check", sorted(set(CHECKS.values()), key=lambda c: c.__name__)
+)
+def test_it_does_what_is_asked(check):
+    check()
