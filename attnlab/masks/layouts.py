@@ -229,7 +229,9 @@ def _columns(table: Any, count: int) -> _Listed:
     lead = table.shape[:2]
     flat = table.reshape((math.prod(lead), n, each))
     if xp is np:
-        found = [np.stack(x) for x in zip(*map(one, flat), strict=True)]
+        # Of no example the shapes are known, too.
+        some = flat if len(flat) else np.full((1, n, each), -1, flat.dtype)
+        found = [np.stack(x)[: len(flat)] for x in zip(*map(one, some), strict=True)]
     else:
         found = jax.vmap(one)(flat)
     return _Listed(*(x.reshape(lead + x.shape[1:]) for x in found))

@@ -255,7 +255,9 @@ def mask_density(mask: Mask, t: int, s: int | None) -> float:
     t, s = lengths_of(t, s)
     if t == 0 or s == 0:
         return 0.0
-    operands, _ = alone(mask, t, s)
+    operands, batch = alone(mask, t, s)
+    if 0 in batch:
+        return 0.0
     size_q, size_k = min(t, 512), min(s, 512)
     plan = make_plan(
         mask,

@@ -97,7 +97,8 @@ def _runs(positions: Any) -> tuple[tuple[int, int], ...]:
     if not isinstance(positions, Sequence):
         count = size_argument("positions", positions, 0)
         return ((0, count),) if count else ()
-    chosen = sorted({size_argument("positions", p, 0) for p in positions})
+    array = "; give the greatest position in an index array, np.array([...])"
+    chosen = sorted({size_argument("positions", p, 0, array) for p in positions})
     result: list[tuple[int, int]] = []
     for p in chosen:
         if result and result[-1][1] == p:

@@ -267,7 +267,7 @@ def dense_visible(
 ) -> Array:
     """The whole mask, boolean ``[B or 1, N or 1, T, S]``: for the reference."""
     leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
-    batch = max(x.shape[0] for x in leaves)
+    batch = next((x.shape[0] for x in leaves if x.shape[0] != 1), 1)
     heads = max([x.shape[1] for x in leaves] + [head_count(mask)])
 
     def one(operands: PyTree, q: Array, k: Array, head: Array) -> Array:

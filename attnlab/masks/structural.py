@@ -10,8 +10,15 @@ from attnlab.masks.intervals import FAR, namespace, plus
 from attnlab.types import Array, Intervals, PyTree, Tile, pytree, static
 
 
-def size_argument(name: str, value: Any, least: int) -> int:
-    """An int that is at least ``least``, or an error that names the argument."""
+def size_argument(name: str, value: Any, least: int, else_: str = "") -> int:
+    """An int that is at least ``least``, or an error that names the argument.
+
+    Args:
+        name: of the argument.
+        value: of it.
+        least: what it may be.
+        else_: what would do where it is too large.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(
             f"{name}: expected an int (window and block sizes are static structure), "
@@ -20,9 +27,7 @@ def size_argument(name: str, value: Any, least: int) -> int:
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
     if value >= FAR:
-        raise ValueError(
-            f"{name}: expected less than {FAR}, got {value}; for no limit use None"
-        )
+        raise ValueError(f"{name}: expected less than {FAR}, got {value}{else_}")
     return int(value)
 
 
@@ -183,8 +188,9 @@ def sliding_window(left: int | None, right: int | None) -> Mask:
     References:
         Beltagy, Peters, Cohan, "Longformer", 2020, section 3.1.
     """
-    left = None if left is None else size_argument("left", left, 0)
-    right = None if right is None else size_argument("right", right, 0)
+    none = "; for no limit use None"
+    left = None if left is None else size_argument("left", left, 0, none)
+    right = None if right is None else size_argument("right", right, 0, none)
     return Window(left, right)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import modifiers, scores
-from attnlab.masks import Mask, as_mask
+from attnlab.masks import Mask, as_mask, dense
 from attnlab.nn.cache import KeyValue
 from attnlab.nn.parameters import as_arrays, as_params
 from attnlab.nn.positions import zero_empty
@@ -18,6 +18,7 @@ from attnlab.types import (
     Array,
     ArrayLike,
     AttentionResult,
+    Modifier,
     Score,
     accumulation_dtype,
 )
@@ -221,7 +222,7 @@ class PredictiveAlignment(Alignment):
     A sentence of S tokens is looked at around p = S sigmoid(v . tanh(W query)), from
     p - D to p + D. The weights of the softmax over this window are multiplied by
     exp(-(s - p)^2 / (2 sigma^2)) with sigma = D / 2, and no longer sum to one. Window
-    and curve are a bias of ``[B, T, S]``.
+    and curve are a mask and a bias of ``[B, T, S]``.
 
     Example:
         >>> from attnlab import scores
@@ -291,28 +292,30 @@ class PredictiveAlignment(Alignment):
         center = self.center(query, places.max(-1) + 1)
         away = places[..., None, :].astype(center.dtype) - center[..., None]
         near = jnp.abs(away) <= self.half_width
-        bell = jnp.where(near, -2 * (away / self.half_width) ** 2, -jnp.inf)
-        box = jnp.where(near, 0, -jnp.inf).astype(bell.dtype)
+        bell = -2 * (away / self.half_width) ** 2
+        window = dense(near[:, None])
+        seen = self._seen(mask)
 
-        def run(memory: KeyValue, added: Array, **options: Any) -> AttentionResult:
+        def run(memory: KeyValue, *added: Modifier, **options: Any) -> AttentionResult:
             return self._run(
                 query,
                 memory,
                 score,
-                modifiers=(modifiers.bias(added[:, None]),),
-                mask=self._seen(mask),
-                query_positions=None if self._seen(mask) is None else query_positions,
+                modifiers=added,
+                mask=window if seen is None else window & seen,
+                query_positions=None if seen is None else query_positions,
                 key_positions=key_positions,
                 stats=True,
                 **options,
             )
 
-        # softmax(logits + bell) = softmax(logits + box) exp(bell) / c, where c is the
+        # softmax(logits + bell) = softmax(logits) exp(bell) / c, where c is the
         # quotient of the two sums of exponentials.
-        found = run(memory, bell, top_k=top_k)
         nothing = memory._replace(value=jnp.zeros_like(memory.value[..., :1]))
-        whole = run(nothing, box).lse
-        sees = ~jnp.isneginf(whole)
+        with jax.debug_infs(False):  # a log-sum-exp may be -inf
+            found = run(memory, modifiers.bias(bell[:, None]), top_k=top_k)
+            whole = run(nothing).lse
+            sees = ~jnp.isneginf(whole)
         factor = jnp.where(sees, jnp.exp(jnp.where(sees, found.lse - whole, 0)), 0)
         weights = found.weights
         if weights is not None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from attnlab import arguments
 from attnlab.masks import Mask, causal, prefix, sliding_window
+from attnlab.masks.intervals import FAR
 from attnlab.types import Array, pytree, static
 
 
@@ -61,7 +62,9 @@ class Cache:
 
     def next_positions(self, count: int) -> Array:
         """``[B, count]``: the positions that follow what is held."""
-        return self.length[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+        steps = jnp.arange(count, dtype=jnp.int32)[None]
+        # No position is beyond the greatest one.
+        return jnp.minimum(self.length[:, None], FAR - steps) + steps
 
     def mask(self) -> Mask:
         """Who may attend to whom where nothing beyond the cache is kept."""
@@ -91,11 +94,15 @@ class Cache:
         positions = jnp.asarray(arguments.integers("positions", positions))
         lost = self.overflows(positions)
         if not isinstance(lost, jax.core.Tracer) and lost.any():
+            what = f"a full cache of {self.positions.shape[1]}"
+            hint = "make it longer, or take a ring"
+            if self.window is not None:
+                what = f"a ring, which holds positions below {FAR}"
+                hint = "begin a new one"
             raise ValueError(
-                f"cache: position {positions.max()} does not fit a full cache of "
-                f"{self.positions.shape[1]}; make it longer, or take a ring"
+                f"cache: position {positions.max()} does not fit {what}; {hint}"
             )
-        last = jnp.maximum(self.length, positions.max(1) + 1)
+        last = jnp.maximum(self.length, jnp.minimum(positions.max(1), FAR - 1) + 1)
         slots = self._slots(positions, last)
         example = jnp.arange(key.shape[0])[:, None]
 
@@ -126,10 +133,9 @@ class Cache:
         return jnp.where(dropped, count, slots)
 
     def overflows(self, positions: Array) -> Array:
-        """``[B]``: whether a full cache has no slot for some of these positions."""
-        if self.window is not None:
-            return jnp.zeros(positions.shape[:1], bool)
-        return (positions >= self.positions.shape[1]).any(1)
+        """``[B]``: whether some of these positions have no slot, or no next one."""
+        end = self.positions.shape[1] if self.window is None else FAR
+        return (positions >= end).any(1)
 
     def take(self, examples: Array) -> "Cache":
         """The cache of other examples, ``[B']`` indices into B: for beams."""

@@ -50,9 +50,11 @@ def restrict(
             f"{logits.dtype}; cast them with .astype(jnp.float32)"
         )
     rows = logits.shape[:-1]
-    kept, index = _leading(logits, as_top_k(top_k, rows), as_top_p(top_p, rows))
-    nothing = jnp.full_like(logits, -jnp.inf)
-    return jnp.put_along_axis(nothing, index, kept, axis=-1, inplace=False)
+    top_k, top_p = as_top_k(top_k, rows), as_top_p(top_p, rows)
+    with jax.debug_infs(False):  # here -inf is what it should be
+        kept, index = _leading(logits, top_k, top_p)
+        nothing = jnp.full_like(logits, -jnp.inf)
+        return jnp.put_along_axis(nothing, index, kept, axis=-1, inplace=False)
 
 
 def draw(

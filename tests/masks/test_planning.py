@@ -503,3 +503,19 @@ def test_what_is_alive_is_what_somebody_sees(mask):
     for alive, axis in zip(found, (1, 0), strict=True):
         np.testing.assert_array_equal(alive[0, 0], visible.any(axis))
     assert not found[1].all()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.blocks(np.zeros((0, 1, 2, 1), int), 2),
+        masks.lengths(key=np.zeros(0, int)),
+        masks.dense(np.zeros((0, 1, 4, 4), bool)),
+    ],
+    ids=str,
+)
+def test_a_mask_of_no_example(mask):
+    plan = mask.plan(4, block_size=2)
+    assert {x.shape[0] for x in jax.tree.leaves(plan)} == {0}
+    assert mask.to_dense(4).shape == (0, 1, 4, 4)
+    assert mask.density(4) == 0

@@ -144,3 +144,18 @@ def test_numbers_of_a_score_are_not_learned():
         alignment = nn.Alignment(score)
         assert not jax.tree.leaves(nnx.state(alignment, nnx.Param))
         assert alignment.attend(query, alignment.project(states)).shape == (2, 3, 5)
+
+
+def test_windows_hide_without_infinities():
+    """What ``jax.debug_infs`` looks for is nowhere, not even where nothing is seen."""
+    alignment = ALIGNMENTS["local_p"]()
+    memory = alignment.project(jnp.ones((B, S, E)))
+
+    def total(query):
+        mask = masks.lengths(key=LENGTHS)
+        return alignment.attend(query, memory, mask=mask).sum()
+
+    with jax.debug_infs(True):
+        gradient = jax.grad(total)(jnp.ones((B, T, Q)))
+    assert np.isfinite(gradient).all()
+    assert (gradient[2] == 0).all()

@@ -148,6 +148,17 @@ def test_outgrown_full_cache_yields_nan():
         attention.decode(x[:, 4:5], cache)
 
 
+def test_a_ring_ends_where_positions_end():
+    last = 2**31 - 1
+    cache, token = nn.ring_cache(1, 2, 1, 4), jnp.ones((1, 1, 1, 4))
+    cache, _ = cache.append(token, token, jnp.array([[last - 1]]))
+    assert cache.length == last
+    np.testing.assert_array_equal(cache.next_positions(3), [[last] * 3])
+    assert cache.overflows(cache.next_positions(1)).all()
+    with pytest.raises(ValueError, match="position 2147483647 does not fit a ring"):
+        cache.append(token, token, cache.next_positions(1))
+
+
 def test_a_cache_of_another_type_or_batch_is_refused():
     attention = layer(masks.causal())
     half = nn.full_cache(B, 4, K, H, dtype=jnp.bfloat16)

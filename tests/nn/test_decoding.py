@@ -322,6 +322,14 @@ def test_logits_that_cannot_be_restricted():
             nn.restrict(logits, top_k=1)
 
 
+@pytest.mark.parametrize("options", [dict(top_k=2), dict(top_p=0.6)])
+def test_what_is_left_out_is_no_error(options):
+    """-inf is what it should be, and ``jax.debug_infs`` says nothing of it."""
+    with jax.debug_infs(True):
+        found = nn.restrict(jnp.array([2.0, 1.0, -5.0]), **options)
+    assert np.isneginf(found[2])
+
+
 def test_top_p_keeps_at_least_one():
     kept = nn.restrict(jnp.log(jnp.array([0.9, 0.1])), top_p=0.01)
     np.testing.assert_array_equal(jnp.isinf(kept), [False, True])

@@ -209,6 +209,11 @@ CASES = {
         "built for length 7, used with length 0",
     ),
     "no heads": (lambda: masks.per_head([]), ValueError, "masks: expected one mask"),
+    "anchor at the end": (
+        lambda: masks.anchor([2**31 - 1]),
+        ValueError,
+        "positions: expected less than 2147483647, got 2147483647; give .* index array",
+    ),
     "negative window": (
         lambda: masks.sliding_window(-1, 0),
         ValueError,
