@@ -1,6 +1,7 @@
 """Set-up of every test: strict numerics, several CPU devices, quick compilation."""
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -47,6 +48,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 
 import attnlab  # noqa: E402, F401
 from attnlab.implementations.native import Native  # noqa: E402
@@ -60,6 +62,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_legacy_prng_key", "error")
+
+# JAX sets up what it writes programs in anew for each of them, which takes longer than
+# to write a small one. Here the programs of one module of tests share it.
+if hasattr(mlir, "make_ir_context"):
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 hypothesis.settings.register_profile(
     "attnlab",
@@ -116,6 +123,13 @@ jax.monitoring.register_event_duration_secs_listener(_count_asked)
 jax.monitoring.register_event_listener(_count_shared)
 
 
+def pytest_collection_finish():
+    # What was imported stays: nothing in it need be looked at, again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 def pytest_sessionfinish():
     with open(os.path.join(SHARED, f"count-{os.getpid()}.json"), "w") as file:
         json.dump(PROGRAMS, file)
@@ -146,6 +160,8 @@ _MOST_MAPPINGS, _MOST_BYTES = 30_000, 3 * 2**30
 @pytest.fixture(scope="module", autouse=True)
 def leave_few_programs():
     yield
+    if hasattr(mlir.make_ir_context, "cache_clear"):
+        mlir.make_ir_context.cache_clear()
     try:
         with open("/proc/self/maps") as maps, open("/proc/self/statm") as sizes:
             resident = int(sizes.read().split()[1]) * os.sysconf("SC_PAGESIZE")

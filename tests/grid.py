@@ -6,7 +6,7 @@ float32 arrays; tests cast them to the type that they want.
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -319,21 +319,58 @@ def covering() -> list[Cell]:
     return cells
 
 
-def quick(cells: list[Cell], times: int) -> list[Any]:
-    """The cells as parameters: those in which no level is new any more are slow.
+def quick(cells: list[Cell], also: tuple[str, ...] = ()) -> list[Any]:
+    """The cells as parameters; slow are all but a few in which every level occurs.
 
     Args:
         cells: of the grid.
-        times: how often a level has to occur before it is no longer new.
+        also: names of further cells that are not slow.
     """
-    seen: dict[str, int] = {}
+    chosen = [cell for cell in cells if str(cell) in also]
+    assert len(chosen) == len(also)
+
+    def levels(cells: list[Cell]) -> set[tuple[str, str]]:
+        return {level for cell in cells for level in cell._asdict().items()}
+
+    while missing := levels(cells) - levels(chosen):
+        chosen.append(max(cells, key=lambda cell: len(missing & levels([cell]))))
+    return [
+        pytest.param(cell, marks=() if cell in chosen else pytest.mark.slow)
+        for cell in cells
+    ]
+
+
+def few(choices: Iterable[Any], *kept: Any) -> list[Any]:
+    """Choices as parameters; all but the kept ones are slow."""
+    choices = [*choices]
+    assert all(choice in choices for choice in kept), kept
+
+    def parameter(choice: Any) -> Any:
+        values = choice if isinstance(choice, tuple) else (choice,)
+        marks = () if choice in kept else pytest.mark.slow
+        return pytest.param(*values, marks=marks)
+
+    return [parameter(choice) for choice in choices]
+
+
+def in_turn(*axes: Iterable[Any]) -> list[Any]:
+    """The product of axes as parameters; each choice of each axis is not slow once.
+
+    The longest axis is gone through once; the others go along with it, over and over.
+    """
+    axes = tuple([*axis] for axis in axes)
+    most = max(map(len, axes))
+    kept = {tuple(i % len(axis) for axis in axes) for i in range(most)}
     found = []
-    for cell in cells:
-        levels = [f"{name} {level}" for name, level in cell._asdict().items()]
-        new = any(seen.get(level, 0) < times for level in levels)
-        if new:
-            seen |= {level: seen.get(level, 0) + 1 for level in levels}
-        found.append(pytest.param(cell, marks=() if new else pytest.mark.slow))
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        marks, values = [] if places in kept else [pytest.mark.slow], []
+        for axis, place in zip(axes, places, strict=True):
+            choice = axis[place]
+            if hasattr(choice, "marks"):  # of pytest.param
+                marks += choice.marks
+                (choice,) = choice.values
+            values.append(choice)
+        found.append(pytest.param(*values, marks=marks))
     return found
 
 

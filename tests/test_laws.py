@@ -24,11 +24,12 @@ from attnlab.implementations.tile import kept
 from attnlab.ops import prepare
 from attnlab.ops.dispatch import attention_p, compute
 from tests.conftest import forget, verb
-from tests.grid import NATIVE
+from tests.grid import NATIVE, in_turn
 from tests.implementations import interpreted
 
 B, T, S, N, K, H, D = 2, 17, 13, 6, 3, 7, 5
 BOTH = ("reference", "tiled", NATIVE)
+SLOW = pytest.mark.slow
 GENERATORS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
@@ -89,8 +90,10 @@ def _empty_rows(name):
     )[name]
 
 
-@pytest.mark.parametrize("implementation", BOTH)
-@pytest.mark.parametrize("name", ["dense", "window", "documents", "nothing"])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    in_turn(["window", "dense", "documents", "nothing"], BOTH),
+)
 def test_2_empty_rows(name, implementation, tile):
     tile(8, 4)
     mask = _empty_rows(name)
@@ -219,23 +222,29 @@ POISON = [
     "heads",
     "dense",
 ]
+#: Every case, with a score that has parameters and with one that has none in turn.
+TURNS = [(case, ("additive", "default")[i % 2]) for i, case in enumerate(POISON)]
 POISON_CELLS = [
-    *((case, "additive", "tiled") for case in POISON),
+    *((case, score, "tiled") for case, score in TURNS),
     *(("padding", score, "tiled") for score in POISON_SCORES if score != "additive"),
-    *((case, "default", "tiled") for case in POISON if case != "padding"),
     ("heads", "default", "reference"),
     ("heads", "bilinear", "tiled"),
-    ("cache", "scaled_dot", "tiled"),
     ("padding", "additive", "reference"),
-    ("heads", "bilinear", "reference"),
     ("cache", "cosine", "reference"),
-    *(
-        pytest.param(case, score, *NATIVE.values, marks=NATIVE.marks)
-        for case in POISON
-        for score in ("additive", "default")
-    ),
+    *(pytest.param(*turn, *NATIVE.values, marks=NATIVE.marks) for turn in TURNS),
     pytest.param("cache", "scaled_dot", *NATIVE.values, marks=NATIVE.marks),
     pytest.param("heads", "bilinear", *NATIVE.values, marks=NATIVE.marks),
+    # The other score of each case, and what is like one of the above.
+    *(
+        pytest.param(case, score, name, marks=[*marks, SLOW])
+        for name, marks in (("tiled", ()), (NATIVE.values[0], NATIVE.marks))
+        for case in POISON
+        for score in ("additive", "default")
+        if (case, score) not in [*TURNS, ("padding", "default")]
+    ),
+    pytest.param("padding", "default", *NATIVE.values, marks=[*NATIVE.marks, SLOW]),
+    pytest.param("cache", "scaled_dot", "tiled", marks=SLOW),
+    pytest.param("heads", "bilinear", "reference", marks=SLOW),
 ]
 
 
@@ -282,12 +291,22 @@ POSITIONAL = dict(
 )
 
 
+#: The names in turn, and what the mutants are for.
+SOME_POSITIONAL = [
+    *(("causal", "reference"), ("window", "tiled"), ("drawn", "tiled")),
+    pytest.param("drawn", *NATIVE.values, marks=NATIVE.marks),
+    *(pytest.param(*cell, marks=SLOW) for cell in [("causal", "tiled"),
+      ("window", "reference"), ("drawn", "reference")]),
+    *(pytest.param(name, *NATIVE.values, marks=[*NATIVE.marks, SLOW])
+      for name in ("causal", "window")),
+]  # fmt: skip
+
+
 def _call(q, k, v, mask, own, **options):
     return attention_with_stats(q, k, v, mask=mask, modifiers=own, **options)[:2]
 
 
-@pytest.mark.parametrize("implementation", BOTH)
-@pytest.mark.parametrize("name", POSITIONAL)
+@pytest.mark.parametrize(("name", "implementation"), SOME_POSITIONAL)
 def test_4_offsets_select_rows(name, implementation, tile):
     tile(4, 3)
     q, k, v = arrays()
@@ -313,8 +332,7 @@ def test_4_offsets_select_rows(name, implementation, tile):
     close(call(mixed, k, v, query_positions=positions), rows)
 
 
-@pytest.mark.parametrize("implementation", BOTH)
-@pytest.mark.parametrize("name", POSITIONAL)
+@pytest.mark.parametrize(("name", "implementation"), SOME_POSITIONAL)
 def test_4_permuted_keys(name, implementation, tile):
     tile(4, 3)
     q, k, v = arrays()
@@ -610,7 +628,7 @@ def test_8_a_prefix_stays_a_prefix():
     mask = masks.random_blocks(jax.random.key(3), 2, 4, 10)
     long = np.asarray(mask.to_dense(40))[0, 0]
     for length in (1, 7, 20, 39):
-        short = np.asarray(mask.to_dense(length))[0, 0]
+        short = np.asarray(jax.jit(lambda m, n=length: m.to_dense(n))(mask))[0, 0]
         np.testing.assert_array_equal(short, long[:length, :length])
     # Each block of queries sees exactly two blocks, each block is seen by two.
     coarse = long[::4, ::4]
@@ -901,7 +919,14 @@ def _vmap_data(mapped, count=3):
     return data, np.sort(rng.integers(-1, 3, shape), -1)
 
 
-@pytest.mark.parametrize("mapped", VMAP_COMBINATIONS, ids="+".join)
+@pytest.mark.parametrize(
+    "mapped",
+    [
+        pytest.param(mapped, marks=SLOW if len(mapped) in {2, 3} else ())
+        for mapped in VMAP_COMBINATIONS
+    ],
+    ids="+".join,
+)
 def test_12_vmap_equals_a_loop(mapped, tile):
     tile(4, 4)
     floats, ids = _vmap_data(mapped)
@@ -1060,8 +1085,9 @@ def _mesh(count, *names):
     return Mesh(np.array(jax.devices()[:count]).reshape(shape), names)
 
 
-@pytest.mark.parametrize("implementation", BOTH)
-@pytest.mark.parametrize("axis", ["batch", "heads", "queries"])
+@pytest.mark.parametrize(
+    ("axis", "implementation"), in_turn(["queries", "batch", "heads"], BOTH)
+)
 def test_12_shard_map(axis, implementation):
     t = 16
     q, k, v = arrays(t=t, s=t, n=4, k=2)
@@ -1115,8 +1141,9 @@ def test_12_shard_map(axis, implementation):
     close(*results, factor=16)
 
 
-@pytest.mark.parametrize("implementation", BOTH)
-@pytest.mark.parametrize("axis", ["batch", "heads", "queries"])
+@pytest.mark.parametrize(
+    ("axis", "implementation"), in_turn(["batch", "heads", "queries"], BOTH)
+)
 def test_12_explicit_axes(axis, implementation):
     """Where arrays tell in their types how they lie, results lie as the queries do."""
     q, k, v = arrays(t=16, s=16, n=4, k=2)
@@ -1291,8 +1318,7 @@ MEMORY = {
 }
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize(("name", "gradient"), in_turn(MEMORY, [False, True, True]))
 def test_13_memory_grows_with_the_length_not_its_square(name, gradient):
     short, long = (
         _temporary(length, gradient, **MEMORY[name]) for length in (8192, 32768)

@@ -54,7 +54,7 @@ def registered(monkeypatch):
     interpreted.register(monkeypatch)
 
 
-@pytest.mark.parametrize("cell", grid.quick(TAKEN[::3], 1), ids=str)
+@pytest.mark.parametrize("cell", grid.quick(TAKEN[::3]), ids=str)
 def test_cell(cell, tile, monkeypatch):
     for name, lengths in LENGTHS.items():
         monkeypatch.setitem(grid.LENGTHS, name, lengths)
@@ -95,8 +95,7 @@ def record(q, k, v, dropout_rate=0.0, **options):
 def both_passes(implementation, inputs, d_output, d_lse):
     """Output, log-sum-exp, and the gradients of all that is learned."""
     output, lse = implementation.forward(inputs)
-    floating = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.floating), inputs)
-    wanted = jax.tree.leaves(floating)
+    wanted = [jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(inputs)]
     found = implementation.backward(inputs, output, lse, d_output, d_lse, wanted)
     return output, lse, [x for x in found if x is not None]
 
@@ -115,8 +114,10 @@ def equal(found, wanted):
 
 
 def agrees_with_tiled(implementation, inputs, *cotangents):
-    found = both_passes(implementation, inputs, *cotangents)
-    wanted = both_passes(IMPLEMENTATIONS["tiled"], inputs, *cotangents)
+    found, wanted = (
+        jax.jit(functools.partial(both_passes, which))(inputs, *cotangents)
+        for which in (implementation, IMPLEMENTATIONS["tiled"])
+    )
     equal(found, wanted)
 
 
@@ -138,8 +139,16 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize(("t", "s"), [(1, 70), (70, 1), (1, 1)])
-@pytest.mark.parametrize("name", EDGES)
+#: Each with one of these; with the others it is slow.
+SHAPES = [(1, 70), (70, 1), (1, 1)]
+SINGLES = [
+    pytest.param(name, *shape, marks=() if (i + j) % 3 == 0 else pytest.mark.slow)
+    for i, name in enumerate(EDGES)
+    for j, shape in enumerate(SHAPES)
+]
+
+
+@pytest.mark.parametrize(("name", "t", "s"), SINGLES)
 def test_one_query_or_one_key(name, t, s):
     q, k, v = (random(2, n, 2, 8, seed=n) for n in (t, s, s))
     inputs = record(q, k, v, **EDGES[name](t, s))
@@ -163,8 +172,10 @@ class Inverse(Modifier):
         return 0.01 / logits
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 40, 1), (1, 1, 40), (2, 40, 40)])
-@pytest.mark.parametrize("last", [Root, Inverse])
+@pytest.mark.parametrize(
+    ("shape", "last"),
+    grid.in_turn([(2, 1, 1), (1, 40, 1), (1, 1, 40), (2, 40, 40)], [Root, Inverse]),
+)
 def test_padding_has_no_gradient_that_is_not_finite(shape, last):
     """40 queries and keys lie in blocks of 64; gradients of arrays too."""
     # Far from 0, where only padding is.
@@ -175,10 +186,8 @@ def test_padding_has_no_gradient_that_is_not_finite(shape, last):
         return (attention(q, k, v, **given) ** 2).sum()
 
     array = np.zeros(shape, np.float32)
-    found, wanted = (
-        jax.grad(loss, (0, 1, 2, 3))(q, k, v, array, name)
-        for name in (NAME, "reference")
-    )
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3)), static_argnums=4)
+    found, wanted = (gradients(q, k, v, array, name) for name in (NAME, "reference"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
         found,
@@ -195,7 +204,8 @@ def test_a_slope_that_is_not_finite_counts_only_where_it_is_seen(name):
         given = dict(mask=mask, modifiers=[Root()], implementation=name)
         return (attention(q, k, v, **given) ** 2).sum()
 
-    assert all(np.isfinite(x).all() for x in jax.grad(loss, (0, 1, 2))(q, k, v))
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+    assert all(np.isfinite(x).all() for x in gradients)
 
 
 #: For the interpreter that simulates memory: one of each way through the kernels.
@@ -215,7 +225,17 @@ SIMULATED = {
 }
 
 
-@pytest.mark.parametrize("name", SIMULATED)
+#: Slow are those whose way another one goes too.
+ALSO = ("full", "causal", "additive", "alibi")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ALSO else ())
+        for name in SIMULATED
+    ],
+)
 def test_memory_is_read_only_where_it_was_written(name):
     class Simulated(Interpreted):
         interpret = pltpu.InterpretParams(
@@ -234,9 +254,10 @@ def test_parameters_of_scores_under_vmap(name, mapped):
     """Mapped, or spread out because each example's gradient is wanted."""
     sizes = {"additive": {"hidden_size": 8}, "mlp": {"hidden_sizes": (8, 4)}}[name]
     init = getattr(scores, name).init
-    made = [init(jax.random.key(i), 4, num_heads=2, **sizes) for i in range(3)]
-    score = jax.tree.map(lambda *x: jnp.stack(x), *made) if mapped else made[0]
-    x = jax.random.normal(jax.random.key(7), (3, 1, 40, 2, 4))
+    make = jax.jit(lambda rng: init(rng, 4, num_heads=2, **sizes))
+    made = [make(jax.random.key(i)) for i in range(3)]
+    score = jax.tree.map(lambda *x: np.stack(x), *made) if mapped else made[0]
+    x = random(3, 1, 40, 2, 4)
 
     def loss(score, x, implementation):
         def one(score, x):
@@ -245,13 +266,14 @@ def test_parameters_of_scores_under_vmap(name, mapped):
         outputs = jax.vmap(one, (0 if mapped else None, 0))(score, x)
         return (outputs**2).sum()
 
-    found, wanted = (
-        jax.value_and_grad(loss, (0, 1))(score, x, n) for n in (NAME, "reference")
-    )
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+    found, wanted = (both(score, x, n) for n in (NAME, "reference"))
     equal(found, wanted)
 
 
-@pytest.mark.parametrize(("units", "kept"), [(17, 0), (18, 3), (19, 19)])
+@pytest.mark.parametrize(
+    ("units", "kept"), grid.few([(17, 0), (18, 3), (19, 19)], (17, 0), (18, 3))
+)
 def test_additive_scores_with_little_memory(units, kept, monkeypatch):
     """Backward, the tanh of units that memory does not hold is computed again."""
     rooms = []
@@ -270,9 +292,8 @@ def test_additive_scores_with_little_memory(units, kept, monkeypatch):
         given = dict(score=score, mask=masks.causal(), implementation=implementation)
         return jnp.square(attention(q, k, v, **given)).sum()
 
-    found, wanted = (
-        jax.grad(loss, (0, 1, 2, 3))(score, q, k, v, n) for n in (NAME, "reference")
-    )
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3)), static_argnums=4)
+    found, wanted = (gradients(score, q, k, v, n) for n in (NAME, "reference"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
         found,
@@ -368,7 +389,8 @@ def test_whole_blocks_that_see_nothing(mask):
     def loss(q, k, v, name):
         return (attention(q, k, v, mask=mask, implementation=name) ** 2).sum()
 
-    found = jax.value_and_grad(loss, (0, 1, 2))(q, k, v, NAME)
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)
+    found = run(q, k, v, NAME)
     assert all(not np.asarray(x).any() for x in jax.tree.leaves(found))
     x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
     assert explain(x, x, x, mask=mask, platform="tpu").implementation == "pallas_tpu"
@@ -555,9 +577,8 @@ def test_too_many_heads_of_one_key_head_are_refused():
         given = dict(mask=masks.causal(), implementation=name)
         return (attention(q, k, v, **given) ** 2).sum()
 
-    found, wanted = (
-        jax.grad(loss, (0, 1, 2))(q, k, v, name) for name in (NAME, "reference")
-    )
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
+    found, wanted = (gradients(q, k, v, name) for name in (NAME, "reference"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
         found,
@@ -582,9 +603,10 @@ def test_products_may_round_as_jax_says(name):
         given = dict(score=made, mask=masks.causal(), implementation=implementation)
         return jnp.square(attention(q, k, v, **given).astype(jnp.float32)).sum()
 
-    wanted = jax.grad(loss, (0, 1, 2))(q, k, v, "reference")
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
+    wanted = gradients(q, k, v, "reference")
     with jax.default_matmul_precision("default"):
-        found = jax.grad(loss, (0, 1, 2))(q, k, v, NAME)
+        found = gradients(q, k, v, NAME)
         assert Products.of(record(q, k, v)) == (jnp.bfloat16, None)
     for pair in zip(found, wanted, strict=True):
         a, b = (np.asarray(x, np.float32) for x in pair)

@@ -60,7 +60,7 @@ MASKS = _all()
 
 def dense(mask, t, s):
     """``[B or 1, N or 1, T, S]``."""
-    made = np.asarray(mask.to_dense(t, s))
+    made = np.asarray(jax.jit(lambda mask: mask.to_dense(t, s))(mask))
     return made.reshape((1,) * (4 - made.ndim) + made.shape)
 
 
@@ -171,6 +171,22 @@ def test_traced_plans_equal_those_of_the_host(name):
             np.testing.assert_array_equal(a.per_row(), b.per_row())
 
 
+@functools.cache
+def planned_at(name):
+    """Jitted: the plan of 13 queries from an offset on."""
+
+    @jax.jit
+    def plan(offset):
+        mask = MASKS[name]
+        operands = planning.normalise_tree(mask.operands(13, S), (), "mask")
+        queries = planning.index_blocks("query", 13, 4, offset)
+        return planning.make_plan(
+            mask, operands, queries, planning.index_blocks("key", S, 3)
+        )
+
+    return plan
+
+
 @pytest.mark.parametrize("offset", [-9, -1, 0, 3, 11, 40])
 @pytest.mark.parametrize(
     "name", ["full", "causal", "window", "anchor", "chunked", "drawn"]
@@ -184,13 +200,7 @@ def test_offsets_are_sound(name, offset):
     if name == "drawn":
         rows = np.where(rows < 40, rows, -1)
     visible = np.where((rows >= 0)[:, None], large[np.maximum(rows, 0)], False)
-    operands = planning.normalise_tree(mask.operands(t, s), (), "mask")
-    plan = planning.make_plan(
-        mask,
-        operands,
-        planning.index_blocks("query", t, bq, jnp.int32(offset)),
-        planning.index_blocks("key", s, bk),
-    )
+    plan = jax.tree.map(np.asarray, planned_at(name)(np.int32(offset)))
     for live, wanted, size, other in (
         (plan.rows, visible, bq, bk),
         (plan.cols, visible.T, bk, bq),
@@ -205,6 +215,22 @@ def test_offsets_are_sound(name, offset):
                 assert not all(inside)
                 assert block.all() or not inside[0]
                 assert any(inside) or not block.any()
+
+
+@functools.cache
+def planned_for(name):
+    """Jitted: the plan of queries and keys at given positions."""
+
+    @jax.jit
+    def plan(queries, keys):
+        return planning.make_plan(
+            MASKS[name],
+            planning.normalise_tree(MASKS[name].operands(36, 36), (), "mask"),
+            planning.position_blocks("query", queries[None], 4),
+            planning.position_blocks("key", keys[None], 3),
+        )
+
+    return plan
 
 
 @pytest.mark.parametrize(
@@ -224,12 +250,7 @@ def test_given_positions_are_sound(name, order):
     other = rng.permutation(positions)
     visible = full[positions[:, None], other[None, :]]
     visible &= (positions >= 0)[:, None] & (other >= 0)[None, :]
-    plan = planning.make_plan(
-        MASKS[name],
-        planning.normalise_tree(MASKS[name].operands(36, 36), (), "mask"),
-        planning.position_blocks("query", jnp.asarray(positions[None]), 4),
-        planning.position_blocks("key", jnp.asarray(other[None]), 3),
-    )
+    plan = jax.tree.map(np.asarray, planned_for(name)(positions, other))
     for live, wanted, size, across in (
         (plan.rows, visible, 4, 3),
         (plan.cols, visible.T, 3, 4),

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from attnlab import nn
+from tests.grid import in_turn
 
 V, END = 4, 3
 LENGTH = 4
@@ -343,23 +344,28 @@ def test_beams_of_a_transformer_keep_their_caches():
         V, features=8, num_heads=2, num_layers=2, rngs=nnx.Rngs(3)
     )
     source = jnp.array([[0, 1, 2], [2, 2, 1]])
-    memory = model.encoder(source)
-    state = model.decoder.start(2, LENGTH + 1, memory)
     prompt = jnp.zeros((2, 1), int)
-    found = jax.jit(
-        lambda state: nn.beam_search(
+
+    @jax.jit
+    def search(model):
+        state = model.decoder.start(2, LENGTH + 1, model.encoder(source))
+        return nn.beam_search(
             model.decoder.decode, state, prompt, beams=5, length=LENGTH, end=END
         )
-    )(state)
+
+    @jax.jit
+    def log_p(model, tokens):
+        given = jnp.concatenate([prompt, tokens[:, :-1]], 1)
+        return jax.nn.log_softmax(model(source, given))
+
+    found = jax.tree.map(np.asarray, search(model))
     assert np.isfinite(found.scores).all()
-    for b in range(2):
-        for hypothesis, n, score in zip(
-            found.tokens[b], found.lengths[b].tolist(), found.scores[b], strict=True
-        ):
-            given = jnp.concatenate([prompt[b], hypothesis[: n - 1]])
-            log_p = jax.nn.log_softmax(model(source[b][None], given[None])[0])
-            total = log_p[jnp.arange(n), hypothesis[:n]].sum()
-            assert score == pytest.approx(float(total), abs=1e-4)
+    for k in range(5):
+        tokens, lengths = found.tokens[:, k], found.lengths[:, k]
+        gains = np.take_along_axis(log_p(model, tokens), tokens[..., None], 2)[..., 0]
+        # What follows the end is not counted, and what is before it does not see it.
+        total = gains.sum(1, where=np.arange(LENGTH) < lengths[:, None])
+        np.testing.assert_allclose(found.scores[:, k], total, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -422,8 +428,7 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(("name", "scan"), in_turn(SEARCHES, [False, True]))
 def test_full_caches_hold_all_tokens_but_the_last(name, scan):
     model = nn.Decoder.standard(
         30, features=8, num_heads=2, num_layers=2, scan=scan, rngs=nnx.Rngs(0)
@@ -434,11 +439,12 @@ def test_full_caches_hold_all_tokens_but_the_last(name, scan):
         state = model.start(2, slots)
         return SEARCHES[name](model.decode, state, prompt, length=length, end=99)
 
-    enough, plenty = search(7, 4), search(20, 4)
+    jitted = jax.jit(search, static_argnums=(0, 1))
+    enough, plenty = jitted(7, 4), jitted(20, 4)
     np.testing.assert_array_equal(enough.tokens, plenty.tokens)
     np.testing.assert_allclose(enough.scores, plenty.scores, rtol=1e-5)
     assert np.isfinite(enough.scores).all()
-    for call in (search, jax.jit(search, static_argnums=(0, 1))):
+    for call in (search, jitted):
         with pytest.raises(ValueError, match=r"of 7 slots .* need 8; .*length=8\)"):
             call(7, 5)
 

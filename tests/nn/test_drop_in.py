@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 from attnlab import attention, masks, modifiers, nn, scores
+from tests.grid import few, in_turn
 
 B, T, S, F, N = 2, 6, 9, 12, 4
 RNG = np.random.default_rng(0)
@@ -64,14 +66,19 @@ def test_linen(name):
             output = of_linen(attend).apply(params, x, mask=MASKS[name])
             return jnp.sin(output).sum(), output
 
-        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, X)
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, X)
 
     near(run(ATTEND), run(None))
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("key_heads", [4, 2])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("name", "key_heads", "is_causal"),
+    few(
+        itertools.product(MASKS, [4, 2], [False, True]),
+        *(("none", 4, True), ("causal", 2, False), ("padding", 4, False)),
+        *(("heads", 2, True), ("heads", 4, False)),
+    ),
+)
 def test_nnx(name, key_heads, is_causal):
     def run(attend):
         layer = of_nnx(attend, num_kv_heads=key_heads)
@@ -84,7 +91,7 @@ def test_nnx(name, key_heads, is_causal):
             output = layer(x, mask=mask, is_causal=is_causal)
             return jnp.sin(output).sum(), output
 
-        return nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, X)
+        return nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True))(layer, X)
 
     near(run(ATTEND), run(None))
 
@@ -102,8 +109,13 @@ def test_the_alias_cross_attention_and_other_batch_axes():
         near(of_nnx(ATTEND)(x, memory), of_nnx()(x, memory))
 
 
-@pytest.mark.parametrize("function", [linen.dot_product_attention, None])
-@pytest.mark.parametrize("shape", [(B, N, T, S), (N, 1, S), (T, S), (1, 1, 1, S)])
+@pytest.mark.parametrize(
+    ("shape", "function"),
+    in_turn(
+        [(B, N, T, S), (N, 1, S), (T, S), (1, 1, 1, S)],
+        [linen.dot_product_attention, None],
+    ),
+)
 def test_bias(shape, function):
     function = nnx.dot_product_attention if function is None else function
     q, k, v = (
@@ -126,8 +138,10 @@ def test_bias(shape, function):
 
 
 @pytest.mark.usefixtures("loose")
-@pytest.mark.parametrize("given", [np.float32, jnp.bfloat16, jnp.int32])
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "given"),
+    in_turn([None, jnp.bfloat16, jnp.float16], [jnp.bfloat16, jnp.int32, np.float32]),
+)
 def test_dtype_of_the_computation(dtype, given):
     x = jnp.asarray(jnp.round(X * 2), given)
     params = of_linen().init(jax.random.key(0), X)
@@ -426,9 +440,13 @@ def test_linen_decodes_as_the_whole(name):
     near(jnp.concatenate(outputs, 1), wanted)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("key_heads", [4, 2])
-@pytest.mark.parametrize("name", ["plain", *BANDS])
+@pytest.mark.parametrize(
+    ("name", "key_heads", "is_causal"),
+    [
+        *in_turn(["plain", *BANDS], [4, 2], [False]),
+        *in_turn(["plain", *BANDS], [2, 4], [True]),
+    ],
+)
 def test_nnx_decodes_as_the_whole(name, key_heads, is_causal):
     attend = ATTEND if name == "plain" else BANDS[name]
     layer = of_nnx(attend, num_kv_heads=key_heads)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from attnlab import masks, modifiers, nn, scores
 from attnlab.nn import weights
+from tests.grid import few
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
@@ -134,8 +135,10 @@ def bert(tmp_path_factory):
     return made(lambda: unpooled(transformers.BertModel, config), folder), folder
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize(
+    ("length", "scan"),
+    few([(3, False), (3, True), (40, False), (40, True)], (40, True)),
+)
 def test_bert(bert, length, scan):
     model, folder = bert
     ours = encoder(40, scan=scan)
@@ -203,7 +206,7 @@ def recorded(model, monkeypatch):
 
 
 # 37 is the least length that is sparse; 61 is padded to whole blocks.
-@pytest.mark.parametrize("length", [37, 61, 96])
+@pytest.mark.parametrize("length", few([37, 61, 96], 61))
 def test_big_bird_draws_blocks_for_each_layer_and_head(big_bird, length, monkeypatch):
     model, folder = big_bird
     tokens, lengths, real = tokens_of(length)
@@ -279,7 +282,8 @@ def longformer_like(folder, slots, windows=WINDOWS):
 
 
 @pytest.mark.parametrize(
-    ("length", "slots"), [(3, [0]), (7, [0, 2]), (32, [0, 3]), (61, [0, 1, 20, 50])]
+    ("length", "slots"),
+    few([(3, [0]), (7, [0, 2]), (32, [0, 3]), (61, [0, 1, 20, 50])], (32, [0, 3])),
 )
 def test_longformer(longformer, length, slots):
     model, folder = longformer
@@ -337,7 +341,7 @@ def gpt2_like(folder):
     return ours
 
 
-@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("length", few([3, 40], 40))
 def test_gpt2(gpt2, length):
     model, folder = gpt2
     tokens, lengths, real = tokens_of(length)
@@ -388,7 +392,7 @@ def mistral_like(folder, config, window=WINDOW):
     return ours
 
 
-@pytest.mark.parametrize("length", [5, WINDOW, 40])
+@pytest.mark.parametrize("length", few([5, WINDOW, 40], 40))
 def test_mistral(mistral, length):
     model, folder = mistral
     # Torch makes NaN of a query whose window holds nothing but padding.
@@ -494,7 +498,7 @@ def translation_error(ours, model, source, target):
     return error(logits, model, target_real, **inputs)
 
 
-@pytest.mark.parametrize(("source", "target"), [(3, 5), (50, 40)])
+@pytest.mark.parametrize(("source", "target"), few([(3, 5), (50, 40)], (50, 40)))
 def test_t5(t5, source, target):
     model, folder, new = t5
     assert translation_error(t5_like(folder, new), model, source, target) < 1
@@ -551,8 +555,10 @@ def marian_like(source, scan=False, logits_bias=True):
     return ours
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize(("source", "target"), [(3, 5), (50, 40)])
+@pytest.mark.parametrize(
+    ("source", "target", "scan"),
+    few([(3, 5, False), (3, 5, True), (50, 40, False), (50, 40, True)], (50, 40, True)),
+)
 def test_marian(marian, source, target, scan):
     model, folder = marian
     ours = marian_like(folder, scan)

@@ -13,6 +13,7 @@ from benchmarks.studies.pairs import Pair
 from benchmarks.studies.scores import model_maker, shape_of
 from benchmarks.studies.translators import Sizes
 from benchmarks.studies.word_alignment import Ibm1, Word, words_of
+from tests.grid import in_turn
 
 
 def pair(source, target):
@@ -113,8 +114,7 @@ def test_sentences_shown_are_short_and_others_differ_from_them():
     assert sorted(others) == sorted(pairs[1:3])
 
 
-@pytest.mark.parametrize("size", [1, 60, 2000])
-@pytest.mark.parametrize("name", ["dot", "additive"])
+@pytest.mark.parametrize(("name", "size"), in_turn(["dot", "additive"], [1, 60, 2000]))
 def test_sharpness(name, size):
     """Of weights that softmax rounds to zero, too."""
     sizes = Sizes(features=8, hidden_size=8, dropout_rate=0.0)

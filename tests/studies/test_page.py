@@ -181,8 +181,8 @@ def test_the_best_rate(tmp_path):
 @pytest.mark.parametrize(
     ("best", "tried"),
     [
-        (2.0, [1.0, 2.0, 4.0]),
-        (4.0, [1.0, 2.0, 4.0, 8.0]),
+        pytest.param(2.0, [1.0, 2.0, 4.0], marks=pytest.mark.slow),
+        pytest.param(4.0, [1.0, 2.0, 4.0, 8.0], marks=pytest.mark.slow),
         (0.5, [1.0, 2.0, 4.0, 0.5, 0.25]),
         (64.0, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # as far as it goes
     ],

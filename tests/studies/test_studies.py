@@ -157,6 +157,7 @@ def test_crossover(quick):
     assert shares["window of 12.5%"] == pytest.approx(0.125, abs=0.01)
 
 
+@SLOW  # test_check.py runs it, too
 def test_attention_graph(quick):
     found = results(quick("attention-graph"), "attention-graph")
     both = found["both directions"]

@@ -26,12 +26,14 @@ def test_padding_is_not_seen(name):
     other = batch.source.copy()
     other[0, 4:] = 21
     filled = batch._replace(source=other)
-    found, same = (logits(model, b)[0, :3] for b in (batch, filled))
+    call = jax.jit(logits)
+    found, same = (call(model, b)[0, :3] for b in (batch, filled))
     np.testing.assert_allclose(found, same, rtol=1e-5, atol=1e-5)
-    alone = logits(model, jax.tree.map(np.asarray, pad(examples[:1], 1, 4)))[0, :3]
+    alone = call(model, jax.tree.map(np.asarray, pad(examples[:1], 1, 4)))[0, :3]
     np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
     for translate in (greedy, best_of_beams):
+        run = jax.jit(translate)
         first, second = (
-            translate(model, b.source, b.source_lengths) for b in (batch, filled)
+            run(model, b.source, b.source_lengths) for b in (batch, filled)
         )
         np.testing.assert_array_equal(first[0], second[0])

@@ -26,19 +26,35 @@ pytestmark = pytest.mark.skipif("load.why_not()", reason="the library is not the
 
 def arrays(t=200, s=200, n=4, k=2, h=16, d=12, b=2, dtype=jnp.float32):
     shapes = ((b, t, n, h), (b, s, k, h), (b, s, k, d), (b, t, n, d))
-    keys = jax.random.split(jax.random.key(0), 4)
-    return [jax.random.normal(r, x, dtype) for r, x in zip(keys, shapes, strict=True)]
+    rng = np.random.default_rng(0)
+    made = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    return [jnp.asarray(x.astype(dtype)) for x in made]
 
 
-def both_ways(q, k, v, above, implementation="native", **options):
-    def run(q, k, v):
-        return attention(q, k, v, implementation=implementation, **options)
+def both_ways(q, k, v, above, implementation="native", score=None, **options):
+    """The output, and the gradients of query, key and value."""
+    found = gradients(implementation, **options)(above, q, k, v, score)
+    return found[:4]
 
-    output, pull = jax.vjp(run, q, k, v)
-    return output, *pull(above)
+
+def gradients(implementation, **options):
+    """Jitted (above, q, k, v, score): output, and gradients of all but above."""
+
+    @jax.jit
+    def run(above, *data):
+        def call(q, k, v, score):
+            return attention(
+                q, k, v, score=score, implementation=implementation, **options
+            )
+
+        output, pull = jax.vjp(call, *data)
+        return [output, *jax.tree.leaves(pull(above))]
+
+    return run
 
 
 MASK = masks.big_bird(window=20, anchors=3, random_blocks=2, rng=0, block_size=16)
+WINDOW = masks.sliding_window(30, 5)
 
 
 def test_many_threads_at_once():
@@ -189,21 +205,39 @@ def test_results_do_not_depend_on_the_run_or_on_the_threads():
     assert digest(1) == digest(len(os.sched_getaffinity(0)))
 
 
-@pytest.mark.parametrize("shape", [(200, 200), (1, 3000), (3, 700), (33, 65)])
-@pytest.mark.parametrize("mask", [None, MASK, masks.sliding_window(30, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("mask", "shape"),
+    [
+        (MASK, (200, 200)),
+        (MASK, (3, 700)),
+        (None, (3, 700)),
+        (None, (1, 3000)),
+        (WINDOW, (1, 3000)),
+        (WINDOW, (33, 65)),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                (MASK, (33, 65)),
+                (None, (200, 200)),
+                (None, (33, 65)),
+                (WINDOW, (200, 200)),
+                (WINDOW, (3, 700)),
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_16_bit_products_stay_within_their_rounding(shape, mask):
-    if mask is MASK and max(shape) > 1024:
-        pytest.skip("more positions than the mask was drawn for")
     x = arrays(*shape, dtype=jnp.bfloat16)
     with jax.default_matmul_precision("default"):
         found = both_ways(*x, mask=mask)
-    wide = [a.astype(jnp.float32) for a in x]
+    wide = [np.asarray(a, np.float32) for a in x]
     exact = both_ways(*wide, mask=mask, implementation="reference")
     for a, b in zip(found, exact, strict=True):
         assert a.dtype == jnp.bfloat16
-        error = jnp.abs(a.astype(jnp.float32) - b)
+        error = np.abs(np.asarray(a, np.float32) - b)
         # Weights and their gradients are rounded to 8 bits, results once more.
-        assert error.max() <= 3 * 2.0**-8 * jnp.abs(b).max()
+        assert error.max() <= 3 * 2.0**-8 * np.abs(b).max()
 
 
 def test_precision_decides_whether_products_are_rounded():
@@ -220,10 +254,14 @@ def test_precision_decides_whether_products_are_rounded():
 
 
 @pytest.mark.parametrize(
-    "activation", [jax.nn.relu, jnp.tanh, jax.nn.sigmoid, jax.nn.silu, jax.nn.gelu]
+    ("sizes", "activation"),
+    grid.in_turn(
+        ["11-17-3", "11"],
+        [jax.nn.relu, jax.nn.silu, jnp.tanh, jax.nn.sigmoid, jax.nn.gelu],
+    ),
 )
-@pytest.mark.parametrize("hidden_sizes", [(11,), (11, 17, 3)])
-def test_activations_of_a_perceptron(activation, hidden_sizes):
+def test_activations_of_a_perceptron(activation, sizes):
+    hidden_sizes = tuple(int(size) for size in sizes.split("-"))
     score = scores.mlp.init(
         jax.random.key(2),
         16,
@@ -238,24 +276,15 @@ def test_activations_of_a_perceptron(activation, hidden_sizes):
         score = jax.tree.map(lambda x: 2 * x, score)
     *x, above = arrays(70, 50)
 
-    def gradients(implementation, dtype):
-        data = grid.cast(jax.tree.map(np.asarray, [*x, score]), dtype)
-
-        def run(q, k, v, score):
-            return attention(
-                q, k, v, score=score, mask=masks.causal(), implementation=implementation
-            )
-
+    def all_of(implementation, dtype):
+        data = grid.cast(jax.tree.map(np.asarray, [above, *x, score]), dtype)
         with jax.enable_x64(dtype is np.float64):
-            output, pull = jax.vjp(run, *data)
-            found = [output, *jax.tree.leaves(pull(np.asarray(above).astype(dtype)))]
+            found = gradients(implementation, mask=masks.causal())(*data)
         return [np.asarray(a, np.float64) for a in found]
 
-    found = gradients("native", np.float32)
-    like = gradients("reference", np.float32)
-    for a, b, exact in zip(
-        found, like, gradients("reference", np.float64), strict=True
-    ):
+    found = all_of("native", np.float32)
+    like = all_of("reference", np.float32)
+    for a, b, exact in zip(found, like, all_of("reference", np.float64), strict=True):
         error, usual = (np.abs(z - exact).max() for z in (a, b))
         assert error <= 2 * usual + 16 * np.finfo(np.float32).eps * np.abs(exact).max()
 
@@ -273,34 +302,34 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("t", [1, 4])
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("score", ["product", "additive", "perceptron", "deep"])
+def _few_queries():
+    """Each score with each of the options; one number of queries each is not slow."""
+    for i, score in enumerate(("product", "additive", "perceptron", "deep")):
+        for j, options in enumerate(OPTIONS):
+            for t in (1, 4):
+                new = (i + j) % 2 == 0 and t == (1, 4)[(i // 2 + j // 2 + i + 1) % 2]
+                marks = () if new else pytest.mark.slow
+                yield pytest.param(score, options, t, marks=marks)
+
+
+@pytest.mark.parametrize(("score", "options", "t"), [*_few_queries()])
 def test_few_queries(t, options, score):
     sizes = {"num_heads": 4, "num_key_heads": 2}
-    made = {
+    make = {
         "product": lambda r: scores.bilinear.init(r, 17, num_heads=4),
         "additive": lambda r: scores.additive.init(r, 17, hidden_size=19, **sizes),
         "perceptron": lambda r: scores.mlp.init(
             r, 17, hidden_sizes=(7,), activation=jax.nn.silu, **sizes
         ),
         "deep": lambda r: scores.mlp.init(r, 17, hidden_sizes=(7, 5), **sizes),
-    }[score](jax.random.key(4))
+    }[score]
     *x, above = arrays(t, 149, h=17, d=13)
-
-    def run(implementation):
-        def call(q, k, v, score):
-            return attention(
-                q, k, v, score=score, implementation=implementation, **OPTIONS[options]
-            )
-
-        output, pull = jax.vjp(call, *x, made)
-        return [output, *jax.tree.leaves(pull(above))]
-
-    wanted = run("reference")
+    data = above, *x, jax.jit(make)(jax.random.key(4))
+    wanted = gradients("reference", **OPTIONS[options])(*data)
+    native = gradients("native", **OPTIONS[options])
     for isa in load.load().isas:
         with load.instructions(isa):
-            found = run("native")
+            found = native(*data)
         for a, b in zip(found, wanted, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-6 * max(1, np.abs(b).max()))
 
@@ -410,8 +439,9 @@ def test_a_perceptron_shows_a_nan(activation):
     np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
-@pytest.mark.parametrize("t", [3, 40])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "t"), grid.in_turn([jnp.float32, jnp.bfloat16, jnp.float16], [40, 3])
+)
 def test_slots_that_nobody_sees_are_not_read(t, dtype):
     rng = np.random.default_rng(0)
     seen = rng.random((1, 1, t, 70)) < 0.7
