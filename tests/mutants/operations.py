@@ -150,8 +150,8 @@ MUTANTS = (
     Mutant(
         "vmap-copies-keys",
         "ops/folding.py",
-        "return into_batch if of_head else into_heads",
-        "return into_batch",
+        "if held(alone) < held(shared):",
+        "if held(alone) > held(shared):",
         "Under vmap keys that are not mapped are copied for each example.",
         (
             "tests/ops/test_folding.py::"
