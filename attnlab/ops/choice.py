@@ -131,6 +131,19 @@ def choose(
     return made
 
 
+def takes(inputs: AttentionInputs, name: str | None) -> str | None:
+    """The name of the implementation that would run here; None if nobody would.
+
+    Args:
+        inputs: the canonical record; arrays may be shapes only.
+        name: the implementation asked for, on any platform; None: the automatic choice.
+    """
+    try:
+        return choose(inputs, name, default_platform() if name is None else None).name
+    except NotImplementedError:
+        return None
+
+
 def passed_over(
     inputs: AttentionInputs, name: str | None, platform: str | None
 ) -> dict[str, tuple[str, ...]]:

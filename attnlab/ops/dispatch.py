@@ -218,7 +218,7 @@ def _mapped(
         for x, axis in zip(values, axes, strict=True)
     ]
     given, mapped = (jax.tree.unflatten(structure, x) for x in (values, on))
-    fold = fold_of(size, mapped, given, wanted)
+    fold = fold_of(size, mapped, given, wanted, asked.implementation)
     found = _pass(asked, wanted, *fold.fold(mapped, given, wanted))
     batches = [x.shape[mark] for x, mark in zip(values, on, strict=True)]
     batches = (

@@ -17,6 +17,7 @@ from attnlab.masks.algebra import And, Not, Or
 from attnlab.masks.base import Mask
 from attnlab.masks.per_head import PerHead
 from attnlab.masks.planning import head_count, reads_head
+from attnlab.ops.choice import takes
 from attnlab.types import Array, PyTree
 
 #: What a pass is given: the inputs, and a backward pass arrays ``[B, T, N, ...]``, too.
@@ -158,7 +159,7 @@ def _operands(inputs: Any) -> dict[str, PyTree]:
 
 
 def fold_of(
-    size: int, mapped: Given, given: Given, wanted: Wanted
+    size: int, mapped: Given, given: Given, wanted: Wanted, name: str | None
 ) -> IntoBatch | IntoHeads:
     """The fold that copies less.
 
@@ -167,6 +168,7 @@ def fold_of(
         mapped: which leaves it leads.
         given: to the pass.
         wanted: see ``Wanted``.
+        name: the implementation asked for; None: the automatic choice.
     """
     inputs, marks = given[0], mapped[0]
     heads, key_heads = inputs.query.shape[-2], inputs.key.shape[-2]
@@ -184,13 +186,17 @@ def fold_of(
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(inputs))
 
     alone = folded(into_batch)
-    if held(alone) < held(folded(into_heads)):
+    shared = folded(into_heads)
+    if held(alone) < held(shared):
         return into_batch
     if modifiers_read_head(alone) or _reads_head(alone.mask, alone.mask_operands):
         return into_batch
     # What a mask for each head is given, all heads share.
     of_head = head_count(alone.mask) > 1 and any(jax.tree.leaves(marks.mask_operands))
-    return into_batch if of_head else into_heads
+    # Nobody else should run because so many heads share a key head.
+    if of_head or takes(alone, name) != takes(shared, name):
+        return into_batch
+    return into_heads
 
 
 def _reads_head(mask: Mask, operands: PyTree) -> bool:

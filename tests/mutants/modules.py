@@ -28,8 +28,8 @@ MUTANTS = (
     Mutant(
         "stale-cache-length",
         "nn/cache.py",
-        "last = jnp.maximum(self.length, jnp.minimum(positions.max(1), FAR - 1) + 1)",
-        "last = jnp.maximum(self.length, jnp.minimum(positions.max(1), FAR - 1))",
+        "jnp.minimum(positions.max(1), FAR - 1) + 1)",
+        "jnp.minimum(positions.max(1), FAR - 1))",
         "The second token is written over the first one.",
         (f"{_CACHE}test_prefill_and_steps_equal_the_whole[full-scaled dot-1]",),
     ),

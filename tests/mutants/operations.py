@@ -150,8 +150,8 @@ MUTANTS = (
     Mutant(
         "vmap-copies-keys",
         "ops/folding.py",
-        "return into_batch if of_head else into_heads",
-        "return into_batch",
+        "if held(alone) < held(shared):",
+        "if held(alone) > held(shared):",
         "Under vmap keys that are not mapped are copied for each example.",
         (
             "tests/ops/test_folding.py::"
@@ -162,7 +162,7 @@ MUTANTS = (
         "vmap-masks-of-other-heads",
         "ops/folding.py",
         "spread = np.repeat(order, self.size, 1)",
-        "spread = np.repeat(order, self.size, 0)",
+        "spread = np.repeat(order, self.size, 2)",
         "Under vmap a head gets the mask of another one of its group.",
         ("tests/ops/test_folding.py::test_equals_a_loop[per head-tiled]",),
     ),

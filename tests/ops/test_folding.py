@@ -1,6 +1,7 @@
 """Keys and values that ``vmap`` does not map are not copied (law 12)."""
 
 import functools
+import sys
 
 import jax
 import jax.extend.core
@@ -277,6 +278,22 @@ def test_equals_a_loop(name, implementation):
 def test_kernels_for_tpu_equal_a_loop(name, monkeypatch):
     interpreted.register(monkeypatch)
     _check(name, interpreted.NAME)
+
+
+def test_a_fold_changes_nobodys_choice(monkeypatch):
+    """Kernels for TPU take so many heads of a group, and no more."""
+    interpreted.register(monkeypatch)
+    module = sys.modules["attnlab.implementations.pallas_tpu"]
+    monkeypatch.setattr(module, "MOST_MEMBERS", M)
+    q, k = random(M, B, T, N, H), random(B, S, K, H, seed=1)
+
+    def run(q, k, name):
+        one = functools.partial(attention, implementation=name)
+        return jax.vmap(one, (0, None, None))(q, k, k)
+
+    for name, heads in ((interpreted.NAME, N), ("tiled", M * N)):
+        program = jax.make_jaxpr(functools.partial(run, name=name))(q, k)
+        assert {*_heads(program.jaxpr)} == {heads}
 
 
 @pytest.mark.parametrize("implementation", FAST)
