@@ -290,12 +290,12 @@ def test_caches_have_the_type_that_attention_computes_in(name):
     traced = nnx.jit(lambda model: model.start(2, 5))(model)
     assert jax.tree.map(jnp.result_type, traced) == jax.tree.map(jnp.result_type, state)
     tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 30)
-    whole = np.asarray(jax.jit(model)(tokens))
-    decode = jax.jit(model.decode)
-    first, state = decode(tokens[:, :3], state)
+    whole = np.asarray(nnx.jit(lambda model: model(tokens))(model))
+    decode = nnx.jit(lambda model, *rest: model.decode(*rest))
+    first, state = decode(model, tokens[:, :3], state)
     parts = [first]
     for t in range(3, 5):
-        logits, state = decode(tokens[:, t : t + 1], state)
+        logits, state = decode(model, tokens[:, t : t + 1], state)
         parts.append(logits)
     assert parts[-1].dtype == whole.dtype
     atol = 1e-4 if types == ["float32"] * 2 else 0.1
@@ -577,7 +577,7 @@ def test_an_array_is_one_mask_for_all_blocks(length, scan):
         model = kind.standard(20, mask=mask, scan=scan, rngs=nnx.Rngs(0), **SMALL)
         tokens = jnp.arange(2 * length).reshape(2, length)
         given = (tokens, tokens) if kind is nn.EncoderDecoder else (tokens,)
-        return jax.jit(model)(*given)
+        return nnx.jit(lambda model: model(*given))(model)
 
     for kind in (nn.Decoder, nn.EncoderDecoder):
         found = logits(kind, np.tri(length, dtype=bool))

@@ -174,7 +174,8 @@ def test_elsewhere_nothing_of_the_cpu_remains():
     assert "custom_call" not in program
     assert explain(X, X, X, platform="cuda").implementation == "tiled"
     program = lowered(gradient, "tpu")
-    assert "stablehlo.while" not in program
+    # The loops lie in branches, taken where something is not finite.
+    assert program.count("stablehlo.while") == 3
     calls = re.findall(r"stablehlo.custom_call @(\w+)", program)
     assert set(calls) == {"tpu_custom_call"}
     assert explain(X, X, X, platform="tpu").implementation == "pallas_tpu"
