@@ -48,7 +48,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from jax._src.interpreters import mlir  # noqa: E402
 
 import attnlab  # noqa: E402, F401
 from attnlab.implementations.native import Native  # noqa: E402
@@ -63,10 +62,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_legacy_prng_key", "error")
 
-# JAX sets up what it writes programs in anew for each of them, which takes longer than
-# to write a small one. Here the programs of one module of tests share it.
-if hasattr(mlir, "make_ir_context"):
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+# JAX makes an MLIR context for each program that it lowers, which takes longer than to
+# lower a small one. Here the programs of one module of tests share it. The function is
+# private: a JAX that has none of this name works as it does by itself.
+_mlir = sys.modules.get("jax._src.interpreters.mlir")
+if hasattr(_mlir, "make_ir_context"):
+    _mlir.make_ir_context = functools.cache(_mlir.make_ir_context)
 
 hypothesis.settings.register_profile(
     "attnlab",
@@ -160,8 +161,8 @@ _MOST_MAPPINGS, _MOST_BYTES = 30_000, 3 * 2**30
 @pytest.fixture(scope="module", autouse=True)
 def leave_few_programs():
     yield
-    if hasattr(mlir.make_ir_context, "cache_clear"):
-        mlir.make_ir_context.cache_clear()
+    if hasattr(_mlir, "make_ir_context"):
+        _mlir.make_ir_context.cache_clear()
     try:
         with open("/proc/self/maps") as maps, open("/proc/self/statm") as sizes:
             resident = int(sizes.read().split()[1]) * os.sysconf("SC_PAGESIZE")

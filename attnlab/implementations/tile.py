@@ -42,8 +42,8 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
 
 
 def spoilt(x: Array) -> Array:
-    """Which rows hold a number that is not finite: ``[rows, X] -> bool [rows]``."""
-    return ~jnp.isfinite(x).all(1)
+    """Which rows hold a number that is not finite: ``[..., X] -> bool [...]``."""
+    return ~jnp.isfinite(x).all(-1)
 
 
 def precision_name(precision: Any) -> str | None:

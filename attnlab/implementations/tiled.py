@@ -184,6 +184,7 @@ class Tiled(Implementation):
             # What is kept counts for what is dropped: here once, not in every tile.
             d_o = d_o * (1 / (1 - inputs.dropout_rate))
             lost = spoilt(query) | spoilt(d_o)
+            finite_query, finite_d_o = finite(query), finite(d_o)
 
             def step(ids: Array, valid: Array, state: tuple, masked: bool) -> tuple:
                 d_query, sums = state
@@ -191,15 +192,14 @@ class Tiled(Implementation):
                 tile = Tile(here.query_positions, here.key_positions, where.head)
                 key = tiles.key_blocks(k, where, ids).astype(dtype)
                 value = tiles.key_blocks(v, where, ids).astype(dtype)
-                seen = bad = None
+                seen = visible_pairs(inputs.mask, tile, here.mask) if masked else None
                 sides, above = (query, key), d_o
-                if masked:  # as in the forward pass
-                    seen = visible_pairs(inputs.mask, tile, here.mask)
-                    bad = lost[:, None] | spoilt(key)[None]
-                    sides, above = (finite(query), finite(key)), finite(d_o)
+                if seen is not None:  # as in the forward pass
+                    sides, above = (finite_query, finite(key)), finite_d_o
                 logits, pull = _pullback(inputs, here, tile, *sides, seen)
                 p = jnp.exp(logits - row_shift)
-                if seen is not None and bad is not None:
+                if seen is not None:
+                    bad = lost[:, None] | spoilt(key)[None]
                     p = jnp.where(seen, jnp.where(bad, jnp.nan, p), 0)
                 d_p = matmul(inputs, above, value, (1, 1))
                 dropped = p

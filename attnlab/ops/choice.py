@@ -131,7 +131,7 @@ def choose(
     return made
 
 
-def takes(inputs: AttentionInputs, name: str | None) -> str | None:
+def chosen_name(inputs: AttentionInputs, name: str | None) -> str | None:
     """The name of the implementation that would run here; None if nobody would.
 
     Args:

@@ -17,7 +17,7 @@ from attnlab.masks.algebra import And, Not, Or
 from attnlab.masks.base import Mask
 from attnlab.masks.per_head import PerHead
 from attnlab.masks.planning import head_count, reads_head
-from attnlab.ops.choice import takes
+from attnlab.ops.choice import chosen_name
 from attnlab.types import Array, PyTree
 
 #: What a pass is given: the inputs, and a backward pass arrays ``[B, T, N, ...]``, too.
@@ -129,11 +129,8 @@ class IntoHeads(NamedTuple):
     def _one(self, mark: bool, x: Array, axis: int) -> Array:
         """``axis`` is that of the heads, 1 or all of them, without the mapped one."""
         x = jnp.moveaxis(x, 0, axis) if mark else jnp.expand_dims(x, axis)
-        lead, (size, heads), rest = (
-            x.shape[:axis],
-            x.shape[axis:][:2],
-            x.shape[axis:][2:],
-        )
+        lead, rest = x.shape[:axis], x.shape[axis + 2 :]
+        size, heads = x.shape[axis : axis + 2]
         groups = (1, 1) if heads == 1 else (self.key_heads, self.group)
         x = x.reshape(*lead, size, *groups, *rest).swapaxes(axis, axis + 1)
         x = jnp.broadcast_to(x, (*lead, self.key_heads, self.size, self.group, *rest))
@@ -194,7 +191,7 @@ def fold_of(
     # What a mask for each head is given, all heads share.
     of_head = head_count(alone.mask) > 1 and any(jax.tree.leaves(marks.mask_operands))
     # Nobody else should run because so many heads share a key head.
-    if of_head or takes(alone, name) != takes(shared, name):
+    if of_head or chosen_name(alone, name) != chosen_name(shared, name):
         return into_batch
     return into_heads
 

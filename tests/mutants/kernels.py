@@ -51,7 +51,7 @@ MUTANTS = (
         "q, k, v = map(finite, (q, k, v))",
         "pass",
         "A NaN that some queries see reaches others.",
-        ("tests/test_spread.py::test_only_those_who_see_it[product-reference]",),
+        ("tests/test_not_finite.py::test_only_those_who_see_it[product-reference]",),
     ),
     Mutant(
         "tiled-not-finite",
@@ -59,7 +59,7 @@ MUTANTS = (
         "value = finite(value)",
         "pass",
         "A NaN in a value reaches queries of its block that do not see it.",
-        ("tests/test_spread.py::test_only_those_who_see_it[product-tiled]",),
+        ("tests/test_not_finite.py::test_only_those_who_see_it[product-tiled]",),
     ),
     Mutant(
         "dropout-threshold",
@@ -104,8 +104,8 @@ MUTANTS = (
     Mutant(
         "gradient-through-hidden-pairs",
         "implementations/tiled.py",
-        "seen = visible_pairs(inputs.mask, tile, here.mask) if masked else None",
-        "seen = None",
+        "p = jnp.where(seen, jnp.where(bad, jnp.nan, p), 0)",
+        "p = jnp.where(bad, jnp.nan, p)",
         "In the backward pass a query sees what the mask hides in partial blocks.",
         (_CAUSAL,),
     ),

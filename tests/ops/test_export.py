@@ -30,9 +30,9 @@ def shapes(symbols, *more):
     return own + [jax.ShapeDtypeStruct(symbolic(size), dtype) for size, dtype in more]
 
 
-def reloaded(function, args, **options):
-    exported = jax.export.export(jax.jit(function), **options)(*args)
-    return jax.export.deserialize(exported.serialize()).call
+def exported(function, args, **options):
+    """What calls the exported program."""
+    return jax.export.export(jax.jit(function), **options)(*args).call
 
 
 RNG = jax.random.key(0)
@@ -56,7 +56,7 @@ SIZES = [(2, 5, 7), (3, 8, 6), (1, 1, 1)]
 @pytest.mark.parametrize("name", OPTIONS)
 def test_symbolic_sizes(name):
     run = functools.partial(attention, implementation="reference", **OPTIONS[name])
-    call = reloaded(run, shapes("b, t, s"))
+    call = exported(run, shapes("b, t, s"))
     for sizes in SIZES:
         data = arrays(*sizes)
         np.testing.assert_allclose(call(*data), run(*data), atol=2e-6)
@@ -71,7 +71,7 @@ def test_gradients_of_some_symbolic_sizes(symbols, implementation):
         return (output**2).sum()
 
     gradients = jax.grad(loss, (0, 1, 2))
-    call = reloaded(gradients, shapes(symbols), platforms=("cpu", "tpu"))
+    call = exported(gradients, shapes(symbols), platforms=("cpu", "tpu"))
     data = arrays(2, 5, 5 if symbols == "b, t, t" else 7)
     for found, wanted in zip(call(*data), gradients(*data), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
@@ -90,7 +90,7 @@ def test_arrays_over_pairs():
         )
 
     given = shapes("b, t, s", ("b, 1, t, s", np.bool_), (f"{N}, t, s", np.float32))
-    call = reloaded(lambda *x: run(*x)[:3], given)
+    call = exported(lambda *x: run(*x)[:3], given)
     rng = np.random.default_rng(1)
     for sizes in SIZES:
         pairs = rng.normal(size=(N, *sizes[1:])).astype(np.float32)
@@ -105,7 +105,7 @@ def test_a_symbolic_batch_has_a_plan(implementation):
         mask = masks.causal() & masks.documents(ids)
         return attention(q, k, v, mask=mask, implementation=implementation)
 
-    call = reloaded(run, shapes("b, 6, 6", ("b, 6", np.int32)))
+    call = exported(run, shapes("b, 6, 6", ("b, 6", np.int32)))
     for batch in (1, 3):
         data = *arrays(batch, 6, 6), np.repeat([[0, 0, 1, 1, 1, -1]], batch, 0)
         data = *data[:3], data[3].astype(np.int32)

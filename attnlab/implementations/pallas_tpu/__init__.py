@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from attnlab.implementations import spread
+from attnlab.implementations import not_finite
 from attnlab.implementations.pallas_tpu.backward import Backward
 from attnlab.implementations.pallas_tpu.blocks import Blocks, best, limit
 from attnlab.implementations.pallas_tpu.call import fit
@@ -161,7 +161,7 @@ class PallasTpu(Implementation):
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.types.Implementation`."""
         blocks = self.sizes(inputs, "forward")
-        return spread.forward(inputs, lambda x: forward(x, blocks, self.interpret))
+        return not_finite.forward(inputs, lambda x: forward(x, blocks, self.interpret))
 
     def backward(
         self,
@@ -178,4 +178,4 @@ class PallasTpu(Implementation):
         def run(inputs: AttentionInputs, *above: Any) -> list[Array | None]:
             return Backward(inputs, wanted, blocks, limit(), self.interpret).run(*above)
 
-        return spread.backward(inputs, output, lse, d_output, d_lse, run)
+        return not_finite.backward(inputs, output, lse, d_output, d_lse, run)

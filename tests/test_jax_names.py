@@ -109,9 +109,9 @@ def names_of(path):
                 yield f"{node.module}.{one.name}"
         elif isinstance(node, ast.Import):
             for one in node.names:
-                roots[one.asname or one.name.partition(".")[0]] = (
-                    one.name if one.asname else one.name.partition(".")[0]
-                )
+                top = one.name.partition(".")[0]
+                roots[one.asname or top] = one.name if one.asname else top
+                yield one.name
     for node in ast.walk(tree):
         parts, inner = [], node
         while isinstance(inner, ast.Attribute):

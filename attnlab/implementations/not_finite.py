@@ -1,9 +1,9 @@
-"""What is not finite, around kernels that know nothing of it.
+"""NaN and infinity, around kernels that do not treat them.
 
-In a product, 0 of a hidden pair times NaN is NaN: without care, a number that is not
-finite reaches every query of its block. Here the kernel gets zeros in its place, and
-what belongs to it is lost afterwards: the queries that see it, and the gradients of all
-that such a query sees. Where everything is finite, as ever, nothing but that is asked.
+The weight of a hidden pair is 0, and 0 times NaN is NaN: without care, a number that is
+not finite reaches every query of its block. Here the kernel gets zeros in its place.
+Afterwards the queries that see such a number become NaN, and so do the gradients of all
+that these queries see. Where every number is finite, that branch is not taken.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab.implementations.tile import finite
+from attnlab.implementations.tile import finite, spoilt
 from attnlab.implementations.walk import Operands, Tiles
 from attnlab.masks.base import visible_pairs
 from attnlab.types import (
@@ -35,8 +35,9 @@ _PAIRS = 2**18
 def forward(
     inputs: AttentionInputs, run: Callable[[AttentionInputs], tuple[Array, Array]]
 ) -> tuple[Array, Array]:
-    """The results of ``run``, for inputs of which some may not be finite."""
-    bad_query, bad_key, bad_value = _marks(inputs)
+    """Output and log-sum-exp of ``run``, where some numbers may not be finite."""
+    arrays = inputs.query, inputs.key, inputs.value
+    bad_query, bad_key, bad_value = map(spoilt, arrays)
     output, lse = run(_finite(inputs))
 
     def lose(output: Array, lse: Array) -> tuple[Array, Array]:
@@ -45,9 +46,11 @@ def forward(
             _pairs(inputs, jnp.repeat(bad, group, 2), None)[0]
             for bad in (bad_key, bad_value)
         )
-        lost = (lost | bad_query) & ~jnp.isneginf(lse)
+        sees = ~jnp.isneginf(lse)
+        lost = (lost | bad_query) & sees
+        lost_output = lost | (lost_value & sees)
         lse = jnp.where(lost, jnp.nan, lse)
-        return jnp.where((lost | lost_value)[..., None], jnp.nan, output), lse
+        return jnp.where(lost_output[..., None], jnp.nan, output), lse
 
     some = bad_query.any() | bad_key.any() | bad_value.any()
     return lax.cond(some, lose, lambda *x: x, output, lse)
@@ -62,9 +65,7 @@ def backward(
     run: Callable[..., list[Array | None]],
 ) -> list[Array | None]:
     """The gradients of ``run(inputs, output, lse, d_output, d_lse)``, likewise."""
-    bad_query, _, _ = _marks(inputs)
-    lost = bad_query | jnp.isnan(lse)
-    lost |= ~(jnp.isfinite(output).all(-1) & jnp.isfinite(d_output).all(-1))
+    lost = spoilt(inputs.query) | spoilt(output) | spoilt(d_output) | jnp.isnan(lse)
     lost &= ~jnp.isneginf(lse)
     # For the kernel, a lost query sees nothing.
     output, d_output = (
@@ -110,13 +111,6 @@ def backward(
 def _finite(inputs: AttentionInputs) -> AttentionInputs:
     query, key, value = map(finite, (inputs.query, inputs.key, inputs.value))
     return dataclasses.replace(inputs, query=query, key=key, value=value)
-
-
-def _marks(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
-    """Which queries, keys and values hold a number that is not finite."""
-    arrays = inputs.query, inputs.key, inputs.value
-    query, key, value = (~jnp.isfinite(x).all(-1) for x in arrays)
-    return query, key, value
 
 
 def _pairs(
