@@ -15,6 +15,7 @@ _QUICK = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 #: shard_map needs devices; the tests of sharding want at least four.
 _NEEDED = ("--xla_force_host_platform_device_count=4",)

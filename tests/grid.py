@@ -340,17 +340,26 @@ def quick(cells: list[Cell], also: tuple[str, ...] = ()) -> list[Any]:
     ]
 
 
+def _parameter(values: Iterable[Any], slow: bool) -> Any:
+    """One of parameters, some of which may be of ``pytest.param`` already."""
+    marks, plain = [pytest.mark.slow] * slow, []
+    for value in values:
+        of_pytest = hasattr(value, "marks")
+        marks += value.marks if of_pytest else ()
+        plain += value.values if of_pytest else (value,)
+    return pytest.param(*plain, marks=marks)
+
+
 def few(choices: Iterable[Any], *kept: Any) -> list[Any]:
     """Choices as parameters; all but the kept ones are slow."""
     choices = [*choices]
     assert all(choice in choices for choice in kept), kept
-
-    def parameter(choice: Any) -> Any:
-        values = choice if isinstance(choice, tuple) else (choice,)
-        marks = () if choice in kept else pytest.mark.slow
-        return pytest.param(*values, marks=marks)
-
-    return [parameter(choice) for choice in choices]
+    return [
+        _parameter(
+            choice if type(choice) is tuple else (choice,), slow=choice not in kept
+        )
+        for choice in choices
+    ]
 
 
 def in_turn(*axes: Iterable[Any]) -> list[Any]:
@@ -363,14 +372,8 @@ def in_turn(*axes: Iterable[Any]) -> list[Any]:
     kept = {tuple(i % len(axis) for axis in axes) for i in range(most)}
     found = []
     for places in itertools.product(*(range(len(axis)) for axis in axes)):
-        marks, values = [] if places in kept else [pytest.mark.slow], []
-        for axis, place in zip(axes, places, strict=True):
-            choice = axis[place]
-            if hasattr(choice, "marks"):  # of pytest.param
-                marks += choice.marks
-                (choice,) = choice.values
-            values.append(choice)
-        found.append(pytest.param(*values, marks=marks))
+        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        found.append(_parameter(values, slow=places not in kept))
     return found
 
 

@@ -1,5 +1,7 @@
 """JAX's own checks, switched on: of its programs, of NaN, of tracers that leak."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from attnlab import attention, masks, modifiers, nn
-from tests.grid import NATIVE
+from tests.grid import NATIVE, few
 from tests.implementations import interpreted
 
 MODES = {
@@ -35,17 +37,20 @@ def loss(q, k, v, implementation):
     return (output * output).sum()
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "implementation", ["reference", "tiled", NATIVE, interpreted.NAME]
+    ("implementation", "mode"),
+    few(
+        itertools.product(["reference", "tiled", NATIVE, interpreted.NAME], MODES),
+        ("reference", "leaks"),
+        ("tiled", "nans"),
+        *itertools.product([NATIVE], MODES),
+    ),
 )
 def test_attention(implementation, mode, monkeypatch):
     interpreted.register(monkeypatch)
     with MODES[mode]():
         run = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)
         found = run(QUERY, KEY, VALUE, implementation)
-        eager = loss(*map(jnp.asarray, (QUERY, KEY, VALUE)), implementation)
-    np.testing.assert_allclose(found[0], eager, rtol=1e-5)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
 
 

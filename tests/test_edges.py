@@ -1,6 +1,7 @@
 """Edges where a fast path, a shortcut or a fold could go wrong."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from attnlab import attention, attention_with_stats, explain, masks, modifiers, scores
 from attnlab.masks import Mask
 from attnlab.types import Score, pytree
-from tests.grid import NATIVE, in_turn
+from tests.grid import NATIVE, few, in_turn
 from tests.implementations import interpreted
 
 IMPLEMENTATIONS = ("reference", "tiled", NATIVE)
@@ -102,8 +103,11 @@ def test_vectors_without_numbers_are_all_alike(implementation):
     np.testing.assert_allclose(found, jnp.broadcast_to(v.mean(1), v.shape), atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradients_from_above_stop_at_a_query_that_sees_nothing(implementation):
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, interpreted.NAME])
+def test_gradients_from_above_stop_at_a_query_that_sees_nothing(
+    implementation, monkeypatch
+):
+    interpreted.register(monkeypatch)
     x = arrays(5, 5)
     mask = masks.lengths(query=np.array([3]))
 
@@ -138,7 +142,13 @@ def test_a_bias_of_the_lowest_float_is_no_hiding(implementation):
 
 
 @pytest.mark.parametrize(
-    ("t", "implementation"), in_turn([3, 40], [*IMPLEMENTATIONS, interpreted.NAME])
+    ("t", "implementation"),
+    few(
+        itertools.product([3, 40], [*IMPLEMENTATIONS, interpreted.NAME]),
+        (3, "reference"),
+        (3, NATIVE),
+        (40, "tiled"),
+    ),
 )
 def test_what_is_no_number_shows(t, implementation, monkeypatch):
     """Where it is seen, and only there; it is never taken for a query without keys."""

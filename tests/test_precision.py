@@ -9,7 +9,7 @@ import pytest
 
 from attnlab import attention, attention_with_stats, scores
 from benchmarks.precision import arrays, both_passes, errors
-from tests.grid import NATIVE
+from tests.grid import NATIVE, few, in_turn
 from tests.implementations import interpreted
 
 EVERYONE = ("reference", "tiled", NATIVE, interpreted.NAME)
@@ -56,7 +56,12 @@ def problem(dtype, head_size):
 
 @pytest.mark.parametrize("implementation", EVERYONE)
 @pytest.mark.parametrize(
-    ("dtype", "head_size"), [("bfloat16", 64), ("bfloat16", 128), ("float16", 128)]
+    ("dtype", "head_size"),
+    few(
+        [("bfloat16", 64), ("bfloat16", 128), ("float16", 128)],
+        ("bfloat16", 128),
+        ("float16", 128),
+    ),
 )
 def test_no_less_accurate_than_jax_nn(dtype, head_size, implementation):
     if dtype == "float16" and implementation == interpreted.NAME:
@@ -71,8 +76,7 @@ def test_no_less_accurate_than_jax_nn(dtype, head_size, implementation):
     assert (found <= np.array(limits)).all(), (found, theirs)
 
 
-@pytest.mark.parametrize("implementation", EVERYONE)
-@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize(("length", "implementation"), in_turn([3, 40], EVERYONE))
 def test_a_learned_scale_is_never_applied_in_16_bits(length, implementation):
     """In float16 these queries, scaled, would be infinite."""
     narrow = implementation == interpreted.NAME

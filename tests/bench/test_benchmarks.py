@@ -20,6 +20,7 @@ from attnlab.bench.yardsticks import YARDSTICKS
 from benchmarks import common, peers, training_step
 from benchmarks.problems import OURS, PROBLEMS, Problem, small
 from tests.bench.conftest import SMALL, Wrong, _shifted
+from tests.grid import few, in_turn
 
 ONCE = Repeats(1, 1)
 DECODE = dataclasses.replace(SMALL, pattern="full", length=64, query_length=1, heads=6)
@@ -87,8 +88,9 @@ def test_who_is_not_there_is_refused_and_the_others_run(documents):
     }
 
 
-@pytest.mark.parametrize("pattern", ["causal", "documents"])
-@pytest.mark.parametrize("score", ["scaled_dot", "bilinear"])
+@pytest.mark.parametrize(
+    ("pattern", "score"), in_turn(["causal", "documents"], ["scaled_dot", "bilinear"])
+)
 def test_the_reference_in_parts_is_the_reference(
     documents, pattern, score, monkeypatch
 ):
@@ -134,7 +136,7 @@ def test_flex_holds_no_pairs_of_a_rule(documents, monkeypatch):
 @needs_torch
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("pattern", ["window", "documents"])
+@pytest.mark.parametrize("pattern", few(["window", "documents"], "documents"))
 def test_flex_agrees_with_the_reference(documents, pattern):
     spec = dataclasses.replace(
         SMALL, pattern=pattern, length=150, heads=6, head_size=16

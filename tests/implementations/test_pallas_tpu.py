@@ -54,7 +54,20 @@ def registered(monkeypatch):
     interpreted.register(monkeypatch)
 
 
-@pytest.mark.parametrize("cell", grid.quick(TAKEN[::3]), ids=str)
+#: A product and a sum, plans of the host and of traced data, 16 bits.
+SHORT = (
+    "cosine-causal-bias-grouped_square-float32-offset_batch-plain-wide-chunks",
+    "scale_per_head-lengths-soft_cap-each-bfloat16-offset_batch-plain-wide-whole",
+    "bilinear-longformer-soft_cap-one_key_head-float32-explicit-sinks-square-whole",
+    "dot-chunked-stacked-each-float32-index-plain-square-blocks",
+)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    grid.few(TAKEN[::3], *(cell for cell in TAKEN[::3] if str(cell) in SHORT)),
+    ids=str,
+)
 def test_cell(cell, tile, monkeypatch):
     for name, lengths in LENGTHS.items():
         monkeypatch.setitem(grid.LENGTHS, name, lengths)
@@ -113,9 +126,13 @@ def equal(found, wanted):
     jax.tree.map(near, found, wanted)
 
 
-def agrees_with_tiled(implementation, inputs, *cotangents):
+def agrees_with_tiled(implementation, arrays, cotangents, dropout_rate=0.0, **options):
+    def run(which, arrays, cotangents, options):
+        inputs = record(*arrays, dropout_rate=dropout_rate, **options)
+        return both_passes(which, inputs, *cotangents)
+
     found, wanted = (
-        jax.jit(functools.partial(both_passes, which))(inputs, *cotangents)
+        jax.jit(functools.partial(run, which))(arrays, cotangents, options)
         for which in (implementation, IMPLEMENTATIONS["tiled"])
     )
     equal(found, wanted)
@@ -139,21 +156,18 @@ EDGES = {
 }
 
 
-#: Each with one of these; with the others it is slow.
-SHAPES = [(1, 70), (70, 1), (1, 1)]
-SINGLES = [
-    pytest.param(name, *shape, marks=() if (i + j) % 3 == 0 else pytest.mark.slow)
-    for i, name in enumerate(EDGES)
-    for j, shape in enumerate(SHAPES)
-]
+SINGLES = grid.few(
+    [(name, *shape) for name in EDGES for shape in ((1, 70), (70, 1), (1, 1))],
+    ("causal", 1, 70),
+    ("documents", 70, 1),
+)
 
 
 @pytest.mark.parametrize(("name", "t", "s"), SINGLES)
 def test_one_query_or_one_key(name, t, s):
-    q, k, v = (random(2, n, 2, 8, seed=n) for n in (t, s, s))
-    inputs = record(q, k, v, **EDGES[name](t, s))
+    arrays = [random(2, n, 2, 8, seed=n) for n in (t, s, s)]
     cotangents = random(2, t, 2, 8, seed=4), random(2, t, 2, seed=5)
-    agrees_with_tiled(Interpreted(), inputs, *cotangents)
+    agrees_with_tiled(Interpreted(), arrays, cotangents, **EDGES[name](t, s))
 
 
 @pytree
@@ -174,7 +188,13 @@ class Inverse(Modifier):
 
 @pytest.mark.parametrize(
     ("shape", "last"),
-    grid.in_turn([(2, 1, 1), (1, 40, 1), (1, 1, 40), (2, 40, 40)], [Root, Inverse]),
+    grid.few(
+        itertools.product(
+            [(2, 1, 1), (1, 40, 1), (1, 1, 40), (2, 40, 40)], [Root, Inverse]
+        ),
+        ((1, 40, 1), Root),
+        ((2, 40, 40), Inverse),
+    ),
 )
 def test_padding_has_no_gradient_that_is_not_finite(shape, last):
     """40 queries and keys lie in blocks of 64; gradients of arrays too."""
@@ -225,31 +245,22 @@ SIMULATED = {
 }
 
 
-#: Slow are those whose way another one goes too.
-ALSO = ("full", "causal", "additive", "alibi")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ALSO else ())
-        for name in SIMULATED
-    ],
-)
+@pytest.mark.parametrize("name", grid.few(SIMULATED, "documents"))
 def test_memory_is_read_only_where_it_was_written(name):
     class Simulated(Interpreted):
         interpret = pltpu.InterpretParams(
             detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
         )
 
-    q, k, v = (random(1, 70, 2, 16, seed=n) for n in range(3))
-    inputs = record(q, k, v, **SIMULATED[name])
+    arrays = [random(1, 70, 2, 16, seed=n) for n in range(3)]
     cotangents = random(1, 70, 2, 16, seed=4), random(1, 70, 2, seed=5)
-    agrees_with_tiled(Simulated(), inputs, *cotangents)
+    agrees_with_tiled(Simulated(), arrays, cotangents, **SIMULATED[name])
 
 
-@pytest.mark.parametrize("name", ["additive", "mlp"])
-@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize(
+    ("mapped", "name"),
+    grid.few(itertools.product([True, False], ["additive", "mlp"]), (True, "mlp")),
+)
 def test_parameters_of_scores_under_vmap(name, mapped):
     """Mapped, or spread out because each example's gradient is wanted."""
     sizes = {"additive": {"hidden_size": 8}, "mlp": {"hidden_sizes": (8, 4)}}[name]
@@ -272,7 +283,7 @@ def test_parameters_of_scores_under_vmap(name, mapped):
 
 
 @pytest.mark.parametrize(
-    ("units", "kept"), grid.few([(17, 0), (18, 3), (19, 19)], (17, 0), (18, 3))
+    ("units", "kept"), grid.few([(17, 0), (18, 3), (19, 19)], (18, 3))
 )
 def test_additive_scores_with_little_memory(units, kept, monkeypatch):
     """Backward, the tanh of units that memory does not hold is computed again."""
@@ -396,6 +407,7 @@ def test_whole_blocks_that_see_nothing(mask):
     assert explain(x, x, x, mask=mask, platform="tpu").implementation == "pallas_tpu"
 
 
+@pytest.mark.slow
 def test_a_traced_layout_with_more_blocks_of_keys_than_of_queries():
     q, k, v = random(1, 64, 1, 8), *(random(1, 256, 1, 8, seed=n) for n in (1, 2))
 
@@ -589,7 +601,7 @@ def test_too_many_heads_of_one_key_head_are_refused():
         loss(more, k, v, NAME)
 
 
-@pytest.mark.parametrize("name", ["dot", "additive", "mlp"])
+@pytest.mark.parametrize("name", grid.few(["dot", "additive", "mlp"], "dot", "mlp"))
 def test_products_may_round_as_jax_says(name):
     """By default bfloat16 is multiplied as bfloat16, on the matrix unit."""
     made = {

@@ -12,7 +12,7 @@ from attnlab.modifiers.bias import Bias
 from attnlab.scores.pairwise import Additive, Concat, Mlp
 from attnlab.scores.projected import ProjectedKeys
 from attnlab.types import pytree
-from tests.grid import NATIVE
+from tests.grid import NATIVE, in_turn
 from tests.implementations import interpreted
 
 RNG = np.random.default_rng(0)
@@ -85,22 +85,10 @@ MASKS = {
 }
 
 
-#: All with each of two masks, and each mask with two of them; the others are slow.
-CELLS = [
-    pytest.param(
-        name,
-        *getattr(each, "values", [each]),
-        marks=[
-            *getattr(each, "marks", []),
-            *[pytest.mark.slow] * ((i + j) % 5 not in {0, 2}),
-        ],
-    )
-    for i, name in enumerate(MASKS)
-    for j, each in enumerate(["tiled", NATIVE, interpreted.NAME, "jax_nn"])
-]
-
-
-@pytest.mark.parametrize(("name", "implementation"), CELLS)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    in_turn(MASKS, ["tiled", NATIVE, interpreted.NAME, "jax_nn"]),
+)
 def test_masks_that_show_something_else(name, implementation, monkeypatch, tile):
     tile(16, 8)
     interpreted.register(monkeypatch)

@@ -169,7 +169,13 @@ def test_per_head():
     assert repr(mask).startswith("per_head(causal(), ~full(), ")
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (T, S), (600, 700), (1025, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(T, S), (1025, 3)],
+        *(pytest.param(x, marks=pytest.mark.slow) for x in [(1, 1), (600, 700)]),
+    ],
+)
 def test_density_is_exact(shape):
     for mask in (
         masks.causal(),

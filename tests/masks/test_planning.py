@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from attnlab import attention, masks
 from attnlab.masks import liveness, planning
 from attnlab.ops import prepare
+from tests.grid import in_turn
 
 T, S = 37, 29
 BLOCKS = [(4, 4), (8, 3), (37, 29), (5, 16), (1, 1), (64, 2)]
@@ -436,8 +437,7 @@ def test_a_key_block_that_many_see_joins_runs():
     assert check(mask, dense(mask, 48, 4), 2, 2) == 2 * 9
 
 
-@pytest.mark.parametrize("size", [4, 8, 3])
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(("hidden", "size"), in_turn([False, True], [4, 8, 3]))
 def test_a_traced_layout_has_the_plan_of_a_known_one(hidden, size):
     """With more blocks of keys than of queries, too."""
     layout = np.array([[0, 3], [-1, 7]])

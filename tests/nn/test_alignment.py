@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from attnlab import masks, nn, scores
+from tests.grid import few
 from tests.nn import recurrent_reference as reference
 from tests.nn.test_recurrent import drawn
 
@@ -95,7 +96,7 @@ def test_contexts_and_weights(name):
     assert (context[2] == 0).all()  # a sentence without words
 
 
-@EACH
+@pytest.mark.parametrize("name", few(ALIGNMENTS, "dot", "mlp", "local_p additive"))
 def test_gradients(name):
     """Of queries, states and parameters; of the predicted position, too."""
     alignment = drawn(ALIGNMENTS[name])

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from attnlab import nn
-from tests.grid import in_turn
+from tests.grid import few
 
 V, END = 4, 3
 LENGTH = 4
@@ -428,7 +428,9 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize(("name", "scan"), in_turn(SEARCHES, [False, True]))
+@pytest.mark.parametrize(
+    ("name", "scan"), few(itertools.product(SEARCHES, [False, True]), ("sample", True))
+)
 def test_full_caches_hold_all_tokens_but_the_last(name, scan):
     model = nn.Decoder.standard(
         30, features=8, num_heads=2, num_layers=2, scan=scan, rngs=nnx.Rngs(0)

@@ -442,15 +442,12 @@ def test_linen_decodes_as_the_whole(name):
 
 @pytest.mark.parametrize(
     ("name", "key_heads", "is_causal"),
-    [
-        *in_turn(["plain", *BANDS], [4, 2], [False]),
-        *in_turn(["plain", *BANDS], [2, 4], [True]),
-    ],
+    in_turn(["plain", *BANDS], [4, 2], [False, True, True]),
 )
 def test_nnx_decodes_as_the_whole(name, key_heads, is_causal):
     attend = ATTEND if name == "plain" else BANDS[name]
     layer = of_nnx(attend, num_kv_heads=key_heads)
-    wanted = layer(X, is_causal=True)
+    wanted = nnx.jit(lambda layer: layer(X, is_causal=True))(layer)
     if name == "plain":
         near(wanted, of_nnx(num_kv_heads=key_heads)(X, is_causal=True))
     layer.init_cache(X.shape)

@@ -122,10 +122,11 @@ def test_a_layer_is_its_cell_step_by_step(kind, reverse):
 def test_a_layer_continues_where_it_stopped(kind):
     layer = nn.Recurrent(cell_of(kind))
     x = inputs()
-    whole, end = layer(x)
-    first, state = layer(x[:, :4])
-    second, state = layer(x[:, 4:], state)
-    close(jnp.concatenate([first, second], 1), whole)
+    run = jax.jit(layer)
+    whole, end = run(x)
+    first, state = run(x[:, :4])
+    second, state = run(x[:, 4:], state)
+    close(np.concatenate([first, second], 1), whole)
     jax.tree.map(close, state, end)
 
 
@@ -177,14 +178,20 @@ def test_packed_documents_are_as_if_alone(kind, reverse):
     #                2 tokens, padding, 3 tokens with padding in between, 1 token
     ids = np.array([[4, 4, -1, 0, 0, -1, 0, 2], [7, 7, 7, 7, 7, 7, 7, 7]])
     x = inputs(0, 2, 8, F)
-    poisoned = jnp.where((ids >= 0)[..., None], x, jnp.nan)
-    outputs, state = layer(poisoned, documents=ids)
+    x = np.asarray(x)
+    poisoned = np.where((ids >= 0)[..., None], x, np.float32(np.nan))
+
+    @jax.jit
+    def run(layer, x, ids=None):
+        return layer(x, documents=ids)
+
+    outputs, state = jax.tree.map(np.asarray, run(layer, poisoned, ids))
     for slots in ([0, 1], [3, 4, 6], [7]):
-        wanted, last = layer(x[:1, np.array(slots)])
-        close(outputs[0, np.array(slots)], wanted[0])
+        wanted, last = jax.tree.map(np.asarray, run(layer, x[:1, slots]))
+        close(outputs[0, slots], wanted[0])
         if (0 if reverse else 7) in slots:
             jax.tree.map(lambda a, b: close(a[0], b[0]), state, last)
-    close(outputs[1], layer(x[1:])[0][0])
+    close(outputs[1], np.asarray(run(layer, x[1:])[0])[0])
     np.testing.assert_array_equal(outputs[0, [2, 5]], 0)
 
 
@@ -230,7 +237,8 @@ def test_encoder(kind, bidirectional):
     )  # fmt: skip
     tokens = jax.random.randint(jax.random.key(0), (B, T), 0, V)
     lengths = np.array([4, T, 1])
-    encoded = encoder(tokens, lengths=lengths)
+    encoded = jax.jit(encoder)(tokens, lengths=lengths)
+    encoded = jax.tree.map(np.asarray, encoded)
     exact = reference.in_float64(encoder)
     for b, n in enumerate(lengths):
         states, last = reference.encode(exact, np.asarray(tokens[b, :n]), np)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from attnlab import nn, scores
+from tests.grid import few
 from tests.nn import recurrent_reference as reference
 from tests.nn.test_recurrent import drawn, log_softmax, with_nan
 
@@ -54,7 +55,7 @@ def test_equations(name):
         np.testing.assert_allclose(logits[b], wanted, rtol=1e-5, atol=1e-5)
 
 
-@EACH
+@pytest.mark.parametrize("name", few(MODELS, "plain", "scaled_dot"))
 def test_gradients(name):
     model = made(name)
     tokens = TOKENS[:, :4]
@@ -171,7 +172,7 @@ def test_beams_keep_their_caches():
         )
 
 
-@EACH
+@pytest.mark.parametrize("name", few(MODELS, "plain", "scaled_dot"))
 def test_packed_documents_and_padding(name):
     model = made(name)
     ids = np.array([[3, 3, 3, 0, 0, 0, 0], [5, 5, -1, -1, -1, -1, -1]])
@@ -222,8 +223,8 @@ def test_states_and_caches_have_the_type_that_layers_compute_in():
     state = model.start(B, T)
     floating = [x.dtype for x in jax.tree.leaves(state) if x.dtype != jnp.int32]
     assert set(floating) == {jnp.dtype(jnp.bfloat16)}
-    logits, _ = model.decode(TOKENS, state)
-    np.testing.assert_allclose(logits, model(TOKENS), atol=1e-2)
+    logits, _ = jax.jit(model.decode)(TOKENS, state)
+    np.testing.assert_allclose(logits, jax.jit(model)(TOKENS), atol=1e-2)
     other = model.start(B, T, dtype=jnp.float32)
     with pytest.raises(TypeError, match="cache: expected dtype bfloat16, .* float32"):
         model.decode(TOKENS, other)
@@ -231,8 +232,8 @@ def test_states_and_caches_have_the_type_that_layers_compute_in():
     model = nn.RecurrentLanguageModel.standard(
         V, attention=attention, rngs=nnx.Rngs(0), **SIZES
     )
-    logits, _ = model.decode(TOKENS, model.start(B, T))
-    np.testing.assert_allclose(logits, model(TOKENS), atol=1e-2)
+    logits, _ = jax.jit(model.decode)(TOKENS, model.start(B, T))
+    np.testing.assert_allclose(logits, jax.jit(model)(TOKENS), atol=1e-2)
 
 
 def test_tokens_of_another_batch_than_the_state():

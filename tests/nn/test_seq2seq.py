@@ -136,7 +136,7 @@ def test_equations_of_the_papers(name):
                 np.testing.assert_allclose(weights[b].sum(-1), 1, rtol=1e-5)
 
 
-@FEW
+@pytest.mark.parametrize("name", few(SOME, "luong local-p feed"))
 def test_gradients(name):
     """Of every parameter, against the plain reference in ``jax.numpy``."""
     model = made(name)

@@ -183,7 +183,7 @@ def test_sinks(implementation):
 
 @pytest.mark.parametrize(
     ("count", "dropout"),
-    few([(n, p) for n in (1, 4, S) for p in (0.0, 0.4)], (1, 0.4), (4, 0.0), (S, 0.4)),
+    few([(n, p) for n in (1, 4, S) for p in (0.0, 0.4)], (4, 0.0)),
 )
 def test_greatest_weights(count, dropout, tile):
     tile(4, 3)
@@ -248,12 +248,6 @@ def problems(draw):
 
 @pytest.mark.slow
 @settings(max_examples=8)
-@given(problem=problems())
-def test_many_shapes(problem, tile):
-    computes_like_the_reference(problem, tile)
-
-
-@settings(max_examples=3)
 @given(problem=problems())
 def test_any_shape(problem, tile):
     computes_like_the_reference(problem, tile)

@@ -10,6 +10,7 @@ import pytest
 
 from attnlab import attention, attention_with_stats, explain, masks, modifiers, scores
 from attnlab.implementations import IMPLEMENTATIONS
+from tests.grid import few
 
 N, K, H = 4, 2, 8
 
@@ -53,7 +54,9 @@ OPTIONS = {
 SIZES = [(2, 5, 7), (3, 8, 6), (1, 1, 1)]
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", few(OPTIONS, "causal", "per_head", "additive", "dropout")
+)
 def test_symbolic_sizes(name):
     run = functools.partial(attention, implementation="reference", **OPTIONS[name])
     call = exported(run, shapes("b, t, s"))

@@ -125,9 +125,11 @@ def test_sharpness(name, size):
         own.query.kernel[...] *= 5 * size
     source, target = jax.random.randint(jax.random.key(1), (2, 2, 6), 3, 30)
     lengths, steps = jnp.array([6, 3]), jnp.array([6, 4])
-    found = np.asarray(shape_of(model, Batch(source, lengths, target, steps)))
+    batch = Batch(source, lengths, target, steps)
+    found = np.asarray(jax.jit(shape_of)(model, batch))
 
-    logits = np.asarray(dense(model, source, target[:, :-1], lengths), np.float64)
+    logits = jax.jit(dense)(model, source, target[:, :-1], lengths)
+    logits = np.asarray(logits, np.float64)
     zeros = 0
     for b, row in enumerate(found):
         seen = logits[b, : steps[b] - 1, : lengths[b]]

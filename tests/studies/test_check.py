@@ -53,6 +53,7 @@ def test_nothing_to_compare_with(tmp_path):
         committed(tmp_path / "none.json")
 
 
+@pytest.mark.slow
 def test_check(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "ask_for_devices", lambda count: None)
     monkeypatch.setattr(script, "EXPECTED", tmp_path / "quick")

@@ -1,5 +1,7 @@
 """Long documents, what is hidden in them, and models that see through patterns."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ from benchmarks.studies.language_models import (
 )
 from benchmarks.studies.patterns_lm import close_rows, interval
 from benchmarks.studies.stretches import Stretches
-from tests.grid import in_turn
+from tests.grid import few
 
 STREAM = np.arange(100, 1000, dtype=np.int32)
 
@@ -115,6 +117,7 @@ def test_a_text_that_is_too_short():
         stretches(STREAM[:70])
 
 
+@pytest.mark.slow
 def test_patterns_cost_the_same():
     for causal in (False, True):
         densities = {
@@ -128,7 +131,13 @@ def test_patterns_cost_the_same():
 
 
 @pytest.mark.parametrize(
-    ("name", "causal"), in_turn([*PATTERNS, "own projections"], [False, True])
+    ("name", "causal"),
+    few(
+        itertools.product([*PATTERNS, "own projections"], [False, True]),
+        ("all three", True),
+        ("random", True),
+        ("own projections", True),
+    ),
 )
 def test_models_see_what_masks_show(name, causal):
     """The gradient of an output is zero exactly where no path leads."""

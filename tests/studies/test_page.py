@@ -184,7 +184,8 @@ def test_the_best_rate(tmp_path):
         pytest.param(2.0, [1.0, 2.0, 4.0], marks=pytest.mark.slow),
         pytest.param(4.0, [1.0, 2.0, 4.0, 8.0], marks=pytest.mark.slow),
         (0.5, [1.0, 2.0, 4.0, 0.5, 0.25]),
-        (64.0, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # as far as it goes
+        # As far as it goes.
+        pytest.param(64.0, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0], marks=pytest.mark.slow),
     ],
 )
 def test_a_sweep_goes_on_where_its_best_rate_is_the_last(best, tried, tmp_path):

@@ -34,6 +34,7 @@ def steps_of(folder):
     return Checkpoints(folder / "checkpoints").steps()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_bit_for_bit(tmp_path):
     flags = os.environ["XLA_FLAGS"]
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)

@@ -13,6 +13,7 @@ from benchmarks.studies import __main__ as script
 from benchmarks.studies import ablations, patterns_lm
 from benchmarks.studies.check import committed, numbers
 from benchmarks.studies.puzzles import VALUES
+from tests.grid import few
 
 SLOW = pytest.mark.slow
 WHO = {"il": "he", "elle": "she", "nous": "we", "qui": "who"}
@@ -165,7 +166,7 @@ def test_attention_graph(quick):
     assert both["dilated"]["unreachable"] > 0.7
 
 
-@pytest.mark.parametrize("name", ["rich", "orbax", "sacrebleu"])
+@pytest.mark.parametrize("name", few(["rich", "orbax", "sacrebleu"], "orbax"))
 def test_what_must_be_installed_is_named(name):
     code = f"import runpy, sys; sys.modules[{name!r}] = None; sys.argv = ['x', 'align']"
     code += ";runpy.run_module('benchmarks.studies', run_name='__main__')"
