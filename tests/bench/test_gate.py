@@ -11,6 +11,7 @@ from attnlab.bench.peers import installed_peers
 from attnlab.bench.runner import Group, run
 from attnlab.bench.timing import Repeats
 from tests.bench.conftest import SMALL, WRONG, Wrong
+from tests.grid import few
 
 ONCE = Repeats(1, 1)
 
@@ -46,7 +47,7 @@ def test_contender_that_breaks_does_not_stop_the_others(documents):
     assert wrong.reason == "RuntimeError: out of order"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", few(["float32", "bfloat16"], "bfloat16"))
 def test_peers_and_tiled_pass(documents, dtype):
     spec = dataclasses.replace(SMALL, dtype=dtype, pattern="window", length=300)
     group = Group(spec, (Implementation("tiled"), *installed_peers()))

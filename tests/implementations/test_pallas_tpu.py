@@ -282,6 +282,7 @@ def test_parameters_of_scores_under_vmap(name, mapped):
     equal(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("units", "kept"), grid.few([(17, 0), (18, 3), (19, 19)], (18, 3))
 )
@@ -424,6 +425,7 @@ def test_a_traced_layout_with_more_blocks_of_keys_than_of_queries():
     assert np.asarray(found[2])[:, 192:].any()
 
 
+@pytest.mark.slow
 def test_key_blocks_beyond_a_traced_layout_may_be_seen():
     """Positions may be greater than there are keys; the backward pass goes by keys."""
     q, k, v = (random(1, 64, 1, 8, seed=n) for n in range(3))
@@ -601,7 +603,7 @@ def test_too_many_heads_of_one_key_head_are_refused():
         loss(more, k, v, NAME)
 
 
-@pytest.mark.parametrize("name", grid.few(["dot", "additive", "mlp"], "dot", "mlp"))
+@pytest.mark.parametrize("name", grid.few(["dot", "additive", "mlp"], "dot"))
 def test_products_may_round_as_jax_says(name):
     """By default bfloat16 is multiplied as bfloat16, on the matrix unit."""
     made = {

@@ -29,7 +29,7 @@ class Interpreted(Splash):
     interpret = True
 
 
-@pytest.mark.parametrize("name", few(MASKS, "per_head", "all_see_nothing"))
+@pytest.mark.parametrize("name", few(MASKS, "per_head"))
 def test_it_computes_what_the_reference_does(name, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, Interpreted.name, Interpreted())
     random = np.random.default_rng(0)

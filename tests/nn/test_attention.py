@@ -198,7 +198,6 @@ def test_anchors_obey_the_mask_of_the_call():
     ids = jnp.array([[0, 0, 0, 0, 1, 1, 1, 2, -1]] * 2)
     random = np.random.default_rng(0).random((2, 1, 9, 9)) < 0.6
     for mask in (
-        masks.lengths(query=jnp.array([4, 9]), key=jnp.array([4, 9])),
         masks.dense(random),
         masks.per_head([masks.documents(ids), masks.causal()]) | masks.prefix(1),
         masks.big_bird(window=1, anchors=1, random_blocks=1, rng=0, block_size=3),

@@ -1,5 +1,7 @@
 """Cells, layers in both directions, packed documents, padding, the encoder."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from attnlab import nn
+from tests.grid import few
 from tests.nn import recurrent_reference as reference
 
 B, T, F, H, V = 3, 7, 5, 11, 13
@@ -130,9 +133,14 @@ def test_a_layer_continues_where_it_stopped(kind):
     jax.tree.map(close, state, end)
 
 
-@CELLS
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("how", ["lengths", "documents"])
+@pytest.mark.parametrize(
+    ("how", "reverse", "kind"),
+    few(
+        itertools.product(["lengths", "documents"], [False, True], [nn.GRU, nn.LSTM]),
+        ("lengths", False, nn.GRU),
+        ("documents", True, nn.LSTM),
+    ),
+)
 def test_padding_does_not_exist(kind, reverse, how):
     """Neither in outputs nor in gradients, NaN included."""
     layer = nn.Recurrent(cell_of(kind), reverse=reverse)

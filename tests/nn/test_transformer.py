@@ -280,7 +280,7 @@ TYPES = {
 
 
 @pytest.mark.usefixtures("loose")
-@pytest.mark.parametrize("name", few(TYPES, "all", "scanned"))
+@pytest.mark.parametrize("name", few(TYPES, "all"))
 def test_caches_have_the_type_that_attention_computes_in(name):
     options, *types = TYPES[name]
     model = nn.Decoder.standard(

@@ -135,7 +135,6 @@ def test_patterns_cost_the_same():
     few(
         itertools.product([*PATTERNS, "own projections"], [False, True]),
         ("all three", True),
-        ("random", True),
         ("own projections", True),
     ),
 )

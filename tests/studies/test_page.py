@@ -88,6 +88,7 @@ def start(monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_study_from_end_to_end(start, tmp_path, monkeypatch):
     status, said = start("--only", "state-16")
     assert (status, "no page yet" in said) == (0, True)
