@@ -10,7 +10,8 @@ import sys
 import tempfile
 
 #: Compilation dominates, so LLVM's optimisations are left out. XLA's own passes, which
-#: decide what is fused and what is held in memory, run all the same.
+#: decide what is fused and what is held in memory, run all the same. A program is not
+#: split into parts that several threads compile: each part costs time of its own.
 _QUICK = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",

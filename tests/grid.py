@@ -351,7 +351,11 @@ def _parameter(values: Iterable[Any], slow: bool) -> Any:
 
 
 def few(choices: Iterable[Any], *kept: Any) -> list[Any]:
-    """Choices as parameters; all but the kept ones are slow."""
+    """Choices as parameters; all but the kept ones are slow.
+
+    A plain tuple is a choice of several parameters; one of ``pytest.param``, which is a
+    tuple of its own kind, is not.
+    """
     choices = [*choices]
     assert all(choice in choices for choice in kept), kept
     return [

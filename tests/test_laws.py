@@ -1,4 +1,7 @@
-"""The thirteen laws of the design, in order. Law 1 is ``test_conformance.py``."""
+"""Laws of the design, in order.
+
+Law 1 is ``test_conformance.py``, law 17 is ``test_not_finite.py``.
+"""
 
 import functools
 import gc

@@ -66,7 +66,8 @@ CASES = {
 
 
 IMPLEMENTATIONS = ("reference", "tiled", NATIVE, interpreted.NAME)
-#: Both walks of each; the rest of the cases differ in what is computed, not where.
+#: Many queries and few, which kernels treat apart; the other cases differ only in what
+#: is computed of a pair.
 KEPT = [
     *itertools.product(["product"], IMPLEMENTATIONS),
     *itertools.product(["few"], ["tiled", NATIVE]),

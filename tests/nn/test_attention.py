@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from attnlab import attention, masks, modifiers, nn, scores
+from tests.grid import few
 
 
 def inputs(*shape, seed=0):
@@ -178,7 +179,22 @@ def test_anchors_have_the_positions_and_norms_of_all(position):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def test_anchors_obey_the_mask_of_the_call():
+IDS = np.array([[0, 0, 0, 0, 1, 1, 1, 2, -1]] * 2)
+CALLS = {
+    "documents": lambda: masks.documents(IDS),
+    "lengths": lambda: masks.lengths(query=np.array([4, 9]), key=np.array([4, 9])),
+    "dense": lambda: masks.dense(np.random.default_rng(0).random((2, 1, 9, 9)) < 0.6),
+    "heads": lambda: (
+        masks.per_head([masks.documents(IDS), masks.causal()]) | masks.prefix(1)
+    ),
+    "blocks": lambda: masks.big_bird(
+        window=1, anchors=1, random_blocks=1, rng=0, block_size=3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", few(CALLS, "dense", "heads", "blocks"))
+def test_anchors_obey_the_mask_of_the_call(name):
     """Of which their own slots count, and values of their own are theirs, too."""
 
     def layer(own):
@@ -192,20 +208,14 @@ def test_anchors_obey_the_mask_of_the_call():
 
     ordinary = layer(None)
     own = layer(nn.AnchorProjections(8, 2, 4, positions=[0, 5], rngs=nnx.Rngs(1)))
-    for name in ("query", "key", "value"):
-        nnx.update(getattr(own.anchors, name), nnx.state(getattr(own, name)))
+    for part in ("query", "key", "value"):
+        nnx.update(getattr(own.anchors, part), nnx.state(getattr(own, part)))
     x, values = inputs(2, 9, 8), inputs(2, 9, 8)[::-1]
-    ids = jnp.array([[0, 0, 0, 0, 1, 1, 1, 2, -1]] * 2)
-    random = np.random.default_rng(0).random((2, 1, 9, 9)) < 0.6
-    for mask in (
-        masks.dense(random),
-        masks.per_head([masks.documents(ids), masks.causal()]) | masks.prefix(1),
-        masks.big_bird(window=1, anchors=1, random_blocks=1, rng=0, block_size=3),
-    ):
-        found, wanted = (
-            jax.jit(layer)(x, x, values, mask=mask) for layer in (own, ordinary)
-        )
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    mask = CALLS[name]()
+    found, wanted = (
+        jax.jit(layer)(x, x, values, mask=mask) for layer in (own, ordinary)
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_weights_for_pictures():

@@ -266,7 +266,7 @@ def _check(name, implementation):
     assert set(_heads(program.jaxpr)) == {M * N if folds else N}
 
 
-#: How a case folds does not depend on what runs it.
+#: Cases that fold as another one does.
 ALIKE = (
     "lengths",
     "dense",
@@ -279,6 +279,7 @@ ALIKE = (
     "offset",
     "mapped offset",
 )
+#: How a case folds does not depend on what runs it: few cases run on both.
 KEPT = [
     *itertools.product([name for name in CASES if name not in ALIKE], [NATIVE]),
     *itertools.product(["per head", "additive", "dropout"], ["tiled"]),
