@@ -1,5 +1,6 @@
 """Masks that list blocks: given layouts, and random ones."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -274,16 +275,18 @@ def random_blocks(
             raise ValueError(f"rng: expected a seed of 32 bits, got {rng}")
         key = jax.random.key(int(rng))
     arguments.prng_key("rng", key, "; jax.random.key makes one, and an int is a seed")
-    rng = as_threefry(key)
-    first, second, third = jax.random.split(rng, 3)
+    block_size = size_argument("block_size", block_size, 1)
+    rows, cols = _draw(key, num_blocks, blocks_per_row)
+    return BlockLayout(rows, cols, block_size, "random_blocks")
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _draw(rng: Array, num_blocks: int, blocks_per_row: int) -> tuple[Array, Array]:
+    """Key blocks of each query block ``[n, R]``, and query blocks of each key block."""
+    first, second, third = jax.random.split(as_threefry(rng), 3)
     a = jax.random.permutation(first, num_blocks)
     b = jax.random.permutation(second, num_blocks)
     shifts = jax.random.permutation(third, num_blocks)[:blocks_per_row]
     rows = b[(a[:, None] + shifts[None]) % num_blocks]
     cols = jnp.argsort(a)[(jnp.argsort(b)[:, None] - shifts[None]) % num_blocks]
-    return BlockLayout(
-        rows.astype(jnp.int32),
-        cols.astype(jnp.int32),
-        size_argument("block_size", block_size, 1),
-        "random_blocks",
-    )
+    return rows.astype(jnp.int32), cols.astype(jnp.int32)

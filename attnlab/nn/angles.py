@@ -10,6 +10,7 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -82,6 +83,14 @@ def sin_cos(
     words = 3 if np.dtype(dtype) == np.float64 else 2
     rates, starts = _turns(float(base), features, float(scaling), offset, words)
     positions = jnp.asarray(integers("positions", positions))
+    return _sin_cos(positions, rates, starts, np.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+def _sin_cos(
+    positions: Array, rates: ArrayLike, starts: ArrayLike, dtype: Any
+) -> tuple[Array, Array]:
+    """Of positions times rates plus starts, in turns."""
     shape = (1,) * positions.ndim + (-1,)
     # Position + 2^31 counts from 0 on; the starts make up for it.
     counts = lax.bitcast_convert_type(positions, jnp.uint32) ^ np.uint32(1 << 31)
