@@ -57,7 +57,8 @@ from attnlab.implementations.tiled import Tiled  # noqa: E402
 from attnlab.ops.dispatch import compute  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_compilation_cache_dir", os.path.join(SHARED, "programs"))
+if jax.config.jax_compilation_cache_dir is None:  # several runs may share one, too
+    jax.config.update("jax_compilation_cache_dir", os.path.join(SHARED, "programs"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # What careful users set: nothing is broadcast or promoted that nobody asked for.
 jax.config.update("jax_numpy_rank_promotion", "raise")

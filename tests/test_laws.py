@@ -244,8 +244,7 @@ POISON_CELLS = few(
         ("cache", "cosine", "reference"),
     ],
     *((*turn, NATIVE) for turn in TURNS),
-    *((*turn, "tiled") for turn in TURNS if turn[0] in {"padding", "either", "heads"}),
-    ("padding", "mlp", "tiled"),
+    *((*turn, "tiled") for turn in TURNS if turn[0] in {"padding", "either"}),
     ("heads", "default", "reference"),
     ("cache", "cosine", "reference"),
 )
@@ -720,7 +719,7 @@ def _data_of(name, seed):
             *("lengths", "documents", "random", "dense", "blocks", "offset"),
             *("offsets", "positions", "dropout", "parameters"),
         ],
-        *("documents", "random", "offsets", "dropout", "parameters"),
+        *("documents", "offsets", "dropout", "parameters"),
     ),
 )
 def test_9_new_data_never_recompiles(name, traced):
@@ -1323,7 +1322,6 @@ MEMORY = {
     few(
         itertools.product(MEMORY, [False, True]),
         ("full", True),
-        ("documents", True),
         ("additive", True),
         ("mlp", False),
     ),

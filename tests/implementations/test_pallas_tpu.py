@@ -57,9 +57,7 @@ def registered(monkeypatch):
 #: A product and a sum, plans of the host and of traced data, 16 bits.
 SHORT = (
     "cosine-causal-bias-grouped_square-float32-offset_batch-plain-wide-chunks",
-    "scale_per_head-lengths-soft_cap-each-bfloat16-offset_batch-plain-wide-whole",
     "bilinear-longformer-soft_cap-one_key_head-float32-explicit-sinks-square-whole",
-    "dot-chunked-stacked-each-float32-index-plain-square-blocks",
 )
 
 
@@ -159,7 +157,6 @@ EDGES = {
 SINGLES = grid.few(
     [(name, *shape) for name in EDGES for shape in ((1, 70), (70, 1), (1, 1))],
     ("causal", 1, 70),
-    ("documents", 70, 1),
 )
 
 

@@ -600,6 +600,7 @@ def test_an_array_is_one_mask_for_all_blocks(length, scan):
         logits(nn.Decoder, masks.causal)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loose")  # for optax
 def test_overfits_64_pairs():
     """Sentences of random words and their reversals, learned by heart."""

@@ -116,6 +116,7 @@ def test_sentences_shown_are_short_and_others_differ_from_them():
     assert sorted(others) == sorted(pairs[1:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     few(itertools.product(["dot", "additive"], [1, 60, 2000]), ("additive", 60)),

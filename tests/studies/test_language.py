@@ -166,6 +166,7 @@ def test_models_see_what_masks_show(name, causal):
     np.testing.assert_array_equal(depends, expected)
 
 
+@pytest.mark.slow
 def test_models_begin_as_others_ended():
     """Anchors' own projections, too: copies of the ordinary ones change nothing."""
     length = 2 * UNITS

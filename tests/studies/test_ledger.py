@@ -49,6 +49,7 @@ def test_what_was_measured_is_kept_without_the_models(context, mesh):
     assert left_out.train(run(mesh, "third", batch_at=forbidden)) is None
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_anew_where_nobody_resumes(context, mesh):
     for name, rate in (("tiny", 0.05), ("more", 0.05), ("tiny", 0.07)):
         context.train(run(mesh, name, config={"features": 13, "rate": rate}))

@@ -205,6 +205,7 @@ def test_a_sweep_goes_on_where_its_best_rate_is_the_last(best, tried, tmp_path):
     assert len(found.summaries) == len(tried)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at_last", "rate"), [({2.0: 1.0, 1.0: 0.5}, 1.0),
                                               ({2.0: 0.5, 1.0: 1.0}, 2.0)])  # fmt: skip
 def test_whole_runs_decide(at_last, rate, tmp_path):

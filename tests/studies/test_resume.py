@@ -105,6 +105,7 @@ def test_stopped_between_evaluations(mesh, place, whole):
     assert found.summary["best"] == whole.summary["best"]
 
 
+@pytest.mark.slow
 def test_stopped_in_the_last_step(mesh, place, whole):
     stopped(mesh, place, step=STEPS - 1)
     found = train(make_run(mesh=mesh), place._replace(resume=True))
@@ -151,6 +152,7 @@ def test_a_damaged_checkpoint_falls_back(mesh, place, whole, damage):
     assert curve(found.log) == curve(whole.log)
 
 
+@pytest.mark.slow
 def test_without_any_good_checkpoint_it_begins_anew(mesh, place, whole):
     stopped(mesh, place)
     for path in (place.folder / "checkpoints").rglob("*"):

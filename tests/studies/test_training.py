@@ -156,6 +156,7 @@ def test_too_little_room(mesh, place, monkeypatch):
         train(make_run(mesh=mesh), place)
 
 
+@pytest.mark.slow
 # Orbax leaves threads behind that report to a loop which has ended.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
