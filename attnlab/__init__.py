@@ -4,18 +4,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnlab import extend as extend
     from attnlab import masks as masks
     from attnlab import modifiers as modifiers
     from attnlab import nn as nn
     from attnlab import scores as scores
-    from attnlab.ops import attention as attention
-    from attnlab.ops import attention_with_stats as attention_with_stats
-    from attnlab.ops import cost as cost
-    from attnlab.ops import dot_product_attention as dot_product_attention
-    from attnlab.ops import explain as explain
-    from attnlab.types import AttentionResult as AttentionResult
-    from attnlab.types import Modifier as Modifier
-    from attnlab.types import Score as Score
+    from attnlab._src.ops.attention import attention as attention
+    from attnlab._src.ops.attention import attention_with_stats as attention_with_stats
+    from attnlab._src.ops.cost import cost as cost
+    from attnlab._src.ops.drop_in import dot_product_attention as dot_product_attention
+    from attnlab._src.ops.explain import explain as explain
+    from attnlab._src.types import AttentionResult as AttentionResult
+    from attnlab._src.types import Modifier as Modifier
+    from attnlab._src.types import Score as Score
+
+#: Where each public name comes from.
+_HOMES = {
+    "AttentionResult": "_src.types",
+    "Modifier": "_src.types",
+    "Score": "_src.types",
+    "attention": "_src.ops.attention",
+    "attention_with_stats": "_src.ops.attention",
+    "cost": "_src.ops.cost",
+    "dot_product_attention": "_src.ops.drop_in",
+    "explain": "_src.ops.explain",
+}
+_MODULES = ("extend", "masks", "modifiers", "nn", "scores")
 
 __all__ = [
     "AttentionResult",
@@ -26,25 +40,22 @@ __all__ = [
     "cost",
     "dot_product_attention",
     "explain",
+    "extend",
     "masks",
     "modifiers",
     "nn",
     "scores",
 ]
 
-_ROOMS = ("masks", "modifiers", "nn", "scores", "types")
-_OF_TYPES = ("AttentionResult", "Modifier", "Score")
 
-
-# Each name comes when it is first used: JAX and Flax take a while to import, and the
-# command line wants to be there before them.
+# Each name is imported on first use: JAX and Flax take a while to import, and the
+# command line must answer before they have.
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _MODULES:
         return importlib.import_module(f"attnlab.{name}")
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "types" if name in _OF_TYPES else "ops"
-    value = getattr(importlib.import_module(f"attnlab.{room}"), name)
+    value = getattr(importlib.import_module(f"attnlab.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

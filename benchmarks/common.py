@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnlab.bench.charts import plain_log, plt, save
-from attnlab.bench.files import write_atomically
-from attnlab.bench.machine import machine_line, versions
-from attnlab.bench.options import writable_folder
+from attnlab._src.bench.charts import plain_log, plt, save
+from attnlab._src.bench.files import write_atomically
+from attnlab._src.bench.machine import machine_line, versions
+from attnlab._src.bench.options import writable_folder
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

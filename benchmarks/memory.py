@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import attention, masks, scores
+from attnlab._src.types import Score
 from attnlab.masks import Mask
-from attnlab.types import Score
 from benchmarks.common import parser, write
 
 
@@ -67,7 +67,7 @@ def temporary_bytes(problem: Problem, implementation: str, backward: bool) -> in
 
 
 def chart(folder: Any, rows: list[dict[str, Any]]) -> None:
-    from attnlab.bench.charts import plain_log, plt, save
+    from attnlab._src.bench.charts import plain_log, plt, save
     from benchmarks.common import caption
 
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")

@@ -10,9 +10,9 @@ import numpy as np
 
 import attnlab
 from attnlab import attention, masks, scores
-from attnlab.bench.cases import Spec
-from attnlab.bench.contenders import Prepared, attending, compile_call
-from attnlab.bench.timing import Repeats, interleave, summarise
+from attnlab._src.bench.cases import Spec
+from attnlab._src.bench.contenders import Prepared, attending, compile_call
+from attnlab._src.bench.timing import Repeats, interleave, summarise
 from benchmarks.problems import OURS
 
 #: A value, or why there is none.

@@ -17,18 +17,18 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from attnlab.bench.files import write_atomically
-from attnlab.bench.machine import (
+from attnlab._src.bench.files import write_atomically
+from attnlab._src.bench.machine import (
     Peaks,
     machine_line,
     measure_peaks,
     measure_read_rate,
     versions,
 )
-from attnlab.bench.report import as_record
-from attnlab.bench.runner import Group, Row, run
-from attnlab.bench.text import load_documents
-from attnlab.bench.timing import Repeats
+from attnlab._src.bench.report import as_record
+from attnlab._src.bench.runner import Group, Row, run
+from attnlab._src.bench.text import load_documents
+from attnlab._src.bench.timing import Repeats
 from benchmarks.common import caption, command, parser, write
 from benchmarks.overheads import OVERHEADS
 from benchmarks.problems import OURS, PROBLEMS, Problem, small
@@ -205,7 +205,7 @@ def markdown(records: Iterable[Record]) -> str:
 
 def chart(folder: Path, records: Iterable[Record]) -> None:
     """How many times as long as ours the others take, a line each."""
-    from attnlab.bench.charts import colour, plain_log, plt, save
+    from attnlab._src.bench.charts import colour, plain_log, plt, save
 
     lines = [r for r in records if yardstick(r) and len(times(r)) > 1]
     if not lines:

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from attnlab.bench.cases import Spec
-from attnlab.bench.contenders import Contender, Implementation
-from attnlab.bench.peers import PEERS
-from attnlab.bench.yardsticks import YARDSTICKS
+from attnlab._src.bench.cases import Spec
+from attnlab._src.bench.contenders import Contender, Implementation
+from attnlab._src.bench.peers import PEERS
+from attnlab._src.bench.yardsticks import YARDSTICKS
 
 #: attnlab's own, in every line; the first that runs is what the others are held to.
 OURS = ("native", "tiled")

@@ -18,9 +18,9 @@ import optax
 from flax import nnx
 
 from attnlab import nn
-from attnlab.bench.files import cache_folder
-from attnlab.bench.machine import cores
-from attnlab.bench.timing import Repeats, interleave
+from attnlab._src.bench.files import cache_folder
+from attnlab._src.bench.machine import cores
+from attnlab._src.bench.timing import Repeats, interleave
 from benchmarks.common import parser, write
 from benchmarks.studies.batches import Batch, Batches
 from benchmarks.studies.corpus import load_corpus

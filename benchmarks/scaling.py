@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from attnlab import attention, masks
-from attnlab.bench.contenders import Prepared, compile_call
-from attnlab.bench.timing import Repeats, interleave
+from attnlab._src.bench.contenders import Prepared, compile_call
+from attnlab._src.bench.timing import Repeats, interleave
 from attnlab.masks import Mask
 from benchmarks.common import parser, save_lines, write
 

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import track
 
 from attnlab import cost
-from attnlab.bench import tune
-from attnlab.bench.cases import Spec
-from attnlab.bench.machine import cores
-from attnlab.bench.options import whole
-from attnlab.bench.static import (
+from attnlab._src.bench import tune
+from attnlab._src.bench.cases import Spec
+from attnlab._src.bench.machine import cores
+from attnlab._src.bench.options import whole
+from attnlab._src.bench.static import (
     least,
     per_block,
     problem,
@@ -30,9 +30,9 @@ from attnlab.bench.static import (
     sized,
     splash_per_block,
 )
-from attnlab.bench.targets import TOLD, CompilerMissing, on
-from attnlab.bench.tune import LEAST, MOST, best_of, by_cycles, search
-from attnlab.implementations.pallas_tpu.blocks import Blocks
+from attnlab._src.bench.targets import TOLD, CompilerMissing, on
+from attnlab._src.bench.tune import LEAST, MOST, best_of, by_cycles, search
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 from benchmarks.common import parser, write
 
 PASSES = ("forward", "backward")

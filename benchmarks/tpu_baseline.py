@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.progress import track
 
 from attnlab import attention
-from attnlab.bench.cases import Spec
-from attnlab.bench.files import write_atomically
-from attnlab.bench.static import problem, sized, the_pass
-from attnlab.bench.targets import TARGETS, CompilerMissing, Study, study
-from attnlab.implementations.pallas_tpu.blocks import Blocks
+from attnlab._src.bench.cases import Spec
+from attnlab._src.bench.files import write_atomically
+from attnlab._src.bench.static import problem, sized, the_pass
+from attnlab._src.bench.targets import TARGETS, CompilerMissing, Study, study
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 
 FILE = Path(__file__).parent / "results" / "tpu_baseline.json"
 #: What may be more, and by how much of it.

@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from attnlab import masks, nn
-from attnlab.bench.cases import WINDOW, Spec, build
-from attnlab.bench.contenders import Implementation
-from attnlab.bench.packing import pack
-from attnlab.bench.peers import PEERS
-from attnlab.bench.text import load_documents
-from attnlab.bench.timing import Repeats, interleave
+from attnlab._src.bench.cases import WINDOW, Spec, build
+from attnlab._src.bench.contenders import Implementation
+from attnlab._src.bench.packing import pack
+from attnlab._src.bench.peers import PEERS
+from attnlab._src.bench.text import load_documents
+from attnlab._src.bench.timing import Repeats, interleave
 from benchmarks.common import caption, parser, write
 from benchmarks.problems import OURS
 

@@ -52,9 +52,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 import attnlab  # noqa: E402, F401
-from attnlab.implementations.native import Native  # noqa: E402
-from attnlab.implementations.tiled import Tiled  # noqa: E402
-from attnlab.ops.dispatch import compute  # noqa: E402
+from attnlab._src.implementations.native import Native  # noqa: E402
+from attnlab._src.implementations.tiled import Tiled  # noqa: E402
+from attnlab._src.ops.dispatch import compute  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 if jax.config.jax_compilation_cache_dir is None:  # several runs may share one, too
@@ -102,7 +102,7 @@ def loose():
 
 def verb():
     """The module of the verb; the function of the same name hides it."""
-    return sys.modules["attnlab.ops.attention"]
+    return sys.modules["attnlab._src.ops.attention"]
 
 
 def forget():
@@ -179,8 +179,8 @@ def leave_few_programs():
 @pytest.fixture
 def tile(monkeypatch):
     """``tile(q, k, chunk)``: forces the tiles, so that tiny inputs have many."""
-    walk = sys.modules["attnlab.implementations.walk"]
-    prepare = sys.modules["attnlab.ops.prepare"]
+    walk = sys.modules["attnlab._src.implementations.walk"]
+    prepare = sys.modules["attnlab._src.ops.prepare"]
 
     def force(block_q, block_k, chunk=None):
         forget()

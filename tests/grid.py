@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from attnlab import Modifier, Score, masks, modifiers, scores
-from attnlab.implementations.native import load
-from attnlab.types import Operand, pytree
+from attnlab._src.implementations.native import load
+from attnlab._src.types import Operand, pytree
 
 #: For tests over implementations: where its library is not there, it is skipped.
 NATIVE = pytest.param(

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from attnlab import attention, dot_product_attention, explain, masks, nn
-from attnlab.arguments import integers
+from attnlab._src.arguments import integers
 
 #: The least and the greatest integers that fit, and those beside them.
 LEAST, MOST = -(2**31), 2**31 - 1

@@ -13,12 +13,12 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attnlab import attention, attention_with_stats
-from attnlab.implementations.native import load
+from attnlab._src.checks.compare import compare
+from attnlab._src.implementations.native import load
 from tests import grid
 
 CELLS = grid.covering()
@@ -72,46 +72,6 @@ def lower(implementation, problem, x64, stats=True):
         return Job(made.lower(*args), args, x64)
 
 
-def named_leaves(tree):
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path), np.asarray(x, np.float64), x.dtype
-
-
-def compare(found, reference, exact, coarse, terms, pairs):
-    """error(found) <= 2 error(reference) + rounding, array by array.
-
-    Args:
-        found: of the implementation.
-        reference: of the reference in the same types.
-        exact: of the reference in float64.
-        coarse: the type of query, key and value; parameters are used in it, so their
-            gradients, too, are rounded to it.
-        terms: how many terms a sum over an axis has, for its own rounding.
-        pairs: query-key pairs, all of which add to a gradient that they share.
-    """
-    rows = [list(named_leaves(tree)) for tree in (found, reference, exact)]
-    for other in rows[1:]:
-        assert [name for name, *_ in rows[0]] == [name for name, *_ in other]
-    for one, other, third in zip(*rows, strict=True):
-        (name, x, dtype), low, truth = one, other[1], third[1]
-        assert dtype == other[2], name
-        assert x.shape == truth.shape, name
-        shown = ~np.isneginf(truth)
-        assert (np.isneginf(x) == ~shown).all(), name
-        assert np.isfinite(x[shown]).all(), name
-
-        def greatest(array, shown=shown):
-            return np.abs(array[shown]).max(initial=0)
-
-        accumulated = np.float64 if dtype == np.float64 else np.float32
-        each = terms + pairs / max(x.size, 1)
-        rounding = float(jnp.finfo(coarse).eps) + each * np.finfo(accumulated).eps
-        with np.errstate(invalid="ignore"):
-            allowed = 2 * greatest(low - truth) + rounding * greatest(truth)
-            error = greatest(x - truth)
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-
-
 def once():
     yield
 
@@ -139,7 +99,7 @@ def conform(cell, tile, monkeypatch, ours):
     with monkeypatch.context() as patch:
         # The specification needs no care for dead slots: nothing here is NaN. And
         # finding them is half of what compiles: a third of the cells do.
-        module = sys.modules["attnlab.ops.prepare"]
+        module = sys.modules["attnlab._src.ops.prepare"]
         if cell.tiles != "chunks":
             patch.setattr(module, "alive", lambda *args: (None, None))
         for name in ours:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from attnlab import attention, attention_with_stats, explain, masks, modifiers, scores
+from attnlab._src.types import Score, pytree
 from attnlab.masks import Mask
-from attnlab.types import Score, pytree
 from tests.grid import NATIVE, few, in_turn
 from tests.implementations import interpreted
 

@@ -6,7 +6,8 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGE = ROOT / "attnlab"
+PUBLIC = ROOT / "attnlab"
+PACKAGE = PUBLIC / "_src"
 
 #: Single files at the bottom, for all.
 BASE = {"arguments", "dtypes", "prng", "pytrees", "reverse", "types"}
@@ -24,6 +25,7 @@ MAY_IMPORT = {
     "masks": BASE,
     "implementations": BASE | {"scores", "modifiers", "masks"},
     "ops": BASE | {"scores", "modifiers", "masks", "implementations"},
+    "checks": BASE | {"scores", "modifiers", "masks", "implementations", "ops"},
     "nn": BASE | {"scores", "modifiers", "masks", "ops"},
     "command": {"bench"},
     "bench": BASE | {"scores", "modifiers", "masks", "implementations", "ops"},
@@ -37,20 +39,20 @@ def modules():
 
 
 def imported(path):
-    """The attnlab modules that a file imports, as tuples below ``attnlab``."""
+    """The private modules that a file imports, in functions too: tuples of names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-            "attnlab"
+            "attnlab._src"
         ):
-            base = tuple(node.module.split("."))[1:]
+            base = tuple(node.module.split("."))[2:]
             if base:
                 yield base
             else:
                 yield from ((alias.name,) for alias in node.names)
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.startswith("attnlab."):
-                    yield tuple(alias.name.split("."))[1:]
+                if alias.name.startswith("attnlab._src."):
+                    yield tuple(alias.name.split("."))[2:]
 
 
 def room(path):
@@ -60,11 +62,25 @@ def room(path):
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_down(path):
     for target in imported(path):
-        if room(path) == "bench" and target[0] not in MAY_IMPORT:
-            continue  # names of the public surface: attention, cost, ...
         assert target[0] == room(path) or target[0] in MAY_IMPORT[room(path)], (
-            f"{path.relative_to(ROOT)} imports attnlab.{'.'.join(target)}"
+            f"{path.relative_to(ROOT)} imports {'.'.join(target)}"
         )
+
+
+def test_only_the_bench_uses_the_public_surface():
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and room(path) != "bench":
+                name = node.module or ""
+                outside = name.startswith("attnlab") and "_src" not in name
+                assert not outside, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_public_modules_only_name_what_is_public():
+    for path in PUBLIC.rglob("*.py"):
+        if PACKAGE not in path.parents and path != PUBLIC / "__init__.py":
+            for node in ast.parse(path.read_text()).body:
+                assert not isinstance(node, (ast.FunctionDef, ast.ClassDef)), path
 
 
 def test_implementations_do_not_import_each_other():

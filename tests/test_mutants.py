@@ -14,7 +14,7 @@ def test_there_are_enough_and_each_has_a_name():
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_the_old_text_occurs_once_and_the_tests_are_there(mutant):
-    text = (ROOT / "attnlab" / mutant.file).read_text(encoding="utf-8")
+    text = (ROOT / "attnlab/_src" / mutant.file).read_text(encoding="utf-8")
     assert mutant.planted(text) != text
     compile(mutant.planted(text), mutant.file, "exec")
     assert "\n" not in mutant.old + mutant.new

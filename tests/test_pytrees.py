@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from attnlab import attention, masks, modifiers, nn, scores
-from attnlab.types import Score, pytree, skeleton, static
+from attnlab._src.types import Score, pytree, skeleton, static
 
 
 @pytree

@@ -1,7 +1,9 @@
 """The public surface: what ``__all__`` of each room says, each name documented."""
 
 import ast
+import importlib
 import inspect
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,17 @@ import pytest
 
 import attnlab
 
-ROOMS = [attnlab, attnlab.masks, attnlab.modifiers, attnlab.nn, attnlab.scores]
+#: Every module that is not private. A command is none that one imports.
+COMMANDS = {"attnlab.bench.__main__", "attnlab.build"}
+ROOMS = [
+    importlib.import_module(module.name)
+    for module in [
+        pkgutil.ModuleInfo(None, "attnlab", True),
+        *pkgutil.walk_packages(attnlab.__path__, "attnlab."),
+    ]
+    if "._" not in module.name
+]
+ROOMS = [room for room in ROOMS if room.__name__ not in COMMANDS]
 rooms = pytest.mark.parametrize("room", ROOMS, ids=lambda m: m.__name__)
 
 
@@ -30,6 +42,8 @@ def test_what_a_room_imports_is_what_it_offers(room):
 @rooms
 def test_every_name_is_documented(room):
     for name in room.__all__:
+        if not callable(getattr(room, name)):
+            continue  # a table or a module
         text = inspect.getdoc(getattr(room, name))
         assert text, f"{room.__name__}.{name} has no docstring"
         assert text.splitlines()[0].endswith((".", "?")), f"{room.__name__}.{name}"

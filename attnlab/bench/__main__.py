@@ -2,6 +2,6 @@
 
 import sys
 
-from attnlab.bench.cli import main
+from attnlab._src.bench.cli import main
 
 sys.exit(main(["bench", *sys.argv[1:]]))

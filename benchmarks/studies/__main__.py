@@ -11,9 +11,9 @@ from typing import Any
 try:
     from rich.console import Console
 
-    from attnlab.bench.machine import cores
-    from attnlab.bench.options import text_folder
-    from attnlab.bench.wheels import TextUnavailable
+    from attnlab._src.bench.machine import cores
+    from attnlab._src.bench.options import text_folder
+    from attnlab._src.bench.wheels import TextUnavailable
     from benchmarks.common import ROOT, parser
     from benchmarks.studies.check import TOLERANCE, committed, differences
     from benchmarks.studies.context import Context

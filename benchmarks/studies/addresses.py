@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attnlab.bench.text import load_texts, paragraphs
+from attnlab._src.bench.text import load_texts, paragraphs
 from benchmarks.studies.batches import END, START
 from benchmarks.studies.errors import StudyError
 from benchmarks.studies.record import Json

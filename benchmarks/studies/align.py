@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attnlab.bench.charts import plt
+from attnlab._src.bench.charts import plt
 from benchmarks.studies.batches import Batch, pad
 from benchmarks.studies.context import Context
 from benchmarks.studies.page import Chart, Page, Table, cost_of

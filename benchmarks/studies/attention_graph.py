@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from attnlab.bench.graph import Reach, reach
+from attnlab._src.bench.graph import Reach, reach
 from benchmarks.studies.context import Context
 from benchmarks.studies.language_models import PATTERNS, layer_masks
 from benchmarks.studies.page import Chart, Page, Table, lines

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from attnlab.bench.timing import Repeats, interleave
+from attnlab._src.bench.timing import Repeats, interleave
 from benchmarks.studies.addresses import Addresses, load_addresses
 from benchmarks.studies.batches import Batches, Example
 from benchmarks.studies.corpus import Corpus, load_corpus

@@ -12,18 +12,18 @@ from rich.progress import track
 from scipy.optimize import nnls
 
 from attnlab import attention, cost
-from attnlab.bench.cases import Spec
-from attnlab.bench.contenders import Prepared, compile_call
-from attnlab.bench.files import write_atomically
-from attnlab.bench.machine import machine_line, versions
-from attnlab.bench.static import row as static_row
-from attnlab.bench.targets import CompilerMissing
-from attnlab.bench.timing import Repeats, interleave
-from attnlab.implementations.measured import Fit
-from attnlab.implementations.tiled import Tiled
-from attnlab.ops.prepare import prepare
-from attnlab.ops.validate import check
-from attnlab.types import AttentionInputs
+from attnlab._src.bench.cases import Spec
+from attnlab._src.bench.contenders import Prepared, compile_call
+from attnlab._src.bench.files import write_atomically
+from attnlab._src.bench.machine import machine_line, versions
+from attnlab._src.bench.static import row as static_row
+from attnlab._src.bench.targets import CompilerMissing
+from attnlab._src.bench.timing import Repeats, interleave
+from attnlab._src.implementations.measured import Fit
+from attnlab._src.implementations.tiled import Tiled
+from attnlab._src.ops.prepare import prepare
+from attnlab._src.ops.validate import check
+from attnlab._src.types import AttentionInputs
 from benchmarks.studies.context import Context
 from benchmarks.studies.crossover_cases import (
     DIRECTIONS,
@@ -149,7 +149,7 @@ def on_tpu() -> list[Json]:
 def for_dispatch(
     fits: dict[str, Fit], rates: Sequence[tuple[int, float]], implementation: str
 ) -> Json:
-    """The file that :mod:`attnlab.implementations.measured` reads."""
+    """The file that :mod:`attnlab._src.implementations.measured` reads."""
     # Of smaller tiles than the least nothing is known but that they are no faster.
     (_, least), *others = sorted(rates)
     ranked = [*reversed(others), (0, least)]
@@ -211,7 +211,8 @@ class Measurements:
 def study(context: Context) -> Page:
     """Measures what is not measured yet, then fits.
 
-    ``measured.json``, beside the page, is for ``attnlab.implementations.measured``.
+    ``measured.json``, beside the page, is for
+    ``attnlab._src.implementations.measured``.
     """
     kept = Measurements(context)
     repeats = Repeats(3, 3) if context.quick else Repeats(7, 15, 60, settle=0.02)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from attnlab.implementations.measured import Fit
+from attnlab._src.implementations.measured import Fit
 from benchmarks.studies.crossover_cases import (
     DENSE,
     DIRECTIONS,

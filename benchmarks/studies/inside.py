@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import nn
-from attnlab.nn.parameters import as_arrays
+from attnlab._src.nn.parameters import as_arrays
 from benchmarks.studies.stretches import Stretch
 
 

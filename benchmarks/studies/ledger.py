@@ -5,7 +5,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from attnlab.bench.files import write_atomically
+from attnlab._src.bench.files import write_atomically
 from benchmarks.studies.errors import StudyError
 from benchmarks.studies.record import Json, same_run
 

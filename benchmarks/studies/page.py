@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from attnlab.bench.charts import save
-from attnlab.bench.files import write_atomically
+from attnlab._src.bench.charts import save
+from attnlab._src.bench.files import write_atomically
 from benchmarks.common import lines as lines
 from benchmarks.common import side_by_side
 from benchmarks.studies.record import Json, as_json

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 from attnlab import Score, nn, scores
-from attnlab.nn.parameters import as_arrays, as_params
-from attnlab.types import pytree, static
+from attnlab._src.nn.parameters import as_arrays, as_params
+from attnlab._src.types import pytree, static
 from benchmarks.studies.batches import Batch
 from benchmarks.studies.context import Context
 from benchmarks.studies.page import Chart, Page, Table, cost_of, lines

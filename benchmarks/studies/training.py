@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from attnlab.bench.machine import machine_line, versions
+from attnlab._src.bench.machine import machine_line, versions
 from benchmarks.common import command
 from benchmarks.studies.checkpoints import Checkpoint, Checkpoints, room_for
 from benchmarks.studies.errors import Diverged, Interrupted, StudyError

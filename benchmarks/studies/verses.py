@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from attnlab.bench.wheels import Wheel, fetch, pip_download
+from attnlab._src.bench.wheels import Wheel, fetch, pip_download
 from benchmarks.studies.errors import StudyError
 from benchmarks.studies.pairs import Pair
 

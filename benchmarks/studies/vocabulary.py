@@ -9,7 +9,7 @@ from typing import Literal
 
 import sentencepiece
 
-from attnlab.bench.files import write_atomically
+from attnlab._src.bench.files import write_atomically
 from benchmarks.studies.batches import END, PADDING, START, UNKNOWN
 from benchmarks.studies.errors import StudyError
 

@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from attnlab.bench.cases import Case, Spec
-from attnlab.bench.contenders import Implementation, Prepared
+from attnlab._src.bench.cases import Case, Spec
+from attnlab._src.bench.contenders import Implementation, Prepared
 
 #: Every size another prime, so that no axis can stand in for another.
 SMALL = Spec(

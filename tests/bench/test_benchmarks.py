@@ -10,13 +10,13 @@ import sys
 import numpy as np
 import pytest
 
-from attnlab.bench import contenders, gate
-from attnlab.bench.cases import PATTERNS, build
-from attnlab.bench.contenders import Implementation
-from attnlab.bench.peers import PEERS, _rule
-from attnlab.bench.runner import Group, run
-from attnlab.bench.timing import Repeats
-from attnlab.bench.yardsticks import YARDSTICKS
+from attnlab._src.bench import contenders, gate
+from attnlab._src.bench.cases import PATTERNS, build
+from attnlab._src.bench.contenders import Implementation
+from attnlab._src.bench.peers import PEERS, _rule
+from attnlab._src.bench.runner import Group, run
+from attnlab._src.bench.timing import Repeats
+from attnlab._src.bench.yardsticks import YARDSTICKS
 from benchmarks import common, peers, training_step
 from benchmarks.problems import OURS, PROBLEMS, Problem, small
 from tests.bench.conftest import SMALL, Wrong, _shifted

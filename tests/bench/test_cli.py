@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from attnlab.bench import (
+from attnlab._src.bench import (
     cli,
     machine,
     selection,
@@ -17,11 +17,11 @@ from attnlab.bench import (
     text,
     timing,
 )
-from attnlab.bench.contenders import Implementation
-from attnlab.bench.machine import Peaks
-from attnlab.bench.report import document, notes, table
-from attnlab.bench.runner import Group, run
-from attnlab.bench.timing import Repeats, interleave, summarise
+from attnlab._src.bench.contenders import Implementation
+from attnlab._src.bench.machine import Peaks
+from attnlab._src.bench.report import document, notes, table
+from attnlab._src.bench.runner import Group, run
+from attnlab._src.bench.timing import Repeats, interleave, summarise
 from tests.bench.conftest import SMALL, Wrong, _shifted
 
 PEAKS = Peaks({"float32": 1e9}, 1e9)
@@ -173,7 +173,7 @@ def test_interrupted_while_importing():
         "    def find_spec(self, name, *_):\n"
         "        if name == 'jax': raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Stop())\n"
-        "from attnlab import command\n"
+        "from attnlab._src import command\n"
         "sys.exit(command.main())"
     )
     done = subprocess.run(
@@ -205,8 +205,8 @@ def test_document_is_plain_json(documents):
 
 
 def test_selection_covers_every_name():
-    from attnlab.bench.cases import PATTERNS, SCORES
-    from attnlab.bench.options import Options
+    from attnlab._src.bench.cases import PATTERNS, SCORES
+    from attnlab._src.bench.options import Options
 
     groups = selection.select(Options())
     names = {c.name for g in groups for c in g.contenders + g.beside}

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from attnlab.bench import gate
-from attnlab.bench.cases import PATTERNS, SCORES, build
-from attnlab.bench.contenders import Implementation
-from attnlab.bench.peers import installed_peers
-from attnlab.bench.runner import Group, run
-from attnlab.bench.timing import Repeats
+from attnlab._src.bench import gate
+from attnlab._src.bench.cases import PATTERNS, SCORES, build
+from attnlab._src.bench.contenders import Implementation
+from attnlab._src.bench.peers import installed_peers
+from attnlab._src.bench.runner import Group, run
+from attnlab._src.bench.timing import Repeats
 from tests.bench.conftest import SMALL, WRONG, Wrong
 from tests.grid import few
 

@@ -6,9 +6,9 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import shortest_path
 
 from attnlab import masks
-from attnlab.bench import graph
-from attnlab.bench.expression import read_mask
-from attnlab.bench.graph import (
+from attnlab._src.bench import graph
+from attnlab._src.bench.expression import read_mask
+from attnlab._src.bench.graph import (
     LONGEST,
     adjacency,
     distances,

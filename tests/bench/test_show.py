@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from attnlab import masks
-from attnlab.bench.cli import main
-from attnlab.bench.graph import reach, visible_share
-from attnlab.bench.show import live_blocks
+from attnlab._src.bench.cli import main
+from attnlab._src.bench.graph import reach, visible_share
+from attnlab._src.bench.show import live_blocks
 
 
 def test_show(tmp_path, capsys):

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import pytest
 
 from attnlab import attention, masks, scores
-from attnlab.bench import cli, static, static_cli, targets, tune
-from attnlab.bench.cases import SCORES, Spec
-from attnlab.bench.deviceless import schedules, vector_memory
-from attnlab.bench.targets import TARGETS, Kernel, Study, study
-from attnlab.implementations import IMPLEMENTATIONS
-from attnlab.implementations.pallas_tpu.blocks import Blocks
+from attnlab._src.bench import cli, static, static_cli, targets, tune
+from attnlab._src.bench.cases import SCORES, Spec
+from attnlab._src.bench.deviceless import schedules, vector_memory
+from attnlab._src.bench.targets import TARGETS, Kernel, Study, study
+from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 from benchmarks import tpu, tpu_baseline
 from tests.implementations import interpreted
 

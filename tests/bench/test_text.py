@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from attnlab.bench import files, text, wheels
-from attnlab.bench.packing import embed, pack
+from attnlab._src.bench import files, text, wheels
+from attnlab._src.bench.packing import embed, pack
 
 
 def make_wheel() -> bytes:

@@ -2,9 +2,9 @@
 
 import sys
 
-from attnlab.implementations import IMPLEMENTATIONS
-from attnlab.implementations.pallas_tpu import PallasTpu
-from attnlab.implementations.pallas_tpu.blocks import Blocks
+from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.implementations.pallas_tpu import PallasTpu
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 
 NAME = "pallas_tpu_interpreted"
 
@@ -26,5 +26,5 @@ def register(monkeypatch, made=None):
 
 def one_row_segments(monkeypatch):
     """As if memory held the gradients of one block of queries only."""
-    module = sys.modules["attnlab.implementations.pallas_tpu.memory"]
+    module = sys.modules["attnlab._src.implementations.pallas_tpu.memory"]
     monkeypatch.setattr(module, "SEGMENT", 2**40)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from attnlab import explain, masks, modifiers, scores
-from attnlab.implementations import IMPLEMENTATIONS
-from attnlab.implementations.measured import VARIABLE, Fit, measured, read
-from attnlab.ops.explain import canonical
-from attnlab.ops.explain import crossover as quote
+from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.implementations.measured import VARIABLE, Fit, measured, read
+from attnlab._src.ops.explain import canonical
+from attnlab._src.ops.explain import crossover as quote
 
 RATES = [[2**19, 95.0], [2**18, 84.0], [0, 50.0]]
 #: A pair takes a nanosecond, in training three, and nothing else takes any time.

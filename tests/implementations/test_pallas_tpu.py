@@ -20,16 +20,16 @@ from attnlab import (
     modifiers,
     scores,
 )
-from attnlab.implementations import IMPLEMENTATIONS, pallas_tpu
-from attnlab.implementations.pallas_tpu import blocks, memory
-from attnlab.implementations.pallas_tpu.backward import Backward
-from attnlab.implementations.pallas_tpu.blocks import Blocks, limit
-from attnlab.implementations.pallas_tpu.call import Products, fit
-from attnlab.implementations.pallas_tpu.steps import by_key, by_query
-from attnlab.ops.explain import canonical
-from attnlab.ops.prepare import prepare
-from attnlab.ops.validate import check
-from attnlab.types import pytree
+from attnlab._src.implementations import IMPLEMENTATIONS, pallas_tpu
+from attnlab._src.implementations.pallas_tpu import blocks, memory
+from attnlab._src.implementations.pallas_tpu.backward import Backward
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks, limit
+from attnlab._src.implementations.pallas_tpu.call import Products, fit
+from attnlab._src.implementations.pallas_tpu.steps import by_key, by_query
+from attnlab._src.ops.explain import canonical
+from attnlab._src.ops.prepare import prepare
+from attnlab._src.ops.validate import check
+from attnlab._src.types import pytree
 from tests import grid
 from tests.implementations import interpreted
 from tests.implementations.interpreted import NAME, Interpreted
@@ -521,7 +521,7 @@ def test_what_the_kernels_declare_is_within_the_estimate(monkeypatch):
         ) + sum(tile(x.shape, x.dtype) for x in kept)
         return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
 
-    module = "attnlab.implementations.pallas_tpu."
+    module = "attnlab._src.implementations.pallas_tpu."
     for name in ("forward", "backward"):
         monkeypatch.setattr(sys.modules[module + name], "call", call)
     ours, rng = IMPLEMENTATIONS["pallas_tpu"], jax.random.key(0)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from attnlab import attention, explain, scores
-from attnlab.bench.targets import lowered
-from attnlab.implementations.pallas_tpu import blocks
-from attnlab.modifiers.bias import SoftCap
-from attnlab.types import pytree
+from attnlab._src.bench.targets import lowered
+from attnlab._src.implementations.pallas_tpu import blocks
+from attnlab._src.modifiers.bias import SoftCap
+from attnlab._src.types import pytree
 from tests.implementations import interpreted
 
 SCORES = {

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from attnlab import attention, explain, masks, modifiers, scores
-from attnlab.implementations import IMPLEMENTATIONS
-from attnlab.implementations.splash import Splash
+from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.implementations.splash import Splash
 from tests.grid import few
 
 MASKS = {

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from attnlab import attention, cost, explain, masks, scores
-from attnlab.masks.algebra import And, Not
-from attnlab.masks.base import Full
-from attnlab.masks.structural import Window
-from attnlab.modifiers.bias import Bias
-from attnlab.scores.pairwise import Additive, Concat, Mlp
-from attnlab.scores.projected import ProjectedKeys
-from attnlab.types import pytree
+from attnlab._src.masks.algebra import And, Not
+from attnlab._src.masks.base import Full
+from attnlab._src.masks.structural import Window
+from attnlab._src.modifiers.bias import Bias
+from attnlab._src.scores.pairwise import Additive, Concat, Mlp
+from attnlab._src.scores.projected import ProjectedKeys
+from attnlab._src.types import pytree
 from tests.grid import NATIVE, in_turn
 from tests.implementations import interpreted
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnlab import attention, masks
-from attnlab.masks import liveness, planning
-from attnlab.ops import prepare
+from attnlab._src.masks import liveness, planning
+from attnlab._src.ops import prepare
 from tests.grid import in_turn
 
 T, S = 37, 29

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from attnlab import attention, explain, masks, scores
+from attnlab._src.types import Modifier, Score, pytree
 from attnlab.masks import Mask
-from attnlab.types import Modifier, Score, pytree
 
 X = jnp.ones((1, 4, 2, 8))
 CAUSAL = masks.causal()
@@ -101,12 +101,12 @@ CASES = {
     "no pytree": (
         use(Undecorated()),
         TypeError,
-        "mask: Undecorated is no pytree; decorate it with attnlab.types.pytree",
+        "mask: Undecorated is no pytree; decorate it with attnlab.extend.pytree",
     ),
     "a part that is no pytree": (
         use(CAUSAL & Undecorated()),
         TypeError,
-        "mask: Undecorated is no pytree; decorate it with attnlab.types.pytree",
+        "mask: Undecorated is no pytree; decorate it with attnlab.extend.pytree",
     ),
     "nothing visible": (
         use(Empty()),

@@ -189,3 +189,21 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="left: expected at least 0, got -1"):
         modifiers.clipped_relative(np.ones((1, 1), np.float32), left=-1, right=1)
     assert modifiers.bias(jnp.ones((1, 1))).array.shape == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradients_of_16_bit_operands_are_summed_in_float32(dtype):
+    x = RNG.normal(size=(1, 300, 2, 4)).astype(dtype)
+    cap = jnp.full((2, 1, 1), 1.5, dtype)
+
+    def gradient(implementation):
+        def loss(cap):
+            own = (modifiers.soft_cap(cap),)
+            found = attention(
+                x, x, x, modifiers=own, implementation=implementation
+            ).astype(jnp.float32)
+            return (found * x.astype(jnp.float32)).sum()
+
+        return jax.grad(loss)(cap).astype(jnp.float32)
+
+    np.testing.assert_allclose(gradient("tiled"), gradient("reference"), rtol=0.01)

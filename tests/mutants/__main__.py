@@ -89,7 +89,7 @@ def _outcomes(
 def _outcome(m: Mutant, passing: Collection[str], copy: Path) -> str:
     if failing := [test for test in m.tests if test not in passing]:
         return f"ERROR: does not pass without it: {', '.join(failing)}"
-    file = copy / "attnlab" / m.file
+    file = copy / "attnlab/_src" / m.file
     text = file.read_text(encoding="utf-8")
     try:
         file.write_text(m.planted(text), encoding="utf-8")

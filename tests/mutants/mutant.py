@@ -11,7 +11,7 @@ class Mutant(NamedTuple):
 
     Attributes:
         name: short, one of its own.
-        file: the file, from the folder ``attnlab`` on.
+        file: the file, from the folder ``attnlab/_src`` on.
         old: text that occurs in it exactly once.
         new: what takes its place.
         fault: a sentence: what is wrong then.
@@ -33,7 +33,7 @@ class Mutant(NamedTuple):
         """
         if (count := text.count(self.old)) != 1:
             raise ValueError(
-                f"{self.name}: expected {self.old!r} once in attnlab/{self.file}, "
+                f"{self.name}: expected {self.old!r} once in attnlab/_src/{self.file}, "
                 f"found it {count} times"
             )
         return text.replace(self.old, self.new)

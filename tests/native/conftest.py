@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from attnlab.implementations.native import build as real
+from attnlab._src.implementations.native import build as real
 
 #: Writes its file; refuses AVX-512 with bfloat16; where BROKEN is set, fails.
 COMPILER = """#!/bin/sh

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import pytest
 
-from attnlab.implementations.native import build, load
+from attnlab._src.implementations.native import build, load
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def foreign(path, *lines):
 
 
 def test_not_built(somewhere):
-    command = "`python -m attnlab.implementations.native.build` builds it"
+    command = "`python -m attnlab.build` builds it"
     assert again().reason == f"it was not built; {command}"
     build.NOTE.write_text("no C++ compiler was found\n")
     reason = again().reason
@@ -66,7 +66,7 @@ def test_stale(somewhere):
     foreign(build.LIBRARY, 'const char* attnlab_source_hash() { return "old"; }')
     assert again().reason == (
         "its sources changed since it was built; "
-        "`python -m attnlab.implementations.native.build` builds it again"
+        "`python -m attnlab.build` builds it again"
     )
     build.NOTE.write_text("g++ failed: error\n")
     assert "(the last build failed: g++ failed: error)" in again().reason
@@ -138,7 +138,9 @@ def test_it_is_loaded_once():
 
 def test_why_not_in_a_process_of_its_own(library, monkeypatch):
     monkeypatch.setenv("ATTNLAB_NATIVE_ISA", "mmx")
-    script = "from attnlab.implementations.native import load; print(load.why_not())"
+    script = (
+        "from attnlab._src.implementations.native import load; print(load.why_not())"
+    )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("ATTNLAB_NATIVE_ISA=mmx: it was built for")

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from attnlab.implementations.native import build
+from attnlab._src.implementations.native import build
 
 SOURCE = pathlib.Path(__file__).with_name("parallel_test.cc")
 

@@ -2,7 +2,6 @@
 
 import functools
 import re
-import sys
 
 import jax
 import jax.export
@@ -12,12 +11,13 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
-from attnlab import attention, cost, explain, masks, modifiers, scores, types
-from attnlab.implementations import IMPLEMENTATIONS
-from attnlab.implementations.tiled import Tiled
-from attnlab.masks import planning
-from attnlab.ops.prepare import prepare
-from attnlab.ops.validate import check
+from attnlab import attention, cost, explain, extend, masks, modifiers, scores
+from attnlab._src import types
+from attnlab._src.implementations import PRIORITIES
+from attnlab._src.implementations.tiled import Tiled
+from attnlab._src.masks import planning
+from attnlab._src.ops.prepare import prepare
+from attnlab._src.ops.validate import check
 from tests.conftest import forget
 
 B, T, S, N, H = 2, 13, 11, 2, 4
@@ -25,7 +25,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(B, T, N, H)).astype("f")
 
 
-class Sevens(types.Implementation):
+class Sevens(extend.Implementation):
     """Says 7, and remembers what it was given."""
 
     name = "sevens"
@@ -53,15 +53,11 @@ class Sevens(types.Implementation):
 def sevens(monkeypatch):
     """The first of the automatic choice, on the platforms that it names."""
     made = Sevens()
-    everyone = {"sevens": made, **IMPLEMENTATIONS}
-    for room in ("choice", "dispatch"):
-        module = sys.modules[f"attnlab.ops.{room}"]
-        monkeypatch.setattr(module, "IMPLEMENTATIONS", everyone)
-    choice = sys.modules["attnlab.ops.choice"]
-    monkeypatch.setattr(choice, "AUTOMATIC", ("sevens", "tiled"))
-    forget()
+    for name in ("native", "pallas_tpu"):
+        monkeypatch.delitem(PRIORITIES, name)
+    extend.register(made, priority=1)
     yield made
-    forget()
+    extend.unregister("sevens")
 
 
 @pytest.fixture

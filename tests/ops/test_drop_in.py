@@ -273,7 +273,7 @@ def test_no_array_of_all_pairs(options):
 )
 def test_dead_blocks_are_skipped(options, pairs, monkeypatch, tile):
     tile(64, 64)
-    module = sys.modules["attnlab.ops.drop_in"]
+    module = sys.modules["attnlab._src.ops.drop_in"]
     masks = []
 
     def spy(args, **kwargs):

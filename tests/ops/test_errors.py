@@ -18,7 +18,7 @@ from attnlab import (
     modifiers,
     scores,
 )
-from attnlab.types import Modifier, Score, pytree
+from attnlab._src.types import Modifier, Score, pytree
 from tests.implementations import interpreted
 
 RNG = jax.random.key(0)
@@ -438,7 +438,7 @@ CASES = {
     "class that is no pytree": (
         call(modifiers=[Undecorated()]),
         TypeError,
-        "modifiers: Undecorated is no pytree; decorate it with attnlab.types.pytree",
+        "modifiers: Undecorated is no pytree; decorate it with attnlab.extend.pytree",
     ),
     "integers as sinks": (
         call(sinks=np.ones(6, int)),

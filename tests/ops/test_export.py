@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnlab import attention, attention_with_stats, explain, masks, modifiers, scores
-from attnlab.implementations import IMPLEMENTATIONS
+from attnlab._src.implementations import IMPLEMENTATIONS
 from tests.grid import few, in_turn
 
 N, K, H = 4, 2, 8

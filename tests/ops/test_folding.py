@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from attnlab import attention, attention_with_stats, masks, modifiers, scores
-from attnlab.masks.base import Mask
-from attnlab.ops.dispatch import attention_p
-from attnlab.types import Modifier, pytree
+from attnlab._src.masks.base import Mask
+from attnlab._src.ops.dispatch import attention_p
+from attnlab._src.types import Modifier, pytree
 from tests.grid import NATIVE, few
 from tests.implementations import interpreted
 
@@ -308,7 +308,7 @@ def test_kernels_for_tpu_equal_a_loop(name, monkeypatch):
 def test_a_fold_changes_nobodys_choice(monkeypatch):
     """Kernels for TPU take so many heads of a group, and no more."""
     interpreted.register(monkeypatch)
-    module = sys.modules["attnlab.implementations.pallas_tpu"]
+    module = sys.modules["attnlab._src.implementations.pallas_tpu"]
     monkeypatch.setattr(module, "MOST_MEMBERS", M)
     q, k = random(M, B, T, N, H), random(B, S, K, H, seed=1)
 

@@ -9,8 +9,8 @@ import pytest
 from jax.test_util import check_grads
 
 from attnlab import attention_with_stats, scores
-from attnlab.scores.pairwise import tanh_sum
-from attnlab.types import pytree
+from attnlab._src.scores.pairwise import tanh_sum
+from attnlab._src.types import pytree
 from tests.grid import Distance
 
 B, T, S, N, K, H, Q, P, M = 2, 5, 7, 6, 3, 4, 9, 11, 8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnlab.nn.parameters import as_arrays
+from attnlab._src.nn.parameters import as_arrays
 from benchmarks.studies.align import LINKS, Words, by_words, chosen, hit_rate
 from benchmarks.studies.batches import Batch
 from benchmarks.studies.pairs import Pair

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from attnlab.implementations.measured import read
+from attnlab._src.implementations.measured import read
 from benchmarks.studies import __main__ as script
 from benchmarks.studies.check import committed, differences
 from benchmarks.studies.crossover import Fit, fit, for_dispatch

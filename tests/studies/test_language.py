@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnlab.bench.graph import reach_through
+from attnlab._src.bench.graph import reach_through
 from benchmarks.studies.addresses import load_addresses
 from benchmarks.studies.batches import END, START
 from benchmarks.studies.errors import StudyError

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from attnlab.implementations.measured import read
+from attnlab._src.implementations.measured import read
 from benchmarks.studies import __main__ as script
 from benchmarks.studies import ablations, patterns_lm
 from benchmarks.studies.check import committed, numbers

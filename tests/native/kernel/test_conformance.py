@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from attnlab import explain
-from attnlab.implementations.native import load
+from attnlab._src.implementations.native import load
 from tests import grid
 from tests.test_conformance import CELLS, NATIVE_REFUSES, conform, instructions
 

@@ -18,9 +18,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from attnlab import attention, masks, modifiers, scores
-from attnlab.implementations.native import load
-from attnlab.masks.structural import Window
-from attnlab.types import pytree, static
+from attnlab._src.implementations.native import load
+from attnlab._src.masks.structural import Window
+from attnlab._src.types import pytree, static
 from tests import grid
 
 pytestmark = pytest.mark.skipif("load.why_not()", reason="the library is not there")

@@ -1,0 +1,1 @@
+"""The private engine; what is public lies one folder up."""

@@ -1,0 +1,179 @@
+"""The command line: ``attnlab bench``, ``show``, ``static``, ``tune``."""
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+
+from attnlab._src.bench import show, static_cli, tune
+from attnlab._src.bench.options import Options, add_arguments, read
+from attnlab._src.bench.targets import CompilerMissing
+
+_DESCRIPTION = """\
+Measures attention on this machine, on real text: every pattern, score and
+implementation, and other libraries beside them. Each is first held to the reference,
+forward and every gradient; who fails gets no time."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: without the program's name; the process's if not given.
+
+    Returns:
+        0; 1 where something is missing or failed its check; 130 where interrupted.
+    """
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("attnlab: interrupted\n")
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog="attnlab", description="Attention with any score, any mask, any backend."
+    )
+    commands = parser.add_subparsers(dest="command", title="commands")
+    bench = commands.add_parser(
+        "bench", help="measure attention on this machine", description=_DESCRIPTION
+    )
+    add_arguments(bench)
+    shower = commands.add_parser(
+        "show", help="what a mask looks like", description=show.DESCRIPTION
+    )
+    show.add_arguments(shower)
+    static = commands.add_parser(
+        "static",
+        help="what attention would cost on a TPU that is not here",
+        description=static_cli.DESCRIPTION,
+    )
+    static_cli.add_arguments(static)
+    tuner = commands.add_parser(
+        "tune", help="the best sizes of blocks on a TPU", description=tune.DESCRIPTION
+    )
+    tune.add_arguments(tuner)
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        parser.print_help()
+        return 0
+    draws = given.command in {"bench", "show"}
+    needs = ("matplotlib", "rich") if draws else ("rich",)
+    missing = [m for m in needs if importlib.util.find_spec(m) is None]
+    if missing:
+        parser.exit(
+            1,
+            f"attnlab {given.command}: needs {' and '.join(missing)}: "
+            'pip install "attnlab[bench]"\n',
+        )
+    try:
+        if given.command == "show":
+            return show.command(given)
+        if given.command == "static":
+            return static_cli.command(given, ["attnlab", *arguments])
+        if given.command == "tune":
+            return tune.command(given)
+        return bench_command(read(bench, given), ["attnlab", *arguments])
+    except CompilerMissing as error:
+        parser.exit(1, f"attnlab {given.command}: {error}\n")
+
+
+def bench_command(options: Options, command: Sequence[str]) -> int:
+    """Measures, shows and writes what the options ask for; see :func:`main`."""
+    # Here and not above: --help works without the extra that they come from.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    from attnlab._src.bench.machine import Peaks, measure_peaks
+    from attnlab._src.bench.runner import Row, run
+    from attnlab._src.bench.selection import select
+    from attnlab._src.bench.text import load_documents
+    from attnlab._src.bench.timing import Repeats
+    from attnlab._src.bench.wheels import TextUnavailable
+
+    started = time.perf_counter()
+    messages = Console(stderr=True)
+    nothing = "interrupted: nothing was measured"
+    try:
+        documents = load_documents(options.text)
+    except TextUnavailable as error:
+        messages.print(f"attnlab bench: {error}", style="red", highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        messages.print(nothing, style="yellow")
+        return 130
+    repeats = Repeats(seconds=1.5) if options.quick else Repeats()
+    if options.repeats:
+        repeats = Repeats(options.repeats, options.repeats)
+    chosen = options.full or options.patterns or options.scores
+    budget = None if chosen else 31.0 if options.quick else 150.0
+    groups = select(options)
+    rows: list[Row] = []
+    peaks: Peaks | None = None
+    complete = False
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    progress = Progress(*columns, TimeElapsedColumn(), console=messages, transient=True)
+    with progress:
+        task = progress.add_task("peaks of this machine", total=len(groups))
+        with contextlib.suppress(KeyboardInterrupt):
+            size = 1024 if options.quick else 2048
+            peaks = measure_peaks(options.dtypes, size)
+            if budget is not None:
+                budget -= time.perf_counter() - started
+            for measured in run(
+                groups,
+                documents,
+                repeats,
+                budget=budget,
+                report=lambda doing: progress.update(task, description=doing),
+            ):
+                rows += measured
+                progress.advance(task)
+            if not options.quick:
+                progress.update(task, description="peaks of this machine, again")
+                peaks = peaks.higher(measure_peaks(options.dtypes, size))
+            complete = True
+    if peaks is None or not rows:
+        messages.print(nothing, style="yellow")
+        return 130
+    if not complete:
+        messages.print("interrupted: keeping what was measured", style="yellow")
+    _present(rows, peaks, options, command, complete)
+    if not complete:
+        return 130
+    return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def _present(
+    rows: Sequence, peaks, options: Options, command: Sequence[str], complete: bool
+) -> None:
+    from rich.console import Console
+
+    from attnlab._src.bench.charts import draw
+    from attnlab._src.bench.report import document, notes, table, write_json
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    content = document(rows, peaks, command, complete=complete)
+    path = options.out / "bench.json"
+    write_json(path, content)
+    console.print(table(rows, peaks, content["machine"]))
+    for line in notes(rows, peaks):
+        console.print(line, style="dim", highlight=False, markup=False)
+    known = content["versions"]
+    caption = f"{content['machine']}; jax {known.get('jax')}; {content['date']}"
+    written = [path, *draw(rows, options.out, caption)]
+    console.print(
+        f"written: {', '.join(str(p) for p in written)}", highlight=False, markup=False
+    )

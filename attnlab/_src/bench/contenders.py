@@ -1,0 +1,181 @@
+"""Those who compute the same attention, made ready to be checked and timed."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab import attention, explain
+from attnlab._src.bench.cases import Case
+from attnlab._src.bench.machine import free_memory
+from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.types import Array
+
+
+class Prepared(NamedTuple):
+    """A computation that only waits to be called.
+
+    Attributes:
+        call: no arguments; returns what ``results`` reads.
+        results: of a returned value: arrays by name, ``output`` and, where gradients
+            were asked for, ``d_query``, ``d_key``, ``d_value`` and the score's.
+        compile_seconds: None where nothing is compiled ahead.
+        temporary_bytes: peak beside inputs and outputs; None where nobody tells.
+    """
+
+    call: Callable[[], Any]
+    results: Callable[[Any], dict[str, Any]]
+    compile_seconds: float | None
+    temporary_bytes: int | None
+
+
+class Contender(Protocol):
+    """One that computes a case."""
+
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+        ...
+
+    def refusal(self, case: Case) -> str | None:
+        """Why it does not take this case; None if it does."""
+        ...
+
+    def prepare(self, case: Case, backward: bool) -> Prepared:
+        """Compiles the forward pass, or forward and backward together.
+
+        Raises:
+            NotImplementedError: if it takes the case, but not in that direction.
+        """
+        ...
+
+
+def too_large(case: Case) -> str | None:
+    """Why a computation that holds every pair does not fit; None if it does."""
+    needed, free = case.spec.dense_bytes, free_memory()
+    if needed <= free / 2:
+        return None
+    return (
+        f"needs about {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB free "
+        f"half may be used"
+    )
+
+
+def named(result: Any, backward: bool) -> dict[str, Any]:
+    """Names for ``output`` or ``(output, (d_query, d_key, d_value, *d_score))``."""
+    if not backward:
+        return {"output": result}
+    output, (d_query, d_key, d_value, d_score) = result
+    arrays = {"output": output, "d_query": d_query, "d_key": d_key, "d_value": d_value}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(d_score):
+        arrays[f"d_score{jax.tree_util.keystr(path)}"] = leaf
+    return arrays
+
+
+def differentiated(function: Callable[..., Array]) -> Callable[..., Any]:
+    """``function(query, key, value, score, mask)`` with all gradients but the mask's.
+
+    Takes the gradient from above as its last argument; returns what :func:`named`
+    takes.
+    """
+
+    def both(
+        query: Any, key: Any, value: Any, score: Any, mask: Any, above: Any
+    ) -> Any:
+        def output(query: Any, key: Any, value: Any, score: Any) -> Array:
+            return function(query, key, value, score, mask)
+
+        result, pull = jax.vjp(output, query, key, value, score)
+        return result, pull(above)
+
+    return both
+
+
+def compile_call(
+    function: Callable[..., Array], arguments: tuple[Any, ...], cotangent: Array | None
+) -> Prepared:
+    """Compiles ``function(query, key, value, score, mask)`` ahead of time.
+
+    Args:
+        function: returns the output.
+        arguments: its arguments; nothing is closed over, so nothing is a constant.
+        cotangent: differentiates all but the mask against it; None: forward only.
+    """
+    backward = cotangent is not None
+    if backward:
+        function, arguments = differentiated(function), (*arguments, cotangent)
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Prepared(
+        lambda: compiled(*arguments),
+        lambda result: named(result, backward),
+        seconds,
+        None if memory is None else int(memory.temp_size_in_bytes),
+    )
+
+
+def attending(implementation: str) -> Callable[..., Array]:
+    """``attention`` as a function of query, key, value, score and mask."""
+
+    def function(query: Any, key: Any, value: Any, score: Any, mask: Any) -> Array:
+        return attention(
+            query,
+            key,
+            value,
+            score=score,
+            mask=mask,
+            implementation=implementation,
+        )
+
+    return function
+
+
+class Implementation:
+    """One of attnlab's own, asked for by name."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def refusal(self, case: Case) -> str | None:
+        """See :class:`Contender`."""
+        if self.name not in IMPLEMENTATIONS:
+            return "attnlab has no implementation of that name here"
+        try:
+            explain(
+                case.query,
+                case.key,
+                case.value,
+                score=case.score,
+                mask=case.mask,
+                implementation=self.name,
+            )
+        except NotImplementedError as error:
+            return str(error).partition("cannot take these inputs: ")[2] or str(error)
+        return too_large(case) if self.name in {"jax_nn", "reference"} else None
+
+    def prepare(self, case: Case, backward: bool) -> Prepared:
+        """See :class:`Contender`."""
+        arguments = (case.query, case.key, case.value, case.score, case.mask)
+        cotangent = case.cotangent if backward else None
+        return compile_call(attending(self.name), arguments, cotangent)
+
+
+def widened(case: Case) -> Case:
+    """The case with its floating-point arrays in the next wider type.
+
+    float32 becomes float64 (inside ``jax.enable_x64`` only), the others float32.
+    """
+    wide = jnp.float64 if case.spec.dtype == "float32" else jnp.float32
+
+    def widen(x: Any) -> Any:
+        x = jnp.asarray(x)
+        return x.astype(wide) if jnp.issubdtype(x.dtype, np.floating) else x
+
+    names = ("query", "key", "value", "cotangent", "score")
+    wider = {name: jax.tree.map(widen, getattr(case, name)) for name in names}
+    return Case(spec=case.spec, mask=case.mask, density=case.density, **wider)

@@ -1,0 +1,80 @@
+"""Documents packed into sequences, and sequences embedded as query, key and value."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab._src.types import Array
+
+
+class Packed(NamedTuple):
+    """Documents one after another, without gaps.
+
+    Attributes:
+        tokens: ``[B, T]`` uint8, bytes of text.
+        ids: ``[B, T]`` int32, the number of the document within its sequence.
+    """
+
+    tokens: np.ndarray
+    ids: np.ndarray
+
+
+def pack(documents: Sequence[bytes], batch: int, length: int, seed: int = 0) -> Packed:
+    """Fills ``batch`` sequences of ``length`` bytes with documents in random order.
+
+    The last document of a sequence is cut at its end. Where the text is shorter than
+    what is asked for, it is gone through again.
+
+    Args:
+        documents: byte strings; empty ones are left out.
+        batch: B.
+        length: T, bytes.
+        seed: of the order.
+
+    Raises:
+        ValueError: if every document is empty.
+    """
+    usable = [d for d in documents if d]
+    if not usable:
+        raise ValueError("documents: expected some text, got none")
+    random = np.random.default_rng(seed)
+    tokens = np.zeros((batch, length), np.uint8)
+    ids = np.zeros((batch, length), np.int32)
+    order: list[int] = []
+    for row in range(batch):
+        filled = number = 0
+        while filled < length:
+            if not order:
+                order = random.permutation(len(usable)).tolist()
+            piece = usable[order.pop()][: length - filled]
+            stop = filled + len(piece)
+            tokens[row, filled:stop] = np.frombuffer(piece, np.uint8)
+            ids[row, filled:stop] = number
+            filled, number = stop, number + 1
+    return Packed(tokens, ids)
+
+
+def embed(
+    tokens: np.ndarray,
+    heads: int,
+    head_size: int,
+    dtype: str,
+    random: np.random.Generator,
+) -> Array:
+    """Looks the bytes up in a fixed random table.
+
+    Args:
+        tokens: ``[B, T]`` uint8.
+        heads: N or K.
+        head_size: H.
+        dtype: of the result.
+        random: draws the table ``[256, heads * H]`` of standard normal entries.
+
+    Returns:
+        ``[B, T, heads, H]``.
+    """
+    table = random.standard_normal((256, heads * head_size), np.float32)
+    vectors = table[tokens].reshape(*tokens.shape, heads, head_size)
+    return jnp.asarray(vectors, dtype)

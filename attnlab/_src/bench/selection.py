@@ -1,0 +1,99 @@
+"""Which cells of the grid pattern x score x implementation are measured."""
+
+from collections.abc import Sequence
+
+from attnlab._src.bench.cases import PAIRWISE, PATTERNS, SCORES, Spec
+from attnlab._src.bench.contenders import Contender, Implementation
+from attnlab._src.bench.options import Options
+from attnlab._src.bench.peers import installed_peers
+from attnlab._src.bench.runner import Group
+from attnlab._src.implementations import IMPLEMENTATIONS
+
+#: These hold every pair: they are compared on a few problems, not on all.
+DENSE = ("jax_nn", "reference")
+
+#: Every pattern, every score and every contender at least once: the dense ones and
+#: peers that run beside the others on each pair of pattern and score.
+COVERING: dict[tuple[str, str], tuple[str, ...]] = {
+    ("full", "scaled_dot"): ("jax.nn", "flax.nnx", "torch"),
+    ("window", "scaled_dot"): ("jax_nn", "torch"),
+    ("full", "additive"): ("reference",),
+    ("causal", "scaled_dot"): ("jax.nn", "torch"),
+    ("longformer", "scaled_dot"): (),
+    ("causal", "bilinear"): (),
+    ("window", "cosine"): (),
+    ("causal_window", "mlp"): (),
+    # Masks that carry data compile longest: last, they hold nobody up.
+    ("documents", "scaled_dot"): ("torch",),
+    ("big_bird", "scaled_dot"): (),
+    ("random", "additive"): (),
+}
+
+QUICK: dict[tuple[str, str], tuple[str, ...]] = {
+    ("causal_window", "scaled_dot"): (),
+    ("full", "additive"): (),
+    ("full", "scaled_dot"): ("jax.nn", "torch"),
+}
+
+
+def _spec(options: Options, pattern: str, score: str, dtype: str) -> Spec:
+    heads = options.heads or (1 if score in PAIRWISE else 8)
+    key_heads = options.key_heads or heads
+    return Spec(
+        pattern,
+        score,
+        dtype,
+        options.batch,
+        options.length,
+        heads,
+        # One head in all leaves no choice of key heads.
+        min(key_heads, heads),
+        options.head_size,
+        seed=options.seed,
+    )
+
+
+def _grid(options: Options) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Pattern, score, and the names of the dense implementations and peers."""
+    everyone = (*DENSE, "jax.nn", "flax.nnx", "torch")
+    patterns, scores = options.patterns, options.scores
+    if options.full or (patterns and scores):
+        return [
+            (p, s, everyone) for s in scores or SCORES for p in patterns or PATTERNS
+        ]
+    if patterns:
+        return [(p, "scaled_dot", everyone) for p in patterns]
+    if scores:
+        return [(p, s, everyone) for s in scores for p in ("full", "window")]
+    chosen = QUICK if options.quick else COVERING
+    return [(p, s, beside) for (p, s), beside in chosen.items()]
+
+
+def select(options: Options, peers: Sequence[Contender] | None = None) -> list[Group]:
+    """The groups to measure, the most telling ones first.
+
+    Args:
+        options: what was asked for.
+        peers: other libraries; those installed if not given.
+    """
+    found = (installed_peers() if peers is None else peers) if options.peers else []
+    groups: list[Group] = []
+    for dtype in options.dtypes:
+        for pattern, score, beside in _grid(options):
+            names = options.implementations or tuple(
+                n for n in IMPLEMENTATIONS if n not in DENSE
+            )
+            extra = [n for n in beside if n in IMPLEMENTATIONS and n not in names]
+            if options.implementations:
+                extra = []
+            others: list[Contender] = [Implementation(n) for n in extra]
+            if score == "scaled_dot":
+                others += [p for p in found if p.name in beside]
+            groups.append(
+                Group(
+                    _spec(options, pattern, score, dtype),
+                    tuple(Implementation(n) for n in names),
+                    tuple(others),
+                )
+            )
+    return groups

@@ -1,0 +1,224 @@
+"""The command ``attnlab static``: its options, its table, its file."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from attnlab._src.bench.cases import PATTERNS, SCORES, Spec
+from attnlab._src.bench.files import write_atomically
+from attnlab._src.bench.options import writable_folder
+from attnlab._src.bench.targets import TARGETS
+
+DESCRIPTION = """\
+What attention would cost on a TPU that is not here. The TPU's own compiler (extra
+"tpu-aot") tells the cycles of a block, the plan tells how many blocks there are. These
+are estimates by the compiler: compare them with each other; they are no times."""
+
+#: What --shape names, and which field of a problem it is.
+_LETTERS = {
+    "b": "batch",
+    "t": "query_length",
+    "s": "length",
+    "n": "heads",
+    "k": "key_heads",
+    "h": "head_size",
+}
+
+
+def shape(text: str) -> dict[str, int]:
+    """``b=1,t=4096,n=8,h=128``, as fields of ``Spec``."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        letter, _, number = part.partition("=")
+        if letter not in _LETTERS or not number.isdigit() or int(number) < 1:
+            raise argparse.ArgumentTypeError(
+                f"expected letters of {','.join(_LETTERS)} with sizes, as in "
+                f"b=1,t=4096,n=8,h=128, got {part!r}"
+            )
+        found[_LETTERS[letter]] = int(number)
+    found.setdefault("length", found.get("query_length", 4096))
+    found.setdefault("query_length", found["length"])
+    found.setdefault("heads", 1)
+    found.setdefault("key_heads", found["heads"])
+    found.setdefault("head_size", 128)
+    if found["heads"] % found["key_heads"]:
+        raise argparse.ArgumentTypeError(
+            f"k={found['key_heads']} does not divide n={found['heads']}"
+        )
+    return found
+
+
+def sizes(text: str) -> tuple[int, int, int]:
+    """``1024x1024x512``: queries, keys, keys at once."""
+    parts = text.split("x")
+    numbers = [int(p) for p in parts if p.isdigit()]
+    if len(parts) != 3 or len(numbers) != 3:
+        raise argparse.ArgumentTypeError(
+            f"expected queries x keys x keys at once, as in 1024x1024x512, got {text!r}"
+        )
+    q, k, chunk = numbers
+    if 0 in numbers or q % 128 or chunk % 128 or k % chunk:
+        raise argparse.ArgumentTypeError(
+            f"{text}: queries and keys at once must be multiples of 128, and the "
+            "latter divide the keys"
+        )
+    return q, k, chunk
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    add = parser.add_argument
+    add(
+        "--target",
+        nargs="+",
+        choices=TARGETS,
+        default=["tpu:v5e"],
+        help="which TPUs (tpu:v5e)",
+    )
+    add(
+        "--shape",
+        type=shape,
+        default=shape("t=4096"),
+        metavar="b=1,t=4096,n=1,h=128",
+        help="sizes: batch, queries, keys (s), heads, key heads (k), head size",
+    )
+    add("--mask", nargs="+", choices=PATTERNS, default=["full"], help="patterns (full)")
+    add(
+        "--score",
+        nargs="+",
+        choices=SCORES,
+        default=["scaled_dot"],
+        help="scores (scaled_dot)",
+    )
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add(
+        "--passes",
+        nargs="+",
+        choices=("forward", "backward"),
+        default=["forward"],
+        help="which passes (forward); the profile of a backward pass takes a while",
+    )
+    add(
+        "--blocks",
+        type=sizes,
+        metavar="QxKxC",
+        help="queries, keys, and keys at once in a block (from the table)",
+    )
+    add(
+        "--out",
+        type=writable_folder,
+        default="attnlab-static",
+        metavar="DIR",
+        help="folder of the results (attnlab-static)",
+    )
+
+
+def command(given: argparse.Namespace, called: Sequence[str]) -> int:
+    """Studies, shows and writes what the options ask for.
+
+    Args:
+        given: the options.
+        called: the whole command, for the file.
+
+    Returns:
+        0; 1 where the compiler told no cycles, or a problem has none.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from attnlab._src.bench.static import Row, row
+    from attnlab._src.implementations.pallas_tpu.blocks import Blocks
+
+    # Nothing runs; and where libtpu is installed, JAX would look for a TPU, loudly.
+    jax.config.update("jax_platforms", "cpu")
+    console, messages = Console(), Console(stderr=True)
+    blocks = None if given.blocks is None else Blocks(*given.blocks)
+    wanted = [
+        (target, of, Spec(pattern=m, score=s, dtype=given.dtype, **given.shape))
+        for target in given.target
+        for m in given.mask
+        for s in given.score
+        for of in given.passes
+    ]
+    rows: list[Row] = []
+    refused: list[dict[str, Any]] = []
+    stopped = False
+    try:
+        with Progress(console=messages, transient=True) as progress:
+            task = progress.add_task("", total=len(wanted))
+            for target, of, spec in wanted:
+                progress.update(task, description=f"{target} {of} {spec.label}")
+                try:
+                    rows.append(row(spec, of, target, blocks=blocks))
+                except (NotImplementedError, ValueError) as error:
+                    asked = {"spec": dataclasses.asdict(spec), "why": str(error)}
+                    refused.append({"target": target, "of": of, **asked})
+                    label = f"{target} {of} {spec.label}"
+                    said = {"style": "red", "highlight": False, "soft_wrap": True}
+                    messages.print(f"{label}: {error}", **said)
+                progress.advance(task)
+    except KeyboardInterrupt:
+        kept = "keeping what is known" if rows else "nothing is known"
+        messages.print(f"interrupted: {kept}", style="yellow")
+        stopped = True
+    if not rows:
+        return 130 if stopped else 1
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(_table(rows))
+    for each in rows:
+        if each.why:
+            console.print(f"{each.target} {each.of}: {each.why}", highlight=False)
+    path = given.out / "static.json"
+    content = [*(each.content() for each in rows), *refused]
+    content = [{"command": list(called), **each} for each in content]
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    console.print(f"written: {path}", highlight=False)
+    if stopped:
+        return 130
+    return 1 if refused or any(each.cycles is None for each in rows) else 0
+
+
+def _table(rows: Sequence[Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        title="cycles of a core, the compiler's static estimate: for ratios, not times"
+    )
+    for name in ("target", "pass", "mask", "score", "blocks"):
+        table.add_column(name)
+    numbers = (
+        "live", "partial", "cycles", "a 2^20 pairs", "least", "bound by", "spills",
+        "VMEM", "x splash",
+    )  # fmt: skip
+    for name in numbers:
+        table.add_column(name, justify="right")
+    for each in rows:
+        kernel = each.kernel
+        live = each.full + each.partial
+        pairs = live * each.blocks.q * each.blocks.k / 2**20
+        known = each.cycles is not None
+        most = max(each.bounds.values())
+        table.add_row(
+            each.target,
+            each.of,
+            each.spec.pattern,
+            each.spec.score,
+            "x".join(map(str, each.blocks)),
+            f"{live:,} of {each.total:,}",
+            f"{each.partial:,}",
+            f"{each.cycles:,.0f}" if known else "-",
+            f"{each.cycles / pairs:,.0f}" if known and live else "-",
+            f"{most / each.cycles:.0%}" if known and live else f"{most:,.0f}",
+            each.binds,
+            "-" if kernel is None else f"{kernel.spills:,}",
+            "-"
+            if kernel is None or kernel.memory is None
+            else f"{kernel.memory / 2**20:.1f} MiB",
+            "-" if each.ratio_to_splash is None else f"{each.ratio_to_splash:.2f}",
+        )
+    return table

@@ -1,0 +1,149 @@
+"""Compares evaluations: values and every gradient, by their rounding errors."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab._src.ops.attention import attention_with_stats
+from attnlab._src.types import Array, PyTree
+
+
+def named_leaves(tree: PyTree) -> Iterator[tuple[str, np.ndarray, Any]]:
+    """Path, float64 values and dtype of each leaf."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path), np.asarray(x, np.float64), x.dtype
+
+
+def compare(
+    found: PyTree, reference: PyTree, exact: PyTree, coarse: Any, terms: int, pairs: int
+) -> None:
+    """Error of ``found`` <= 2 x error of ``reference`` + rounding, array by array.
+
+    Args:
+        found: of the implementation.
+        reference: of the reference in the same types.
+        exact: of the reference in float64.
+        coarse: the type of query, key and value; parameters are used in it, so their
+            gradients, too, are rounded to it.
+        terms: how many terms a sum over an axis has, for its own rounding.
+        pairs: query-key pairs, all of which add to a gradient that they share.
+
+    Raises:
+        AssertionError: naming the array, its error and what is allowed.
+    """
+    rows = [list(named_leaves(tree)) for tree in (found, reference, exact)]
+    for other in rows[1:]:
+        assert [name for name, *_ in rows[0]] == [name for name, *_ in other]
+    for one, other, third in zip(*rows, strict=True):
+        (name, x, dtype), low, truth = one, other[1], third[1]
+        assert dtype == other[2], f"{name}: dtype {dtype}, expected {other[2]}"
+        assert x.shape == truth.shape, f"{name}: shape {x.shape}, not {truth.shape}"
+        shown = ~np.isneginf(truth)
+        assert (np.isneginf(x) == ~shown).all(), f"{name}: -inf elsewhere"
+        assert np.isfinite(x[shown]).all(), f"{name}: not finite"
+
+        def greatest(array: np.ndarray, shown: np.ndarray = shown) -> float:
+            return np.abs(array[shown]).max(initial=0)
+
+        accumulated = np.float64 if dtype == np.float64 else np.float32
+        each = terms + pairs / max(x.size, 1)
+        rounding = float(jnp.finfo(coarse).eps) + each * np.finfo(accumulated).eps
+        with np.errstate(invalid="ignore"):
+            allowed = 2 * greatest(low - truth) + rounding * greatest(truth)
+            error = greatest(x - truth)
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+class Problem(NamedTuple):
+    """Attention to evaluate, as a function of its arrays.
+
+    Attributes:
+        data: what is differentiated: ``query``, ``key``, ``value``, and what else of
+            the keyword arguments of ``attention`` has floating leaves.
+        fixed: keyword arguments that are not.
+        dropout_rate: in [0, 1).
+    """
+
+    data: dict[str, Any]
+    fixed: dict[str, Any]
+    dropout_rate: float = 0.0
+
+    def cast(self, dtype: Any) -> "Problem":
+        """With all floating data in another type."""
+        return self._replace(data=cast(self.data, dtype))
+
+
+def cast(tree: PyTree, dtype: Any) -> PyTree:
+    """Every floating array in another type."""
+
+    def one(x: Any) -> Any:
+        is_array = isinstance(x, (np.ndarray, jax.Array))
+        return (
+            x.astype(dtype) if is_array and jnp.issubdtype(x.dtype, np.inexact) else x
+        )
+
+    return jax.tree.map(one, tree)
+
+
+def like(x: Array, seed: int) -> np.ndarray:
+    """Random numbers of that shape and dtype."""
+    drawn = np.random.default_rng(seed).normal(size=x.shape)
+    return np.asarray(drawn).astype(x.dtype)
+
+
+def evaluate(problem: Problem, implementation: str | None) -> dict[str, Any]:
+    """Output, log-sum-exp and the gradients of all floating data, compiled once."""
+
+    def forward(moving: list[Array]) -> tuple[Array, Array]:
+        options = _merged(problem.data, moving) | problem.fixed
+        rate = problem.dropout_rate
+        found = attention_with_stats(
+            **options, dropout_rate=rate, implementation=implementation
+        )
+        return found.output, found.lse
+
+    @jax.jit
+    def both(moving: list[Array]) -> dict[str, Any]:
+        (output, lse), pull = jax.vjp(forward, moving)
+        above = jnp.asarray(like(output, 1)), jnp.asarray(like(lse, 2))
+        # Of a query that sees nothing no gradient of the log-sum-exp is asked for.
+        above = above[0], jnp.where(jnp.isneginf(lse), 0, above[1])
+        return {"output": output, "lse": lse, "gradients": pull(above)[0]}
+
+    moving = _moving(problem.data)
+    # What is stored in 16 bits is rounded to them, by everybody alike.
+    compiled = both.lower(moving).compile({"xla_allow_excess_precision": False})
+    return jax.block_until_ready(compiled(moving))
+
+
+def _moving(data: dict[str, Any]) -> list[Any]:
+    return [x for x in jax.tree.leaves(data) if jnp.issubdtype(x.dtype, np.floating)]
+
+
+def _merged(data: dict[str, Any], moving: list[Any]) -> dict[str, Any]:
+    values = iter(moving)
+    return jax.tree.map(
+        lambda x: next(values) if jnp.issubdtype(x.dtype, np.floating) else x, data
+    )
+
+
+def agrees(problem: Problem, implementation: str, dtype: Any) -> None:
+    """An implementation against the reference, in a type, held to float64.
+
+    Raises:
+        AssertionError: naming the array that differs.
+        NotImplementedError: if the implementation does not take the problem.
+    """
+    problem = problem.cast(dtype)
+    found = evaluate(problem, implementation)
+    with jax.enable_x64(True):
+        exact = evaluate(problem.cast(np.float64), "reference")
+    wide = jnp.dtype(dtype) == np.float64
+    reference = exact if wide else evaluate(problem, "reference")
+    query, key = problem.data["query"], problem.data["key"]
+    terms = query.shape[-3] + key.shape[-3] + query.shape[-2] + query.shape[-1]
+    pairs = exact["lse"].size * key.shape[-3]
+    compare(found, reference, exact, dtype, terms, pairs)

@@ -1,0 +1,129 @@
+"""The laws of an implementation, over problems that it takes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab._src.checks.compare import Problem, agrees
+from attnlab._src.checks.parts import Sizes
+from attnlab._src.checks.report import Checker, Report
+from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.masks.data import documents, lengths, predicate
+from attnlab._src.masks.layouts import random_blocks
+from attnlab._src.masks.per_head import per_head
+from attnlab._src.masks.structural import causal, sliding_window
+from attnlab._src.modifiers.bias import bias, soft_cap
+from attnlab._src.modifiers.relative import alibi
+from attnlab._src.ops.attention import attention, attention_with_stats
+from attnlab._src.scores.inner import Bilinear, Cosine, Dot
+from attnlab._src.scores.pairwise import Additive, Mlp
+from attnlab._src.types import Implementation
+
+
+def _problems(sizes: Sizes) -> dict[str, Problem]:
+    """One of each kind; an implementation may refuse those that it does not know."""
+    b, t, s, n, k, h, _ = sizes
+    rng, data = np.random.default_rng(3), sizes.arrays()
+    key = jax.random.key(4)
+    heads = {"num_heads": n, "num_key_heads": k}
+    float32: Any = np.float32
+
+    def of(rate: float = 0.0, fixed: Any = None, **more: Any) -> Problem:
+        moving = jax.tree.map(np.asarray, data | more)
+        return Problem(moving, {} if fixed is None else fixed, rate)
+
+    kinds = (causal(), sliding_window(3, 4))
+    return {
+        "full": of(),
+        "causal": of(fixed={"mask": causal()}),
+        "window": of(fixed={"mask": sliding_window(3, 2)}),
+        "documents": of(
+            fixed={"mask": documents(np.arange(t) // 5, np.arange(s) // 5)}
+        ),
+        "lengths": of(fixed={"mask": lengths(key=np.arange(b) + s - b)}),
+        "random blocks": of(
+            fixed={
+                "mask": random_blocks(
+                    num_blocks=8, blocks_per_row=2, rng=key, block_size=4
+                )
+            }
+        ),
+        "a rule of the user's": of(fixed={"mask": predicate(_even)}),
+        "a mask for each head": of(
+            fixed={"mask": per_head([kinds[i % 2] for i in range(n)])}
+        ),
+        "bias": of(modifiers=(bias(rng.normal(size=(b, n, t, s)).astype(float32)),)),
+        "soft cap": of(modifiers=(soft_cap(3.0),)),
+        "ALiBi": of(modifiers=(alibi(rng.random(n).astype(float32)),)),
+        "dot": of(score=Dot()),
+        "cosine": of(score=Cosine(np.full(n, 3, float32))),
+        "bilinear": of(score=Bilinear.init(key, h, h, num_heads=n)),
+        "additive": of(score=Additive.init(key, h, hidden_size=6, **heads)),
+        "MLP": of(score=Mlp.init(key, h, hidden_sizes=(6, 3), **heads)),
+        "dropout": of(0.3, {"dropout_rng": key}),
+        "sinks": of(sinks=rng.normal(size=n).astype(float32)),
+        "positions": of(
+            fixed={
+                "mask": causal(),
+                "query_positions": np.arange(t, dtype=np.int32) + 2,
+                "key_positions": rng.permutation(s).astype(np.int32),
+            }
+        ),
+    }
+
+
+def _even(t: Any, s: Any) -> Any:
+    return (t + s) % 2 == 0
+
+
+def check_implementation(made: Implementation, sizes: Sizes) -> Report:
+    """Holds an implementation to its laws; see :func:`attnlab.extend.check`."""
+    checker = Checker(f"implementation {made.name}")
+    was = IMPLEMENTATIONS.get(made.name)
+    IMPLEMENTATIONS[made.name] = made
+    try:
+        _check(checker, made.name, sizes)
+    finally:
+        if was is None:
+            del IMPLEMENTATIONS[made.name]
+        else:
+            IMPLEMENTATIONS[made.name] = was
+    return checker.report()
+
+
+def _check(checker: Checker, name: str, sizes: Sizes) -> None:
+    taken = 0
+    for what, problem in _problems(sizes).items():
+        for dtype in (np.float32, jnp.bfloat16):
+            label = f"{what}, {jnp.dtype(dtype)}: it computes what the reference does"
+            with checker.law(label) as notes:
+                try:
+                    agrees(problem, name, dtype)
+                    taken += 1
+                except NotImplementedError as error:
+                    notes.append(f"refused: {error}")
+    with checker.law("it takes some problem"):
+        assert taken, "every one was refused"
+    data = sizes.arrays()
+    options: dict[str, Any] = {"implementation": name}
+    with checker.law("a query that sees nothing: output 0, log-sum-exp -inf"):
+        mask = causal() & ~causal()
+        try:
+            found = attention_with_stats(**data, mask=mask, **options)
+        except NotImplementedError:
+            found = None
+        if found is not None:
+            assert (np.asarray(found.output) == 0).all(), "the output is not 0"
+            assert np.isneginf(found.lse).all(), "the log-sum-exp is not -inf"
+    with checker.law("jax.vmap equals a loop"):
+        both = [sizes.arrays(seed) for seed in (0, 1)]
+        stacked = {key: np.stack([x[key] for x in both]) for key in data}
+        try:
+            mapped = jax.vmap(lambda x: attention(**x, **options))(stacked)
+        except NotImplementedError:
+            mapped = None
+        if mapped is not None:
+            looped = jnp.stack([attention(**x, **options) for x in both])
+            np.testing.assert_allclose(mapped, looped, rtol=1e-4, atol=1e-5)

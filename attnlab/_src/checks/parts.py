@@ -1,0 +1,269 @@
+"""The laws of scores, modifiers and masks, each held against one object."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab._src.checks.compare import Problem, agrees, cast
+from attnlab._src.checks.report import Checker, Report
+from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.masks.base import Mask, full, visible_pairs
+from attnlab._src.masks.data import documents
+from attnlab._src.masks.planning import alone, dense_mask, plan_mask
+from attnlab._src.masks.structural import causal, sliding_window
+from attnlab._src.ops.attention import attention
+from attnlab._src.ops.choice import default_platform
+from attnlab._src.types import Live, Modifier, PyTree, Score, Tile
+
+
+class Sizes(NamedTuple):
+    """Of the attention that is evaluated: letters as everywhere.
+
+    Attributes:
+        batch: B.
+        query_length: T.
+        key_length: S.
+        num_heads: N.
+        num_key_heads: K.
+        head_size: H and D.
+        query_size: H of the query, where the score takes two sizes.
+    """
+
+    batch: int
+    query_length: int
+    key_length: int
+    num_heads: int
+    num_key_heads: int
+    head_size: int
+    query_size: int
+
+    def arrays(self, seed: int = 0) -> dict[str, Any]:
+        """Query, key and value, random, float32."""
+        b, t, s, n, k, h, q = self
+        rng = np.random.default_rng(seed)
+        shapes = {"query": (b, t, n, q), "key": (b, s, k, h), "value": (b, s, k, h)}
+        return {
+            name: rng.normal(size=shape).astype(np.float32)
+            for name, shape in shapes.items()
+        }
+
+
+def is_pytree(checker: Checker, x: Any) -> None:
+    """Structure is hashable, arrays are leaves; both survive a round trip."""
+    with checker.law("arrays are leaves, all else is hashable structure"):
+        leaves, structure = jax.tree.flatten(x)
+        kind = type(x).__name__
+        assert not any(leaf is x for leaf in leaves), f"{kind} is no pytree: @pytree"
+        hash(structure)
+        again = jax.tree.unflatten(structure, leaves)
+        assert type(again) is type(x), f"flattening {kind} makes {type(again).__name__}"
+        other = jax.tree.map(lambda leaf: jnp.asarray(leaf) + 0, x)
+        assert jax.tree.structure(other) == structure, (
+            "other numbers have another structure: they would compile again"
+        )
+
+
+def _runs_here(name: str) -> bool:
+    only = IMPLEMENTATIONS[name].platforms
+    return only is None or default_platform() in only
+
+
+def on_every_implementation(checker: Checker, what: str, problem: Problem) -> None:
+    """Values and gradients are the reference's, whoever computes them."""
+    for name in IMPLEMENTATIONS:
+        if name in ("reference", "jax_nn", "splash") or not _runs_here(name):
+            continue
+        with checker.law(f"{what}: {name} computes what the reference does") as notes:
+            try:
+                agrees(problem, name, np.float32)
+            except NotImplementedError as error:
+                notes.append(f"not taken: {error}")
+    with checker.law(f"{what}: bfloat16"):
+        agrees(problem, "tiled", jnp.bfloat16)
+
+
+def _masks(sizes: Sizes) -> dict[str, Mask]:
+    t, s = sizes.query_length, sizes.key_length
+    return {
+        "full": full(),
+        "window": causal() & sliding_window(4, 0),
+        "documents": documents(np.arange(t) // 5, np.arange(s) // 5),
+    }
+
+
+def check_score(score: Score, sizes: Sizes) -> Report:
+    """Holds a score to its laws; see :func:`attnlab.extend.check`."""
+    checker = Checker(f"score {type(score).__name__}")
+    is_pytree(checker, score)
+    data = sizes.arrays()
+    query, key = jnp.asarray(data["query"]), jnp.asarray(data["key"])
+    with checker.law("projections act on each token alone"):
+        for name, x in (("project_query", query), ("project_key", key)):
+            project = getattr(score, name)
+            each = [project(x[:, i : i + 1]) for i in range(x.shape[1])]
+            np.testing.assert_allclose(
+                project(x), jnp.concatenate(each, 1), rtol=1e-5, atol=1e-5, err_msg=name
+            )
+    if not score.is_inner_product:
+        with checker.law("compare looks at one pair at a time"):
+            params = jax.tree.map(lambda x: jnp.asarray(x)[0], score.pair_params())
+            bare = jax.tree.map(lambda _: None, score)
+            q, k = score.project_query(query)[0, :, 0], score.project_key(key)[0, :, 0]
+            whole = bare.compare(params, q, k)
+            assert whole.shape == (len(q), len(k)), f"compare yields {whole.shape}"
+            part = bare.compare(params, q[1:3], k[2:7])
+            np.testing.assert_allclose(whole[1:3, 2:7], part, rtol=1e-5, atol=1e-5)
+    for name, mask in _masks(sizes).items():
+        problem = Problem(data | {"score": _as_arrays(score)}, {"mask": mask})
+        on_every_implementation(checker, f"mask {name}", problem)
+    _hidden_is_nothing(checker, data, {"score": score})
+    _vmap_is_a_loop(checker, sizes, {"score": score})
+    return checker.report()
+
+
+def check_modifier(modifier: Modifier, sizes: Sizes) -> Report:
+    """Holds a modifier to its laws; see :func:`attnlab.extend.check`."""
+    checker = Checker(f"modifier {type(modifier).__name__}")
+    is_pytree(checker, modifier)
+    data = sizes.arrays()
+    for name, mask in _masks(sizes).items():
+        changed = {"modifiers": (_as_arrays(modifier),)}
+        problem = Problem(data | changed, {"mask": mask})
+        on_every_implementation(checker, f"mask {name}", problem)
+    _hidden_is_nothing(checker, data, {"modifiers": (modifier,)})
+    _vmap_is_a_loop(checker, sizes, {"modifiers": (modifier,)})
+    return checker.report()
+
+
+def check_mask(mask: Mask, sizes: Sizes) -> Report:
+    """Holds a mask to its laws; see :func:`attnlab.extend.check`."""
+    checker = Checker(f"mask {mask!r}")
+    is_pytree(checker, mask)
+    t, s = sizes.query_length, sizes.key_length
+    dense = None
+    with checker.law("visible says of a part what it says of the whole") as notes:
+        dense = np.asarray(dense_mask(mask, t, s))
+        dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)
+        notes.append(f"{dense.mean():.0%} of the pairs are visible")
+        _parts_of_visible(mask, dense, t, s)
+    if dense is not None:
+        for block_q, block_k in ((1, 1), (4, 8), (8, 4), (16, 16)):
+            with checker.law(
+                f"bounds are sound, blocks {block_q} x {block_k}"
+            ) as notes:
+                plan = plan_mask(mask, t, s, (block_q, block_k))
+                assert plan.cols is not None
+                rows = _blocks_of(dense, block_q, block_k)
+                notes.append(_sound(plan.rows, *rows))
+                _sound(plan.cols, *(x.swapaxes(2, 3) for x in rows))
+        with checker.law("what it says of liveness holds"):
+            operands, _ = alone(mask, t, s)
+            for side, axis in (("query", 3), ("key", 2)):
+                may = mask.may_be_alive(side, operands)
+                if may is not None:
+                    seen = np.broadcast_to(dense.any(axis, keepdims=True), dense.shape)
+                    may = np.broadcast_to(np.asarray(may), dense.shape)
+                    assert not (seen & ~may).any(), f"a {side} is alive against it"
+            if mask.sees_itself:
+                least = min(t, s)
+                every = dense[..., range(least), range(least)]
+                assert every.all(), "sees_itself, but some position does not"
+    problem = Problem(sizes.arrays(), {"mask": mask})
+    on_every_implementation(checker, "attention", problem)
+    _hidden_is_nothing(checker, sizes.arrays(), {"mask": mask})
+    _vmap_is_a_loop(checker, sizes, {"mask": mask})
+    return checker.report()
+
+
+def _as_arrays(tree: PyTree) -> PyTree:
+    return cast(jax.tree.map(np.asarray, tree), np.float32)
+
+
+def _parts_of_visible(mask: Mask, dense: np.ndarray, t: int, s: int) -> None:
+    operands, _ = alone(mask, t, s)
+    rows, cols = slice(t // 3, t // 3 + 3), slice(s // 4, s // 4 + 5)
+    for b, n in itertools.product(*map(range, dense.shape[:2])):
+
+        def cut(x: Any, b: int = b, n: int = n) -> Any:
+            x = x[b if x.shape[0] > 1 else 0, n if x.shape[1] > 1 else 0]
+            x = x[rows] if x.shape[0] > 1 else x
+            return x[:, cols] if x.shape[1] > 1 else x
+
+        places = (
+            jnp.arange(t, dtype=jnp.int32)[rows, None],
+            jnp.arange(s, dtype=jnp.int32)[None, cols],
+        )
+        own = jax.tree.map(cut, operands)
+        part = visible_pairs(mask, Tile(*places, jnp.int32(n)), own)
+        whole = dense[b, n, rows, cols]
+        np.testing.assert_array_equal(np.broadcast_to(part, whole.shape), whole)
+
+
+def _blocks_of(dense: np.ndarray, size_q: int, size_k: int) -> list[np.ndarray]:
+    """Which blocks hold a visible pair, and which are complete and hold no other."""
+    *lead, t, s = dense.shape
+    q, k = -(-t // size_q), -(-s // size_k)
+    found = []
+    for fill, how in ((False, "any"), (True, "all")):
+        padded = np.full((*lead, q * size_q, k * size_k), fill)
+        padded[..., :t, :s] = dense
+        cut = padded.reshape(*lead, q, size_q, k, size_k)
+        found.append(getattr(cut, how)((-3, -1)))
+    return found
+
+
+def _sound(live: Live, some: np.ndarray, every: np.ndarray) -> str:
+    """A plan's live blocks hold all that is visible, its full ones nothing else."""
+    count = some.shape[3]
+    full_blocks, partial = (_listed(x, count) for x in live)
+    listed = full_blocks | partial
+    missing = some & ~listed
+    assert not missing.any(), (
+        f"block (row {_first(missing)}) holds a visible pair and is not listed as alive"
+    )
+    wrong = full_blocks & ~every
+    assert not wrong.any(), (
+        f"block (row {_first(wrong)}) is said to be full and hides a pair"
+    )
+    return f"{listed.mean():.0%} alive, {some.mean():.0%} need be"
+
+
+def _first(where: np.ndarray) -> str:
+    *_, row, column = np.argwhere(where)[0]
+    return f"{row}, column {column}"
+
+
+def _listed(intervals: Any, count: int) -> np.ndarray:
+    lo, hi = (np.asarray(x)[..., None] for x in intervals)
+    numbers = np.arange(count)
+    return np.asarray(((numbers >= lo) & (numbers < hi)).any(-2))
+
+
+def _hidden_is_nothing(
+    checker: Checker, data: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Law 3, with padding that nobody sees."""
+    with checker.law("what nobody sees does not exist, NaN included"):
+        s = data["key"].shape[1]
+        mask = options.get("mask", full()) & documents(
+            np.zeros(data["query"].shape[1], int), np.where(np.arange(s) < s - 2, 0, -1)
+        )
+        poisoned = {name: x.copy() for name, x in data.items()}
+        for name in ("key", "value"):
+            poisoned[name][:, s - 2 :] = np.nan
+        clean, other = (
+            attention(**x, **options | {"mask": mask}) for x in (data, poisoned)
+        )
+        np.testing.assert_array_equal(clean, other)
+
+
+def _vmap_is_a_loop(checker: Checker, sizes: Sizes, options: dict[str, Any]) -> None:
+    with checker.law("jax.vmap equals a loop"):
+        both = [sizes.arrays(seed) for seed in (0, 1)]
+        stacked = {name: np.stack([x[name] for x in both]) for name in both[0]}
+        mapped = jax.vmap(lambda x: attention(**x, **options))(stacked)
+        looped = [attention(**x, **options) for x in both]
+        np.testing.assert_allclose(mapped, jnp.stack(looped), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,16 @@
+"""The command ``attnlab``: nothing that takes a while is imported before it.
+
+Importing JAX does; whoever interrupts that is told so in one line.
+"""
+
+import sys
+
+
+def main() -> int:
+    """As :func:`attnlab._src.bench.cli.main`."""
+    try:
+        from attnlab._src.bench.cli import main
+    except KeyboardInterrupt:
+        sys.stderr.write("attnlab: interrupted\n")
+        return 130
+    return main()

@@ -1,0 +1,393 @@
+"""A C++ kernel for CPUs, called through XLA's foreign function interface.
+
+It walks the same plan as ``tiled``, the lanes of its vectors along the queries
+(``src/kernel.cc``). Python describes a call to it as buffers and a short program of
+integers (``program.py``).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnlab._src.implementations.native import load
+from attnlab._src.implementations.native.program import (
+    FLOATS,
+    MOST_MODIFIERS,
+    Buffers,
+    mask_program,
+    modifier_code,
+    modifier_gradient,
+    modifier_operand,
+    score_code,
+    unknown,
+)
+from attnlab._src.implementations.tile import may_round
+from attnlab._src.masks.base import Mask, visible_pairs
+from attnlab._src.masks.planning import plan_of
+from attnlab._src.scores.pairwise import Mlp
+from attnlab._src.scores.projected import bare, known
+from attnlab._src.types import (
+    Array,
+    AttentionInputs,
+    Implementation,
+    Plan,
+    PyTree,
+    Tile,
+    skeleton,
+)
+
+#: Keys in a block: what the kernel takes at once.
+_BLOCK_K = 64
+#: Queries in a block: the most that leave this many units of work, or the fewest.
+_BLOCKS_Q = (128, 64, 32)
+_UNITS = 16
+#: Keys in a slice, at least, and slices of a backward pass at most.
+_SLICE, _MOST_SLICES = 512, 8
+#: Queries that are too few to fill vectors: keys are read as they lie, in slices.
+_FEW_QUERIES, _MOST_FORWARD_SLICES = 4, 64
+#: Keys for which a mask that the kernel does not know is evaluated at once.
+_BITS_BLOCK = 512
+#: Bytes that a call may hold beyond O(T + S), at most: bits of masks that the kernel
+#: does not know, and the gradient of a bias that heads or examples share, one for each.
+_MOST_BYTES = 2**30
+
+
+class Native(Implementation):
+    """A C++ kernel on every core; memory O(T + S); dead blocks cost nothing."""
+
+    name = "native"
+    platforms = ("cpu",)
+    exportable = False
+    reads_raw = True
+
+    def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
+        """See :class:`attnlab.extend.Implementation`."""
+        reasons = []
+        missing = load.why_not()
+        if missing is not None:
+            reasons.append(missing)
+        for x in (inputs.query, inputs.value):
+            if x.dtype not in FLOATS:
+                reasons.append(f"it computes in float32, not in {x.dtype}")
+                break
+        if score_code(inputs.score) is None:
+            reasons.append(f"it does not know the score {type(inputs.score).__name__}")
+        reasons += [
+            f"it does not know the modifier {type(modifier).__name__}"
+            for modifier in inputs.modifiers
+            if modifier_code(modifier) is None
+        ]
+        if len(inputs.modifiers) > MOST_MODIFIERS:
+            reasons.append(f"it takes at most {MOST_MODIFIERS} modifiers")
+        s = inputs.sizes
+        pairs = s.B * s.N * s.T * s.S
+        if unknown(inputs.mask) * pairs / 8 > _MOST_BYTES:
+            reasons.append(
+                "bits of the mask, which it does not know, need too much memory"
+            )
+        for modifier, own in zip(
+            inputs.modifiers, inputs.modifier_operands, strict=True
+        ):
+            over_pairs = min(own[0].shape[2:4], default=0) > 1 if own else False
+            shared = over_pairs and own[0].shape[0] * own[0].shape[1] < s.B * s.N
+            if shared and 4 * pairs > _MOST_BYTES:
+                name = type(modifier).__name__
+                reasons.append(
+                    f"the gradient of the {name} that all share needs too much"
+                )
+        return tuple(reasons)
+
+    def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
+        """See :class:`attnlab.extend.Implementation`."""
+        s = inputs.sizes
+        grain = inputs.mask.grain
+        sizes = [n for n in _BLOCKS_Q if grain is None or grain % n == 0] or _BLOCKS_Q
+        size = next((n for n in sizes if s.B * s.N * -(-s.T // n) >= _UNITS), sizes[-1])
+        return max(min(size, s.T), 1), max(min(_BLOCK_K, s.S), 1)
+
+    def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
+        """See :class:`attnlab.extend.Implementation`."""
+        s = inputs.sizes
+        plan = plan_of(inputs, self.block_sizes(inputs), cols=False)
+        call = _Call(inputs, plan)
+        output = jax.ShapeDtypeStruct((s.B, s.T, s.N, s.D), jnp.float32)
+        lse = jax.ShapeDtypeStruct((s.B, s.T, s.N), jnp.float32)
+        few = _few_queries(inputs)
+        slices = min(-(-s.S // _SLICE), _MOST_FORWARD_SLICES) if few else 0
+        parts = jax.ShapeDtypeStruct((slices, s.B, s.T, s.N, s.D + 2), jnp.float32)
+        output, lse, _ = call.run(load.FORWARD, (output, lse, parts), slices=slices)
+        return output, lse
+
+    def backward(
+        self,
+        inputs: AttentionInputs,
+        output: Array,
+        lse: Array,
+        d_output: Array,
+        d_lse: Array | None,
+        wanted: Sequence[bool],
+    ) -> list[Array | None]:
+        """See :class:`attnlab.extend.Implementation`."""
+        s = inputs.sizes
+        want = jax.tree.unflatten(jax.tree.structure(inputs), list(wanted))
+        plan = plan_of(inputs, self.block_sizes(inputs), cols=False)
+        apart = s.B if _few_queries(inputs) else s.B * s.K
+        slices = max(min(-(-s.S // _SLICE), -(-_UNITS // apart), _MOST_SLICES), 1)
+        rows = -(-s.T // plan.block_q)
+        kept = math.ceil(plan.block_q / 32) * 32 * math.ceil(s.P / 8) * 8
+
+        results: list[Any] = []
+
+        def result(shape: tuple[int, ...], dtype: Any, on: bool = True) -> int:
+            results.append(jax.ShapeDtypeStruct(shape if on else (0,), dtype))
+            return len(results) - 1
+
+        narrow, wide = inputs.query.dtype, inputs.accumulation_dtype
+        query_type = narrow if inputs.head_scale is None else wide
+        result((s.B, s.T, s.N, s.P), query_type, want.query)
+        result((s.B, s.S, s.K, s.P), inputs.key.dtype, want.key)
+        result((s.B, s.S, s.K, s.D), inputs.value.dtype, want.value)
+        # Room for the kernel: gradients of the queries a slice, and of the rows' sums.
+        result((slices, s.B, s.N, rows, kept), jnp.float32, want.query)
+        result((s.B, s.T, s.N), jnp.float32)
+        params = jax.tree.leaves(inputs.pair_params)
+        want_params = any(jax.tree.leaves(want.pair_params))
+        places = [
+            result((slices, s.B, s.N, *x.shape[4:]), jnp.float32, want_params)
+            for x in params
+        ]
+        modifier_places = []
+        for modifier, (operand,), (on,) in zip(
+            inputs.modifiers,
+            inputs.modifier_operands,
+            want.modifier_operands,
+            strict=True,
+        ):
+            if not on:
+                modifier_places.append(-1)
+                continue
+            x = jax.eval_shape(lambda x, m=modifier: modifier_operand(m, x), operand)
+            apart = slices if x.shape[3] == 1 else 1
+            shape = (apart, s.B, s.N, *x.shape[2:])
+            modifier_places.append(result(shape, jnp.float32))
+
+        d_output = d_output.astype(inputs.accumulation_dtype)
+        call = _Call(inputs, plan, output, lse, d_output)
+        found = call.run(
+            load.BACKWARD,
+            tuple(results),
+            slices=slices,
+            wanted=want.query
+            + 2 * want.key
+            + 4 * want.value
+            + 8 * want_params
+            + 16 * any(place >= 0 for place in modifier_places),
+            param_gradient=places[0] if places else -1,
+            d_lse=-1 if d_lse is None else call.add(d_lse),
+            modifier_gradients=modifier_places,
+        )
+
+        d_params = [
+            _to_shape(found[place].sum(0), x)
+            for place, x in zip(places, params, strict=True)
+            if want_params
+        ]
+        d_modifiers = tuple(
+            (
+                None
+                if place < 0
+                else modifier_gradient(modifier, _sum(found[place], operand), operand),
+            )
+            for place, modifier, (operand,) in zip(
+                modifier_places,
+                inputs.modifiers,
+                inputs.modifier_operands,
+                strict=True,
+            )
+        )
+        gradients: dict[str, Any] = {
+            "query": found[0] if want.query else None,
+            "key": found[1] if want.key else None,
+            "value": found[2] if want.value else None,
+            "modifier_operands": d_modifiers,
+        }
+        if want_params:
+            structure = jax.tree.structure(inputs.pair_params)
+            gradients["pair_params"] = jax.tree.unflatten(structure, d_params)
+        bare = dataclasses.replace(skeleton(inputs), **gradients)
+        return jax.tree.structure(inputs).flatten_up_to(bare)
+
+
+def _sum(x: Array, operand: Array) -> Array:
+    """``[slices or 1, B, N, ...]`` to the batch and head axes of the operand."""
+    x = x.sum(0)
+    axes = tuple(a for a in (0, 1) if operand.shape[a] == 1)
+    return x.sum(axes, keepdims=True)
+
+
+def _to_shape(x: Array, operand: Array) -> Array:
+    """``[B, N, *payload]`` to a pair parameter ``[1, N or 1, 1, 1, *payload]``."""
+    return _sum(x[None], operand).reshape(operand.shape)
+
+
+class _Call:
+    """A call of the kernel: its buffers and its program."""
+
+    def __init__(self, inputs: AttentionInputs, plan: Plan, *backward: Array):
+        self.inputs, self.plan = inputs, plan
+        rows = plan.rows
+        self.buffers = Buffers(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            inputs.query_positions,
+            inputs.key_positions,
+            *(jnp.asarray(x, jnp.int32) for x in (*rows.full, *rows.partial)),
+            *backward,
+        )
+        self.add = self.buffers.add
+
+    def run(
+        self,
+        name: str,
+        results: tuple[jax.ShapeDtypeStruct, ...],
+        *,
+        slices: int,
+        wanted: int = 0,
+        param_gradient: int = -1,
+        d_lse: int = -1,
+        modifier_gradients: Sequence[int] = (),
+    ) -> Any:
+        """Calls it; see ``Problem`` in ``src/problem.h`` for the order of numbers."""
+        inputs, plan = self.inputs, self.plan
+        code = score_code(inputs.score)
+        assert code is not None
+        params = [
+            self.add(x.astype(jnp.float32)) for x in jax.tree.leaves(inputs.pair_params)
+        ]
+        words, below, scale = -1, -1, 1.0
+        if inputs.dropout_words is not None:
+            words = self.add(inputs.dropout_words[0])
+            self.add(inputs.dropout_words[1])
+            below = round(inputs.dropout_rate * 2**24)
+            scale = 1 / (1 - inputs.dropout_rate)
+        modifiers: list[int] = []
+        places = modifier_gradients or [-1] * len(inputs.modifiers)
+        for modifier, (operand,), place in zip(
+            inputs.modifiers, inputs.modifier_operands, places, strict=True
+        ):
+            kind = modifier_code(modifier)
+            assert kind is not None
+            before, after = getattr(modifier, "reach", (0, 0))
+            argument = self.add(modifier_operand(modifier, operand))
+            modifiers += [kind, argument, before, after, place]
+        program = [
+            *code,
+            may_round(inputs),
+            _few_queries(inputs),
+            below,
+            plan.block_q,
+            plan.block_k,
+            slices,
+            wanted,
+            len(params),
+            params[0] if params else -1,
+            param_gradient,
+            words,
+            d_lse,
+            *(
+                -1 if x is None else self.add(x)
+                for x in (*inputs.living, inputs.head_scale)
+            ),
+            len(inputs.modifiers),
+            *modifiers,
+            *mask_program(inputs.mask, inputs.mask_operands, self.buffers, self.bits),
+        ]
+        call = jax.ffi.ffi_call(name, results)
+        return call(
+            *self.buffers.arrays,
+            program=np.asarray(program, np.int64),
+            keep_scale=np.float64(scale),
+            logit_scale=np.float64(inputs.logit_scale),
+        )
+
+    def bits(self, mask: Mask, operands: PyTree) -> Array:
+        """Words of 32 queries for each key, where the plan's blocks are partial.
+
+        ``[B or 1, N or 1, T / 32, S]`` uint32.
+        """
+        inputs, s = self.inputs, self.inputs.sizes
+        span = min(_BITS_BLOCK, s.S)
+        plan = self.plan
+        lo, hi = (jnp.asarray(x) for x in plan.rows.partial)
+        # Rows of the plan that a word may touch.
+        touched = 31 // plan.block_q + 2
+        count = -(-s.T // 32)
+        if lo.shape[3] == 0:  # nobody reads them
+            return jnp.zeros((1, 1, count, s.S), jnp.uint32)
+        pad = [(0, 0), (0, 0), (0, count * 32 - s.T), (0, 0)]
+        q_pos = jnp.pad(inputs.query_positions, pad, constant_values=-1)
+        k_pos = inputs.key_positions
+
+        def padded(x: Array) -> Array:
+            if x.shape[2] == 1 or s.T == 1:
+                return x
+            return jnp.pad(x, pad + [(0, 0)] * (x.ndim - 4), mode="edge")
+
+        operands = jax.tree.map(padded, operands)
+        leaves = [q_pos, k_pos, lo, *jax.tree.leaves(operands)]
+        batch = max(x.shape[0] for x in leaves)
+        heads = max(x.shape[1] for x in leaves)
+        shift = jnp.arange(32, dtype=jnp.uint32)[:, None]
+
+        def row(index: Array) -> Array:
+            b, n, r = index // (heads * count), index // count % heads, index % count
+
+            def cut(x: Array, k: Array) -> Array:
+                start = [b, n, r * 32, k] + [0] * (x.ndim - 4)
+                sizes = [1, 1, 32, span, *x.shape[4:]]
+                for axis in range(4):
+                    if x.shape[axis] == 1:
+                        start[axis], sizes[axis] = 0, 1
+                start = [jnp.asarray(i, jnp.int32) for i in start]
+                return lax.dynamic_slice(x, start, sizes)[0, 0]
+
+            def block(first: Array, j: Array, words: Array) -> Array:
+                k = jnp.clip(first + j * span, 0, s.S - span)
+                tile = Tile(cut(q_pos, k), cut(k_pos, k), n.astype(jnp.int32))
+                mine = jax.tree.map(lambda x: cut(x, k), operands)
+                seen = visible_pairs(mask, tile, mine)
+                seen = jnp.broadcast_to(seen, (32, span)).astype(jnp.uint32)
+                found = (seen << shift).sum(0, dtype=jnp.uint32)
+                return lax.dynamic_update_slice(words, found, (k,))
+
+            def interval(i: Array, words: Array) -> Array:
+                place = jnp.minimum(
+                    r * 32 // plan.block_q + i % touched, lo.shape[2] - 1
+                )
+                at = b if lo.shape[0] > 1 else 0, n if lo.shape[1] > 1 else 0, place
+                first = lo[at][i // touched] * plan.block_k
+                end = hi[at][i // touched] * plan.block_k
+                spans = -((first - end) // span)
+                return lax.fori_loop(
+                    0, spans, lambda j, words: block(first, j, words), words
+                )
+
+            start = jnp.zeros((s.S,), jnp.uint32)
+            return lax.fori_loop(0, lo.shape[3] * touched, interval, start)
+
+        words = lax.map(row, jnp.arange(batch * heads * count, dtype=jnp.int32))
+        return words.reshape(batch, heads, count, s.S)
+
+
+def _few_queries(inputs: AttentionInputs) -> bool:
+    """Whether queries are so few that vectors lie along the keys instead."""
+    deep = known(inputs.score) is Mlp and len(bare(inputs.score).hidden) > 0
+    alike = inputs.key.dtype == inputs.value.dtype
+    return inputs.sizes.T <= _FEW_QUERIES and alike and not deep

@@ -1,0 +1,53 @@
+"""Builds the native library when attnlab is installed; see pyproject.toml.
+
+Where it cannot be built, the installation goes on without it and leaves a note for
+:func:`attnlab._src.implementations.native.load.why_not`. setuptools loads this file by
+its path, before anything that attnlab depends on is there.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+
+def _load_build() -> Any:
+    path = Path(__file__).with_name("build.py")
+    spec = importlib.util.spec_from_file_location("_attnlab_native_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_BUILD = _load_build()
+_PACKAGE = ("attnlab", "_src", "implementations", "native")
+
+
+class BuildPy(build_py):
+    """Builds the library beside the modules: the copies, or, editable, the sources."""
+
+    def run(self) -> None:
+        """See setuptools."""
+        super().run()
+        folder = _BUILD.HERE
+        if not self.editable_mode:
+            folder = Path(self.build_lib, *_PACKAGE)
+            for stale in (_BUILD.LIBRARY, _BUILD.NOTE):
+                (folder / stale.name).unlink(missing_ok=True)
+        if reason := _BUILD.build_or_note(folder):
+            sys.stderr.write(f"attnlab goes without its native library: {reason}\n")
+
+
+class BdistWheel(bdist_wheel):
+    """Tags the wheel for this platform where the library is in it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """See setuptools: any Python 3 loads the library, but only here."""
+        library = Path(self.bdist_dir or "", *_PACKAGE, _BUILD.LIBRARY.name)
+        self.root_is_pure = not library.is_file()
+        return "py3", "none", super().get_tag()[2]

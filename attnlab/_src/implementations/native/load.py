@@ -1,0 +1,120 @@
+"""Loads the native library and registers its handlers with XLA, once, when asked."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+#: The names of the handlers, for ``jax.ffi.ffi_call``.
+FORWARD = "attnlab_forward"
+BACKWARD = "attnlab_backward"
+
+_SYMBOLS = {FORWARD: "AttnlabForward", BACKWARD: "AttnlabBackward"}
+_LOCK = threading.Lock()
+
+
+class Native(NamedTuple):
+    """What was loaded.
+
+    Attributes:
+        reason: why it cannot be used, or None where it can.
+        path: the library.
+        isa: the instruction set that runs.
+        isas: all that were built and that this processor has, the lowest first.
+        compiler: what compiled it.
+    """
+
+    reason: str | None
+    path: Path | None = None
+    isa: str = ""
+    isas: tuple[str, ...] = ()
+    compiler: str = ""
+
+
+def why_not() -> str | None:
+    """Why the native library cannot be used here, or None where it can."""
+    return load().reason
+
+
+def load() -> Native:
+    """Loads the library and registers its handlers; the first answer stays.
+
+    It reads two environment variables. ``ATTNLAB_NATIVE_LIBRARY`` names another file,
+    or, empty, none. ``ATTNLAB_NATIVE_ISA`` names an instruction set: ``baseline``,
+    ``avx2``, ``avx512`` or ``avx512bf16``.
+    """
+    with _LOCK:
+        return _load()
+
+
+@contextlib.contextmanager
+def instructions(isa: str) -> Iterator[None]:
+    """Within it, every call in this process runs on that instruction set.
+
+    Raises:
+        ValueError: if this processor or this build does not have it.
+    """
+    path = load().path
+    if path is None or isa not in load().isas:
+        raise ValueError(f"isa: expected one of {load().isas}, got {isa!r}")
+    use = ctypes.CDLL(str(path)).attnlab_use
+    use(isa.encode())
+    try:
+        yield
+    finally:
+        use(b"")
+
+
+@functools.cache
+def _load() -> Native:
+    # Not above: whoever runs the module `build` wants to be the first to import it.
+    from attnlab._src.implementations.native import build
+
+    path = build.LIBRARY
+    named = os.environ.get("ATTNLAB_NATIVE_LIBRARY")
+    if named is not None:
+        path = Path(named).absolute()
+        if not named:
+            return Native("ATTNLAB_NATIVE_LIBRARY is empty: it is switched off")
+        if not path.is_file():
+            return Native(f"ATTNLAB_NATIVE_LIBRARY={named}: there is no such file")
+    note = build.NOTE.read_text().strip() if build.NOTE.is_file() else ""
+    if not path.is_file():
+        why = f": {note}" if note else ""
+        return Native(f"it was not built{why}; `{build.COMMAND}` builds it")
+    again = f"; `{build.COMMAND}` builds it again"
+    try:
+        library = ctypes.CDLL(str(path))
+        if _text(library, "source_hash") != build.source_hash():
+            failed = f" (the last build failed: {note})" if note else ""
+            return Native(f"its sources changed since it was built{failed}{again}")
+        isa, isas, refusal, compiler = (
+            _text(library, name) for name in ("isa", "isas", "refusal", "compiler")
+        )
+        handlers = {name: getattr(library, _SYMBOLS[name]) for name in _SYMBOLS}
+    except (OSError, AttributeError) as error:
+        return Native(f"it cannot be loaded: {error}{again}")
+    if refusal:
+        return Native(refusal)
+    try:
+        # Before there is a backend, JAX would keep the handlers for later; one that is
+        # refused then (for newer headers than the runtime's) takes the backend with it.
+        jax.local_devices(backend="cpu")
+        for name, handler in handlers.items():
+            capsule = jax.ffi.pycapsule(handler)
+            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    except Exception as error:  # XLA's own, of several kinds
+        return Native(f"JAX refuses it: {error}")
+    return Native(None, path, isa, tuple(isas.split(",")), compiler)
+
+
+def _text(library: ctypes.CDLL, name: str) -> str:
+    function = library[f"attnlab_{name}"]
+    function.restype = ctypes.c_char_p
+    return function().decode()

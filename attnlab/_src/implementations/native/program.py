@@ -1,0 +1,191 @@
+"""A call in the kernel's words: buffers, and a short program of integers.
+
+The numbers are those of the enumerations in ``src/problem.h`` and ``src/mask.h``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab._src.masks.algebra import And, Not, Or
+from attnlab._src.masks.base import Full, Mask
+from attnlab._src.masks.data import Dense, Documents, Lengths
+from attnlab._src.masks.layouts import BlockLayout
+from attnlab._src.masks.patterns import AnchorIndices
+from attnlab._src.masks.per_head import PerHead
+from attnlab._src.masks.structural import Anchor, Chunked, Window
+from attnlab._src.modifiers.bias import Bias, SoftCap
+from attnlab._src.modifiers.relative import Alibi, RelativeTable
+from attnlab._src.scores.pairwise import Additive, Mlp
+from attnlab._src.scores.projected import bare, known
+from attnlab._src.types import Array, Modifier, PyTree, Score
+
+_INNER, _ADDITIVE, _MLP = range(3)
+_ACTIVATIONS: dict[Any, int] = {
+    jax.nn.relu: 0,
+    jnp.tanh: 1,
+    jax.nn.tanh: 1,
+    jax.nn.sigmoid: 2,
+    jax.nn.silu: 3,
+    jax.nn.gelu: 4,
+}
+_SOFT_CAP, _ALIBI, _RELATIVE, _BIAS = range(4)
+_MODIFIERS: dict[type, int] = {
+    SoftCap: _SOFT_CAP,
+    Alibi: _ALIBI,
+    RelativeTable: _RELATIVE,
+    Bias: _BIAS,
+}
+#: What the kernel evaluates itself; a subclass may mean something else.
+_MASKS = (
+    *(Full, Window, Anchor, Chunked, Lengths, Documents, Dense),
+    *(BlockLayout, AnchorIndices, And, Or, Not, PerHead),
+)
+_FULL, _WINDOW, _ANCHOR, _CHUNKED, _FLAGS, _DOCUMENTS, _DENSE = range(7)
+_BLOCKS, _ANCHOR_INDICES, _BITS, _AND, _OR, _NOT, _PER_HEAD = range(7, 14)
+
+#: Modifiers, and layers of a perceptron after its first: the kernel's arrays are fixed.
+MOST_MODIFIERS, MOST_LAYERS = 16, 10
+
+#: What arrays hold numbers of in the kernel.
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def score_code(score: Score) -> tuple[int, int] | None:
+    """(score, activation) as the kernel knows them; None if it does not."""
+    kind, score = known(score), bare(score)
+    if kind is Mlp:
+        activation = _ACTIVATIONS.get(score.activation)
+        known_layers = activation is not None and len(score.hidden) <= MOST_LAYERS
+        return (_MLP, activation) if known_layers else None
+    if kind is Additive:
+        return _ADDITIVE, 0
+    return (_INNER, 0) if kind is Score else None
+
+
+def modifier_code(modifier: Modifier) -> int | None:
+    """The modifier as the kernel knows it; None if it does not."""
+    return _MODIFIERS.get(type(modifier))
+
+
+class Buffers:
+    """The arguments of a call, in order."""
+
+    def __init__(self, *arrays: Any):
+        self.arrays = list(arrays)
+
+    def add(self, array: Any) -> int:
+        """Adds an array; returns its place."""
+        self.arrays.append(array)
+        return len(self.arrays) - 1
+
+
+def offset_buckets(modifier: RelativeTable, count: int) -> Array:
+    """The bucket of each offset ``s - t`` that has one of its own, in their order."""
+    before, after = modifier.reach
+    return modifier.bucket(jnp.arange(-before, after + 1, dtype=jnp.int32), count)
+
+
+def modifier_operand(modifier: Modifier, operand: Array) -> Array:
+    """The operand of a modifier as the kernel reads it."""
+    if isinstance(modifier, RelativeTable):
+        operand = operand[..., offset_buckets(modifier, operand.shape[-1])]
+    if isinstance(modifier, Bias) and operand.dtype in FLOATS:
+        return operand
+    return operand.astype(jnp.float32)
+
+
+def mask_program(
+    mask: Mask,
+    operands: PyTree,
+    buffers: Buffers,
+    bits: Callable[[Mask, PyTree], Array],
+) -> list[int]:
+    """The mask in prefix form.
+
+    Args:
+        mask: skeleton.
+        operands: its operands, normalised.
+        buffers: get the operands.
+        bits: makes words of 32 queries for each key of a mask that the kernel does not
+            know, ``[B or 1, N or 1, T / 32, S]``.
+    """
+    add = buffers.add
+
+    def parts(masks: tuple[Mask, ...]) -> list[list[int]]:
+        return [
+            mask_program(m, o, buffers, bits)
+            for m, o in zip(masks, operands, strict=True)
+        ]
+
+    if type(mask) not in _MASKS:
+        return [_BITS, add(bits(mask, operands))]
+    match mask:
+        case And():
+            return [_AND, len(mask.parts), *sum(parts(mask.parts), [])]
+        case Or():
+            return [_OR, len(mask.parts), *sum(parts(mask.parts), [])]
+        case Not():
+            return [_NOT, *mask_program(mask.part, operands, buffers, bits)]
+        case PerHead():
+            each = parts(mask.parts)
+            programs = [each[part] for part in mask.order]
+            sizes = [len(p) for p in programs]
+            return [_PER_HEAD, len(programs), *sizes, *sum(programs, [])]
+    return _structure(mask) or _data(mask, operands, add)
+
+
+def _structure(mask: Mask) -> list[int]:
+    """Masks without operands."""
+
+    def limit(size: int | None) -> int:
+        return -1 if size is None else size
+
+    match mask:
+        case Full():
+            return [_FULL]
+        case Window():
+            return [_WINDOW, limit(mask.left), limit(mask.right), mask.step]
+        case Anchor():
+            runs = [place for run in mask.runs for place in run]
+            return [_ANCHOR, int(mask.side == "key"), len(mask.runs), *runs]
+        case Chunked():
+            return [_CHUNKED, mask.size]
+    return []
+
+
+def _data(mask: Mask, operands: PyTree, add: Callable[[Array], int]) -> list[int]:
+    """Masks that carry data."""
+    match mask:
+        case Lengths():
+            flags = [[_FLAGS, add(x)] for x in operands if x is not None]
+            return [_AND, len(flags), *sum(flags, [])]
+        case Documents():
+            return [_DOCUMENTS, *(add(x) for x in operands)]
+        case Dense():
+            return [_DENSE, add(operands)]
+        case BlockLayout():
+            return [_BLOCKS, add(operands[0]), mask.block_size]
+        case AnchorIndices():
+            return [_ANCHOR_INDICES, add(operands), int(mask.side == "key")]
+    raise AssertionError(mask)
+
+
+def unknown(mask: Mask) -> int:
+    """How many parts of a mask the kernel does not know: they reach it as bits."""
+    if type(mask) not in _MASKS:
+        return 1
+    if isinstance(mask, (And, Or, PerHead)):
+        return sum(unknown(m) for m in mask.parts)
+    return unknown(mask.part) if isinstance(mask, Not) else 0
+
+
+def modifier_gradient(modifier: Modifier, gradient: Array, operand: Array) -> Array:
+    """The gradient of what the kernel read -> that of the operand."""
+    if isinstance(modifier, RelativeTable):
+        count = operand.shape[-1]
+        zeros = jnp.zeros((*gradient.shape[:-1], count), gradient.dtype)
+        return zeros.at[..., offset_buckets(modifier, count)].add(gradient)
+    return gradient

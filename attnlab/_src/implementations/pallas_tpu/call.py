@@ -1,0 +1,122 @@
+"""What every kernel here shares: sizes of blocks, arrays as it takes them, the call."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from attnlab._src.implementations.pallas_tpu.blocks import device, limit
+from attnlab._src.implementations.pallas_tpu.steps import Steps
+from attnlab._src.implementations.tile import may_round
+from attnlab._src.types import Array, AttentionInputs, Intervals, Live, Plan
+
+#: Of a product, by the axes that it contracts: [m, k] [k, n]; [m, k] [n, k].
+NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
+
+
+class Products(NamedTuple):
+    """How matrices are multiplied.
+
+    Attributes:
+        dtype: in which they are held.
+        precision: of the product.
+    """
+
+    dtype: Any
+    precision: Any
+
+    @classmethod
+    def of(cls, inputs: AttentionInputs) -> "Products":
+        """As ``precision=``, or else JAX's own setting, asks."""
+        if not may_round(inputs):
+            return cls(jnp.float32, lax.Precision.HIGHEST)
+        alike = inputs.query.dtype == inputs.value.dtype
+        return cls(inputs.query.dtype if alike else jnp.float32, None)
+
+    def __call__(self, a: Array, b: Array, dims: Any = NN) -> Array:
+        """The product, float32."""
+        return lax.dot_general(
+            a.astype(self.dtype),
+            b.astype(self.dtype),
+            dims,
+            precision=self.precision,
+            preferred_element_type=jnp.float32,
+        )
+
+
+def fit(plan: Plan, sizes: tuple[int, int]) -> Plan:
+    """The plan in whole blocks of a kernel, where a short side is one block.
+
+    Args:
+        plan: as planned.
+        sizes: queries and keys in a block of the kernel.
+    """
+    rows, cols = plan.rows, plan.cols
+    if plan.block_k < sizes[1]:
+        # The only block of keys is padded: what is no key must be hidden.
+        xp: Any = np if plan.is_static else jnp
+
+        def partial(live: Live) -> Live:
+            pairs = zip(live.full, live.partial, strict=True)
+            return Live(
+                Intervals(*(x[..., :0] for x in live.full)),
+                Intervals(*(xp.concatenate(x, -1) for x in pairs)),
+            )
+
+        rows, cols = partial(rows), None if cols is None else partial(cols)
+    return dataclasses.replace(
+        plan, rows=rows, cols=cols, block_q=sizes[0], block_k=sizes[1]
+    )
+
+
+def heads_first(
+    x: Array, length: int, *, transposed: bool, padding: str = "constant"
+) -> Array:
+    """``[B, L, heads, X]`` as ``[B, heads, L, X]``, or ``[.., X, L]``, L padded.
+
+    ``padding``: a mode of ``jnp.pad``; by zeros if not given.
+    """
+    x = jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)], mode=padding)
+    return x.transpose((0, 2, 3, 1) if transposed else (0, 2, 1, 3))
+
+
+def call(
+    kernel: Callable[..., None],
+    steps: Steps,
+    lead: tuple[int, int],
+    arrays: Sequence[Array],
+    in_specs: Sequence[pl.BlockSpec],
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    out_specs: Sequence[pl.BlockSpec],
+    scratch: Sequence[Any],
+    *,
+    name: str,
+    interpret: Any,
+    aliases: dict[int, int] | None = None,
+) -> Any:
+    """Calls a kernel; it gets the words of the steps first, then all references."""
+    grid = (*lead, *steps.grid)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(steps.words),
+            grid=grid,
+            in_specs=list(in_specs),
+            out_specs=list(out_specs),
+            scratch_shapes=list(scratch),
+        ),
+        out_shape=list(out_shape),
+        input_output_aliases=aliases or {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 2 + ("arbitrary",) * (len(grid) - 2),
+            vmem_limit_bytes=limit() if device().kind else None,
+        ),
+        name=name,
+        interpret=interpret,
+    )(*(jnp.asarray(x) for x in steps.words), *arrays)

@@ -1,0 +1,418 @@
+"""Scores as tile kernels: inner products on the matrix unit, additive, perceptrons."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks
+from attnlab._src.implementations.pallas_tpu.call import NT, Products
+from attnlab._src.implementations.pallas_tpu.logits import Part
+from attnlab._src.implementations.pallas_tpu.operands import Place, Reader
+from attnlab._src.implementations.plain import scaled_query, scaling_rounds
+from attnlab._src.modifiers.bias import SoftCap
+from attnlab._src.scores.pairwise import Additive, Mlp
+from attnlab._src.scores.projected import bare, known
+from attnlab._src.types import Array, AttentionInputs
+
+f32 = jnp.float32
+
+#: An additive score's keys that are compared in one step of a loop; in its gradients
+#: keys and hidden units at once, and keys whose sums over the queries are finished at
+#: once: what one of them waits for, the others do meanwhile.
+_COMPARED = 16
+_PULLED, _UNITS, _FINISHED = 32, 8, 128
+_LANES = 128
+
+
+class Given(NamedTuple):
+    """What a comparison reads: references, and how matrices are multiplied.
+
+    Attributes:
+        q: the block of queries, ``[P, queries]``; in the backward pass of an inner
+            product ``[queries, P]``.
+        k: the block of keys, ``[keys, P]``.
+        k_across: the same as ``[P, keys]``; None in the forward pass.
+        params: to ``Comparison.params``.
+        room: to ``Comparison.room``.
+        product: of matrices.
+        scale: ``head_scale``; None where there is none, or queries have it.
+    """
+
+    q: Any
+    k: Any
+    k_across: Any
+    params: Sequence[Any]
+    room: Sequence[Any]
+    product: Products
+    scale: Any
+
+
+class Sums(NamedTuple):
+    """References to the gradients that a comparison adds to.
+
+    Attributes:
+        q: ``[P, queries]``; of inner products, as if their scale were 1.
+        k: ``[keys, P]``; of inner products, less ``Comparison.factor``.
+        params: of ``Comparison.gradient_shapes``; none where nobody asks.
+    """
+
+    q: Any
+    k: Any
+    params: Sequence[Any]
+
+
+class Comparison:
+    """How the logits of a block are computed. This one: inner products."""
+
+    #: Whether the backward pass reads queries as ``[P, queries]``, as the forward does.
+    queries_across = False
+
+    def __init__(self, inputs: AttentionInputs):
+        """For these inputs."""
+        self.inputs = inputs
+
+    @property
+    def dtype(self) -> Any:
+        """In which the kernel holds queries and keys."""
+        key, query = self.inputs.key.dtype, self.inputs.query.dtype
+        return query if key == query else f32
+
+    @property
+    def query(self) -> Array:
+        """As the kernel reads it: scaled, where that rounds nothing."""
+        inputs = self.inputs
+        exact = not scaling_rounds(inputs)
+        return (scaled_query(inputs) if exact else inputs.query).astype(self.dtype)
+
+    @property
+    def factor(self) -> float:
+        """The constant part of a scale that queries do not have."""
+        return self.inputs.logit_scale if scaling_rounds(self.inputs) else 1.0
+
+    def _scaled(self, z: Array, scale: Any) -> Array:
+        if self.factor != 1:
+            scale = self.factor if scale is None else self.factor * scale
+        return _times(z, scale)
+
+    def bound(self) -> Array | None:
+        """What no logit exceeds in size; None: unknown."""
+        inputs = self.inputs
+        capped = _capped(inputs)
+        if capped is not None or inputs.modifiers:
+            return capped
+        norms = [
+            jnp.square(x.astype(f32)).sum(-1).max(1, initial=0)
+            for x in (scaled_query(inputs, f32), inputs.key)
+        ]
+        queries = norms[0].reshape(*norms[1].shape, -1)
+        return jnp.sqrt((queries * norms[1][..., None]).max(initial=0))
+
+    def params(self, place: Callable[..., Place]) -> list[Reader]:
+        """The parameters of the score, as the kernel takes them."""
+        return []
+
+    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[Any]:
+        """Memory that the comparison needs, and what it makes of spare bytes."""
+        return []
+
+    def logits(self, given: Given, part: Part) -> Array:
+        """Of a part of the keys, ``[keys, queries]``."""
+        z = given.product(given.k[part.keys, :], given.q[...])
+        return self._scaled(z, given.scale)
+
+    def logits_again(self, given: Given, part: Part) -> Array:
+        """As ``logits``, in the backward pass: see ``queries_across``."""
+        z = given.product(given.k[part.keys, :], given.q[...], NT)
+        return self._scaled(z, given.scale)
+
+    def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
+        """Of what ``pull`` sums for the parameters of one head."""
+        return []
+
+    def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
+        """Adds what a gradient ``d [keys, queries]`` makes of those of the inputs."""
+        sums.q[...] += given.product(given.k_across[:, part.keys], d)
+        sums.k[part.keys, :] += given.product(_times(d, given.scale), given.q[...])
+
+    def finish_gradients(self, found: Sequence[Array]) -> Any:
+        """Sums ``[B, N, *shape]`` as gradients ``[B, N, 1, 1, *payload]``."""
+        raise NotImplementedError("an inner product has no parameters")
+
+
+class _AdditiveComparison(Comparison):
+    @property
+    def dtype(self) -> Any:
+        return f32
+
+    def _weight(self) -> Array:
+        """``[B or 1, N or 1, P]``."""
+        (weight,) = jax.tree.leaves(self.inputs.pair_params)
+        return weight.reshape(*weight.shape[:2], -1).astype(f32)
+
+    def bound(self) -> Array | None:
+        capped = _capped(self.inputs)
+        if capped is not None or self.inputs.modifiers:
+            return capped
+        return jnp.abs(self._weight()).sum(-1).max(initial=0)
+
+    def params(self, place: Callable[..., Place]) -> list[Reader]:
+        # One in each lane. Not in scalar memory: there the static profile fails.
+        weight = self._weight()[..., None]
+        return [_by_head(jnp.broadcast_to(weight, (*weight.shape[:3], _LANES)), place)]
+
+    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[Any]:
+        shapes = [(blocks.chunk, blocks.q)]
+        if of == "backward":
+            shapes.append((_UNITS * blocks.chunk, _width(blocks.q)))
+            # The tanh of so many units is kept from the logits for their gradients.
+            kept = min(self.inputs.sizes.P, spare // (4 * blocks.chunk * blocks.q))
+            shapes += [(kept * blocks.chunk, blocks.q)] * (kept > 0)
+        return [pltpu.VMEM(shape, f32) for shape in shapes]
+
+    def logits(self, given: Given, part: Part) -> Array:
+        (weight,), (z, *_), q, k = given.params, given.room, given.q, given.k
+        tiles, step = _tiles(q), math.gcd(_COMPARED, part.size)
+        tanh, kept = _tanh_of(given.room)
+
+        def some(i: Array, _: None) -> None:
+            key = k[pl.ds(part.first + i * step, step), :]
+            totals = [jnp.zeros((step, _width(q.shape[1])), f32) for _ in tiles]
+            for p in range(weight.shape[0]):
+                unit = slice(p, p + 1)
+                for n, tile in enumerate(tiles):
+                    t = jnp.tanh(key[:, unit] + q[unit, tile])
+                    totals[n] += weight[unit, : t.shape[1]] * t
+                    if p < kept:
+                        tanh[pl.ds(p * part.size + i * step, step), tile] = t
+            for tile, total in zip(tiles, totals, strict=True):
+                z[pl.ds(i * step, step), tile] = total
+
+        _loop(part.size // step, some, None)
+        return z[...]
+
+    queries_across = True
+    logits_again = logits
+
+    def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
+        (weight,) = jax.tree.leaves(self.inputs.pair_params)
+        return [(weight.shape[-1], _width(blocks.q))]
+
+    def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
+        (weight,), (z, *_) = given.params, given.room
+        z[...] = d
+        row = weight[:, :1].T
+        every = range(row.shape[1])
+        for first in every[::_UNITS]:
+            self._pull_units(every[first : first + _UNITS], row, given, part, sums)
+
+    def _pull_units(
+        self, units: Sequence[int], row: Array, given: Given, part: Part, sums: Sums
+    ) -> None:
+        """Adds the gradients of some hidden units, side by side."""
+        (weight,), (z, wide, *_), q, k = given.params, given.room, given.q, given.k
+        tiles, width = _tiles(q), _width(q.shape[1])
+        tanh, kept = _tanh_of(given.room)
+        step = math.gcd(_PULLED, part.size)
+        finished = math.gcd(_FINISHED, part.size)
+        own = lax.broadcasted_iota(jnp.int32, row.shape, 1)
+
+        def some(i: Array, found: list[Any]) -> list[Any]:
+            here, more = pl.ds(i * step, step), []
+            d = [z[here, tile] for tile in tiles]
+            for n, p in enumerate(units):
+                (d_query, d_weight), d_key = found[n], jnp.zeros((step, width), f32)
+                d_query = list(d_query)
+                for m, tile in enumerate(tiles):
+                    if p < kept:
+                        t = tanh[pl.ds(p * part.size + i * step, step), tile]
+                    else:
+                        key = k[pl.ds(part.first + i * step, step), p : p + 1]
+                        t = jnp.tanh(key + q[p : p + 1, tile])
+                    weighted = d[m] * t
+                    inner = d[m] - weighted * t
+                    d_key += inner
+                    d_query[m] += eighths(inner)
+                    d_weight += eighths(weighted)
+                wide[pl.ds(n * part.size + i * step, step), :] = d_key
+                more.append((d_query, d_weight))
+            return more
+
+        def finish(i: Array, _: None) -> None:
+            d_key = jnp.zeros((finished, row.shape[1]), f32)
+            for n, p in enumerate(units):
+                here = pl.ds(n * part.size + i * finished, finished)
+                d_key = jnp.where(own == p, wide[here, :].sum(1, keepdims=True), d_key)
+            here = pl.ds(part.first + i * finished, finished)
+            sums.k[here, :] += d_key * row
+
+        def eighths(x: Array) -> Array:
+            return x.reshape(-1, 8, width).sum(0)
+
+        zero = jnp.zeros((8, width), f32)
+        start = [([zero] * len(tiles), zero)] * len(units)
+        found = _loop(part.size // step, some, start)
+        _loop(part.size // finished, finish, None)
+        for p, (d_query, d_weight) in zip(units, found, strict=True):
+            unit = slice(p, p + 1)
+            for tile, each in zip(tiles, d_query, strict=True):
+                sums.q[unit, tile] += each.sum(0, keepdims=True) * weight[unit, :width]
+            for ref in sums.params:
+                ref[unit, :] += d_weight.sum(0, keepdims=True)
+
+    def finish_gradients(self, found: Sequence[Array]) -> Any:
+        structure = jax.tree.structure(self.inputs.pair_params)
+        return jax.tree.unflatten(structure, [found[0].sum(-1)])
+
+
+class _MlpComparison(Comparison):
+    @property
+    def dtype(self) -> Any:
+        return f32
+
+    def _columns(self) -> list[Array]:
+        """Transposed matrices, vectors as columns: ``[B or 1, N or 1, rows, cols]``."""
+
+        def column(x: Array) -> Array:
+            x = x.reshape(*x.shape[:2], *x.shape[4:]).astype(f32)
+            return x.swapaxes(2, 3) if x.ndim == 4 else x[..., None]
+
+        return [column(x) for x in jax.tree.leaves(self.inputs.pair_params)]
+
+    def bound(self) -> Array | None:
+        return _capped(self.inputs)
+
+    def params(self, place: Callable[..., Place]) -> list[Reader]:
+        return [_by_head(x, place) for x in self._columns()]
+
+    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[Any]:
+        return [pltpu.VMEM((blocks.chunk, blocks.q), f32)]
+
+    def one_key(
+        self, query: Array, key: Array, params: Sequence[Array], product: Products
+    ) -> Array:
+        """``[P, queries], [P, 1] -> [1, queries]``."""
+        activation = bare(self.inputs.score).activation
+        *hidden, weight = params
+        x = activation(query + key)
+        for matrix, bias in zip(hidden[::2], hidden[1::2], strict=True):
+            x = activation(product(matrix, x) + bias)
+        return (weight * x).sum(0, keepdims=True)
+
+    def logits(self, given: Given, part: Part) -> Array:
+        (z,), q, k = given.room, given.q, given.k
+        product = given.product._replace(dtype=f32)
+
+        def one(i: Array, _: None) -> None:
+            key = k[pl.ds(part.first + i, 1), :].T
+            params_ = [ref[...] for ref in given.params]
+            z[pl.ds(i, 1), :] = self.one_key(q[...], key, params_, product)
+
+        _loop(part.size, one, None)
+        return z[...]
+
+    queries_across = True
+    logits_again = logits
+
+    def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
+        return [x.shape[2:] for x in self._columns()]
+
+    def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
+        (z,), q, k = given.room, given.q, given.k
+        product = given.product._replace(dtype=f32)
+        z[...] = d
+
+        values = [ref[...] for ref in given.params]
+
+        def one(
+            i: Array, total: tuple[Array, list[Array]]
+        ) -> tuple[Array, list[Array]]:
+            row = pl.ds(part.first + i, 1)
+            _, pull = jax.vjp(
+                lambda q, k, params: self.one_key(q, k, params, product),
+                q[...],
+                k[row, :].T,
+                values,
+            )
+            d_query, d_key, d_params = pull(z[pl.ds(i, 1), :])
+            sums.k[row, :] += d_key.T
+            return jax.tree.map(
+                jnp.add, total, (d_query, d_params if sums.params else [])
+            )
+
+        start = jnp.zeros(q.shape, f32), [jnp.zeros_like(x) for x in values]
+        start = start if sums.params else (start[0], [])
+        d_query, d_params = _loop(part.size, one, start)
+        sums.q[...] += d_query
+        for ref, found in zip(sums.params, d_params, strict=True):
+            ref[...] += found
+
+    def finish_gradients(self, found: Sequence[Array]) -> Any:
+        leaves, structure = jax.tree.flatten(self.inputs.pair_params)
+        # A matrix was held transposed, a vector as a column.
+        found = [
+            x.swapaxes(2, 3) if leaf.ndim == 6 else x[..., 0]
+            for x, leaf in zip(found, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, found)
+
+
+def _times(x: Array, scale: Any) -> Array:
+    return x if scale is None else x * scale
+
+
+def _loop(count: int, body: Callable[[Array, Any], Any], start: Any) -> Any:
+    """``lax.fori_loop`` from 0, whose counter is int32 in x64 mode, too."""
+    with jax.enable_x64(False):
+        return lax.fori_loop(0, count, body, start)
+
+
+def _tanh_of(room: Sequence[Any]) -> tuple[Any, int]:
+    """Where the tanh of some units is kept, and of how many."""
+    z, *more = room
+    return (more[1], more[1].shape[0] // z.shape[0]) if more[1:] else (None, 0)
+
+
+def _width(queries: int) -> int:
+    """Of the tiles that so many queries are cut into."""
+    return math.gcd(queries, _LANES)
+
+
+def _tiles(q: Any) -> list[slice]:
+    """Of the queries, ``[P, queries]``."""
+    width = _width(q.shape[1])
+    return [slice(i, i + width) for i in range(0, q.shape[1], width)]
+
+
+def _by_head(x: Array, place: Callable[..., Place]) -> Reader:
+    """``[B or 1, N or 1, rows, columns]``, whole, of whom a step works for."""
+
+    def index(*index: Any) -> tuple[Any, ...]:
+        at = place(*index)
+        example = at.example if x.shape[0] > 1 else 0
+        return example, at.head if x.shape[1] > 1 else 0, 0, 0
+
+    spec = pl.BlockSpec((None, None, *x.shape[2:]), index)
+    return Reader(x, spec, lambda ref, *_: ref[...])
+
+
+def comparison(inputs: AttentionInputs) -> Comparison:
+    """How the logits of these inputs are computed."""
+    kind = known(inputs.score)
+    if kind is Additive:
+        return _AdditiveComparison(inputs)
+    return _MlpComparison(inputs) if kind is Mlp else Comparison(inputs)
+
+
+def _capped(inputs: AttentionInputs) -> Array | None:
+    """The bound that a soft cap sets, where it is the last modifier."""
+    # A subclass may do something else.
+    if not (inputs.modifiers and type(inputs.modifiers[-1]) is SoftCap):
+        return None
+    (cap,) = inputs.modifier_operands[-1]
+    return jnp.abs(cap).max(initial=0).astype(f32)

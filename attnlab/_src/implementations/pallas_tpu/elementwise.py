@@ -1,0 +1,117 @@
+"""What a kernel can evaluate: functions that look at one pair at a time.
+
+They work on a tile of either orientation, ``[queries, keys]`` or ``[keys, queries]``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab._src.masks.algebra import And, Not, Or
+from attnlab._src.masks.base import Mask
+from attnlab._src.scores.pairwise import Mlp
+from attnlab._src.scores.projected import bare, known
+from attnlab._src.types import Array, Modifier, PyTree, Score, Tile
+
+#: What looks at one element at a time, and has a place in a kernel.
+_ELEMENTWISE = frozenset({
+    "abs", "add", "add_any", "and", "clamp", "convert_element_type", "copy", "cos",
+    "div", "eq", "exp", "exp2", "floor", "ge", "gt", "integer_pow", "le", "log",
+    "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow",
+    "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sign", "sin", "sqrt", "square", "stop_gradient", "sub",
+    "tanh", "xor",
+})  # fmt: skip
+_CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call")
+
+
+def is_elementwise(fn: Callable[..., Array], *shapes: Any) -> bool:
+    """Whether each element of the result is a function of that element of each array.
+
+    Args:
+        fn: of arrays that are all of one shape, and of scalars.
+        shapes: of its arguments.
+    """
+    try:
+        traced = jax.make_jaxpr(fn)(*shapes)
+    except Exception:  # whatever a rule of the user's own may raise
+        return False
+    return all(x.ndim == 0 for x in map(jnp.asarray, traced.consts)) and _elementwise(
+        traced.jaxpr
+    )
+
+
+def _elementwise(jaxpr: Any) -> bool:
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "broadcast_in_dim":
+            if equation.invars[0].aval.size != 1:
+                return False
+        elif name in _CALLS:
+            inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+            if inner is None or not _elementwise(getattr(inner, "jaxpr", inner)):
+                return False
+        elif name not in _ELEMENTWISE:
+            return False
+    return True
+
+
+def tile_shapes(tree: PyTree) -> PyTree:
+    """What a kernel makes of operands: a small tile, or a scalar."""
+
+    def one(x: Any) -> Any:
+        runs = max(x.shape[2:4]) > 1
+        return jax.ShapeDtypeStruct((8, 16) if runs else (), x.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+_POSITIONS = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+_HEAD = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def mask_is_elementwise(mask: Mask, operands: PyTree) -> bool:
+    """Whether a kernel can evaluate it."""
+    if any(x.ndim > 4 for x in jax.tree.leaves(operands)):
+        return False
+
+    def visible(t: Array, s: Array, head: Array, operands: PyTree) -> Array:
+        return mask.visible(Tile(t, s, head), operands)
+
+    return is_elementwise(visible, _POSITIONS, _POSITIONS, _HEAD, tile_shapes(operands))
+
+
+def modifier_is_elementwise(modifier: Modifier, operands: Sequence[Any]) -> bool:
+    """Whether a kernel can evaluate it."""
+    if any(x.ndim > 4 for x in operands):
+        return False
+
+    def apply(z: Array, t: Array, s: Array, head: Array, operands: Any) -> Array:
+        return modifier.apply(z, Tile(t, s, head), *operands)
+
+    logits = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    shapes = tile_shapes(tuple(operands))
+    return is_elementwise(apply, logits, _POSITIONS, _POSITIONS, _HEAD, shapes)
+
+
+def needs_bits(mask: Mask, operands: PyTree) -> int:
+    """How many parts of a mask need bits."""
+    if type(mask) is And or type(mask) is Or:
+        return sum(map(needs_bits, mask.parts, operands))
+    if type(mask) is Not:
+        return needs_bits(mask.part, operands)
+    return not mask_is_elementwise(mask, operands)
+
+
+def why_not_score(score: Score) -> str | None:
+    """Why no kernel computes a score; None: one does."""
+    kind, score = known(score), bare(score)
+    name = type(score).__name__
+    if kind is None:
+        return f"it does not know the score {name}"
+    shape = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    if kind is Mlp and not is_elementwise(score.activation, shape):
+        return f"it cannot compute the activation of {name}"
+    return None

@@ -1,0 +1,45 @@
+"""Inputs for implementations that read arrays as they are."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from attnlab._src.types import Array, AttentionInputs
+
+
+def zero_dead(x: Array, living: Array | None) -> Array:
+    """``[B, L, heads, X]`` with zeros in slots that ``[Bp, Np, L]`` calls dead."""
+    if living is None:
+        return x
+    return jnp.where(living.swapaxes(1, 2)[..., None], x, jnp.zeros((), x.dtype))
+
+
+def plain(inputs: AttentionInputs) -> AttentionInputs:
+    """The same with dead slots 0, so that nobody need look for them."""
+    of_query, of_key = inputs.living
+    return dataclasses.replace(
+        inputs,
+        query=zero_dead(inputs.query, of_query),
+        key=zero_dead(inputs.key, of_key),
+        value=zero_dead(inputs.value, of_key),
+        living=(None, None),
+    )
+
+
+def scaled_query(inputs: AttentionInputs, dtype: Any = None) -> Array:
+    """The query times the factors of its logits, in its own type or in ``dtype``."""
+    query = inputs.query if dtype is None else inputs.query.astype(dtype)
+    if inputs.logit_scale != 1:
+        query = query * inputs.logit_scale
+    if inputs.head_scale is None:
+        return query
+    return query * inputs.head_scale.swapaxes(1, 2).astype(query.dtype)
+
+
+def scaling_rounds(inputs: AttentionInputs) -> bool:
+    """Whether ``scaled_query`` is rounded to 16 bits: by all but a power of two."""
+    if inputs.query.dtype.itemsize > 2:
+        return False
+    return inputs.head_scale is not None or math.frexp(inputs.logit_scale)[0] != 0.5

@@ -1,0 +1,143 @@
+"""An adapter to JAX's own splash attention for TPU: what it does as our laws say."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab._src.implementations.plain import scaled_query, scaling_rounds
+from attnlab._src.masks.base import Mask
+from attnlab._src.masks.planning import dense_visible
+from attnlab._src.types import Array, AttentionInputs, Implementation
+
+#: It holds a structural mask as an array while a program is traced: pairs, at most.
+_MOST_PAIRS = 2**27
+
+
+class Splash(Implementation):
+    """``jax.experimental.pallas.ops.tpu.splash_attention``; structural masks."""
+
+    name = "splash"
+    differentiable = True
+    platforms = ("tpu",)
+
+    #: As ``pallas_call`` takes it: to run elsewhere, slowly.
+    interpret: ClassVar[bool] = False
+    #: Of which lengths must be multiples.
+    lanes: ClassVar[int] = 128
+
+    def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
+        """See :class:`attnlab.extend.Implementation`."""
+        s = inputs.sizes
+        config: Any = jax.config
+        reasons = []
+        if not inputs.score.is_inner_product:
+            reasons.append("the score is not an inner product")
+        if inputs.modifiers:
+            reasons.append("it has no modifiers")
+        if inputs.dropout_rate > 0:
+            reasons.append("it has no dropout")
+        if inputs.needs_lse:
+            reasons.append("its log-sum-exp carries no gradient")
+        if jax.tree.leaves(inputs.mask_operands):
+            reasons.append("the mask carries data")
+        if not inputs.index_positions:
+            reasons.append("positions are given")
+        if inputs.query.dtype not in (jnp.float32, jnp.bfloat16):
+            reasons.append(
+                f"it computes float32 and bfloat16, not {inputs.query.dtype}"
+            )
+        if scaling_rounds(inputs):
+            reasons.append(
+                "the scale of the logits is no power of two, and it would round "
+                f"scaled queries to {inputs.query.dtype}"
+            )
+        if config.jax_enable_x64:
+            reasons.append("it does not compile in x64 mode (jax_enable_x64)")
+        if inputs.precision is not None:
+            reasons.append("it takes no precision=")
+        if s.T % self.lanes or s.S % self.lanes or 0 in s:
+            reasons.append(f"lengths must be multiples of {self.lanes}")
+        elif s.T * s.S > _MOST_PAIRS:
+            reasons.append("the mask as an array needs too much memory")
+        return tuple(reasons)
+
+    def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
+        """See :class:`attnlab.extend.Implementation`."""
+        s = inputs.sizes
+        return self._block(s.T), self._block(s.S)
+
+    def _block(self, length: int) -> int:
+        sizes = (1024, 512, 256, 128)
+        return next((n for n in sizes if length % n == 0), max(length, 1))
+
+    def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
+        """See :class:`attnlab.extend.Implementation`."""
+        s, dtype = inputs.sizes, inputs.accumulation_dtype
+        lse = jnp.zeros((s.B, s.T, s.N), dtype)
+        seen = _dense(inputs.mask, s.T, s.S, s.N)
+        if not seen.any():  # of such a mask it makes no kernel
+            return jnp.zeros((s.B, s.T, s.N, s.D), dtype), lse
+        made = self._kernel(seen, *self.block_sizes(inputs))
+        query = scaled_query(inputs)
+        arrays = (
+            x.swapaxes(1, 2).astype(query.dtype)
+            for x in (query, inputs.key, inputs.value)
+        )
+        output = jax.vmap(made)(*arrays).swapaxes(1, 2)
+        # Where a whole row is hidden it yields the mean of the values; we want zero.
+        output = jnp.where(np.any(seen, axis=-1).T[None, :, :, None], output, 0)
+        return output.astype(dtype), lse
+
+    def _kernel(self, seen: np.ndarray, block_q: int, block_k: int) -> Any:
+        # Here and not above: only who asks for it pays for the import.
+        from jax.experimental.pallas.ops.tpu.splash_attention import (
+            splash_attention_kernel as splash,
+        )
+        from jax.experimental.pallas.ops.tpu.splash_attention import (
+            splash_attention_mask as splash_masks,
+        )
+
+        return splash.make_splash_mha(
+            splash_masks.MultiHeadMask([splash_masks.NumpyMask(x) for x in seen]),
+            block_sizes=block_sizes(block_q, block_k),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=self.interpret,
+        )
+
+
+def block_sizes(q: int, k: int, chunk: int | None = None, fused: bool = False) -> Any:
+    """The same sizes for each of its kernels.
+
+    Args:
+        q: queries.
+        k: keys.
+        chunk: keys that are computed at once; None: all.
+        fused: one kernel for the backward pass.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+
+    alone: dict[str, Any] = {} if fused else {"block_q_dq": q, "block_kv_dq": k}
+    return splash.BlockSizes(
+        block_q=q,
+        block_kv=k,
+        block_kv_compute=chunk,
+        block_q_dkv=q,
+        block_kv_dkv=k,
+        block_kv_dkv_compute=chunk,
+        use_fused_bwd_kernel=fused,
+        **alone,
+    )
+
+
+def _dense(mask: Mask, t: int, s: int, heads: int) -> np.ndarray:
+    """A structural mask, ``[N, T, S]``."""
+    with jax.ensure_compile_time_eval():
+        rows = jnp.arange(t, dtype=jnp.int32)[None, None, :, None]
+        cols = jnp.arange(s, dtype=jnp.int32)[None, None, None, :]
+        seen = np.asarray(dense_visible(mask, mask.operands(t, s), rows, cols))[0]
+    return np.broadcast_to(seen, (heads, t, s))

@@ -1,0 +1,397 @@
+"""Masks that carry data: arrays are pytree leaves, so new data never recompiles.
+
+They run along the arrays they mask: they speak of slots.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab._src import arguments
+from attnlab._src.masks.base import Bounds, Mask
+from attnlab._src.masks.geometry import Blocks
+from attnlab._src.masks.intervals import FAR, first_run, hull, namespace, numbers, runs
+from attnlab._src.types import (
+    Array,
+    ArrayLike,
+    Intervals,
+    Operand,
+    PyTree,
+    Tile,
+    pytree,
+    static,
+)
+
+
+def _flags(blocks: Blocks, operand: Any, how: str, fill: bool) -> Any:
+    """A boolean operand along one side -> ``[Bp, Np, count]``."""
+    other = 5 - blocks.axis
+    return blocks.reduce(operand, blocks.axis, how, fill).squeeze(other)
+
+
+@pytree
+class Lengths(Mask):
+    """The first slots of each sequence hold something, the rest is padding."""
+
+    query: Any
+    key: Any
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        result = []
+        for given, length, axis in (
+            (self.query, query_length, -2),
+            (self.key, key_length, -1),
+        ):
+            if given is None:
+                result.append(None)
+                continue
+            lengths = jnp.asarray(given)[..., None, None, None]
+            shape = [1] * lengths.ndim
+            shape[axis] = length
+            slots = jnp.arange(length, dtype=jnp.int32).reshape(shape)
+            result.append(Operand(slots < lengths))
+        return tuple(result)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        result = jnp.ones((1, 1), bool)
+        for operand in operands:
+            result = result if operand is None else result & operand
+        return result
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        by_side = dict(zip(("query", "key"), operands, strict=True))
+        own, other = by_side[rows.side], by_side[cols.side]
+        some = every = np.ones((1, 1, rows.count), bool)
+        if own is not None:
+            some = _flags(rows, own, "any", False)
+            every = _flags(rows, own, "all", True)
+        possible, certain = cols.every(some), cols.every_complete(every)
+        if other is not None:
+            touched = hull(_flags(cols, other, "any", False))
+            covered = first_run(_flags(cols, other, "all", False))
+            possible = _clip(possible, touched)
+            certain = _clip(certain, covered)
+        return possible, certain
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`Mask`."""
+        return operands[0] if side == "query" else operands[1]
+
+    def __repr__(self) -> str:
+        given = [
+            f"{name}={describe(x)}"
+            for name, x in (("query", self.query), ("key", self.key))
+            if x is not None
+        ]
+        return f"lengths({', '.join(given)})"
+
+
+def _clip(rows: Intervals, same: Intervals) -> Intervals:
+    """Cuts the intervals of every row to one interval ``[Bp, Np, 1]``."""
+    xp = namespace(*rows, *same)
+    return Intervals(
+        xp.maximum(rows.lo, same.lo[:, :, None, :]),
+        xp.minimum(rows.hi, same.hi[:, :, None, :]),
+    )
+
+
+def describe(array: Any) -> str:
+    """An array in a repr: its dtype and shape."""
+    if array is None:
+        return "-"
+    return f"{np.dtype(array.dtype).name}{list(array.shape)}".replace(", ", ",")
+
+
+@pytree
+class Documents(Mask):
+    """Tokens attend within their own document; a negative id is padding."""
+
+    query_ids: Any
+    key_ids: Any
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        key_ids = self.query_ids if self.key_ids is None else self.key_ids
+        for name, ids, length in (
+            ("query_ids", self.query_ids, query_length),
+            ("key_ids", key_ids, key_length),
+        ):
+            if ids.shape[-1] != length:
+                raise ValueError(
+                    f"documents({name}=): built for length {ids.shape[-1]}, used with "
+                    f"length {length}; give one id for each slot"
+                )
+        return (
+            Operand(self.query_ids[..., None, :, None]),
+            Operand(key_ids[..., None, None, :]),
+        )
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        query_ids, key_ids = operands
+        return (query_ids == key_ids) & (query_ids >= 0)
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        by_side = dict(zip(("query", "key"), operands, strict=True))
+
+        def spread(blocks: Blocks) -> tuple[Any, Any, Any]:
+            ids = by_side[blocks.side]
+            xp = namespace(ids)
+            known = xp.where(ids < 0, FAR, ids)
+            other = 5 - blocks.axis
+            lo = blocks.reduce(known, blocks.axis, "min", FAR).squeeze(other)
+            hi = blocks.reduce(ids, blocks.axis, "max", -1).squeeze(other)
+            pure = blocks.reduce(ids >= 0, blocks.axis, "all", True).squeeze(other)
+            return lo, hi, pure & (lo == hi)
+
+        row_lo, row_hi, row_pure = (x[..., :, None] for x in spread(rows))
+        col_lo, col_hi, col_pure = (x[..., None, :] for x in spread(cols))
+        touched = (row_lo <= col_hi) & (col_lo <= row_hi)
+        same = row_pure & col_pure & (row_lo == col_lo)
+        same = same & (numbers(cols.count, same.ndim) < cols.length // cols.size)
+        return hull(touched), first_run(same)
+
+    @property
+    def alive_sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return self.key_ids is None
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`Mask`."""
+        return (operands[0] if side == "query" else operands[1]) >= 0
+
+    def __repr__(self) -> str:
+        key = "" if self.key_ids is None else f", {describe(self.key_ids)}"
+        return f"documents({describe(self.query_ids)}{key})"
+
+
+@pytree
+class Dense(Mask):
+    """A boolean array, as given."""
+
+    array: Any
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        for size, length, name in zip(
+            self.array.shape[-2:], (query_length, key_length), "TS", strict=True
+        ):
+            if size not in (1, length):
+                raise ValueError(
+                    f"mask: a boolean array of shape {tuple(self.array.shape)} does "
+                    f"not fit {name}={length}; its last two axes must be [T, S] or 1"
+                )
+        return Operand(self.array)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        return operands
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        some = every = operands
+        xp = namespace(operands)
+        for blocks in (rows, cols):
+            if operands.shape[blocks.axis] == 1 and blocks.length > 1:
+                shape = list(some.shape)
+                shape[blocks.axis] = blocks.count
+                some = xp.broadcast_to(some, shape)
+                every = xp.broadcast_to(every, shape)
+                if blocks is cols:
+                    tail = numbers(blocks.count, 4) < blocks.length // blocks.size
+                    every = every & (tail if blocks.axis == 3 else tail.mT)
+            else:
+                some = blocks.reduce(some, blocks.axis, "any", False)
+                every = blocks.reduce(every, blocks.axis, "all", blocks is rows)
+        if rows.side == "key":
+            some, every = some.swapaxes(2, 3), every.swapaxes(2, 3)
+        return runs(some), runs(every)
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`Mask`."""
+        return operands.any(3 if side == "query" else 2, keepdims=True)
+
+    def __repr__(self) -> str:
+        return f"dense({describe(self.array)})"
+
+
+@pytree
+class Predicate(Mask):
+    """A rule of the user's own."""
+
+    arrays: tuple[Any, ...]
+    fn: Callable[..., Array] = static()
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        return tuple(Operand(a) for a in self.arrays)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        return self.fn(tile.query_positions, tile.key_positions, *operands)
+
+    def __repr__(self) -> str:
+        name = getattr(self.fn, "__name__", repr(self.fn))
+        return f"predicate({', '.join([name, *map(describe, self.arrays)])})"
+
+
+def documents(query_ids: ArrayLike, key_ids: ArrayLike | None = None) -> Mask:
+    """Several documents packed into one sequence: tokens attend within their own.
+
+    Args:
+        query_ids: ``[*batch, T]`` integers; negative = padding.
+        key_ids: ``[*batch, S]`` integers; the query's if not given.
+
+    Raises:
+        TypeError: if ids are no integers.
+        ValueError: if ids do not fit 32 bits, or there is one for all tokens.
+
+    Example:
+        >>> print(documents(np.array([0, 0, 1, -1])).to_dense(4).astype(int)[0, 0])
+        [[1 1 0 0]
+         [1 1 0 0]
+         [0 0 1 0]
+         [0 0 0 0]]
+    """
+    if key_ids is None:
+        (ids,) = document_ids(query_ids=query_ids)
+        return Documents(ids, None)
+    return Documents(*document_ids(query_ids=query_ids, key_ids=key_ids))
+
+
+def document_ids(**named: Any) -> list[Any]:
+    """Ids of documents as int32, negative = padding, by the name of their argument.
+
+    What is traced in a wider type is numbered anew, all together, so that ids that
+    differ stay different.
+
+    Raises:
+        TypeError: if they are no integers.
+        ValueError: if they are known here and do not fit 32 bits, or have no axis.
+    """
+    arrays = [arguments.as_array(ids) for ids in named.values()]
+    for name, ids in zip(named, arrays, strict=True):
+        arguments.check_integers(name, ids)
+        if ids.ndim == 0:
+            raise ValueError(f"{name}: expected [*batch, length], got one id: {ids}")
+    if not any(_is_wide_tracer(ids) for ids in arrays):
+        return [arguments.as_int32(ids) for ids in arrays]
+    width = max(ids.dtype.itemsize for ids in arrays)
+    flat = [jnp.asarray(ids).astype(f"uint{8 * width}").reshape(-1) for ids in arrays]
+    flat = jnp.concatenate(flat)
+    _, places = jnp.unique(flat, return_inverse=True, size=flat.size)
+    ends = np.cumsum([ids.size for ids in arrays])[:-1]
+    parts = jnp.split(places.astype(jnp.int32), ends)
+    return [
+        jnp.where(ids < 0, -1, part.reshape(ids.shape))
+        for ids, part in zip(arrays, parts, strict=True)
+    ]
+
+
+def _is_wide_tracer(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer) and arguments.is_wide(x.dtype)
+
+
+def lengths(query: Any = None, key: Any = None) -> Mask:
+    """The first ``query`` / ``key`` slots of each sequence count, the rest is padding.
+
+    Args:
+        query: integers ``[*batch]``, or None: every query slot counts.
+        key: integers ``[*batch]``, or None: every key slot counts.
+
+    Raises:
+        ValueError: if neither is given.
+
+    Example:
+        >>> print(lengths(key=np.array([2])).to_dense(2, 3).astype(int)[0, 0])
+        [[1 1 0]
+         [1 1 0]]
+    """
+    if query is None and key is None:
+        raise ValueError("lengths: give query=, key= or both; got neither")
+    return Lengths(
+        None if query is None else arguments.integers("query", query),
+        None if key is None else arguments.integers("key", key),
+    )
+
+
+def dense(array: Any) -> Mask:
+    """A boolean array as a mask; True = attend.
+
+    Args:
+        array: boolean, broadcasts to ``[B, N, T, S]``.
+
+    Raises:
+        TypeError: if the array is not boolean.
+        ValueError: if it has fewer than two axes.
+    """
+    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    if array.dtype != np.bool_:
+        raise TypeError(
+            f"mask: expected booleans (True = attend), got {array.dtype}; for numbers "
+            "added to the logits use modifiers=[modifiers.bias(array)]"
+        )
+    if array.ndim < 2:
+        raise ValueError(
+            f"mask: expected at least two axes, [T, S], got shape {tuple(array.shape)}"
+        )
+    return Dense(array)
+
+
+def predicate(fn: Callable[..., Array], *operands: ArrayLike) -> Mask:
+    """Your own rule, element by element.
+
+    A rule is never refined into blocks: alone it costs as much as no mask; combined by
+    ``&`` with a structural mask it inherits that mask's live blocks.
+
+    Args:
+        fn: ``fn(query_positions [q, 1], key_positions [1, k], *tiles) -> bool [q, k]``.
+            It must read arrays through ``operands``, never by closure. It is compared
+            by identity: define it once, or every call compiles again.
+        operands: arrays that broadcast to ``[B, N, T, S]``; ``fn`` gets the tile of
+            each, ``[q or 1, k or 1]``.
+
+    Raises:
+        TypeError: if ``fn`` is no function of so many arguments, or an operand is no
+            array of numbers.
+        ValueError: if an operand is known here and does not fit JAX's integers.
+
+    Example:
+        >>> def even(t, s):
+        ...     return (t + s) % 2 == 0
+        >>> print(predicate(even).to_dense(2, 3).astype(int))
+        [[1 0 1]
+         [0 1 0]]
+    """
+    if not callable(fn):
+        raise TypeError(
+            f"fn: expected a function of query and key positions, got {fn!r}; "
+            "for a boolean array use masks.dense"
+        )
+    arrays = tuple(map(arguments.as_array, operands))
+    for place, array in enumerate(arrays):
+        arguments.check_kept(f"operands[{place}]", array)
+    _check_arity(fn, len(arrays))
+    return Predicate(arrays, fn)
+
+
+def _check_arity(fn: Callable[..., Array], count: int) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # of a builtin that does not tell
+        return
+    try:
+        signature.bind(*[None] * (2 + count))
+    except TypeError as error:
+        raise TypeError(
+            f"fn: expected a function of query positions, key positions and the tiles "
+            f"of {count} operands, got {getattr(fn, '__name__', fn)}{signature}"
+        ) from error

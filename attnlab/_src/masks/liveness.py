@@ -1,0 +1,276 @@
+"""Which slots are alive at all, and how many pairs are: exact, never ``[T, S]``."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import sequential_vmap
+
+from attnlab._src.masks.base import Mask, visible_pairs
+from attnlab._src.masks.geometry import Blocks
+from attnlab._src.masks.intervals import numbers
+from attnlab._src.masks.planning import (
+    alone,
+    dense_visible,
+    head_count,
+    index_blocks,
+    lengths_of,
+    make_plan,
+    slot_operand,
+)
+from attnlab._src.types import Array, Plan, PyTree, Tile, skeleton, vary_like
+
+
+def scan_partial(
+    mask: Mask,
+    operands: PyTree,
+    query_positions: Array,
+    key_positions: Array,
+    plan: Plan,
+) -> tuple[Array, Array]:
+    """Counts what is visible without ever holding ``[T, S]``.
+
+    Full blocks are counted whole, partial ones by evaluating the mask.
+
+    Returns:
+        int32 ``[Bp, Np, T]``, the keys that each query sees, and ``[Bp, Np, S]``, the
+        queries that see each key, clipped to some blocks' worth where full.
+    """
+    t, s, bq, bk = plan.query_length, plan.key_length, plan.block_q, plan.block_k
+    nq, nk = -(-t // bq), -(-s // bk)
+    leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
+    full, partial = jax.tree.map(jnp.asarray, plan.rows)
+    batch = max([x.shape[0] for x in leaves] + [full.lo.shape[0]])
+    heads = max([x.shape[1] for x in leaves] + [full.lo.shape[1], head_count(mask)])
+
+    def pad(x: Array, fill: Any) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[2] = (0, nq * bq - t if x.shape[2] == t and t > 1 else 0)
+        widths[3] = (0, nk * bk - s if x.shape[3] == s and s > 1 else 0)
+        return jnp.pad(x, widths, constant_values=fill)
+
+    blank = jax.tree.map(lambda x: pad(x, 0), operands)
+    q_pos, k_pos = pad(query_positions, -1), pad(key_positions, -1)
+
+    def cut(x: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
+        x = lax.dynamic_index_in_dim(x, b if x.shape[0] != 1 else 0, 0, False)
+        x = lax.dynamic_index_in_dim(x, h if x.shape[0] != 1 else 0, 0, False)
+        if x.shape[0] != 1:
+            x = lax.dynamic_slice_in_dim(x, i * bq, bq, 0)
+        if x.shape[1] != 1:
+            x = lax.dynamic_slice_in_dim(x, j * bk, bk, 1)
+        return x
+
+    def row(seen_by: Array, r: Array) -> tuple[Array, Array]:
+        b, h, i = r // (heads * nq), r // nq % heads, r % nq
+
+        def pick(x: Array) -> Array:
+            return x[b if x.shape[0] != 1 else 0, h if x.shape[1] > 1 else 0, i]
+
+        lo, hi = pick(partial.lo), pick(partial.hi)
+        end = jnp.maximum(hi - lo, 0).cumsum(dtype=jnp.int32)
+
+        def block(rank: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
+            which = (end <= rank).sum(dtype=jnp.int32)
+            j = hi[which] - (end[which] - rank)
+            tile = Tile(cut(q_pos, b, h, i, j), cut(k_pos, b, h, i, j), h)
+            tiles = jax.tree.map(lambda x: cut(x, b, h, i, j), blank)
+            seen = jnp.broadcast_to(visible_pairs(mask, tile, tiles), (bq, bk))
+            by_query, by_key = counts
+            by_key = lax.dynamic_update_slice(
+                by_key,
+                lax.dynamic_slice(by_key, (j * bk,), (bk,))
+                + seen.sum(0, dtype=jnp.int32),
+                (j * bk,),
+            )
+            return by_query + seen.sum(1, dtype=jnp.int32), by_key
+
+        counts = (jnp.zeros(bq, jnp.int32), jnp.zeros(nk * bk, jnp.int32))
+        counts = jax.tree.map(lambda x: vary_like(x, leaves), counts)
+        if end.shape[0]:
+            counts = lax.fori_loop(jnp.int32(0), end[-1], block, counts)
+        by_query, by_key = counts
+        lo, hi = pick(full.lo), pick(full.hi)
+        widths = jnp.where(hi > lo, (hi - lo) * bk, 0)
+        index = numbers(nk, 2)
+        inside = ((index >= lo[:, None]) & (index < hi[:, None])).any(0)
+        by_key = by_key + jnp.repeat(inside, bk).astype(jnp.int32) * bq
+        # Summed on the way: a result for each row would be O(T S / block) in memory.
+        by_query = by_query + widths.sum(dtype=jnp.int32)
+        return seen_by.at[b * heads + h].add(by_key), by_query
+
+    rows = jnp.arange(batch * heads * nq, dtype=jnp.int32)
+    start = vary_like(jnp.zeros((batch * heads, nk * bk), jnp.int32), leaves)
+    by_key, by_query = lax.scan(row, start, rows)
+    by_query = by_query.reshape(batch, heads, nq * bq)[..., :t]
+    by_key = by_key.reshape(batch, heads, nk * bk)[..., :s]
+    return by_query, by_key
+
+
+def alive(
+    mask: Mask,
+    operands: PyTree,
+    query_positions: Array,
+    key_positions: Array,
+    query: Blocks,
+    key: Blocks,
+) -> tuple[Array | None, Array | None]:
+    """Which query and key slots see, or are seen by, anything at all.
+
+    Args:
+        mask: the mask.
+        operands: its operands, normalised.
+        query_positions: ``[B or 1, 1, T, 1]``.
+        key_positions: ``[B or 1, 1, 1, S]``.
+        query: the blocks of queries.
+        key: the blocks of keys.
+
+    Returns:
+        Booleans ``[Bp, Np, T]`` and ``[Bp, Np, S]``, exact; None, None where the
+        structure shows that every slot is alive.
+    """
+    at_zero = query.starts_at_zero and key.starts_at_zero
+    if at_zero and query.length == key.length and mask.alive_sees_itself:
+        return _along("query", mask, operands), _along("key", mask, operands)
+    plan = make_plan(mask, operands, query, key, cols=False)
+    if plan.is_static and at_zero and _structurally_alive(plan):
+        return None, None
+
+    given = (operands, query_positions, key_positions, None if plan.is_static else plan)
+    given = jax.tree.map(lambda x: vary_like(x, given), lax.stop_gradient(given))
+    fixed, bare = plan if plan.is_static else None, skeleton(mask)
+
+    # One mapped example after another: mapped at once, each loop would run as long as
+    # the longest, and the shortcut would never be taken.
+    @sequential_vmap
+    def decide(operands: Any, q: Array, k: Array, plan: Any) -> tuple[Array, Array]:
+        return _decide(bare, operands, q, k, fixed if plan is None else plan)
+
+    return decide(*given)
+
+
+def alive_by_pairs(
+    mask: Mask, operands: PyTree, query_positions: Array, key_positions: Array
+) -> tuple[Array, Array]:
+    """As :func:`alive`, without blocks: it holds ``[T, S]``."""
+    seen = dense_visible(mask, operands, query_positions, key_positions)
+    return seen.any(3), seen.any(2)
+
+
+def _decide(
+    mask: Mask,
+    operands: PyTree,
+    query_positions: Array,
+    key_positions: Array,
+    plan: Any,
+) -> tuple[Array, Array]:
+    def exact(_: None) -> tuple[Array, Array]:
+        by_query, by_key = scan_partial(
+            mask, operands, query_positions, key_positions, plan
+        )
+        return by_query > 0, by_key > 0
+
+    if plan.query_length != plan.key_length:
+        return exact(None)
+    # Self-attention, as a rule, lets each living token see itself: then the necessary
+    # condition for being alive is sufficient, and nothing needs to be counted.
+    index = jnp.arange(plan.query_length, dtype=jnp.int32)
+    shapes = jax.eval_shape(exact, None)
+    lower = _diagonal(mask, operands, query_positions, key_positions, index)
+    uppers = []
+    agree = jnp.ones((), bool)
+    for side, positions, shape in zip(
+        ("query", "key"), (query_positions, key_positions), shapes, strict=True
+    ):
+        slots = positions.reshape(*positions.shape[:2], -1) >= 0
+        known = _along(side, mask, operands)
+        if known is not None:
+            slots = slots & known
+        upper = jnp.broadcast_to(slots, shape.shape)
+        agree &= (upper == jnp.broadcast_to(lower, shape.shape)).all()
+        uppers.append(vary_like(upper, [operands, query_positions, key_positions]))
+    return lax.cond(agree, lambda _: tuple(uppers), exact, None)
+
+
+def _along(side: str, mask: Mask, operands: PyTree) -> Array | None:
+    """``may_be_alive`` as ``[Bp, Np, length]``."""
+    known = mask.may_be_alive(side, operands)
+    return None if known is None else known.reshape(*known.shape[:2], -1)
+
+
+def _diagonal(
+    mask: Mask,
+    operands: PyTree,
+    query_positions: Array,
+    key_positions: Array,
+    index: Array,
+) -> Array:
+    """Whether the query in each slot sees the key in the same slot, ``[Bp, Np, T]``."""
+    length = index.shape[0]
+
+    def one(tree: PyTree, q: Array, k: Array, head: Array, i: Array) -> Array:
+        def cut(x: Array) -> Array:
+            for axis in (0, 1):
+                if x.shape[axis] > 1:
+                    x = lax.dynamic_slice_in_dim(x, i, 1, axis)
+            return x
+
+        tile = Tile(cut(q), cut(k), head)
+        return visible_pairs(mask, tile, jax.tree.map(cut, tree))[0, 0]
+
+    leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
+    batch = max(x.shape[0] for x in leaves)
+    heads = max([x.shape[1] for x in leaves] + [head_count(mask)])
+
+    def pick(x: Array, b: Array, h: Array) -> Array:
+        return x[b if x.shape[0] != 1 else 0, h if x.shape[1] > 1 else 0]
+
+    def cell(b: Array, h: Array) -> Array:
+        tree = jax.tree.map(lambda x: pick(x, b, h), operands)
+        q, k = pick(query_positions, b, h), pick(key_positions, b, h)
+        return jax.vmap(lambda i: one(tree, q, k, h, i))(index)
+
+    over_heads = jax.vmap(cell, (None, 0))
+    result = jax.vmap(over_heads, (0, None))(jnp.arange(batch), jnp.arange(heads))
+    return result.reshape(batch, heads, length)
+
+
+def _structurally_alive(plan: Plan) -> bool:
+    """Whether the full blocks alone keep every query and every key alive."""
+    full = plan.rows.full
+    if full.lo.shape[:2] != (1, 1):
+        return False
+    count = -(-plan.key_length // plan.block_k)
+    steps = np.zeros(count + 1, int)
+    real = full.hi > full.lo  # rows with fewer intervals are filled up
+    np.add.at(steps, full.lo[real], 1)
+    np.add.at(steps, full.hi[real], -1)
+    return bool(full.per_row().all() and (steps.cumsum()[:count] > 0).all())
+
+
+def mask_density(mask: Mask, t: int, s: int | None) -> float:
+    """See ``Mask.density``."""
+    t, s = lengths_of(t, s)
+    if t == 0 or s == 0:
+        return 0.0
+    operands, batch = alone(mask, t, s)
+    if 0 in batch:
+        return 0.0
+    size_q, size_k = min(t, 512), min(s, 512)
+    plan = make_plan(
+        mask,
+        operands,
+        index_blocks("query", t, size_q),
+        index_blocks("key", s, size_k),
+        cols=False,
+    )
+    count = jax.jit(
+        lambda ops: scan_partial(
+            mask, ops, slot_operand(t, 2), slot_operand(s, 3), plan
+        )
+    )
+    by_query, _ = count(operands)
+    cells = by_query.shape[0] * by_query.shape[1] * t * s
+    return float(np.asarray(by_query, np.float64).sum() / cells)

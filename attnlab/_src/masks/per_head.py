@@ -1,0 +1,131 @@
+"""Another mask for each head."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnlab._src.masks.algebra import common_grain
+from attnlab._src.masks.base import Bounds, Mask, as_mask, seen_by
+from attnlab._src.masks.geometry import Blocks
+from attnlab._src.masks.intervals import FAR, namespace
+from attnlab._src.types import Array, Intervals, Operand, PyTree, Tile, pytree, static
+
+
+def _is_operand(x: Any) -> bool:
+    return isinstance(x, Operand)
+
+
+def _varies_by_head(operand: Operand) -> bool:
+    shape = operand.array.shape[: operand.array.ndim - operand.payload]
+    return len(shape) > 2 and shape[-3] > 1
+
+
+@pytree
+class PerHead(Mask):
+    """Another mask for each query head."""
+
+    parts: tuple[Mask, ...]
+    #: Of each head the number of its mask; empty: they are in order.
+    which: tuple[int, ...] = static(default=())
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Of each head the number of its mask."""
+        return self.which or tuple(range(len(self.parts)))
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        each = tuple(m.operands(query_length, key_length) for m in self.parts)
+        for part, operands in zip(self.parts, each, strict=True):
+            if any(
+                map(_varies_by_head, jax.tree.leaves(operands, is_leaf=_is_operand))
+            ):
+                raise ValueError(
+                    f"masks: per_head: {part!r} varies by head itself; give each head "
+                    "its own"
+                )
+        return each
+
+    @property
+    def grain(self) -> int | None:
+        """See :class:`Mask`."""
+        return common_grain(self.parts)
+
+    @property
+    def sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return all(m.sees_itself for m in self.parts)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        shape = jnp.broadcast_shapes(
+            tile.query_positions.shape, tile.key_positions.shape
+        )
+        branches = [
+            lambda ops, m=m, i=i: jnp.broadcast_to(seen_by(m, tile, ops[i]), shape)
+            for i, m in enumerate(self.parts)
+        ]
+        part = (
+            jnp.asarray(self.which, jnp.int32)[tile.head] if self.which else tile.head
+        )
+        return lax.switch(part, branches, operands)
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        each = [
+            m.bounds(rows, cols, o) for m, o in zip(self.parts, operands, strict=True)
+        ]
+        possible, certain = (
+            _stack([side[part] for part in self.order])
+            for side in ([p for p, _ in each], [c for _, c in each])
+        )
+        return possible, certain
+
+    def __repr__(self) -> str:
+        return f"per_head({', '.join(repr(m) for m in self.parts)})"
+
+
+def _stack(heads: list[Intervals]) -> Intervals:
+    """Intervals ``[Bp, 1, rows, m]`` of each head -> ``[Bp, N, rows, max m]``."""
+    xp = namespace(*(x for h in heads for x in h))
+    most = max(h.lo.shape[-1] for h in heads)
+    lead = jnp.broadcast_shapes(*(h.lo.shape[:-1] for h in heads))
+    sides = []
+    for arrays in zip(*heads, strict=True):
+        padded = [
+            xp.pad(
+                xp.broadcast_to(a, lead + a.shape[-1:]),
+                [(0, 0)] * 3 + [(0, most - a.shape[-1])],
+                constant_values=FAR,
+            )
+            for a in arrays
+        ]
+        sides.append(xp.concatenate(padded, axis=1))
+    return Intervals(*sides)
+
+
+def per_head(masks: Sequence[Mask]) -> Mask:
+    """Another mask for each query head.
+
+    Args:
+        masks: N masks, one a head, none of which varies by head itself.
+
+    Raises:
+        TypeError: if it is one mask, or something else.
+        ValueError: if there are none, or one is ``per_head`` itself.
+    """
+    if not isinstance(masks, (list, tuple)):
+        raise TypeError(
+            f"masks: expected a list, one mask for each query head, got {masks!r}; "
+            "a mask alone holds for all heads"
+        )
+    if not masks:
+        raise ValueError("masks: expected one mask for each query head, got none")
+    parts = tuple(as_mask(m) for m in masks)
+    within = jax.tree.leaves(parts, is_leaf=lambda m: isinstance(m, PerHead))
+    if any(isinstance(m, PerHead) for m in within):
+        raise ValueError("masks: a mask within per_head cannot be per_head itself")
+    return PerHead(parts)

@@ -1,0 +1,1 @@
+"""What is done to the logits, in the order given, before the mask."""

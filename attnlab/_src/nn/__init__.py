@@ -1,0 +1,1 @@
+"""Flax (NNX) modules, thin over the pure functions."""

@@ -1,0 +1,152 @@
+"""Projections of their own for anchors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnlab._src.masks.base import Mask, as_mask
+from attnlab._src.nn.parameters import GLOROT, Initializer, named
+from attnlab._src.types import (
+    Array,
+    ArrayLike,
+    Operand,
+    PyTree,
+    Tile,
+    pytree,
+    static,
+)
+
+
+@pytree
+class Rows(Mask):
+    """Some rows of another mask: what its arrays say of their slots."""
+
+    whole: Mask
+    slots: tuple[int, ...] = static()
+    length: int = static()
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`attnlab.masks.Mask`; of as many queries as there are slots."""
+
+        def cut(operand: Operand) -> Operand:
+            array = jnp.asarray(operand.array)
+            axis = array.ndim - operand.payload - 2
+            if axis < 0 or array.shape[axis] == 1:
+                return operand
+            taken = jnp.take(array, np.asarray(self.slots), axis)
+            return Operand(taken, operand.payload)
+
+        given = self.whole.operands(self.length, key_length)
+        return jax.tree.map(cut, given, is_leaf=lambda x: isinstance(x, Operand))
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`attnlab.masks.Mask`."""
+        return self.whole.visible(tile, operands)
+
+    def bounds(self, rows: Any, cols: Any, operands: PyTree) -> Any:
+        """See :class:`attnlab.masks.Mask`."""
+        return self.whole.bounds(rows, cols, operands)
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`attnlab.masks.Mask`."""
+        return self.whole.may_be_alive(side, operands)
+
+    def __repr__(self) -> str:
+        return f"rows {list(self.slots)} of {self.whole!r}"
+
+
+class AnchorProjections(nnx.Module):
+    """Projections of their own for anchors that see everything, Longformer style.
+
+    What the anchors see is compared by these, with the positions and norms of all; what
+    others see of the anchors, by the ordinary ones.
+
+    Example:
+        >>> from attnlab import masks
+        >>> from attnlab.nn import MultiHeadAttention
+        >>> rngs = nnx.Rngs(0)
+        >>> layer = MultiHeadAttention(
+        ...     8,
+        ...     2,
+        ...     mask=masks.longformer(window=2, anchors=1),
+        ...     anchors=AnchorProjections(8, 2, 4, positions=1, rngs=rngs),
+        ...     rngs=rngs,
+        ... )
+        >>> layer(jnp.ones((1, 10, 8))).shape
+        (1, 10, 8)
+
+    References:
+        Beltagy, Peters, Cohan, "Longformer", 2020, section 3.1 ("Linear Projections for
+        Global Attention").
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        head_size: int,
+        *,
+        positions: int | Sequence[int],
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Initializer = GLOROT,
+        rngs: nnx.Rngs,
+    ):
+        """Three projections.
+
+        Args:
+            in_features: of the residual stream.
+            num_heads: N.
+            head_size: H.
+            positions: which slots are anchors; an int A: the first A.
+            use_bias: whether projections add a bias.
+            dtype: of the computation; that of inputs and parameters if not given.
+            param_dtype: of the parameters.
+            precision: of their products.
+            kernel_init: of the weights.
+            rngs: Flax's.
+        """
+        if isinstance(positions, int):
+            positions = range(positions)
+        self.slots = tuple(int(p) for p in positions)
+        if not self.slots or min(self.slots) < 0:
+            raise ValueError(f"positions: expected slots from 0 on, got {self.slots}")
+
+        def linear() -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(
+                in_features,
+                (num_heads, head_size),
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                precision=precision,
+                kernel_init=kernel_init,
+                kernel_metadata=named("embed", "heads", "head_size"),
+                bias_metadata=named("heads", "head_size"),
+                rngs=rngs,
+            )
+
+        self.query, self.key, self.value = linear(), linear(), linear()
+
+    def rows(self, mask: Mask | ArrayLike | None, length: int) -> Mask | None:
+        """What a mask of so many queries says of the anchors."""
+        return None if mask is None else Rows(as_mask(mask), self.slots, length)
+
+    def within(self, length: int) -> np.ndarray:
+        """The slots of the anchors among so many queries.
+
+        Raises:
+            ValueError: if there are fewer queries.
+        """
+        slots = np.asarray(self.slots, np.int32)
+        if slots.max() >= length:
+            raise ValueError(
+                f"anchors: slot {slots.max()} is beyond the {length} queries"
+            )
+        return slots

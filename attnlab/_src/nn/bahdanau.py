@@ -1,0 +1,148 @@
+"""The recurrent decoder of Bahdanau, Cho and Bengio."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+from jax import lax
+
+from attnlab._src.nn.alignment import Alignment
+from attnlab._src.nn.cells import GRU
+from attnlab._src.nn.embedding import Embedding
+from attnlab._src.nn.projection import projection
+from attnlab._src.nn.readouts import MaxoutReadout
+from attnlab._src.nn.recurrent import AnyCell
+from attnlab._src.nn.recurrent_decoders import (
+    AttentiveDecoder,
+    RecurrentState,
+    fits,
+    following,
+)
+from attnlab._src.scores.pairwise import Additive
+from attnlab._src.types import Array, PyTree
+
+
+class BahdanauDecoder(AttentiveDecoder):
+    """Attends with the state before a step; the context enters the step.
+
+    ::
+
+        c_i = attend(s_{i-1})
+        s_i = cell(s_{i-1}, y_{i-1}, c_i)
+        p(y_i) = softmax(readout(s_i, c_i, y_{i-1}))
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab.nn import RecurrentEncoder
+        >>> rngs = nnx.Rngs(0)
+        >>> encoder = RecurrentEncoder.standard(
+        ...     9, features=4, hidden_size=6, bidirectional=True, rngs=rngs
+        ... )
+        >>> decoder = BahdanauDecoder.standard(
+        ...     9,
+        ...     features=4,
+        ...     hidden_size=5,
+        ...     context_features=12,
+        ...     last_features=6,
+        ...     rngs=rngs,
+        ... )
+        >>> encoded = encoder(jnp.zeros((2, 7), int))
+        >>> logits, weights = decoder.with_weights(jnp.zeros((2, 3), int), encoded)
+        >>> logits.shape, weights.shape
+        ((2, 3, 9), (2, 3, 7))
+
+    References:
+        Bahdanau, Cho, Bengio, 2015, section 3.1, appendices A.1 and A.2.
+    """
+
+    def __init__(
+        self,
+        embedding: Embedding,
+        cell: AnyCell,
+        attention: Any,
+        readout: Callable[[Array, Array, Array], Array],
+        *,
+        context: nnx.Linear,
+        first: nnx.Linear,
+    ):
+        """Puts parts together.
+
+        Args:
+            embedding: of tokens, for the cell and the readout.
+            cell: ``GRU``, ``LSTM``, ...
+            attention: an ``Alignment``, a ``MultiHeadAttention`` without dropout.
+            readout: from state, context and the token's vector to logits.
+            context: from contexts to ``cell.gate_features``.
+            first: from the encoder's last output (backwards, if it has two) to
+                ``cell.state_size``.
+        """
+        super().__init__(embedding, cell, attention, first)
+        fits("context", "out_features", context.out_features, cell.gate_features)
+        self.context, self.readout = context, readout
+
+    @classmethod
+    def standard(
+        cls,
+        vocabulary_size: int,
+        *,
+        features: int = 512,
+        hidden_size: int = 512,
+        context_features: int,
+        last_features: int,
+        attention_size: int | None = None,
+        attention: Any = None,
+        cell: Any = GRU,
+        rngs: nnx.Rngs,
+    ) -> "BahdanauDecoder":
+        """That of the paper, or a part-wise variant.
+
+        Args:
+            vocabulary_size: V.
+            features: of the embedding.
+            hidden_size: of the cell; half as many maxout units.
+            context_features: of the encoder's states.
+            last_features: of its last output (backwards, if it has two).
+            attention_size: hidden units of the additive score; ``hidden_size`` if not
+                given.
+            attention: an ``Alignment`` instead; its contexts have ``context_features``.
+            cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
+            rngs: Flax's.
+        """
+        made = cell(features, hidden_size, rngs=rngs)
+        if attention is None:
+            score = Additive.init(
+                rngs.params(),
+                hidden_size,
+                context_features,
+                hidden_size=attention_size or hidden_size,
+            )
+            attention = Alignment(score)
+        known = hidden_size + context_features + features
+        return cls(
+            Embedding(vocabulary_size, features, rngs=rngs),
+            made,
+            attention,
+            MaxoutReadout(known, -(-hidden_size // 2), vocabulary_size, rngs=rngs),
+            context=projection(context_features, made.gate_features, rngs=rngs),
+            first=projection(last_features, made.state_size, use_bias=True, rngs=rngs),
+        )
+
+    def _read(
+        self, tokens: Array, state: RecurrentState
+    ) -> tuple[Array, Array, RecurrentState]:
+        embedded = self.embedding(tokens)
+        gates = self.cell.project(embedded.swapaxes(0, 1))
+        positions = following(state, tokens)
+
+        def step(cell: PyTree, now: tuple[Array, Array]) -> tuple[PyTree, tuple]:
+            gates, position = now
+            query = self.cell.output(cell)
+            context = self.attend(query[:, None], state.source, position[:, None])[:, 0]
+            cell = self.cell.step(cell, gates + self.context(context))
+            return cell, (query, self.cell.output(cell), context)
+
+        last, steps = lax.scan(step, state.cell, (gates, positions.T))
+        query, output, context = (x.swapaxes(0, 1) for x in steps)
+        logits = self.readout(output, context, embedded)
+        position = state.position + tokens.shape[1]
+        return logits, query, state._replace(cell=last, position=position)

@@ -1,0 +1,279 @@
+"""Keys and values of what was already decoded: pytrees of a fixed size."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnlab._src import arguments
+from attnlab._src.masks.base import Mask
+from attnlab._src.masks.intervals import FAR
+from attnlab._src.masks.structural import causal, prefix, sliding_window
+from attnlab._src.types import Array, pytree, static
+
+
+class KeyValue(NamedTuple):
+    """Keys and values as the comparison sees them.
+
+    Attributes:
+        key: ``[*batch, S, K, P]``, projected, turned, normalised.
+        value: ``[*batch, S, K, D]``.
+    """
+
+    key: Array
+    value: Array
+
+
+class View(NamedTuple):
+    """What the queries of one step attend to.
+
+    Attributes:
+        key: ``[B, S, K, P]``.
+        value: ``[B, S, K, D]``.
+        positions: ``[B, S]``, -1 = empty.
+    """
+
+    key: Array
+    value: Array
+    positions: Array
+
+
+@pytree
+class Cache:
+    """A full cache, a ring, or anchors and a ring; make one by the functions below.
+
+    Examples of a batch may be at different positions: each token carries its own.
+
+    Attributes:
+        key: ``[B, slots, K, P]``.
+        value: ``[B, slots, K, D]``.
+        positions: ``[B, slots]`` int32: what each slot holds, -1 = nothing.
+        length: ``[B]`` int32: one past the last position held so far.
+        anchors: positions that are never overwritten.
+        window: slots of the ring behind them; None: there is no ring.
+    """
+
+    key: Array
+    value: Array
+    positions: Array
+    length: Array
+    anchors: int = static()
+    window: int | None = static()
+
+    def next_positions(self, count: int) -> Array:
+        """``[B, count]``: the positions that follow what is held."""
+        steps = jnp.arange(count, dtype=jnp.int32)[None]
+        # No position is beyond the greatest one.
+        return jnp.minimum(self.length[:, None], FAR - steps) + steps
+
+    def mask(self) -> Mask:
+        """Who may attend to whom where nothing beyond the cache is kept."""
+        if self.window is None:
+            return causal()
+        recent = sliding_window(self.window - 1, 0)
+        return causal() & (recent | prefix(self.anchors)) if self.anchors else recent
+
+    def append(
+        self, key: Array, value: Array, positions: Array
+    ) -> tuple["Cache", View]:
+        """Holds T more tokens.
+
+        Args:
+            key: ``[B, T, K, P]``.
+            value: ``[B, T, K, D]``.
+            positions: ``[B, T]``, ascending in each example; -1 = padding.
+
+        Returns:
+            The next cache, and what the T queries may attend to: all that was held and
+            all that is new, also where a ring keeps less of it for the next step.
+
+        Raises:
+            TypeError: if positions are no integers.
+            ValueError: if a position is known not to fit a full cache, or 32 bits.
+        """
+        positions = jnp.asarray(arguments.integers("positions", positions))
+        lost = self.overflows(positions)
+        if not isinstance(lost, jax.core.Tracer) and lost.any():
+            what = f"a full cache of {self.positions.shape[1]}"
+            hint = "make it longer, or take a ring"
+            if self.window is not None:
+                what = f"a ring, which holds positions below {FAR}"
+                hint = "begin a new one"
+            raise ValueError(
+                f"cache: position {positions.max()} does not fit {what}; {hint}"
+            )
+        last = jnp.maximum(self.length, jnp.minimum(positions.max(1), FAR - 1) + 1)
+        slots = self._slots(positions, last)
+        example = jnp.arange(key.shape[0])[:, None]
+
+        def write(into: Array, new: Array) -> Array:
+            return into.at[example, slots].set(new.astype(into.dtype), mode="drop")
+
+        held = (self.key, self.value, self.positions)
+        new = (key, value, positions)
+        written = View(*(write(*pair) for pair in zip(held, new, strict=True)))
+        following = dataclasses.replace(self, length=last, **written._asdict())
+        if self.window is None or key.shape[1] == 1:
+            return following, written
+        # Early queries see what late keys overwrite.
+        pairs = zip(held, new, strict=True)
+        return following, View(
+            *(jnp.concatenate([a, b.astype(a.dtype)], 1) for a, b in pairs)
+        )
+
+    def _slots(self, positions: Array, last: Array) -> Array:
+        """Where each position is written; one past the end where it is not."""
+        count = self.positions.shape[1]
+        slots = positions
+        dropped = positions < 0
+        if self.window is not None:
+            ring = positions - self.anchors
+            slots = jnp.where(ring < 0, slots, self.anchors + ring % self.window)
+            dropped |= (ring >= 0) & (positions < last[:, None] - self.window)
+        return jnp.where(dropped, count, slots)
+
+    def overflows(self, positions: Array) -> Array:
+        """``[B]``: whether some of these positions have no slot, or no next one."""
+        end = self.positions.shape[1] if self.window is None else FAR
+        return (positions >= end).any(1)
+
+    def take(self, examples: Array) -> "Cache":
+        """The cache of other examples, ``[B']`` indices into B: for beams."""
+        return jax.tree.map(lambda x: jnp.take(x, examples, axis=0), self)
+
+
+def _empty(
+    batch: int,
+    slots: int,
+    num_heads: int,
+    head_size: int,
+    value_size: int | None,
+    dtype: Any,
+    anchors: int,
+    window: int | None,
+) -> Cache:
+    value_size = head_size if value_size is None else value_size
+    return Cache(
+        jnp.zeros((batch, slots, num_heads, head_size), dtype),
+        jnp.zeros((batch, slots, num_heads, value_size), dtype),
+        jnp.full((batch, slots), -1, jnp.int32),
+        jnp.zeros((batch,), jnp.int32),
+        anchors=anchors,
+        window=window,
+    )
+
+
+def full_cache(
+    batch: int,
+    length: int,
+    num_heads: int,
+    head_size: int,
+    *,
+    value_size: int | None = None,
+    dtype: Any = jnp.float32,
+) -> Cache:
+    """A slot for each position.
+
+    Args:
+        batch: B.
+        length: positions 0 to ``length - 1`` can be held.
+        num_heads: K.
+        head_size: P, what the score makes of a key.
+        value_size: D; ``head_size`` if not given.
+        dtype: of keys and values.
+
+    Example:
+        >>> full_cache(2, 16, 4, 8).key.shape
+        (2, 16, 4, 8)
+    """
+    _at_least("length", length, 1)
+    return _empty(batch, length, num_heads, head_size, value_size, dtype, 0, None)
+
+
+def ring_cache(
+    batch: int,
+    window: int,
+    num_heads: int,
+    head_size: int,
+    *,
+    value_size: int | None = None,
+    dtype: Any = jnp.float32,
+) -> Cache:
+    """The last ``window`` positions, the present one among them.
+
+    Enough for ``sliding_window(window - 1, 0)``; see :func:`full_cache`.
+
+    Example:
+        >>> from flax import nnx
+        >>> from attnlab import masks
+        >>> from attnlab.nn import MultiHeadAttention
+        >>> layer = MultiHeadAttention(
+        ...     8, 2, mask=masks.sliding_window(3, 0), rngs=nnx.Rngs(0)
+        ... )
+        >>> cache = ring_cache(1, 4, 2, 4)
+        >>> for _ in range(6):
+        ...     output, cache = layer.decode(jnp.ones((1, 1, 8)), cache)
+        >>> cache.positions
+        Array([[4, 5, 2, 3]], dtype=int32)
+    """
+    _at_least("window", window, 1)
+    return _empty(batch, window, num_heads, head_size, value_size, dtype, 0, window)
+
+
+def streaming_cache(
+    batch: int,
+    anchors: int,
+    window: int,
+    num_heads: int,
+    head_size: int,
+    *,
+    value_size: int | None = None,
+    dtype: Any = jnp.float32,
+) -> Cache:
+    """The first ``anchors`` positions and the last ``window``: endless decoding.
+
+    See :func:`full_cache`.
+
+    Example:
+        >>> cache = streaming_cache(1, 2, 3, 1, 4)
+        >>> key = jnp.ones((1, 8, 1, 4))
+        >>> cache, view = cache.append(key, key, jnp.arange(8)[None])
+        >>> cache.positions
+        Array([[0, 1, 5, 6, 7]], dtype=int32)
+
+    References:
+        Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024,
+        section 3.2 (here keys keep the positions that they had in the text).
+    """
+    _at_least("anchors", anchors, 1)
+    _at_least("window", window, 1)
+    slots = anchors + window
+    return _empty(
+        batch, slots, num_heads, head_size, value_size, dtype, anchors, window
+    )
+
+
+def check_examples(name: str, x: Array, batch: int, *features: str) -> None:
+    """Refuses what is not ``[B, T, *features]``, B being that of the caches."""
+    if x.ndim != 2 + len(features) or x.shape[0] != batch:
+        axes = ", ".join([str(batch), "T", *features])
+        raise ValueError(
+            f"{name}: expected [{axes}], as the caches are of a batch of {batch}, got "
+            f"shape {x.shape}; start a state for this batch"
+        )
+
+
+def check_type(cache: Cache, dtype: Any) -> None:
+    """Refuses a cache of another type than the layer computes in."""
+    if cache.key.dtype != dtype:
+        raise TypeError(
+            f"cache: expected dtype {dtype}, which the layer computes in, got "
+            f"{cache.key.dtype}; make it with dtype=jnp.{dtype}, which "
+            "start(..., dtype=None) finds by itself"
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -1,0 +1,95 @@
+"""Tokens to vectors and back."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab._src import arguments
+from attnlab._src.nn.parameters import named
+from attnlab._src.types import Array
+
+
+class Embedding(nnx.Module):
+    """Tokens to vectors, with positions; and back to logits where it is shared.
+
+    Example:
+        >>> from attnlab.nn import Sinusoidal
+        >>> embedding = Embedding(100, 8, position=Sinusoidal(), rngs=nnx.Rngs(0))
+        >>> embedding(jnp.zeros((2, 5), int)).shape
+        (2, 5, 8)
+
+    References:
+        Vaswani et al., 2017, section 3.4 (shared with the output, times
+        ``sqrt(features)``).
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        features: int,
+        *,
+        position: Callable[[Array, Array], Array] | None = None,
+        scale: float | None = None,
+        norm: Callable[[Array], Array] | None = None,
+        dropout_rate: float = 0.0,
+        logits_bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Normal vectors of variance ``1 / features``.
+
+        Args:
+            vocabulary_size: V.
+            features: of the residual stream.
+            position: ``Sinusoidal()``, ``Learned(...)``, or None where attention
+                brings the positions.
+            scale: what vectors are multiplied with; ``sqrt(features)`` if not given.
+            norm: applied to the sum.
+            dropout_rate: of the sum.
+            logits_bias: whether logits add a learned number for each token.
+            dtype: of the result; ``param_dtype`` if not given.
+            param_dtype: of the parameters.
+            rngs: Flax's.
+        """
+        self.table = nnx.Embed(
+            vocabulary_size,
+            features,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=nnx.initializers.normal(1 / math.sqrt(features)),
+            embedding_metadata=named("vocabulary", "embed"),
+            rngs=rngs,
+        )
+        self.position, self.norm = position, norm
+        self.scale = math.sqrt(features) if scale is None else scale
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs) if dropout_rate else None
+
+        self.bias = nnx.data(
+            nnx.Param(jnp.zeros(vocabulary_size, param_dtype), **named("vocabulary"))
+            if logits_bias
+            else None
+        )
+
+    def __call__(self, tokens: Array, positions: Array | None = None) -> Array:
+        """``[*batch, T]`` integers -> ``[*batch, T, features]``."""
+        tokens = jnp.asarray(arguments.integers("tokens", tokens))
+        if positions is None:
+            positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
+        x = self.table(tokens) * self.scale
+        if self.position is not None:
+            x = self.position(x, positions)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.dropout is None else self.dropout(x)
+
+    def logits(self, x: Array) -> Array:
+        """``[*, features] -> [*, V]``, by the same vectors."""
+        logits = self.table.attend(x)
+        if self.bias is None:
+            return logits
+        lead = (1,) * (logits.ndim - 1)
+        return logits + self.bias.astype(logits.dtype).reshape(*lead, -1)

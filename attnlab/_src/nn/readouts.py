@@ -1,0 +1,107 @@
+"""From what a recurrent decoder knows in a step to the logits of the next token."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab._src.nn.projection import projection
+from attnlab._src.types import Array, promoted
+
+
+class Readout(nnx.Module):
+    """``[state; context; last token's vector] W + b``.
+
+    Example:
+        >>> readout = Readout(14, 100, rngs=nnx.Rngs(0))
+        >>> readout(jnp.ones((2, 5)), jnp.ones((2, 6)), jnp.ones((2, 3))).shape
+        (2, 100)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        vocabulary_size: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """One matrix.
+
+        Args:
+            features: of state, context and token's vector together.
+            vocabulary_size: V.
+            dtype: of the computation; that of inputs and parameters if not given.
+            param_dtype: of the parameters.
+            rngs: Flax's.
+        """
+        self.out = projection(
+            features,
+            vocabulary_size,
+            "vocabulary",
+            use_bias=True,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, state: Array, context: Array, embedded: Array) -> Array:
+        """Each ``[*, features of its own]`` -> ``[*, V]``."""
+        return self.out(jnp.concatenate(promoted(state, context, embedded), -1))
+
+
+class MaxoutReadout(nnx.Module):
+    """A hidden layer of maxout units before the logits.
+
+    Each unit is the greater of two sums: t = max(u, v), [u, v] = U_o s + V_o y + C_o c.
+    The state s is the new one, as in equation 4 of the paper.
+
+    Example:
+        >>> readout = MaxoutReadout(14, 4, 100, rngs=nnx.Rngs(0))
+        >>> readout(jnp.ones((2, 5)), jnp.ones((2, 6)), jnp.ones((2, 3))).shape
+        (2, 100)
+
+    References:
+        Bahdanau, Cho, Bengio, 2015, appendix A.2.2; Goodfellow et al., "Maxout
+        Networks", 2013.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden_size: int,
+        vocabulary_size: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Two matrices.
+
+        Args:
+            features: of state, context and token's vector together.
+            hidden_size: maxout units.
+            vocabulary_size: V.
+            dtype: of the computation; that of inputs and parameters if not given.
+            param_dtype: of the parameters.
+            rngs: Flax's.
+        """
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        self.hidden = projection(
+            features, 2 * hidden_size, use_bias=True, rngs=rngs, **types
+        )
+        self.out = projection(
+            hidden_size,
+            vocabulary_size,
+            "vocabulary",
+            use_bias=True,
+            rngs=rngs,
+            **types,
+        )
+
+    def __call__(self, state: Array, context: Array, embedded: Array) -> Array:
+        """Each ``[*, features of its own]`` -> ``[*, V]``."""
+        pairs = self.hidden(jnp.concatenate(promoted(state, context, embedded), -1))
+        # Halves, not neighbours: the greater of two contiguous rows is a plain maximum.
+        return self.out(jnp.maximum(*jnp.split(pairs, 2, -1)))

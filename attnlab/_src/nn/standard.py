@@ -1,0 +1,147 @@
+"""The parts of the standard Transformer, made together."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx
+
+from attnlab._src.masks.base import Mask, as_mask
+from attnlab._src.nn.attention import MultiHeadAttention
+from attnlab._src.nn.blocks import Block
+from attnlab._src.nn.embedding import Embedding
+from attnlab._src.nn.layers import FeedForward, PostNorm, PreNorm, Residual
+from attnlab._src.nn.positions import Positions, Sinusoidal, refuse_added
+from attnlab._src.types import ArrayLike
+
+
+def make_blocks(
+    num_layers: int,
+    *,
+    features: int = 512,
+    num_heads: int = 8,
+    num_key_heads: int | None = None,
+    hidden_features: int | None = None,
+    dropout_rate: float = 0.0,
+    mask: Mask | ArrayLike | Sequence[Mask] | None = None,
+    cross_attention: bool = False,
+    position: Callable[[], Any] | None = None,
+    norm: Callable[..., nnx.Module] | None = nnx.LayerNorm,
+    residual: Callable[..., Residual] = PostNorm,
+    feed_forward: Callable[..., nnx.Module] = FeedForward,
+    attention: Callable[..., MultiHeadAttention] = MultiHeadAttention,
+    rngs: nnx.Rngs,
+) -> list[Block]:
+    """Blocks of the standard Transformer; each part may be another.
+
+    Args:
+        num_layers: blocks.
+        features: of the residual stream.
+        num_heads: N.
+        num_key_heads: K; N if not given.
+        hidden_features: of the feed-forward layers; four times ``features`` if not
+            given.
+        dropout_rate: of what each layer adds.
+        mask: of the self-attention (an array is one mask), or a list: one for each
+            block.
+        cross_attention: whether blocks attend to a memory.
+        position: makes the positions of one self-attention: ``Rotary``, a lambda.
+        norm: ``norm(features, rngs=rngs)``; None with a ``residual`` that has none.
+        residual: ``PostNorm``, ``PreNorm``, ``Residual``, ...
+        feed_forward: ``feed_forward(features, hidden_features, rngs=rngs)``.
+        attention: ``attention(features, num_heads, ...)``; bind further arguments by
+            ``functools.partial``: a score, an implementation, types.
+        rngs: Flax's.
+
+    Example:
+        >>> from attnlab import masks
+        >>> from attnlab.nn import GatedFeedForward, PreNorm, Rotary
+        >>> blocks = make_blocks(
+        ...     2,
+        ...     features=16,
+        ...     num_heads=2,
+        ...     mask=[masks.sliding_window(4, 4), masks.full()],
+        ...     position=Rotary,
+        ...     norm=nnx.RMSNorm,
+        ...     residual=PreNorm,
+        ...     feed_forward=GatedFeedForward,
+        ...     rngs=nnx.Rngs(0),
+        ... )
+        >>> len(blocks)
+        2
+    """
+    hidden = 4 * features if hidden_features is None else hidden_features
+    if mask is not None and not isinstance(mask, Sequence):
+        mask = as_mask(mask)
+    masks = mask if isinstance(mask, Sequence) else [mask] * num_layers
+    if len(masks) != num_layers:
+        raise ValueError(f"mask: got {len(masks)} masks for {num_layers} layers")
+
+    def around() -> Residual:
+        normed = () if norm is None else (norm(features, rngs=rngs),)
+        return residual(*normed, dropout_rate=dropout_rate, rngs=rngs)
+
+    def block(mask: Mask | None) -> Block:
+        heads = {"num_key_heads": num_key_heads, "rngs": rngs}
+        own = attention(
+            features,
+            num_heads,
+            mask=mask,
+            position=_positions(position),
+            **heads,
+        )
+        cross = attention(features, num_heads, **heads) if cross_attention else None
+        return Block(
+            own,
+            feed_forward(features, hidden, rngs=rngs),
+            cross_attention=cross,
+            residual=around,
+        )
+
+    return [block(m) for m in masks]
+
+
+def _positions(make: Any) -> Positions | None:
+    """What ``make()`` makes, for each block anew; None: nothing."""
+    if make is None:
+        return None
+    refuse_added(make)
+    if isinstance(make, Positions) or not callable(make):
+        name = type(make).__name__
+        hint = f"lambda: {name}(...)" if isinstance(make, Positions) else "Rotary"
+        raise TypeError(
+            "position: expected what makes the positions of a block, got an instance "
+            f"of {name}; write position={hint}"
+        )
+    try:
+        return make()
+    except TypeError as error:
+        if not isinstance(make, type):
+            raise
+        raise TypeError(
+            f"position: {make.__name__} is called without arguments ({error}); write "
+            f"position=lambda: {make.__name__}(...)"
+        ) from error
+
+
+def last_norm(
+    blocks: Sequence[Block], options: dict[str, Any], rngs: nnx.Rngs
+) -> nnx.Module | None:
+    """Where layers normalise what they read, nobody else normalises the result."""
+    norm = options.get("norm", nnx.LayerNorm)
+    pre_norm = blocks and isinstance(blocks[-1].feed_forward_residual, PreNorm)
+    if not pre_norm or norm is None:
+        return None
+    return norm(options.get("features", 512), rngs=rngs)
+
+
+def make_embedding(
+    vocabulary_size: int, options: dict[str, Any], rngs: nnx.Rngs
+) -> Embedding:
+    """Sinusoids where attention brings no positions."""
+    return Embedding(
+        vocabulary_size,
+        options.get("features", 512),
+        position=None if options.get("position") else Sinusoidal(),
+        dropout_rate=options.get("dropout_rate", 0.0),
+        rngs=rngs,
+    )

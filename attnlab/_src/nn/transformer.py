@@ -1,0 +1,392 @@
+"""Encoder, decoder, and the standard encoder-decoder Transformer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab._src.masks.base import Mask, as_mask
+from attnlab._src.masks.data import Dense
+from attnlab._src.masks.structural import causal
+from attnlab._src.nn.blocks import Block, BlockState
+from attnlab._src.nn.cache import Cache, check_examples, full_cache
+from attnlab._src.nn.embedding import Embedding
+from attnlab._src.nn.stack import Stack
+from attnlab._src.nn.standard import last_norm, make_blocks, make_embedding
+from attnlab._src.types import Array, ArrayLike
+
+
+class Encoder(nnx.Module):
+    """Tokens to a vector for each of them that knows its context.
+
+    Example:
+        >>> encoder = Encoder.standard(100, features=16, num_heads=2, rngs=nnx.Rngs(0))
+        >>> encoder(jnp.zeros((2, 5), int)).shape
+        (2, 5, 16)
+    """
+
+    def __init__(self, embedding: Embedding, stack: Stack):
+        self.embedding, self.stack = embedding, stack
+
+    @classmethod
+    def standard(
+        cls,
+        vocabulary_size: int,
+        *,
+        num_layers: int = 6,
+        embedding: Embedding | None = None,
+        remat: bool = False,
+        scan: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> "Encoder":
+        """The encoder of Vaswani et al., 2017, section 3.1, or a part-wise variant.
+
+        Args:
+            vocabulary_size: V.
+            num_layers: blocks.
+            embedding: one made before, to share it.
+            remat: see :class:`Stack`.
+            scan: see :class:`Stack`.
+            rngs: Flax's.
+            **options: as of :func:`make_blocks`.
+        """
+        blocks = make_blocks(num_layers, rngs=rngs, **options)
+        norm = last_norm(blocks, options, rngs)
+        embedding = embedding or make_embedding(vocabulary_size, options, rngs)
+        return cls(embedding, Stack(blocks, norm=norm, remat=remat, scan=scan))
+
+    def __call__(
+        self, tokens: Array, *, mask: Any = None, positions: Array | None = None
+    ) -> Array:
+        """``[*batch, T] -> [*batch, T, features]``.
+
+        Args:
+            tokens: integers.
+            mask: lengths, documents: besides the blocks' own.
+            positions: ``[T]`` or ``[*batch, T]``; -1 = empty.
+        """
+        x = self.embedding(tokens, positions)
+        return self.stack(x, mask=mask, query_positions=positions)
+
+
+class MaskedLanguageModel(nnx.Module):
+    """An encoder, and the logits of the tokens that were hidden from it.
+
+    Example:
+        >>> encoder = Encoder.standard(100, features=16, num_heads=2, rngs=nnx.Rngs(0))
+        >>> MaskedLanguageModel(encoder)(jnp.zeros((2, 5), int)).shape
+        (2, 5, 100)
+
+    References:
+        Devlin et al., "BERT", 2019, section 3.1, task 1.
+    """
+
+    def __init__(self, encoder: Encoder, head: Callable[[Array], Array] | None = None):
+        """Puts parts together.
+
+        Args:
+            encoder: of tokens.
+            head: ``[*, features] -> [*, V]``; the embedding's vectors if not given.
+        """
+        self.encoder, self.head = encoder, head
+
+    def __call__(
+        self, tokens: Array, *, mask: Any = None, positions: Array | None = None
+    ) -> Array:
+        """``[*batch, T] -> [*batch, T, V]``; arguments as of :class:`Encoder`."""
+        x = self.encoder(tokens, mask=mask, positions=positions)
+        return self.encoder.embedding.logits(x) if self.head is None else self.head(x)
+
+
+class DecoderState(NamedTuple):
+    """What a decoder holds between steps; every array leads with the batch.
+
+    Attributes:
+        blocks: for each block its cache and its memory.
+        memory_mask: who may see what of the memory.
+    """
+
+    blocks: tuple[BlockState, ...]
+    memory_mask: Any = None
+
+
+class Decoder(nnx.Module):
+    """Tokens, and a memory if there is one, to the logits of the tokens that follow.
+
+    Without cross-attention it is a language model.
+
+    Example:
+        >>> decoder = Decoder.standard(100, features=16, num_heads=2, rngs=nnx.Rngs(0))
+        >>> decoder(jnp.zeros((2, 5), int)).shape
+        (2, 5, 100)
+    """
+
+    def __init__(
+        self,
+        embedding: Embedding,
+        stack: Stack,
+        head: Callable[[Array], Array] | None = None,
+    ):
+        """Puts parts together.
+
+        Args:
+            embedding: of tokens.
+            stack: of blocks with causal self-attention.
+            head: ``[*, features] -> [*, V]``; the embedding's vectors if not given.
+        """
+        self.embedding, self.stack, self.head = embedding, stack, head
+
+    @classmethod
+    def standard(
+        cls,
+        vocabulary_size: int,
+        *,
+        num_layers: int = 6,
+        mask: Mask | ArrayLike | Sequence[Mask] | None = None,
+        cross_attention: bool = False,
+        embedding: Embedding | None = None,
+        remat: bool = False,
+        scan: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> "Decoder":
+        """The decoder of Vaswani et al., 2017, section 3.1, or a part-wise variant.
+
+        Args:
+            vocabulary_size: V.
+            num_layers: blocks.
+            mask: of the self-attention (an array is one mask), or a list: one for
+                each block; ``causal()`` if not given.
+            cross_attention: whether blocks attend to a memory.
+            embedding: one made before, to share it.
+            remat: see :class:`Stack`.
+            scan: see :class:`Stack`.
+            rngs: Flax's.
+            **options: as of :func:`make_blocks`.
+        """
+        blocks = make_blocks(
+            num_layers,
+            mask=causal() if mask is None else mask,
+            cross_attention=cross_attention,
+            rngs=rngs,
+            **options,
+        )
+        norm = last_norm(blocks, options, rngs)
+        embedding = embedding or make_embedding(vocabulary_size, options, rngs)
+        return cls(embedding, Stack(blocks, norm=norm, remat=remat, scan=scan))
+
+    def __call__(
+        self,
+        tokens: Array,
+        memory: Array | None = None,
+        *,
+        mask: Any = None,
+        memory_mask: Any = None,
+        positions: Array | None = None,
+    ) -> Array:
+        """``[*batch, T] -> [*batch, T, V]``.
+
+        Args:
+            tokens: integers.
+            memory: ``[*batch, S, features]``, for cross-attention.
+            mask: lengths, documents: besides the blocks' own.
+            memory_mask: likewise for the memory.
+            positions: ``[T]`` or ``[*batch, T]``; -1 = empty.
+        """
+        x = self.stack(
+            self.embedding(tokens, positions),
+            memory,
+            mask=mask,
+            memory_mask=memory_mask,
+            query_positions=positions,
+        )
+        return self._logits(x)
+
+    def start(
+        self,
+        batch: int,
+        length: int,
+        memory: Array | None = None,
+        *,
+        memory_mask: Any = None,
+        make_cache: Callable[[Block], Cache] | None = None,
+        dtype: Any = None,
+    ) -> DecoderState:
+        """The state before the first token.
+
+        Args:
+            batch: B.
+            length: slots of the full caches, one for each token that follows; to
+                decode n after a prompt of T takes ``T + n - 1``.
+            memory: ``[B, S, features]``, for cross-attention.
+            memory_mask: who may see what of it: a boolean array that broadcasts to
+                ``[B, N, T, S]``, or a mask whose arrays lead with B.
+            make_cache: a cache for a block (ring, streaming); a full one if not given.
+            dtype: of the full caches; what each self-attention computes in if not
+                given.
+        """
+        types = iter(self._types() if dtype is None and make_cache is None else ())
+
+        def full(block: Block) -> Cache:
+            attention = block.attention
+            return full_cache(
+                batch,
+                length,
+                attention.num_key_heads,
+                attention.compared_size,
+                value_size=attention.value_size,
+                dtype=next(types, dtype),
+            )
+
+        blocks = self.stack.start(full if make_cache is None else make_cache, memory)
+        return DecoderState(blocks, _for_batch(memory_mask, batch))
+
+    def decode(
+        self, tokens: Array, state: DecoderState, *, positions: Array | None = None
+    ) -> tuple[Array, DecoderState]:
+        """The next tokens, one or many.
+
+        Args:
+            tokens: ``[B, T]`` integers.
+            state: of :meth:`start`, or of the step before.
+            positions: ``[B, T]``, ascending, -1 = padding; those that follow if not
+                given.
+
+        Returns:
+            Logits ``[B, T, V]``, and the next state.
+        """
+        check_examples("tokens", tokens, state.blocks[0].cache.length.shape[0])
+        if positions is None:
+            positions = state.blocks[0].cache.next_positions(tokens.shape[1])
+        x, blocks = self.stack.decode(
+            self.embedding(tokens, positions),
+            state.blocks,
+            memory_mask=state.memory_mask,
+            positions=positions,
+        )
+        return self._logits(x), state._replace(blocks=blocks)
+
+    def _types(self) -> list[Any]:
+        """What each self-attention computes in; inputs and norms have a say in it."""
+
+        def queries(decoder: Decoder, tokens: Array) -> list[Array]:
+            x, found = decoder.embedding(tokens, tokens), []
+            for block in decoder.stack.each():
+                query, x = block.types(x)
+                found.append(query)
+            return found
+
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        return [query.dtype for query in nnx.eval_shape(queries, self, tokens)]
+
+    def _logits(self, x: Array) -> Array:
+        return self.embedding.logits(x) if self.head is None else self.head(x)
+
+
+class EncoderDecoder(nnx.Module):
+    """The standard Transformer: every decoder block sees the encoder's output.
+
+    Example:
+        >>> model = EncoderDecoder.standard(
+        ...     100, features=16, num_heads=2, num_layers=2, rngs=nnx.Rngs(0)
+        ... )
+        >>> model(jnp.zeros((2, 7), int), jnp.zeros((2, 5), int)).shape
+        (2, 5, 100)
+
+    References:
+        Vaswani et al., 2017.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder):
+        self.encoder, self.decoder = encoder, decoder
+
+    @classmethod
+    def standard(
+        cls,
+        vocabulary_size: int,
+        target_size: int | None = None,
+        *,
+        mask: Mask | ArrayLike | Sequence[Mask] | None = None,
+        embedding: Embedding | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> "EncoderDecoder":
+        """Both sides alike; the base model of the paper if nothing else is given.
+
+        Args:
+            vocabulary_size: of the sources; of both, with shared vectors, if
+                ``target_size`` is not given.
+            target_size: of the targets.
+            mask: of the self-attention of both sides (an array is one mask), or a
+                list: one for each block; the decoder's is causal besides.
+            embedding: of the sources (of both, if ``target_size`` is not given), made
+                before.
+            rngs: Flax's.
+            **options: as of :meth:`Encoder.standard`.
+        """
+        encoder = Encoder.standard(
+            vocabulary_size, mask=mask, embedding=embedding, rngs=rngs, **options
+        )
+        if mask is not None:
+            each = [causal() & m for m in mask] if isinstance(mask, Sequence) else None
+            mask = causal() & mask if each is None else each
+        decoder = Decoder.standard(
+            vocabulary_size if target_size is None else target_size,
+            mask=mask,
+            embedding=encoder.embedding if target_size is None else None,
+            cross_attention=True,
+            rngs=rngs,
+            **options,
+        )
+        return cls(encoder, decoder)
+
+    def __call__(
+        self,
+        source: Array,
+        target: Array,
+        *,
+        source_mask: Any = None,
+        target_mask: Any = None,
+        memory_mask: Any = None,
+    ) -> Array:
+        """Logits of the tokens that follow each target token.
+
+        Args:
+            source: ``[*batch, S]`` integers.
+            target: ``[*batch, T]`` integers, beginning with the start token.
+            source_mask: of the sources among themselves: lengths, documents.
+            target_mask: of the targets among themselves.
+            memory_mask: of targets (queries) to sources (keys).
+
+        Returns:
+            ``[*batch, T, V]``.
+        """
+        memory = self.encoder(source, mask=source_mask)
+        return self.decoder(target, memory, mask=target_mask, memory_mask=memory_mask)
+
+
+def _for_batch(mask: Any, batch: int) -> Mask | None:
+    """A mask whose arrays lead with the batch, as every array of a state does."""
+    if mask is None:
+        return None
+
+    def spread(part: Any) -> Any:
+        if not isinstance(part, Dense):
+            return part
+        shape = (1,) * (4 - part.array.ndim) + part.array.shape
+        if shape[0] not in (1, batch) or len(shape) > 4:
+            return part
+        array = jnp.asarray(part.array).reshape(shape)
+        return Dense(jnp.broadcast_to(array, (batch, *shape[1:])))
+
+    mask = jax.tree.map(spread, as_mask(mask), is_leaf=lambda x: isinstance(x, Dense))
+    for array in jax.tree.leaves(mask):
+        if jnp.shape(array)[:1] != (batch,):
+            raise ValueError(
+                f"memory_mask: expected arrays that lead with a batch of {batch}, got "
+                f"shape {jnp.shape(array)} in {mask!r}; jnp.broadcast_to would do"
+            )
+    return mask

@@ -1,0 +1,1 @@
+"""Weights of published checkpoints, put into modules by a map of names."""

@@ -1,0 +1,1 @@
+"""The verbs, their validation and dispatch, and what they will cost."""

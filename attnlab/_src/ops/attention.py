@@ -1,0 +1,314 @@
+"""The one verb."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, Unpack
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from attnlab._src.implementations.plain import plain
+from attnlab._src.implementations.reference import attend as reference_attend
+from attnlab._src.implementations.tiled import Tiled
+from attnlab._src.implementations.top import top_weights
+from attnlab._src.masks.planning import plan_of
+from attnlab._src.ops.dispatch import run
+from attnlab._src.ops.prepare import prepare
+from attnlab._src.ops.validate import Arguments, Options, as_top_k, check, check_names
+from attnlab._src.types import (
+    Array,
+    ArrayLike,
+    AttentionInputs,
+    AttentionResult,
+    Modifier,
+    Score,
+    accumulation_dtype,
+)
+
+
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    score: Score | None = None,
+    mask: Any = None,
+    modifiers: Sequence[Modifier] = (),
+    sinks: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    query_offset: int | ArrayLike = 0,
+    query_positions: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
+    precision: Any = None,
+    implementation: str | None = None,
+) -> Array:
+    """``softmax(modifiers(score(query, key)) where mask) . value``.
+
+    Args:
+        query: ``[*batch, T, N, H]``.
+        key: ``[*batch, S, K, H]``; N is a multiple of K.
+        value: ``[*batch, S, K, D]``.
+        score: what similarity is; default ``scores.scaled_dot()``.
+        mask: who may attend to whom: an attnlab mask, a boolean array that broadcasts
+            to ``[*batch, N, T, S]`` (True = attend), or None: everyone to everyone.
+        modifiers: applied to the logits in this order, before the mask.
+        sinks: ``[N]`` learnable logits of a key that everyone sees and whose value is
+            zero.
+        dropout_rate: the fraction of weights set to 0, in [0, 1); others are scaled by
+            ``1 / (1 - rate)``. The pattern is a pure function of (rng, example, head,
+            query position, key position).
+        dropout_rng: a PRNG key, needed where ``dropout_rate > 0``.
+        query_offset: position of the first query, a scalar or ``[*batch]``, at least 0.
+            Positions of keys start at 0.
+        query_positions: ``[T]`` or ``[*batch, T]`` integers from 0 to 2**31 - 1; -1 =
+            empty slot, and so is what a traced negative offset brings below 0.
+        key_positions: ``[S]`` or ``[*batch, S]`` integers, likewise. What does not fit
+            32 bits is refused; where it is traced, it stops at their ends.
+        precision: of matrix products; None: JAX's own setting.
+        implementation: None for the automatic choice, or a name that
+            :func:`attnlab.explain` lists. A name never falls back.
+
+    Returns:
+        ``[*batch, T, N, D]`` in the query's dtype.
+
+    Raises:
+        TypeError, ValueError: on arguments that do not fit, naming the argument.
+        NotImplementedError: if the implementation asked for cannot take the inputs, or
+            does not run on the platform.
+
+    Numerics:
+        Logits, softmax and sums are float32 (float64 for float64). A query that may
+        attend to nothing yields 0 and gradient 0. What the mask hides from every query
+        reaches nothing, NaN included. Reverse mode to second order; for forward mode
+        use ``implementation="reference"`` (any score but additive and concat).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from attnlab import attention, masks
+        >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
+        >>> attention(x, x, x, mask=masks.causal() & masks.sliding_window(2, 2)).shape
+        (1, 6, 2, 4)
+
+    References:
+        Vaswani et al., "Attention Is All You Need", 2017, section 3.2; Dao et al.,
+        "FlashAttention", 2022, section 3.1 (the online softmax of the fast paths).
+    """
+    return attend(
+        query,
+        key,
+        value,
+        stats=False,
+        score=score,
+        mask=mask,
+        modifiers=modifiers,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        query_offset=query_offset,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        precision=precision,
+        implementation=implementation,
+    ).output
+
+
+def attention_with_stats(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    top_k: int | Literal["all"] | None = None,
+    **options: Unpack[Options],
+) -> AttentionResult:
+    """As :func:`attention`, with log-sum-exp and, on request, the weights.
+
+    Args:
+        query: ``[*batch, T, N, H]``.
+        key: ``[*batch, S, K, H]``.
+        value: ``[*batch, S, K, D]``.
+        top_k: None: no weights; "all": ``[*batch, N, T, S]``, dense and
+            differentiable; k: the k greatest weights of each query with their key
+            slots, in O(T k + S) memory and without a gradient.
+        **options: every keyword argument of :func:`attention`.
+
+    Returns:
+        ``AttentionResult``; ``output`` is the same whatever ``top_k`` is, and ``lse``
+        ``[*batch, T, N]`` has a gradient.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from attnlab import attention_with_stats
+        >>> x = jnp.ones((1, 3, 1, 4))
+        >>> result = attention_with_stats(x, x, x, top_k=2)
+        >>> result.output.shape, result.lse.shape, result.weights.shape
+        ((1, 3, 1, 4), (1, 3, 1), (1, 1, 3, 2))
+    """
+    check_names("attention_with_stats", options)
+    return attend(query, key, value, stats=True, top_k=top_k, **options)
+
+
+def attend(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    stats: bool,
+    top_k: int | Literal["all"] | None = None,
+    **options: Unpack[Options],
+) -> AttentionResult:
+    """Either verb: :func:`attention_with_stats`, and without ``stats`` no ``lse``."""
+    args = check(query, key, value, **options)
+    return run_attention(
+        args,
+        dropout_rate=float(options.get("dropout_rate", 0.0)),
+        precision=options.get("precision"),
+        implementation=options.get("implementation"),
+        stats=stats,
+        top_k=as_top_k(top_k, key.shape[-3]),
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "dropout_rate",
+        "precision",
+        "implementation",
+        "stats",
+        "top_k",
+        "shared_dropout",
+    ),
+)
+def run_attention(
+    args: Arguments,
+    *,
+    dropout_rate: float,
+    precision: Any,
+    implementation: str | None,
+    stats: bool,
+    top_k: int | str | None,
+    shared_dropout: bool = False,
+) -> AttentionResult:
+    """The whole computation on validated arguments, compiled once a structure.
+
+    ``shared_dropout``: one dropout pattern for all examples and heads, as Flax's
+    ``broadcast_dropout``.
+    """
+    run_on: Any = functools.partial(
+        _run,
+        dropout_rate=dropout_rate,
+        precision=precision,
+        implementation=implementation,
+        stats=stats,
+        top_k=top_k,
+        shared_dropout=shared_dropout,
+    )
+    placed = _explicitly_placed(args, top_k)
+    if placed is not None:
+        run_on = jax.sharding.auto_axes(run_on, out_sharding=placed)
+    found = run_on(args)
+    # Where nobody asks for a -inf, jax.debug_infs should see none.
+    return found if stats else found._replace(lse=None)
+
+
+def _explicitly_placed(
+    args: Arguments, top_k: int | str | None
+) -> AttentionResult | None:
+    """Where the results lie on a mesh with explicit axes: as the queries do.
+
+    What lies between is for the compiler to place: blocks are cut as masks have it.
+    None where no axis is explicit.
+    """
+    types = [jax.typeof(x) for x in jax.tree.leaves(args)]
+    meshes = [x.sharding.mesh for x in types if x.sharding.mesh.explicit_axes]
+    if not meshes:
+        return None
+    query = jax.typeof(args.query)
+    *batch, t, heads, _ = [*query.sharding.spec, *[None] * query.ndim][: query.ndim]
+
+    def on(*axes: Any) -> Any:
+        return NamedSharding(meshes[0], PartitionSpec(*batch, *axes))
+
+    return AttentionResult(
+        on(t, heads, None),
+        on(t, heads),
+        None if top_k is None else on(heads, t, None),
+        None if top_k in (None, "all") else on(heads, t, None),
+    )
+
+
+def _run(
+    args: Arguments,
+    *,
+    dropout_rate: float,
+    precision: Any,
+    implementation: str | None,
+    stats: bool,
+    top_k: int | str | None,
+    shared_dropout: bool,
+) -> AttentionResult:
+    batch = args.query.shape[:-3]
+    t, heads = args.query.shape[-3:-1]
+    if 0 in (*batch, t, heads, args.key.shape[-3]):
+        args.mask.operands(t, args.key.shape[-3])
+        return _nothing(args, top_k)
+    inputs = prepare(
+        args,
+        dropout_rate=dropout_rate,
+        precision=precision,
+        needs_lse=stats or args.sinks is not None,
+        shared_dropout=shared_dropout,
+    )
+    output, lse = run(inputs, implementation)
+    weights, indices = _weights(inputs, lse, top_k)
+    if args.sinks is not None:
+        total = _with_sinks(lse, args.sinks)
+        finite = jnp.where(jnp.isneginf(total), 0, total)
+        share = jnp.exp(lse - finite)
+        output = output * share[..., None]
+        if weights is not None:
+            weights = weights * share.swapaxes(1, 2)[..., None]
+        lse = total
+    output = output.astype(args.query.dtype)
+    found = AttentionResult(output, lse, weights, indices)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
+
+
+def _nothing(args: Arguments, top_k: int | str | None) -> AttentionResult:
+    """The result where there is no query, no key or no example."""
+    *batch, t, heads, _ = args.query.shape
+    s, size = args.key.shape[-3], args.value.shape[-1]
+    wide = accumulation_dtype(args.query.dtype)
+    lse = jnp.full((*batch, t, heads), -jnp.inf, wide)
+    if args.sinks is not None:
+        lse = _with_sinks(lse, args.sinks)
+    weights, indices = None, None
+    if top_k == "all":
+        weights = jnp.zeros((*batch, heads, t, s), wide)
+    elif top_k is not None:
+        shape = (*batch, heads, t, int(top_k))
+        weights, indices = jnp.zeros(shape, wide), jnp.full(shape, -1, jnp.int32)
+    output = jnp.zeros((*batch, t, heads, size), args.query.dtype)
+    return AttentionResult(output, lse, weights, indices)
+
+
+def _with_sinks(lse: Array, sinks: Array) -> Array:
+    """Log-sum-exp ``[B, T, N]`` with a sink ``[N or 1]`` that every query sees."""
+    sinks = jnp.broadcast_to(jnp.asarray(sinks).astype(lse.dtype), lse.shape)
+    # Of two that are nothing the sum is nothing; its gradient is 0, not 0 / 0.
+    nothing = jnp.isneginf(lse) & jnp.isneginf(sinks)
+    lse, sinks = (jnp.where(nothing, 0, x) for x in (lse, sinks))
+    return jnp.where(nothing, -jnp.inf, jnp.logaddexp(lse, sinks))
+
+
+def _weights(
+    inputs: AttentionInputs, lse: Array, top_k: int | str | None
+) -> tuple[Array | None, Array | None]:
+    if top_k is None:
+        return None, None
+    if top_k == "all":
+        return reference_attend(inputs)[2], None
+    plan = plan_of(inputs, Tiled().block_sizes(inputs), cols=False)
+    return top_weights(plain(inputs), plan, lse, int(top_k))

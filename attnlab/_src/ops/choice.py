@@ -1,0 +1,168 @@
+"""Which implementation runs, and why each other one does not."""
+
+import jax
+import jax.extend.backend
+
+from attnlab._src.implementations import (
+    BUILT_IN,
+    IMPLEMENTATIONS,
+    PRIORITIES,
+    automatic,
+)
+from attnlab._src.types import AttentionInputs, Implementation
+
+#: What a program may be lowered for.
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def default_platform() -> str:
+    """The default backend, as lowering names it: "cuda" or "rocm", never "gpu"."""
+    name = jax.default_backend()
+    backends = jax.extend.backend.backends().items()
+    return next(key for key, backend in backends if backend.platform == name)
+
+
+def as_platform(platform: str | None) -> str:
+    """The default backend's for None; else as it is.
+
+    Raises:
+        ValueError: if lowering knows no such platform.
+    """
+    here = default_platform()
+    if platform is None:
+        return here
+    known = dict.fromkeys((*PLATFORMS, here))
+    if not isinstance(platform, str) or platform not in known:
+        raise ValueError(
+            f"platform: expected one of {', '.join(known)} or None, got {platform!r}"
+        )
+    return platform
+
+
+def _elsewhere(
+    implementation: Implementation, platform: str | None, exported: bool, shared: bool
+) -> tuple[str, ...]:
+    """Why it cannot run in such a program, whatever the inputs are."""
+    only = implementation.platforms
+    where: tuple[str, ...] = ()
+    if only is not None and platform is not None and platform not in only:
+        where = (f"it runs on {' and '.join(only)}, not on {platform}",)
+    if exported and not implementation.exportable:
+        where += ("an exported program cannot carry it",)
+    if shared and not implementation.shares_program:
+        where += ("a program for several platforms cannot hold it",)
+    return where
+
+
+def symbolic_sizes(inputs: AttentionInputs, letters: str = "BTS") -> dict[str, str]:
+    """Sizes that are not known (``jax.export``), by the letter of their axis."""
+    sizes = {letter: getattr(inputs.sizes, letter) for letter in letters}
+    return {n: str(size) for n, size in sizes.items() if not isinstance(size, int)}
+
+
+def _reasons(
+    implementation: Implementation, inputs: AttentionInputs
+) -> tuple[str, ...]:
+    """Why it cannot take the inputs."""
+    unknown = symbolic_sizes(inputs)
+    where = [f"{n} ({unknown[n]})" for n in unknown if n not in implementation.symbolic]
+    if not where:
+        return implementation.unsupported(inputs)
+    verb = "are" if len(where) > 1 else "is"
+    return (
+        f"its plan needs sizes that are known, and {' and '.join(where)} {verb} "
+        "symbolic; implementation='reference' needs no plan",
+    )
+
+
+def named(name: str) -> Implementation:
+    """The implementation of a name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not isinstance(name, str) or name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected one of {', '.join(IMPLEMENTATIONS)} or None, "
+            f"got {name!r}"
+        )
+    return IMPLEMENTATIONS[name]
+
+
+def choose(
+    inputs: AttentionInputs,
+    name: str | None,
+    platform: str | None,
+    exported: bool = False,
+    shared: bool = False,
+) -> Implementation:
+    """The implementation to run.
+
+    Args:
+        inputs: the canonical record; arrays may be shapes only.
+        name: the implementation asked for; None: the automatic choice.
+        platform: as lowering names it; None: not known yet, which excludes nobody.
+        exported: whether the program is to run elsewhere (``jax.export``).
+        shared: whether it is one program for several platforms.
+
+    Raises:
+        ValueError: if there is no implementation of that name.
+        NotImplementedError: if the one asked for cannot take the inputs; it names
+            every reason. Or if a length is symbolic and none was asked for.
+    """
+    if name is None:
+        # Stop at the first capable one: to answer, some trace the user's functions.
+        for made in map(IMPLEMENTATIONS.__getitem__, automatic()):
+            elsewhere = _elsewhere(made, platform, exported, shared)
+            if not elsewhere and not _reasons(made, inputs):
+                return made
+        lengths = symbolic_sizes(inputs, "TS")
+        unknown = " and ".join(f"{n} ({x})" for n, x in lengths.items())
+        raise NotImplementedError(
+            f"implementation: a plan needs lengths that are known, got {unknown}; "
+            "implementation='reference' needs none: it holds [T, S], and runs only "
+            "when asked for"
+        )
+    made = named(name)
+    # JAX itself says what it thinks of exporting one that was asked for.
+    reasons = _elsewhere(made, platform, False, shared) + _reasons(made, inputs)
+    if reasons:
+        raise NotImplementedError(
+            f"implementation={name!r} cannot take these inputs: " + "; ".join(reasons)
+        )
+    return made
+
+
+def chosen_name(inputs: AttentionInputs, name: str | None) -> str | None:
+    """The name of the implementation that would run here; None if nobody would.
+
+    Args:
+        inputs: the canonical record; arrays may be shapes only.
+        name: the implementation asked for, on any platform; None: the automatic choice.
+    """
+    try:
+        return choose(inputs, name, default_platform() if name is None else None).name
+    except NotImplementedError:
+        return None
+
+
+def passed_over(
+    inputs: AttentionInputs, name: str | None, platform: str | None
+) -> dict[str, tuple[str, ...]]:
+    """Why each implementation but the one that ``choose`` takes does not run."""
+    chosen = choose(inputs, name, platform).name
+    passed = {}
+    for other, made in IMPLEMENTATIONS.items():
+        if other == chosen:
+            continue
+        if name is not None:
+            why = (f"{name!r} was asked for",)
+        elif other in PRIORITIES:
+            why = (f"{chosen!r} comes first",)
+        elif other in BUILT_IN:
+            why = ("it holds [T, S] in memory; it runs only when asked for",)
+        else:
+            why = ("it was registered without a priority: it runs only when asked for",)
+        reasons = _elsewhere(made, platform, False, False) + _reasons(made, inputs)
+        passed[other] = reasons or why
+    return passed

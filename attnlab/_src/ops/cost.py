@@ -1,0 +1,265 @@
+"""What a call will cost, before it runs: the numbers follow from the plan."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab._src.masks.algebra import And, Not, Or
+from attnlab._src.masks.base import Mask
+from attnlab._src.masks.data import predicate
+from attnlab._src.masks.liveness import scan_partial
+from attnlab._src.masks.per_head import PerHead
+from attnlab._src.masks.planning import normalise_tree, plan_of
+from attnlab._src.ops.attention import run_attention
+from attnlab._src.ops.choice import as_platform, choose, default_platform
+from attnlab._src.ops.explain import canonical, describe
+from attnlab._src.ops.prepare import numbering_of, positions_of
+from attnlab._src.ops.validate import Arguments, Options, check_names
+from attnlab._src.types import AttentionInputs, Plan
+
+
+class Cost(NamedTuple):
+    """The answer of :func:`cost`; ``str`` of it is readable text.
+
+    Attributes:
+        inputs: a line that describes them.
+        implementation: the one that would run.
+        exact: False where only shapes of the mask's data are known: then pairs, blocks
+            and everything that follows from them are upper bounds.
+        pairs: visible query-key pairs, all heads and examples.
+        pairs_executed: pairs that the implementation computes.
+        blocks_full: live blocks that need no mask, all heads and examples.
+        blocks_partial: live blocks that need it.
+        blocks_total: blocks, dead ones included.
+        flops_forward: useful floating-point operations of the forward pass.
+        flops_backward: of the backward pass.
+        flops_forward_executed: operations that the forward pass executes.
+        flops_backward_executed: operations that the backward pass executes.
+        bytes_least: every input read once, the output written once.
+        bytes_moved: as the forward walks the plan: key and value read again for each
+            block of queries.
+        temporary_forward: peak bytes beside inputs and outputs, from the compiler; None
+            for a platform that is not here.
+        temporary_backward: the same of forward and backward together.
+    """
+
+    inputs: str
+    implementation: str
+    exact: bool
+    pairs: int
+    pairs_executed: int
+    blocks_full: int
+    blocks_partial: int
+    blocks_total: int
+    flops_forward: int
+    flops_backward: int
+    flops_forward_executed: int
+    flops_backward_executed: int
+    bytes_least: int
+    bytes_moved: int
+    temporary_forward: int | None
+    temporary_backward: int | None
+
+    def __str__(self) -> str:
+        bound = "" if self.exact else "at most "
+        live = self.blocks_full + self.blocks_partial
+
+        def mega(x: int | None) -> str:
+            return "unknown here" if x is None else f"{x / 1e6:,.1f} MB"
+
+        return "\n".join([
+            self.inputs,
+            f"{self.implementation}: {bound}{self.pairs:,} visible pairs, "
+            f"{self.pairs_executed:,} executed",
+            f"blocks: {bound}{live:,} live of {self.blocks_total:,} "
+            f"({self.blocks_full:,} full, {self.blocks_partial:,} partial)",
+            f"forward: {bound}{self.flops_forward / 1e9:,.3f} GFLOP useful, "
+            f"{self.flops_forward_executed / 1e9:,.3f} executed",
+            f"backward: {bound}{self.flops_backward / 1e9:,.3f} GFLOP useful, "
+            f"{self.flops_backward_executed / 1e9:,.3f} executed",
+            f"bytes: {mega(self.bytes_least)} at least, {mega(self.bytes_moved)} moved",
+            f"peak temporaries: forward {mega(self.temporary_forward)}, "
+            f"forward and backward {mega(self.temporary_backward)}",
+        ])
+
+
+def cost(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    platform: str | None = None,
+    **options: Unpack[Options],
+) -> Cost:
+    """What :func:`attnlab.attention` would cost with these arguments.
+
+    Args:
+        query: array or ``jax.ShapeDtypeStruct``, ``[*batch, T, N, H]``.
+        key: ``[*batch, S, K, H]``.
+        value: ``[*batch, S, K, D]``.
+        platform: the default backend's if not given; temporaries are known for that
+            one only, because the compiler tells them.
+        **options: every keyword argument of :func:`attnlab.attention`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from attnlab import cost, masks
+        >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
+        >>> c = cost(x, x, x, mask=masks.causal())
+        >>> c.pairs == 8 * 4096 * 4097 // 2, c.exact
+        (True, True)
+    """
+    check_names("cost", options)
+    args, inputs = canonical(query, key, value, options)
+    here, platform = default_platform(), as_platform(platform)
+    chosen = choose(inputs, options.get("implementation"), platform)
+    sizes, exact = inputs.sizes, True
+    known = args
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(_data(args))):
+        exact = False
+        known = args._replace(mask=_unknown(args.mask))
+        known = known._replace(
+            query_offset=None, query_positions=None, key_positions=None
+        )
+        if not inputs.index_positions:
+            known = known._replace(mask=_unknown(None))
+    asked = Options(mask=known.mask, score=args.score)
+    shapes = canonical(query, key, value, asked)[1]
+    blocks = chosen.block_sizes(inputs)
+    plan, pairs = _count(known, shapes, blocks, exact)
+    full, partial = (_total(x.per_row(), sizes) for x in plan.rows)
+    nq, nk = -(-sizes.T // plan.block_q), -(-sizes.S // plan.block_k)
+    moved_blocks = _total(chosen.blocks_executed(plan), sizes)
+    executed = moved_blocks * plan.block_k * plan.block_q
+    if not exact:
+        pairs = min(executed, sizes.B * sizes.N * sizes.T * sizes.S)
+    forward, backward = _flops_per_pair(args, inputs)
+    projections = sizes.B * (
+        sizes.T * sizes.N * args.score.flops_per_query(args.query.shape[-1])
+        + sizes.S * sizes.K * args.score.flops_per_key(args.key.shape[-1])
+    )
+    item = np.dtype(inputs.query.dtype).itemsize
+    queries = sizes.B * sizes.T * sizes.N * (sizes.P + sizes.D)
+    keys = sizes.B * sizes.S * sizes.K * (sizes.P + sizes.D)
+    moved = moved_blocks * plan.block_k * (sizes.P + sizes.D)
+    return Cost(
+        describe(args, inputs),
+        chosen.name,
+        exact,
+        pairs,
+        executed,
+        full,
+        partial,
+        sizes.B * sizes.N * nq * nk,
+        pairs * forward + projections,
+        pairs * backward + 2 * projections,
+        executed * forward + projections,
+        executed * backward + 2 * projections,
+        (queries + keys) * item,
+        (queries + moved) * item,
+        _temporary(args, options, False) if platform == here else None,
+        _temporary(args, options, True) if platform == here else None,
+    )
+
+
+def _data(args: Arguments) -> Any:
+    """What decides who sees whom."""
+    return args.mask, args.query_offset, args.query_positions, args.key_positions
+
+
+def _unseen(t: Any, s: Any) -> Any:
+    return (t >= 0) & (s >= 0)
+
+
+def _unknown(mask: Mask | None) -> Mask:
+    """The mask with every part that carries data replaced by "may be anything"."""
+    if type(mask) is And or type(mask) is Or or type(mask) is PerHead:
+        return type(mask)(tuple(_unknown(m) for m in mask.parts))
+    if type(mask) is Not:
+        return Not(_unknown(mask.part))
+    if mask is not None and not jax.tree.leaves(mask):
+        return mask
+    return predicate(_unseen)
+
+
+def _count(
+    args: Arguments, shapes: AttentionInputs, blocks: tuple[int, int], exact: bool
+) -> tuple[Plan, int]:
+    """The plan, as NumPy, and the visible pairs (where the data are known)."""
+
+    def work(args: Arguments) -> tuple[Plan, Any]:
+        batch = args.query.shape[:-3]
+        query, key = positions_of(args, batch, shapes.sizes.T, shapes.sizes.S)
+        heads = shapes.query_positions.shape[1]
+        query = jnp.broadcast_to(query, (query.shape[0], heads, *query.shape[2:]))
+        operands = shapes.mask_operands
+        if jax.tree.leaves(operands):
+            operands = normalise_tree(
+                args.mask.operands(shapes.sizes.T, shapes.sizes.S), batch, "mask"
+            )
+        placed = dataclasses.replace(
+            shapes,
+            query_positions=query,
+            key_positions=key,
+            mask_operands=operands,
+            numbering=numbering_of(args),
+        )
+        plan = plan_of(placed, blocks, cols=False)
+        if not exact:
+            return plan, jnp.zeros((1, 1, 1))
+        return plan, scan_partial(args.mask, operands, query, key, plan)[0]
+
+    # Only the mask's data run: query, key and value may be shapes.
+    def from_data(data: Any) -> Any:
+        names = ("mask", "query_offset", "query_positions", "key_positions")
+        return work(args._replace(**dict(zip(names, data, strict=True))))
+
+    plan, by_query = jax.jit(from_data)(_data(args))
+    plan = jax.tree.map(np.asarray, plan)
+    return plan, _total(np.asarray(by_query), shapes.sizes)
+
+
+def _total(counts: Any, sizes: Any) -> int:
+    """The sum of ``[Bp, Np, ...]`` over all heads and examples."""
+    counts = np.asarray(counts, np.int64)
+    shared = sizes.B // counts.shape[0] * (sizes.N // counts.shape[1])
+    return int(counts.sum() * shared)
+
+
+def _flops_per_pair(args: Arguments, inputs: AttentionInputs) -> tuple[int, int]:
+    """Forward and backward operations for each pair, softmax not counted."""
+    s = inputs.sizes
+    score = args.score.flops_per_pair(s.P)
+    modifiers = sum(m.flops_per_pair for m in args.modifiers)
+    forward = score + modifiers + 2 * s.D
+    # Backward: the logits once more, their gradient to both sides, and two products
+    # with the value's size (for the value itself and for the weights).
+    return forward, 3 * score + 2 * modifiers + 4 * s.D
+
+
+def _temporary(args: Arguments, options: Options, backward: bool) -> int:
+    """Peak temporary bytes as the compiler of the default backend tells them."""
+    call = functools.partial(
+        run_attention,
+        dropout_rate=float(options.get("dropout_rate", 0.0)),
+        precision=options.get("precision"),
+        implementation=options.get("implementation"),
+        stats=False,
+        top_k=None,
+    )
+
+    def loss(arrays: Any, args: Arguments) -> Any:
+        args = args._replace(query=arrays[0], key=arrays[1], value=arrays[2])
+        return call(args).output.astype(jnp.float32).sum()
+
+    arrays = (args.query, args.key, args.value)
+    if backward:
+        lowered = jax.jit(jax.grad(loss)).lower(arrays, args)
+    else:
+        lowered = jax.jit(call).lower(args)
+    analysis: Any = lowered.compile().memory_analysis()
+    return int(analysis.temp_size_in_bytes)

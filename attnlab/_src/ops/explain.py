@@ -1,0 +1,186 @@
+"""Which implementation the automatic choice takes, and why it passed over the rest."""
+
+import itertools
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import numpy as np
+
+from attnlab._src.implementations.measured import measured
+from attnlab._src.masks.base import Full, Mask, full
+from attnlab._src.ops.choice import as_platform, choose, passed_over
+from attnlab._src.ops.prepare import prepare
+from attnlab._src.ops.validate import Arguments, Options, check, check_names
+from attnlab._src.types import AttentionInputs, Implementation
+
+
+class Explanation(NamedTuple):
+    """The answer of :func:`explain`; ``str`` of it is readable text.
+
+    Attributes:
+        inputs: a line that describes them.
+        platform: where it would run.
+        implementation: the name of the one that runs.
+        block_sizes: (queries, keys) in a block of its plan.
+        passed_over: for each other implementation, every reason.
+        crossover: how the mask's time compares with that of full attention, from which
+            length on it is less, and who measured that; None where nobody did.
+    """
+
+    inputs: str
+    platform: str
+    implementation: str
+    block_sizes: tuple[int, int]
+    passed_over: dict[str, tuple[str, ...]]
+    crossover: str | None = None
+
+    def __str__(self) -> str:
+        lines = [
+            self.inputs,
+            f"on {self.platform}: {self.implementation}, blocks of "
+            f"{self.block_sizes[0]} queries x {self.block_sizes[1]} keys",
+        ]
+        if self.crossover is not None:
+            lines.append(self.crossover)
+        for name, reasons in self.passed_over.items():
+            lines.append(f"  not {name}: {'; '.join(reasons)}")
+        return "\n".join(lines)
+
+
+def canonical(
+    query: Any, key: Any, value: Any, options: Options, needs_lse: bool = False
+) -> tuple[Arguments, AttentionInputs]:
+    """The validated arguments, and the shapes of what implementations would get."""
+    args = check(query, key, value, **options)
+    precision = options.get("precision")
+    rate = float(options.get("dropout_rate", 0.0))
+    needs_lse = needs_lse or args.sinks is not None
+    inputs = jax.eval_shape(
+        lambda a: prepare(
+            a, dropout_rate=rate, precision=precision, needs_lse=needs_lse
+        ),
+        args,
+    )
+    return args, inputs
+
+
+def describe(args: Arguments, inputs: AttentionInputs) -> str:
+    """One line that says what the inputs are."""
+    s = inputs.sizes
+    letters = ", ".join(f"{k}={v}" for k, v in s._asdict().items())
+    score = type(args.score).__name__
+    modifiers = [type(m).__name__ for m in args.modifiers]
+    parts = [f"{letters}; {inputs.query.dtype}; score {score}; mask {args.mask!r}"]
+    if modifiers:
+        parts.append(f"modifiers {', '.join(modifiers)}")
+    if args.sinks is not None:
+        parts.append("sinks")
+    if inputs.dropout_rate > 0:
+        parts.append(f"dropout {inputs.dropout_rate:g}")
+    if not inputs.index_positions:
+        parts.append("positions given")
+    return "; ".join(parts)
+
+
+def crossover(
+    mask: Mask, inputs: AttentionInputs, chosen: Implementation
+) -> str | None:
+    """When the mask pays, by the times that were measured of an implementation.
+
+    Returns:
+        None where the mask is full, where its blocks are not known, or where nothing
+        like the inputs was measured: inner products in float32, without modifiers.
+    """
+    s, fits = inputs.sizes, measured().fits.get(chosen.name, {})
+    known = all(
+        isinstance(x, (np.ndarray, jax.Array)) and not isinstance(x, jax.core.Tracer)
+        for x in jax.tree.leaves(mask)
+    )
+    alike = (
+        inputs.score.is_inner_product
+        and not inputs.modifiers
+        and inputs.query.dtype == np.float32
+        and inputs.index_positions
+        and s.T == s.S > 0
+    )
+    if not fits or type(mask) is Full or not known or not alike:
+        return None
+    blocks = chosen.block_sizes(inputs)
+
+    def work(mask: Mask, length: int) -> tuple[float, float, float]:
+        """Queries, pairs as if of head size 64, and blocks."""
+        plan = mask.plan(length, block_size=blocks)
+        live = np.asarray(chosen.blocks_executed(plan))
+        count = float(live.sum()) * (s.B * s.N // math.prod(live.shape[:2]))
+        size = (s.P + s.D) / 128 * plan.block_q * plan.block_k
+        return float(s.B * s.N * length), count * size, count
+
+    def shares(length: int) -> dict[str, float]:
+        """Of full attention's time, by direction."""
+        sparse, dense = work(mask, length), work(full(), length)
+        return {d: f.seconds(*sparse) / f.seconds(*dense) for d, f in fits.items()}
+
+    text = "of full attention's time about " + ", ".join(
+        f"{share:.0%} {direction}" for direction, share in shares(s.T).items()
+    )
+    # What the mask's arrays would be at another length, nobody knows.
+    if not jax.tree.leaves(mask):
+        shorter = [2**n for n in range(5, s.T.bit_length()) if 2**n < s.T]
+        pays = list(
+            itertools.takewhile(
+                lambda length: max(shares(length).values()) < 0.95,
+                (s.T, *reversed(shorter)),
+            )
+        )
+        if pays:
+            text += f"; less from T = {pays[-1]:,} on"
+    return f"{text} (fitted: {measured().where})"
+
+
+def explain(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    platform: str | None = None,
+    **options: Unpack[Options],
+) -> Explanation:
+    """Which implementation :func:`attnlab.attention` would run, and why.
+
+    Args:
+        query: array or ``jax.ShapeDtypeStruct``, ``[*batch, T, N, H]``.
+        key: ``[*batch, S, K, H]``.
+        value: ``[*batch, S, K, D]``.
+        platform: "cpu", "cuda", "rocm" or "tpu"; the default backend's if not given.
+        **options: every keyword argument of :func:`attnlab.attention`.
+
+    Raises:
+        NotImplementedError: as :func:`attnlab.attention` would.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from attnlab import explain, masks
+        >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
+        >>> mask = masks.sliding_window(256, 256)
+        >>> print(explain(x, x, x, mask=mask, platform="cuda"))  # doctest: +ELLIPSIS
+        B=1, T=4096, S=4096, N=8, K=8, P=64, D=64; float32; score ScaledDot; mask
+        sliding_window(256, 256)
+        on cuda: tiled, blocks of 256 queries x 128 keys
+          not native: it runs on cpu, not on cuda...
+          not jax_nn: it holds [T, S] in memory; it runs only when asked for
+          not reference: it holds [T, S] in memory; it runs only when asked for
+    """
+    check_names("explain", options)
+    args, inputs = canonical(query, key, value, options)
+    platform = as_platform(platform)
+    name = options.get("implementation")
+    chosen = choose(inputs, name, platform)
+    return Explanation(
+        describe(args, inputs),
+        platform,
+        chosen.name,
+        chosen.block_sizes(inputs),
+        passed_over(inputs, name, platform),
+        crossover(args.mask, inputs, chosen),
+    )

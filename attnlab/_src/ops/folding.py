@@ -1,0 +1,206 @@
+"""A mapped axis (``vmap``) folds into an axis that is there: kernels see none.
+
+Into the heads where keys and values are not mapped: heads share a key head as they do
+anyway, and nothing of the keys is copied. Else into the batch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab._src.implementations.tile import modifiers_read_head
+from attnlab._src.masks.algebra import And, Not, Or
+from attnlab._src.masks.base import Mask
+from attnlab._src.masks.per_head import PerHead
+from attnlab._src.masks.planning import head_count, reads_head
+from attnlab._src.ops.choice import chosen_name
+from attnlab._src.types import Array, PyTree
+
+#: What a pass is given: the inputs, and a backward pass arrays ``[B, T, N, ...]``, too.
+Given = tuple[Any, ...]
+#: Which leaves of the inputs a pass makes gradients of; None: the forward pass.
+Wanted = tuple[bool, ...] | None
+
+
+class IntoBatch(NamedTuple):
+    """Each example of the mapped axis becomes as many of the batch.
+
+    Attributes:
+        size: of the mapped axis.
+        batch: B.
+    """
+
+    size: int
+    batch: int
+
+    def fold(self, mapped: Given, given: Given, wanted: Wanted) -> Given:
+        """Spread out are query, key, value and what has a gradient.
+
+        Other arrays that are not mapped stay shared where their batch axis is 1.
+        """
+        marks, structure = jax.tree.flatten(mapped[0])
+        leaves = jax.tree.leaves(given[0])
+        flags = (False,) * len(leaves) if wanted is None else wanted
+        inputs = [
+            self._one(mark, leaf, on or place < 3)
+            for place, (mark, leaf, on) in enumerate(
+                zip(marks, leaves, flags, strict=True)
+            )
+        ]
+        others = jax.tree.map(self._one, mapped[1:], given[1:])
+        return jax.tree.unflatten(structure, inputs), *others
+
+    def _one(self, mark: bool, x: Array, spread: bool = True) -> Array:
+        if not mark and x.shape[0] == 1 and not spread:
+            return x
+        if not mark:
+            x = jnp.broadcast_to(x, (self.size, *x.shape))
+        if x.shape[1] != self.batch:
+            x = jnp.broadcast_to(x, (self.size, self.batch, *x.shape[2:]))
+        return x.reshape(self.size * self.batch, *x.shape[2:])
+
+    def unfold(self, found: Sequence[Array], batches: Sequence[int]) -> list[Array]:
+        """Results with the mapped axis in front.
+
+        Args:
+            found: the results of the pass.
+            batches: the batch axis that each has without the mapped one, B or 1.
+        """
+        result = []
+        for folded, own in zip(found, batches, strict=True):
+            x = folded.reshape(self.size, self.batch, *folded.shape[1:])
+            result.append(x.sum(1, keepdims=True) if own < self.batch else x)
+        return result
+
+
+class IntoHeads(NamedTuple):
+    """Each example of the mapped axis becomes as many heads.
+
+    Those of one key head follow each other: ``[K, size, group]`` is the axis of heads.
+
+    Attributes:
+        size: of the mapped axis.
+        key_heads: K.
+        group: how many heads share a key head.
+    """
+
+    size: int
+    key_heads: int
+    group: int
+
+    def fold(self, mapped: Given, given: Given, wanted: Wanted) -> Given:
+        """Key and value, and what is the same for all heads, stay as they are."""
+        inputs, marks = given[0], mapped[0]
+        parts = jax.tree.map(self._operand, _operands(marks), _operands(inputs))
+        living = inputs.living[1]
+        if marks.living[1]:  # an example that does not see a slot hides it itself
+            living = living.any(0)
+        query, *others = jax.tree.map(
+            self._by_token, (marks.query, *mapped[1:]), (inputs.query, *given[1:])
+        )
+        parts["living"] = parts["living"], living
+        parts["mask"] = self._mask(inputs.mask)
+        return dataclasses.replace(inputs, query=query, **parts), *others
+
+    def _operand(self, mark: bool, x: Array) -> Array:
+        if not mark and x.shape[1] == 1:
+            return x
+        return self._one(mark, x, 1)
+
+    def _mask(self, mask: Mask) -> Mask:
+        """Each head has the mask that it had."""
+
+        def one(mask: Any) -> Any:
+            if type(mask) is not PerHead:
+                return mask
+            order = np.asarray(mask.order).reshape(self.key_heads, 1, self.group)
+            spread = np.repeat(order, self.size, 1).reshape(-1)
+            return dataclasses.replace(mask, which=tuple(spread.tolist()))
+
+        return jax.tree.map(one, mask, is_leaf=lambda m: type(m) is PerHead)
+
+    def _by_token(self, mark: bool, x: Array) -> Array:
+        return self._one(mark, x, 2)
+
+    def _one(self, mark: bool, x: Array, axis: int) -> Array:
+        """``axis`` is that of the heads, 1 or all of them, without the mapped one."""
+        x = jnp.moveaxis(x, 0, axis) if mark else jnp.expand_dims(x, axis)
+        lead, rest = x.shape[:axis], x.shape[axis + 2 :]
+        size, heads = x.shape[axis : axis + 2]
+        groups = (1, 1) if heads == 1 else (self.key_heads, self.group)
+        x = x.reshape(*lead, size, *groups, *rest).swapaxes(axis, axis + 1)
+        x = jnp.broadcast_to(x, (*lead, self.key_heads, self.size, self.group, *rest))
+        return x.reshape(*lead, -1, *rest)
+
+    def unfold(self, found: Sequence[Array], batches: Sequence[int]) -> list[Array]:
+        """Results ``[B, T, N, ...]`` with the mapped axis in front."""
+
+        def one(x: Array) -> Array:
+            lead, rest = x.shape[:2], x.shape[3:]
+            x = x.reshape(*lead, self.key_heads, self.size, self.group, *rest)
+            return jnp.moveaxis(x, 3, 0).reshape(self.size, *lead, -1, *rest)
+
+        return [one(x) for x in found]
+
+
+def _operands(inputs: Any) -> dict[str, PyTree]:
+    """What has an axis of heads behind that of the batch, and need not run along it."""
+    names = ("pair_params", "modifier_operands", "mask_operands", "dropout_words")
+    names = (*names, "query_positions", "key_positions", "head_scale")
+    parts = {name: getattr(inputs, name) for name in names}
+    return parts | {"living": inputs.living[0]}
+
+
+def fold_of(
+    size: int, mapped: Given, given: Given, wanted: Wanted, name: str | None
+) -> IntoBatch | IntoHeads:
+    """The fold that copies less.
+
+    Args:
+        size: of the mapped axis.
+        mapped: which leaves it leads.
+        given: to the pass.
+        wanted: see ``Wanted``.
+        name: the implementation asked for; None: the automatic choice.
+    """
+    inputs, marks = given[0], mapped[0]
+    heads, key_heads = inputs.query.shape[-2], inputs.key.shape[-2]
+    into_batch = IntoBatch(size, inputs.query.shape[1 if marks.query else 0])
+    into_heads = IntoHeads(size, key_heads, heads // key_heads)
+    # Plans know no positions by the head; and each example wants its own gradients.
+    along = marks.key, marks.value, marks.query_positions, marks.key_positions
+    if any(along) or (wanted is not None and any(wanted[1:])):
+        return into_batch
+
+    def folded(fold: IntoBatch | IntoHeads) -> Any:
+        return jax.eval_shape(lambda x: fold.fold(mapped, x, wanted), given)[0]
+
+    def held(inputs: Any) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(inputs))
+
+    alone = folded(into_batch)
+    shared = folded(into_heads)
+    if held(alone) < held(shared):
+        return into_batch
+    if modifiers_read_head(alone) or _reads_head(alone.mask, alone.mask_operands):
+        return into_batch
+    # What a mask for each head is given, all heads share.
+    of_head = head_count(alone.mask) > 1 and any(jax.tree.leaves(marks.mask_operands))
+    # Nobody else should run because so many heads share a key head.
+    if of_head or chosen_name(alone, name) != chosen_name(shared, name):
+        return into_batch
+    return into_heads
+
+
+def _reads_head(mask: Mask, operands: PyTree) -> bool:
+    """Whether a rule of the user's asks which head it is at: that must be as it was."""
+    if type(mask) is And or type(mask) is Or or type(mask) is PerHead:
+        parts = zip(mask.parts, operands, strict=True)
+        return any(_reads_head(part, own) for part, own in parts)
+    if type(mask) is Not:
+        return _reads_head(mask.part, operands)
+    return reads_head(mask, operands)

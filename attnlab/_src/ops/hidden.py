@@ -1,0 +1,81 @@
+"""What a mask hides from everybody, taken away before anybody's projection."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab._src.ops.prepare import what_is_seen
+from attnlab._src.ops.validate import Arguments, check
+from attnlab._src.types import Array
+
+
+def zero_hidden(
+    query: Array,
+    *memory: Array,
+    num_heads: int,
+    mask: Any = None,
+    query_offset: Any = 0,
+    query_positions: Any = None,
+    key_positions: Any = None,
+) -> tuple[Array, ...]:
+    """The same with zeros where a query sees nothing, or nobody sees the key.
+
+    Whatever is there, NaN included, then reaches neither a projection of it nor the
+    projection's gradient.
+
+    Args:
+        query: ``[*batch, T, features]``.
+        *memory: ``[*batch, S, features]``: what keys and values are made of.
+        num_heads: N; a slot is hidden if it is for each of them.
+        mask: as of :func:`attnlab.attention`, like the rest.
+        query_offset: position of the first query.
+        query_positions: ``[T]`` or ``[*batch, T]``; -1 = empty.
+        key_positions: ``[S]`` or ``[*batch, S]``; -1 = empty.
+
+    Raises:
+        TypeError, ValueError: as :func:`attnlab.attention` does.
+    """
+
+    def heads(x: Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*x.shape[:-1], num_heads, 1), jnp.float32)
+
+    keys = heads(memory[0] if memory else query)
+    args = check(
+        heads(query),
+        keys,
+        keys,
+        mask=mask,
+        query_offset=query_offset,
+        query_positions=query_positions,
+        key_positions=key_positions,
+    )
+    if 0 in (*query.shape[:-1], *keys.shape[:-2]):
+        return query, *memory
+    args = args._replace(query=None, key=None, value=None)
+    given = (query, *memory)
+    run: Any = functools.partial(_zero_hidden, num_heads=num_heads)
+    placed = [jax.typeof(x).sharding for x in given]
+    if any(place.mesh.explicit_axes for place in placed):
+        run = jax.sharding.auto_axes(run, out_sharding=tuple(placed))
+    return run(args, given)
+
+
+@functools.partial(jax.jit, static_argnames="num_heads")
+def _zero_hidden(
+    args: Arguments, given: tuple[Array, ...], *, num_heads: int
+) -> tuple[Array, ...]:
+    query, *memory = given
+    batch, t, s = query.shape[:-2], query.shape[-2], given[-1].shape[-2]
+    seen = what_is_seen(args, batch, num_heads, t, s)
+
+    def clean(x: Array, alive: Array | None) -> Array:
+        if alive is None:
+            return x
+        kept = jnp.broadcast_to(alive.any(1), (math.prod(batch), x.shape[-2]))
+        kept = kept.reshape(*batch, x.shape[-2], 1)
+        return jnp.where(kept, x, jnp.zeros((), x.dtype))
+
+    return clean(query, seen.query_alive), *(clean(x, seen.key_alive) for x in memory)

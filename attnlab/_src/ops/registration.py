@@ -1,0 +1,94 @@
+"""Implementations of others: they come and go by name."""
+
+import math
+from typing import Any
+
+from attnlab._src.implementations import BUILT_IN, IMPLEMENTATIONS, PRIORITIES
+from attnlab._src.ops.attention import run_attention
+from attnlab._src.ops.dispatch import compute
+from attnlab._src.types import Implementation, inherits
+
+
+def register(implementation: Implementation, *, priority: float | None = None) -> None:
+    """Lets ``attention(..., implementation=name)`` find an implementation.
+
+    Registering another one of the same name takes the place of the first. Programs that
+    were compiled before keep what they have.
+
+    Args:
+        implementation: an instance; its ``name`` is what callers say.
+        priority: where the automatic choice considers it: before all of less priority.
+            attnlab's own have 20 (``native``), 10 (``pallas_tpu``) and 0 (``tiled``).
+            None: it runs only when asked for by name.
+
+    Raises:
+        TypeError: if it is no instance of :class:`attnlab.extend.Implementation`, lacks
+            a method, or if the priority is no number.
+        ValueError: if the name is empty or one of attnlab's own; or if a priority is
+            given to a ``differentiable`` implementation: the automatic choice is made
+            when a program is lowered, after JAX has differentiated it.
+
+    Example:
+        >>> from attnlab import extend
+        >>> class Dense(extend.Implementation):
+        ...     name = "dense"
+        ...     differentiable = True
+        ...
+        ...     def forward(self, inputs): ...
+        >>> extend.register(Dense())
+        >>> extend.unregister("dense")
+    """
+    kind = type(implementation).__name__
+    if not isinstance(implementation, Implementation):
+        hint = ""
+        if isinstance(implementation, type):
+            hint = f"; register an instance: {implementation.__name__}()"
+        raise TypeError(
+            "implementation: expected an attnlab.extend.Implementation, got "
+            f"{kind}{hint}"
+        )
+    name: Any = getattr(implementation, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"implementation: {kind}.name must be a string, got {name!r}")
+    if name in BUILT_IN:
+        raise ValueError(
+            f"implementation: {name!r} is attnlab's own; take another name"
+        )
+    needed = ["forward"] if implementation.differentiable else ["forward", "backward"]
+    for method in needed:
+        if inherits(implementation, Implementation, method):
+            raise TypeError(f"implementation: {kind} has no {method} of its own")
+    if priority is not None:
+        number = isinstance(priority, (int, float)) and not isinstance(priority, bool)
+        if not number or not math.isfinite(priority):
+            raise TypeError(f"priority: expected a number or None, got {priority!r}")
+        if implementation.differentiable:
+            raise ValueError(
+                f"priority: {kind} is differentiable by JAX, and so runs only when "
+                "asked for; give it a backward to let the automatic choice take it"
+            )
+    IMPLEMENTATIONS[name] = implementation
+    PRIORITIES.pop(name, None)
+    if priority is not None:
+        PRIORITIES[name] = float(priority)
+    _forget()
+
+
+def unregister(name: str) -> None:
+    """Takes back :func:`register`.
+
+    Raises:
+        ValueError: if nobody registered that name.
+    """
+    if name in BUILT_IN or name not in IMPLEMENTATIONS:
+        raise ValueError(f"name: {name!r} was not registered")
+    del IMPLEMENTATIONS[name]
+    PRIORITIES.pop(name, None)
+    _forget()
+
+
+def _forget() -> None:
+    """The next call is traced anew: another implementation may be chosen."""
+    jitted: tuple[Any, ...] = (run_attention, compute)
+    for function in jitted:
+        function.clear_cache()

@@ -1,0 +1,29 @@
+"""Keys of any of JAX's generators as keys of one, which is the same everywhere."""
+
+import jax
+import jax.numpy as jnp
+
+from attnlab._src.types import Array
+
+
+def as_threefry(rng: Array) -> Array:
+    """A key of JAX's default generator that follows from every word of ``rng``.
+
+    What is drawn from it depends neither on the platform nor on ``vmap``, as it would
+    of "rbg" and "unsafe_rbg"; and two of its ``fold_in`` have nothing in common, while
+    those of "unsafe_rbg" differ from each other by the same words for every key.
+
+    Args:
+        rng: one PRNG key, typed or raw, of any generator.
+
+    Returns:
+        A typed key of "threefry2x32": ``rng`` itself, if it is one.
+    """
+    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    words = (jax.random.key_data(rng) if typed else jnp.asarray(rng)).reshape(-1)
+    if words.shape[0] == 2:
+        return jax.random.wrap_key_data(words, impl="threefry2x32")
+    key = jax.random.key(0, impl="threefry2x32")
+    for place in range(words.shape[0]):
+        key = jax.random.fold_in(key, words[place])
+    return key

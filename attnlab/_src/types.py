@@ -1,0 +1,399 @@
+"""The records and protocols that every room shares.
+
+Axis letters, used in every docstring: ``B`` batch, ``T`` query length, ``S`` key and
+value length, ``N`` query heads, ``K`` key/value heads (``N % K == 0``), ``H`` head size
+of query and key, ``P`` projected head size (what the comparison sees), ``D`` head size
+of value and output.
+
+An **operand** is an array that a score, a modifier or a mask brings along. Whatever it
+was when the user gave it, inside it has the shape ``[B, N, T, S, *payload]`` in which
+each of the first four axes is full or 1. What an operand runs along is thus its shape,
+and any kernel can cut the tile it needs without knowing what the operand means.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnlab._src.dtypes import accumulation_dtype as accumulation_dtype
+from attnlab._src.dtypes import promoted as promoted
+from attnlab._src.pytrees import by_name as by_name
+from attnlab._src.pytrees import itself as itself
+from attnlab._src.pytrees import pytree as pytree
+from attnlab._src.pytrees import skeleton as skeleton
+from attnlab._src.pytrees import static as static
+
+Array = jax.Array
+ArrayLike = jax.Array | np.ndarray
+PyTree = Any
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array varies, inside ``shard_map``."""
+    aval: Any = jax.typeof(x)
+    # jax 0.10.2 calls it manual_axis_type; releases before it, vma.
+    kind = getattr(aval, "manual_axis_type", None)
+    return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
+
+
+def vary_like(x: Array, references: Any) -> Array:
+    """Gives ``x`` the manual axes over which the references vary (``shard_map``)."""
+    axes: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(references):
+        axes |= _varying(leaf)
+    missing = tuple(sorted(axes - _varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+class Operand(NamedTuple):
+    """An array as its owner hands it over, before it is brought to the common form.
+
+    Attributes:
+        array: ``[*batch, N, T, S, *payload]``; each axis before the payload full or 1,
+            batch axes may be missing.
+        payload: how many trailing axes belong to the meaning, not to the layout.
+    """
+
+    array: Any
+    payload: int = 0
+
+
+class Tile(NamedTuple):
+    """Where a rectangle of logits lies.
+
+    Attributes:
+        query_positions: ``[q, 1]`` int32, -1 for a slot that holds nothing.
+        key_positions: ``[1, k]`` int32, -1 for a slot that holds nothing.
+        head: scalar int32, the query head.
+    """
+
+    query_positions: Any
+    key_positions: Any
+    head: Any
+
+
+def inherits(x: Any, base: type, *methods: str) -> bool:
+    """Whether these methods of ``x`` are those of ``base``: nothing overrides them."""
+    own = (getattr(getattr(x, name), "__func__", None) for name in methods)
+    return all(f is getattr(base, name) for f, name in zip(own, methods, strict=True))
+
+
+class Score:
+    """What similarity is: project each side token by token, then compare pairs.
+
+    Subclass it, decorate with :func:`pytree`, and override what differs. Fields are
+    arrays (parameters) unless declared ``static()``. Without a ``compare`` of its own a
+    score is an inner product of what it projects, and runs on every kernel.
+
+    Laws: ``project_*`` act on each token alone; ``compare`` reads nothing but its
+    arguments (no closed-over arrays) and static fields: on the instance it is called
+    on, every array field is None.
+
+    Example:
+        >>> @pytree
+        ... class NegativeDistance(Score):
+        ...     def compare(self, params, query, key):
+        ...         difference = query[:, None, :] - key[None, :, :]
+        ...         return -jnp.abs(difference).sum(-1)
+        >>> from attnlab import attention
+        >>> x = jnp.ones((1, 4, 2, 8))
+        >>> attention(x, x, x, score=NegativeDistance()).shape
+        (1, 4, 2, 8)
+    """
+
+    @property
+    def floats_per_pair(self) -> int | None:
+        """Floats that ``compare`` holds at once for each pair: sizes tiles. None: P."""
+        return None
+
+    def project_query(self, query: Array) -> Array:
+        """``[B, T, N, H] -> [B, T, N, P]``."""
+        return query
+
+    def project_key(self, key: Array) -> Array:
+        """``[B, S, K, H] -> [B, S, K, P]``."""
+        return key
+
+    def pair_params(self) -> PyTree:
+        """Arrays that ``compare`` needs; each leaf leads with N or 1."""
+        return ()
+
+    def compare(self, params: PyTree, query: Array, key: Array) -> Array:
+        """``[q, P], [k, P] -> [q, k]``; ``params`` has lost its leading head axis."""
+        raise NotImplementedError("an inner-product score has no compare of its own")
+
+    @property
+    def is_inner_product(self) -> bool:
+        """Whether the logits are plain inner products of the projections."""
+        return inherits(self, Score, "compare")
+
+    def without_scale(self, head_size: int) -> tuple["Score", float | Array]:
+        """Of inner products: the same but for a factor of the logits, and the factor.
+
+        It is applied in the accumulation type. A float is structure; an array, a scalar
+        or ``[N]``, is data.
+        """
+        return self, 1.0
+
+    def flops_per_pair(self, projected_size: int) -> int:
+        """Floating-point operations of one query-key comparison."""
+        return (2 if self.is_inner_product else 3) * projected_size
+
+    def transcendentals_per_pair(self, projected_size: int) -> int:
+        """Evaluations of tanh, exp and their like in one comparison."""
+        return 0
+
+    def flops_per_query(self, head_size: int) -> int:
+        """Floating-point operations of projecting one query token of one head."""
+        return 0
+
+    def flops_per_key(self, head_size: int) -> int:
+        """Floating-point operations of projecting one key token of one head."""
+        return 0
+
+
+class Modifier:
+    """What is done to the logits after the score and before the mask.
+
+    Subclass it and decorate with :func:`pytree`. ``apply`` must work on tiles of any
+    size, reading arrays only through its operands.
+    """
+
+    #: Multiplications, additions and function calls for each logit, for ``cost``.
+    flops_per_pair: ClassVar[int] = 1
+
+    def operands(self) -> tuple[Operand, ...]:
+        """The arrays that ``apply`` needs."""
+        return ()
+
+    def apply(self, logits: Array, tile: Tile, *operands: Array) -> Array:
+        """``[q, k] -> [q, k]``, in the accumulation type.
+
+        Args:
+            logits: ``[q, k]``.
+            tile: where they lie.
+            operands: each ``[q or 1, k or 1, *payload]``.
+        """
+        raise NotImplementedError("a modifier needs an apply of its own")
+
+
+class Intervals(NamedTuple):
+    """Half-open intervals of block numbers, ascending and disjoint in the last axis.
+
+    Attributes:
+        lo: ``[Bp, Np, rows, m]`` int, first block.
+        hi: ``[Bp, Np, rows, m]`` int, one past the last block; ``hi <= lo`` is empty.
+    """
+
+    lo: Any
+    hi: Any
+
+    def per_row(self) -> Any:
+        """Blocks in each row, ``[Bp, Np, rows]``."""
+        zero = self.lo.dtype.type(0)
+        xp = np if isinstance(self.lo, np.ndarray) else jnp
+        return xp.maximum(self.hi - self.lo, zero).sum(-1, dtype=self.lo.dtype)
+
+
+class Live(NamedTuple):
+    """The live blocks of each row of blocks.
+
+    Attributes:
+        full: blocks in which every pair may attend: no mask needed.
+        partial: blocks in which some pair may attend: the mask decides.
+    """
+
+    full: Intervals
+    partial: Intervals
+
+
+@pytree
+class Plan:
+    """The blocks that a mask leaves alive. NumPy where the structure alone decides.
+
+    Attributes:
+        rows: for each block of queries, the live blocks of keys.
+        cols: the transpose, for gradients of key and value; None where not asked for.
+        block_q: queries in a block.
+        block_k: keys in a block.
+        query_length: T.
+        key_length: S.
+    """
+
+    rows: Live
+    cols: Live | None
+    block_q: int = static()
+    block_k: int = static()
+    query_length: int = static()
+    key_length: int = static()
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the plan is known without running anything."""
+        return all(isinstance(x, np.ndarray) for x in jax.tree.leaves(self))
+
+
+@pytree
+class AttentionInputs:
+    """Everything an implementation needs, validated, in canonical form.
+
+    Attributes:
+        query: ``[B, T, N, P]``, projected.
+        key: ``[B, S, K, P]``, projected.
+        value: ``[B, S, K, D]``.
+        pair_params: the score's, as operands ``[1, N or 1, 1, 1, *payload]``; ``[B,
+            ...]`` where an axis was mapped.
+        modifier_operands: a tuple of operands for each modifier.
+        mask_operands: the mask's operands, nested as its combinations are.
+        query_positions: ``[B or 1, 1, T, 1]`` int32; N where the mask reads the head.
+        key_positions: ``[B or 1, 1, 1, S]`` int32.
+        dropout_words: None, or two uint32 operands: one word a row, one a column.
+        living: queries ``[B or 1, N or 1, T]`` and keys ``[B or 1, K or 1, S]`` that
+            see or are seen; the others may hold NaN. None: nothing to look at.
+        head_scale: None, or an operand ``[B or 1, N or 1, 1, 1]`` in the accumulation
+            type: what inner products are multiplied by, too, where it is data.
+        score: skeleton.
+        modifiers: skeletons.
+        mask: skeleton.
+        dropout_rate: in [0, 1).
+        precision: of matrix products.
+        needs_lse: whether the caller reads (and may differentiate) log-sum-exp.
+        numbering: where the positions of queries and of keys come from. "index": they
+            are slot numbers, known when compiling; "offset" (queries only): slot
+            numbers and an offset, which is the first position; "given": one by one.
+        logit_scale: what inner products, not queries, are multiplied by: queries of 16
+            bits would be rounded.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    pair_params: PyTree
+    modifier_operands: PyTree
+    mask_operands: PyTree
+    query_positions: Array
+    key_positions: Array
+    dropout_words: tuple[Array, Array] | None
+    living: tuple[Array | None, Array | None]
+    head_scale: Array | None
+    score: Score = static()
+    modifiers: tuple[Modifier, ...] = static()
+    mask: Any = static()
+    dropout_rate: float = static()
+    precision: Any = static()
+    needs_lse: bool = static()
+    numbering: tuple[str, str] = static()
+    logit_scale: float = static()
+
+    @property
+    def sizes(self) -> "Sizes":
+        """The axis sizes by letter."""
+        batch, query_length, heads, projected = self.query.shape
+        _, key_length, key_heads, value_size = self.value.shape
+        return Sizes(
+            batch, query_length, key_length, heads, key_heads, projected, value_size
+        )
+
+    @property
+    def index_positions(self) -> bool:
+        """Whether all positions are slot numbers, known when compiling."""
+        return self.numbering == ("index", "index")
+
+    @property
+    def accumulation_dtype(self) -> Any:
+        """float64 for float64 inputs, else float32."""
+        return accumulation_dtype(self.query.dtype)
+
+
+class Sizes(NamedTuple):
+    """Axis sizes, named by the axis letters."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    P: int
+    D: int
+
+
+class AttentionResult(NamedTuple):
+    """What ``attention_with_stats`` returns.
+
+    Attributes:
+        output: ``[B, T, N, D]``, the query's dtype.
+        lse: ``[B, T, N]`` log-sum-exp of the logits, float32 (float64 for float64);
+            -inf where a query may attend to nothing.
+        weights: None; or ``[B, N, T, S]``, all of them; or ``[B, N, T, k]``, the
+            greatest of each query, in descending order. After dropout.
+        indices: None, or ``[B, N, T, k]`` int32: the key slots of ``weights``, -1
+            where a query sees fewer than k keys.
+    """
+
+    output: Array
+    lse: Array
+    weights: Array | None = None
+    indices: Array | None = None
+
+
+class Implementation:
+    """One way to compute the mathematics that ``reference`` defines."""
+
+    name: ClassVar[str]
+    #: True: JAX differentiates ``forward``, and there is no ``backward``.
+    differentiable: ClassVar[bool] = False
+    #: As lowering names platforms ("cpu", "cuda", "rocm", "tpu"); None: everywhere.
+    platforms: ClassVar[tuple[str, ...] | None] = None
+    #: Whether a program that is exported (``jax.export``) can hold it.
+    exportable: ClassVar[bool] = True
+    #: Whether a program for several platforms can hold it.
+    shares_program: ClassVar[bool] = True
+    #: Letters of the axes that may be symbolic (``jax.export``): a plan of blocks needs
+    #: lengths that are known.
+    symbolic: ClassVar[str] = ""
+    #: Whether it knows ``living``; for others dead slots are 0.
+    reads_raw: ClassVar[bool] = False
+
+    def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
+        """Every reason why these inputs cannot be taken; empty if they can."""
+        return ()
+
+    def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
+        """Queries and keys in a block; without a plan, all. Arrays may be shapes."""
+        return max(inputs.sizes.T, 1), max(inputs.sizes.S, 1)
+
+    def blocks_executed(self, plan: Plan) -> Any:
+        """Blocks of keys that each block of queries computes, ``[Bp, Np, rows]``."""
+        full, partial = plan.rows
+        return full.per_row() + partial.per_row()
+
+    def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
+        """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``.
+
+        In the accumulation type; of a query that sees nothing 0 and -inf. Unless it is
+        ``differentiable``, it and ``backward`` are traced when a program is lowered,
+        once for all calls alike, and see no manual mesh axes.
+        """
+        raise NotImplementedError
+
+    def backward(
+        self,
+        inputs: AttentionInputs,
+        output: Array,
+        lse: Array,
+        d_output: Array,
+        d_lse: Array | None,
+        wanted: Sequence[bool],
+    ) -> list[Array | None]:
+        """Gradients of the leaves of ``inputs``, None where ``wanted`` is False.
+
+        Each in the type of its leaf or in the accumulation type. That of the query is
+        with respect to ``head_scale * query``, in the accumulation type where there is
+        a ``head_scale``, whose gradient follows from it and is never asked for.
+        ``d_lse``: None where nobody differentiates it.
+        """
+        raise NotImplementedError
