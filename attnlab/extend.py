@@ -3,11 +3,11 @@
 from attnlab._src.checks.check import check as check
 from attnlab._src.checks.report import LawBroken as LawBroken
 from attnlab._src.checks.report import Report as Report
-from attnlab._src.masks.base import Bounds as Bounds
 from attnlab._src.masks.base import Mask as Mask
 from attnlab._src.masks.geometry import Blocks as Blocks
 from attnlab._src.masks.planning import plan_of as plan_of
 from attnlab._src.masks.planning import visible as visible
+from attnlab._src.masks.rule import Bounds as Bounds
 from attnlab._src.ops.registration import register as register
 from attnlab._src.ops.registration import unregister as unregister
 from attnlab._src.pytrees import pytree as pytree

@@ -2,8 +2,8 @@
 
 from attnlab._src.masks.base import Mask as Mask
 from attnlab._src.masks.base import as_mask as as_mask
+from attnlab._src.masks.base import dense as dense
 from attnlab._src.masks.base import full as full
-from attnlab._src.masks.data import dense as dense
 from attnlab._src.masks.data import documents as documents
 from attnlab._src.masks.data import lengths as lengths
 from attnlab._src.masks.data import predicate as predicate

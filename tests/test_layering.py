@@ -1,6 +1,7 @@
 """Who may import whom: imports point down only."""
 
 import ast
+import graphlib
 import pathlib
 
 import pytest
@@ -10,7 +11,7 @@ PUBLIC = ROOT / "attnlab"
 PACKAGE = PUBLIC / "_src"
 
 #: Single files at the bottom, for all.
-BASE = {"arguments", "dtypes", "prng", "pytrees", "reverse", "types"}
+BASE = {"arguments", "dtypes", "exact", "prng", "pytrees", "reverse", "types"}
 
 #: For each room, the rooms that it may import besides itself.
 MAY_IMPORT = {
@@ -18,7 +19,8 @@ MAY_IMPORT = {
     "arguments": set(),
     "reverse": set(),
     "dtypes": set(),
-    "types": {"dtypes", "pytrees"},
+    "exact": set(),
+    "types": {"dtypes", "exact", "pytrees"},
     "prng": {"types"},
     "scores": BASE,
     "modifiers": BASE,
@@ -65,6 +67,29 @@ def test_imports_point_down(path):
         assert target[0] == room(path) or target[0] in MAY_IMPORT[room(path)], (
             f"{path.relative_to(ROOT)} imports {'.'.join(target)}"
         )
+
+
+def test_no_circle_of_files():
+    """Imports within functions count, too: they hide a circle, and do not mend it."""
+    names = {
+        path.relative_to(PACKAGE).with_suffix("").parts: path for path in modules()
+    }
+    known = {
+        parts[:-1] if parts[-1] == "__init__" else parts: path
+        for parts, path in names.items()
+    }
+    graph = {}
+    for module, path in known.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "attnlab._src"
+            ):
+                base = tuple(node.module.split("."))[2:]
+                each = [(*base, alias.name) for alias in node.names]
+                found |= {x if x in known else base for x in each}
+        graph[module] = {x for x in found if x in known and x != module}
+    list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_only_the_bench_uses_the_public_surface():

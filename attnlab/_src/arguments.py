@@ -196,3 +196,10 @@ def prng_key(name: str, rng: Any, hint: str = "; jax.random.key makes one") -> N
                 f"{name}: {rng.shape[0]} words are no key of JAX's default generator; "
                 "jax.random.key makes one"
             ) from None
+
+
+def describe(array: Any) -> str:
+    """An array in a repr: its dtype and shape."""
+    if array is None:
+        return "-"
+    return f"{np.dtype(array.dtype).name}{list(array.shape)}".replace(", ", ",")

@@ -21,6 +21,7 @@ from jax import lax
 
 from attnlab._src.dtypes import accumulation_dtype as accumulation_dtype
 from attnlab._src.dtypes import promoted as promoted
+from attnlab._src.exact import inherits
 from attnlab._src.pytrees import by_name as by_name
 from attnlab._src.pytrees import itself as itself
 from attnlab._src.pytrees import pytree as pytree
@@ -74,12 +75,6 @@ class Tile(NamedTuple):
     query_positions: Any
     key_positions: Any
     head: Any
-
-
-def inherits(x: Any, base: type, *methods: str) -> bool:
-    """Whether these methods of ``x`` are those of ``base``: nothing overrides them."""
-    own = (getattr(getattr(x, name), "__func__", None) for name in methods)
-    return all(f is getattr(base, name) for f, name in zip(own, methods, strict=True))
 
 
 class Score:

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from attnlab import attention, cost, explain, masks, scores
-from attnlab._src.masks.algebra import And, Not
-from attnlab._src.masks.base import Full
+from attnlab._src.masks.base import And, Full, Not
 from attnlab._src.masks.structural import Window
 from attnlab._src.modifiers.bias import Bias
 from attnlab._src.scores.pairwise import Additive, Concat, Mlp

@@ -23,8 +23,9 @@ from attnlab._src.bench.targets import TARGETS, Kernel, on, study
 from attnlab._src.implementations import IMPLEMENTATIONS
 from attnlab._src.implementations.pallas_tpu import PallasTpu
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks, best
-from attnlab._src.masks.base import Bounds, Mask
+from attnlab._src.masks.base import Mask
 from attnlab._src.masks.geometry import Blocks as Sides
+from attnlab._src.masks.rule import Bounds
 from attnlab._src.ops.explain import canonical
 from attnlab._src.ops.validate import Options
 from attnlab._src.types import Array, PyTree, Tile, pytree

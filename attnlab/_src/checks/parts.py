@@ -10,9 +10,10 @@ import numpy as np
 from attnlab._src.checks.compare import Problem, agrees, cast
 from attnlab._src.checks.report import Checker, Report
 from attnlab._src.implementations import IMPLEMENTATIONS
-from attnlab._src.masks.base import Mask, full, visible_pairs
+from attnlab._src.masks.base import Mask, full
 from attnlab._src.masks.data import documents
 from attnlab._src.masks.planning import alone, dense_mask, plan_mask
+from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.masks.structural import causal, sliding_window
 from attnlab._src.ops.attention import attention
 from attnlab._src.ops.choice import default_platform

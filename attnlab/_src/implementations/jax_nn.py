@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from attnlab._src.exact import exactly
 from attnlab._src.implementations.plain import scaled_query
 from attnlab._src.masks.base import Full
 from attnlab._src.masks.planning import visible
@@ -27,7 +28,7 @@ class JaxNn(Implementation):
         reasons += [
             f"the modifier {type(m).__name__} is not a bias"
             for m in inputs.modifiers
-            if type(m) is not Bias
+            if not exactly(m, Bias)
         ]
         if inputs.dropout_rate > 0:
             reasons.append("it has no dropout")
@@ -62,7 +63,7 @@ class JaxNn(Implementation):
             inputs.key,
             inputs.value,
             bias,
-            None if type(inputs.mask) is Full and bias is None else seen,
+            None if exactly(inputs.mask, Full) and bias is None else seen,
             scale=1.0,
         )
         output = jnp.where(sees, output, 0)

@@ -15,7 +15,7 @@ from attnlab._src.implementations.tile import (
     spoilt,
     squeeze_params,
 )
-from attnlab._src.masks.base import visible_pairs
+from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.types import Array, AttentionInputs, Implementation, PyTree, Tile
 
 

@@ -27,8 +27,8 @@ from attnlab._src.implementations.tile import (
     spoilt,
 )
 from attnlab._src.implementations.walk import Operands, Tiles, make_walk
-from attnlab._src.masks.base import visible_pairs
 from attnlab._src.masks.planning import plan_of
+from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.types import (
     Array,
     AttentionInputs,

@@ -5,7 +5,7 @@ from jax import lax
 
 from attnlab._src.implementations.tile import compare, kept, modify
 from attnlab._src.implementations.walk import Operands, Tiles
-from attnlab._src.masks.base import visible_pairs
+from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.types import Array, AttentionInputs, Plan, Tile, vary_like
 
 

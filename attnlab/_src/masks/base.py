@@ -1,72 +1,32 @@
-"""The mask protocol, and the mask that shows everything."""
+"""Masks, what combines them, and the masks that ``None`` and an array stand for."""
 
-from typing import Any, NoReturn
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab._src import arguments
 from attnlab._src.masks.geometry import Blocks
-from attnlab._src.types import Array, Intervals, Plan, PyTree, Tile, pytree
-
-Bounds = tuple[Intervals, Intervals]
-
-
-def visible_pairs(mask: "Mask", tile: Tile, operands: PyTree) -> Array:
-    """What the mask shows, less the slots that hold nothing: boolean ``[q, k]``."""
-    occupied = (tile.query_positions >= 0) & (tile.key_positions >= 0)
-    return seen_by(mask, tile, operands) & occupied
-
-
-def seen_by(mask: "Mask", tile: Tile, operands: PyTree) -> Array:
-    """What the mask shows, if it is a mask that its author got right.
-
-    Raises:
-        TypeError: if it yields no booleans, or fails.
-        ValueError: if they are not those of the tile.
-    """
-    pairs = jnp.broadcast_shapes(tile.query_positions.shape, tile.key_positions.shape)
-    where = f"for a tile of {pairs[0]} queries and {pairs[1]} keys"
-    try:
-        seen = mask.visible(tile, operands)
-        got = jnp.result_type(seen)
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        if _asks_others(mask):
-            raise  # whoever fails was told by name
-        kind = ValueError if isinstance(error, ValueError) else TypeError
-        said = str(error).partition("\n")[0].rstrip(".")
-        raise kind(
-            f"mask: {mask!r} fails {where}: {said}; it must work on traced arrays of "
-            "any size (by jnp.where, '&', '|' and '~', not by 'if', 'and', 'or' and "
-            "'not'), and read arrays only through its operands"
-        ) from error
-    if got != jnp.bool_:
-        raise TypeError(
-            f"mask: {mask!r} yields {got}, expected booleans (True = attend)"
-        )
-    if jnp.ndim(seen) == 0:
-        return jnp.broadcast_to(seen, (1, 1))
-    shape = jnp.shape(seen)
-    if len(shape) != 2 or any(
-        n not in (1, m) for n, m in zip(shape, pairs, strict=True)
-    ):
-        raise ValueError(
-            f"mask: {mask!r} yields shape {shape} {where}; expected {pairs}, or 1 on "
-            "an axis"
-        )
-    return seen
+from attnlab._src.masks.intervals import (
+    complement,
+    intersection,
+    namespace,
+    numbers,
+    runs,
+    union,
+)
+from attnlab._src.masks.liveness import mask_density
+from attnlab._src.masks.planning import dense_mask, plan_mask
+from attnlab._src.masks.rule import Bounds, Rule, seen_by
+from attnlab._src.types import Array, Intervals, Operand, Plan, PyTree, Tile, pytree
 
 
-def _asks_others(mask: "Mask") -> bool:
-    """Whether it is made of other masks."""
-
-    def is_part(x: Any) -> bool:
-        return isinstance(x, Mask) and x is not mask
-
-    return any(map(is_part, jax.tree.leaves(mask, is_leaf=is_part)))
-
-
-class Mask:
+class Mask(Rule):
     """Who may attend to whom; True means attend.
 
     A mask is lazy: it holds structure and data, never a ``[T, S]`` array unless that is
@@ -76,73 +36,6 @@ class Mask:
     ``visible``; and ``bounds``, so that blocks that hide all cost nothing. For a rule
     without its own block arithmetic, :func:`attnlab.masks.predicate` is enough.
     """
-
-    def __init_subclass__(cls, **options: Any):
-        """What a base says of its own ``visible`` does not hold for another one."""
-        super().__init_subclass__(**options)
-        for name, unknown in _UNKNOWN.items():
-            owner = next(c for c in cls.__mro__ if name in c.__dict__)
-            theirs: Any = getattr(owner, "visible", None)
-            if theirs not in (cls.visible, Mask.visible, None):
-                setattr(cls, name, unknown)
-
-    def operands(self, query_length: int, key_length: int) -> PyTree:
-        """The arrays that ``visible`` needs, as a pytree of ``Operand``.
-
-        Raises:
-            ValueError: if the mask was built for other lengths.
-        """
-        return ()
-
-    def visible(self, tile: Tile, operands: PyTree) -> Array:
-        """Boolean ``[q, k]`` (or broadcasting to it) for one tile.
-
-        Empty slots (position -1) need no care: they are hidden whatever this says.
-
-        Args:
-            tile: the positions, and the head.
-            operands: arrays ``[q or 1, k or 1, *payload]`` in the structure that
-                ``operands`` returned.
-        """
-        raise NotImplementedError("a mask needs a 'visible' of its own")
-
-    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
-        """(possibly live, surely full) blocks of ``cols`` for each block of ``rows``.
-
-        Args:
-            rows: the blocks of one side.
-            cols: the blocks of the other.
-            operands: arrays ``[B, N, T, S, *payload]``, axes full or 1.
-
-        Returns:
-            Two ``Intervals``: the first holds at least every block with a visible
-            pair, the second at most the blocks whose pairs are all visible. Of a mask
-            that says no more: every block, and none.
-        """
-        where = np.ones((1, 1, rows.count), bool)
-        return cols.every(where), cols.every(~where)
-
-    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
-        """A necessary condition for a slot to be visible: an operand, or None."""
-        return None
-
-    @property
-    def sees_itself(self) -> bool:
-        """Whether the structure surely lets each position see the same position."""
-        return False
-
-    @property
-    def alive_sees_itself(self) -> bool:
-        """Whether each slot that ``may_be_alive``, on either side, sees itself."""
-        return self.sees_itself
-
-    @property
-    def grain(self) -> int | None:
-        """Positions in the blocks that the structure speaks of; None: of none.
-
-        Where a plan's blocks divide it, none of them need be partial.
-        """
-        return None
 
     def plan(
         self,
@@ -161,41 +54,29 @@ class Mask:
         Returns:
             NumPy arrays where the structure alone decides, else JAX arrays.
         """
-        from attnlab._src.masks.planning import plan_mask
-
         return plan_mask(self, query_length, key_length, block_size)
 
     def to_dense(self, query_length: int, key_length: int | None = None) -> Array:
         """Boolean ``[T, S]``, or ``[B or 1, N or 1, T, S]`` where data say so."""
-        from attnlab._src.masks.planning import dense_mask
-
         return dense_mask(self, query_length, key_length)
 
     def density(self, query_length: int, key_length: int | None = None) -> float:
         """The fraction of query-key pairs that are visible, exactly."""
-        from attnlab._src.masks.liveness import mask_density
-
         return mask_density(self, query_length, key_length)
 
     #: NumPy leaves ``array & mask`` to the mask.
     __array_ufunc__ = None
 
     def __and__(self, other: Any) -> "Mask":
-        from attnlab._src.masks.algebra import And
-
         return And((self, _part(other)))
 
     def __or__(self, other: Any) -> "Mask":
-        from attnlab._src.masks.algebra import Or
-
         return Or((self, _part(other)))
 
     __rand__ = __and__
     __ror__ = __or__
 
     def __invert__(self) -> "Mask":
-        from attnlab._src.masks.algebra import Not
-
         return Not(self)
 
     def __bool__(self) -> NoReturn:
@@ -205,39 +86,150 @@ class Mask:
         )
 
 
-#: What a class that changes ``visible``, and says no more, has of these.
-_UNKNOWN: dict[str, Any] = {
-    name: getattr(Mask, name)
-    for name in ("bounds", "may_be_alive", "sees_itself", "alive_sees_itself", "grain")
-}
+def common_grain(masks: Sequence[Mask]) -> int | None:
+    """What blocks must divide to divide the grain of each mask that has one."""
+    grains = [m.grain for m in masks if m.grain is not None]
+    return math.gcd(*grains) if grains else None
 
 
-def as_mask(mask: Any) -> Mask:
-    """None -> everything; a boolean array -> that array; a mask -> itself."""
-    from attnlab._src.masks.data import dense
+@pytree
+class _Combination(Mask):
+    parts: tuple[Mask, ...]
+    symbol: ClassVar[str] = ""
 
-    if mask is None:
-        return Full()
-    if isinstance(mask, Mask):
-        return mask
-    if isinstance(mask, (list, tuple)) and any(isinstance(m, Mask) for m in mask):
-        raise TypeError(
-            f"mask: expected one mask, got a {type(mask).__name__} of them; combine "
-            "them with '&' or '|', or one a head with masks.per_head"
-        )
-    if hasattr(mask, "dtype") or isinstance(mask, (list, tuple)):
-        return dense(mask)
-    hint = f"; call it: {mask.__name__}(...)" if hasattr(mask, "__name__") else ""
-    raise TypeError(
-        f"mask: expected an attnlab mask, a boolean array or None, "
-        f"got {type(mask).__name__}{hint}"
-    )
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        return tuple(m.operands(query_length, key_length) for m in self.parts)
+
+    @property
+    def grain(self) -> int | None:
+        """See :class:`Mask`."""
+        return common_grain(self.parts)
+
+    def _seen(self, tile: Tile, operands: PyTree) -> list[Array]:
+        pairs = zip(self.parts, operands, strict=True)
+        return [seen_by(mask, tile, own) for mask, own in pairs]
+
+    def _bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> list[Bounds]:
+        return [
+            m.bounds(rows, cols, o) for m, o in zip(self.parts, operands, strict=True)
+        ]
+
+    def _alive(self, side: str, operands: PyTree) -> list[Array | None]:
+        return [
+            m.may_be_alive(side, o) for m, o in zip(self.parts, operands, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        return "(" + f" {self.symbol} ".join(repr(m) for m in self.parts) + ")"
 
 
-def _part(mask: Any) -> Mask:
-    if mask is None:
-        raise TypeError("a mask cannot be combined with None; for no mask use full()")
-    return as_mask(mask)
+@pytree
+class And(_Combination):
+    """Visible where every part says so."""
+
+    symbol: ClassVar[str] = "&"
+
+    @property
+    def sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return all(m.sees_itself for m in self.parts)
+
+    @property
+    def alive_sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return all(m.alive_sees_itself for m in self.parts)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        return functools.reduce(operator.and_, self._seen(tile, operands))
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        (possible, certain), *rest = self._bounds(rows, cols, operands)
+        for more_possible, more_certain in rest:
+            possible = intersection(possible, more_possible, cols.count)
+            certain = intersection(certain, more_certain, cols.count)
+        return possible, certain
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`Mask`."""
+        known = [a for a in self._alive(side, operands) if a is not None]
+        if not known:
+            return None
+        result = known[0]
+        for more in known[1:]:
+            result = result & more
+        return result
+
+
+@pytree
+class Or(_Combination):
+    """Visible where some part says so."""
+
+    symbol: ClassVar[str] = "|"
+
+    @property
+    def sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return any(m.sees_itself for m in self.parts)
+
+    @property
+    def alive_sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return self.sees_itself or all(m.alive_sees_itself for m in self.parts)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        return functools.reduce(operator.or_, self._seen(tile, operands))
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        (possible, certain), *rest = self._bounds(rows, cols, operands)
+        for more_possible, more_certain in rest:
+            possible = union(possible, more_possible)
+            certain = union(certain, more_certain)
+        return possible, certain
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`Mask`."""
+        parts = self._alive(side, operands)
+        result = parts[0]
+        for more in parts[1:]:
+            result = None if result is None or more is None else result | more
+        return result
+
+
+@pytree
+class Not(Mask):
+    """Visible where the other mask hides."""
+
+    part: Mask
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        return self.part.operands(query_length, key_length)
+
+    @property
+    def grain(self) -> int | None:
+        """See :class:`Mask`."""
+        return self.part.grain
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        return ~seen_by(self.part, tile, operands)
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        possible, certain = self.part.bounds(rows, cols, operands)
+        full = complement(possible, cols.count)
+        xp = namespace(*full)
+        # A complement reaches into an incomplete last block: that is never full.
+        full = Intervals(full.lo, xp.minimum(full.hi, cols.length // cols.size))
+        return complement(certain, cols.count), full
+
+    def __repr__(self) -> str:
+        return f"~{self.part!r}"
 
 
 @pytree
@@ -265,3 +257,102 @@ class Full(Mask):
 def full() -> Mask:
     """Every query may attend to every key."""
     return Full()
+
+
+@pytree
+class Dense(Mask):
+    """A boolean array, as given."""
+
+    array: Any
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        for size, length, name in zip(
+            self.array.shape[-2:], (query_length, key_length), "TS", strict=True
+        ):
+            if size not in (1, length):
+                raise ValueError(
+                    f"mask: a boolean array of shape {tuple(self.array.shape)} does "
+                    f"not fit {name}={length}; its last two axes must be [T, S] or 1"
+                )
+        return Operand(self.array)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        return operands
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        some = every = operands
+        xp = namespace(operands)
+        for blocks in (rows, cols):
+            if operands.shape[blocks.axis] == 1 and blocks.length > 1:
+                shape = list(some.shape)
+                shape[blocks.axis] = blocks.count
+                some = xp.broadcast_to(some, shape)
+                every = xp.broadcast_to(every, shape)
+                if blocks is cols:
+                    tail = numbers(blocks.count, 4) < blocks.length // blocks.size
+                    every = every & (tail if blocks.axis == 3 else tail.mT)
+            else:
+                some = blocks.reduce(some, blocks.axis, "any", False)
+                every = blocks.reduce(every, blocks.axis, "all", blocks is rows)
+        if rows.side == "key":
+            some, every = some.swapaxes(2, 3), every.swapaxes(2, 3)
+        return runs(some), runs(every)
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """See :class:`Mask`."""
+        return operands.any(3 if side == "query" else 2, keepdims=True)
+
+    def __repr__(self) -> str:
+        return f"dense({arguments.describe(self.array)})"
+
+
+def dense(array: Any) -> Mask:
+    """A boolean array as a mask; True = attend.
+
+    Args:
+        array: boolean, broadcasts to ``[B, N, T, S]``.
+
+    Raises:
+        TypeError: if the array is not boolean.
+        ValueError: if it has fewer than two axes.
+    """
+    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    if array.dtype != np.bool_:
+        raise TypeError(
+            f"mask: expected booleans (True = attend), got {array.dtype}; for numbers "
+            "added to the logits use modifiers=[modifiers.bias(array)]"
+        )
+    if array.ndim < 2:
+        raise ValueError(
+            f"mask: expected at least two axes, [T, S], got shape {tuple(array.shape)}"
+        )
+    return Dense(array)
+
+
+def as_mask(mask: Any) -> Mask:
+    """None -> everything; a boolean array -> that array; a mask -> itself."""
+    if mask is None:
+        return Full()
+    if isinstance(mask, Mask):
+        return mask
+    if isinstance(mask, (list, tuple)) and any(isinstance(m, Mask) for m in mask):
+        raise TypeError(
+            f"mask: expected one mask, got a {type(mask).__name__} of them; combine "
+            "them with '&' or '|', or one a head with masks.per_head"
+        )
+    if hasattr(mask, "dtype") or isinstance(mask, (list, tuple)):
+        return dense(mask)
+    hint = f"; call it: {mask.__name__}(...)" if hasattr(mask, "__name__") else ""
+    raise TypeError(
+        f"mask: expected an attnlab mask, a boolean array or None, "
+        f"got {type(mask).__name__}{hint}"
+    )
+
+
+def _part(mask: Any) -> Mask:
+    if mask is None:
+        raise TypeError("a mask cannot be combined with None; for no mask use full()")
+    return as_mask(mask)

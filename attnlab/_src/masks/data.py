@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab._src import arguments
-from attnlab._src.masks.base import Bounds, Mask
+from attnlab._src.masks.base import Mask
 from attnlab._src.masks.geometry import Blocks
-from attnlab._src.masks.intervals import FAR, first_run, hull, namespace, numbers, runs
+from attnlab._src.masks.intervals import FAR, first_run, hull, namespace, numbers
+from attnlab._src.masks.rule import Bounds
 from attnlab._src.types import (
     Array,
     ArrayLike,
@@ -86,7 +87,7 @@ class Lengths(Mask):
 
     def __repr__(self) -> str:
         given = [
-            f"{name}={describe(x)}"
+            f"{name}={arguments.describe(x)}"
             for name, x in (("query", self.query), ("key", self.key))
             if x is not None
         ]
@@ -100,13 +101,6 @@ def _clip(rows: Intervals, same: Intervals) -> Intervals:
         xp.maximum(rows.lo, same.lo[:, :, None, :]),
         xp.minimum(rows.hi, same.hi[:, :, None, :]),
     )
-
-
-def describe(array: Any) -> str:
-    """An array in a repr: its dtype and shape."""
-    if array is None:
-        return "-"
-    return f"{np.dtype(array.dtype).name}{list(array.shape)}".replace(", ", ",")
 
 
 @pytree
@@ -169,58 +163,8 @@ class Documents(Mask):
         return (operands[0] if side == "query" else operands[1]) >= 0
 
     def __repr__(self) -> str:
-        key = "" if self.key_ids is None else f", {describe(self.key_ids)}"
-        return f"documents({describe(self.query_ids)}{key})"
-
-
-@pytree
-class Dense(Mask):
-    """A boolean array, as given."""
-
-    array: Any
-
-    def operands(self, query_length: int, key_length: int) -> PyTree:
-        """See :class:`Mask`."""
-        for size, length, name in zip(
-            self.array.shape[-2:], (query_length, key_length), "TS", strict=True
-        ):
-            if size not in (1, length):
-                raise ValueError(
-                    f"mask: a boolean array of shape {tuple(self.array.shape)} does "
-                    f"not fit {name}={length}; its last two axes must be [T, S] or 1"
-                )
-        return Operand(self.array)
-
-    def visible(self, tile: Tile, operands: PyTree) -> Array:
-        """See :class:`Mask`."""
-        return operands
-
-    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
-        """See :class:`Mask`."""
-        some = every = operands
-        xp = namespace(operands)
-        for blocks in (rows, cols):
-            if operands.shape[blocks.axis] == 1 and blocks.length > 1:
-                shape = list(some.shape)
-                shape[blocks.axis] = blocks.count
-                some = xp.broadcast_to(some, shape)
-                every = xp.broadcast_to(every, shape)
-                if blocks is cols:
-                    tail = numbers(blocks.count, 4) < blocks.length // blocks.size
-                    every = every & (tail if blocks.axis == 3 else tail.mT)
-            else:
-                some = blocks.reduce(some, blocks.axis, "any", False)
-                every = blocks.reduce(every, blocks.axis, "all", blocks is rows)
-        if rows.side == "key":
-            some, every = some.swapaxes(2, 3), every.swapaxes(2, 3)
-        return runs(some), runs(every)
-
-    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
-        """See :class:`Mask`."""
-        return operands.any(3 if side == "query" else 2, keepdims=True)
-
-    def __repr__(self) -> str:
-        return f"dense({describe(self.array)})"
+        key = "" if self.key_ids is None else f", {arguments.describe(self.key_ids)}"
+        return f"documents({arguments.describe(self.query_ids)}{key})"
 
 
 @pytree
@@ -240,7 +184,7 @@ class Predicate(Mask):
 
     def __repr__(self) -> str:
         name = getattr(self.fn, "__name__", repr(self.fn))
-        return f"predicate({', '.join([name, *map(describe, self.arrays)])})"
+        return f"predicate({', '.join([name, *map(arguments.describe, self.arrays)])})"
 
 
 def documents(query_ids: ArrayLike, key_ids: ArrayLike | None = None) -> Mask:
@@ -321,29 +265,6 @@ def lengths(query: Any = None, key: Any = None) -> Mask:
         None if query is None else arguments.integers("query", query),
         None if key is None else arguments.integers("key", key),
     )
-
-
-def dense(array: Any) -> Mask:
-    """A boolean array as a mask; True = attend.
-
-    Args:
-        array: boolean, broadcasts to ``[B, N, T, S]``.
-
-    Raises:
-        TypeError: if the array is not boolean.
-        ValueError: if it has fewer than two axes.
-    """
-    array = array if isinstance(array, jax.Array) else np.asarray(array)
-    if array.dtype != np.bool_:
-        raise TypeError(
-            f"mask: expected booleans (True = attend), got {array.dtype}; for numbers "
-            "added to the logits use modifiers=[modifiers.bias(array)]"
-        )
-    if array.ndim < 2:
-        raise ValueError(
-            f"mask: expected at least two axes, [T, S], got shape {tuple(array.shape)}"
-        )
-    return Dense(array)
 
 
 def predicate(fn: Callable[..., Array], *operands: ArrayLike) -> Mask:

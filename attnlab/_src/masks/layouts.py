@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab._src import arguments
-from attnlab._src.masks.base import Bounds, Mask
-from attnlab._src.masks.data import describe
+from attnlab._src.masks.base import Mask
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import FAR, namespace, numbers, plus
+from attnlab._src.masks.rule import Bounds
 from attnlab._src.masks.structural import nothing, size_argument
 from attnlab._src.prng import as_threefry
 from attnlab._src.types import Array, Operand, PyTree, Tile, pytree, static
@@ -126,7 +126,8 @@ class BlockLayout(Mask):
         return cols.touched(lo, hi), cols.covered(lo, xp.where(sure, hi, lo))
 
     def __repr__(self) -> str:
-        return f"{self.name}({describe(self.rows)}, block_size={self.block_size})"
+        rows = arguments.describe(self.rows)
+        return f"{self.name}({rows}, block_size={self.block_size})"
 
 
 def _lift(table: Any) -> Any:

@@ -8,23 +8,22 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
-from attnlab._src.masks.base import Mask, visible_pairs
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import numbers
 from attnlab._src.masks.planning import (
     alone,
     dense_visible,
-    head_count,
     index_blocks,
     lengths_of,
     make_plan,
     slot_operand,
 )
+from attnlab._src.masks.rule import Rule, visible_pairs
 from attnlab._src.types import Array, Plan, PyTree, Tile, skeleton, vary_like
 
 
 def scan_partial(
-    mask: Mask,
+    mask: Rule,
     operands: PyTree,
     query_positions: Array,
     key_positions: Array,
@@ -43,7 +42,7 @@ def scan_partial(
     leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
     full, partial = jax.tree.map(jnp.asarray, plan.rows)
     batch = max([x.shape[0] for x in leaves] + [full.lo.shape[0]])
-    heads = max([x.shape[1] for x in leaves] + [full.lo.shape[1], head_count(mask)])
+    heads = max([x.shape[1] for x in leaves] + [full.lo.shape[1], mask.head_count])
 
     def pad(x: Array, fill: Any) -> Array:
         widths = [(0, 0)] * x.ndim
@@ -110,7 +109,7 @@ def scan_partial(
 
 
 def alive(
-    mask: Mask,
+    mask: Rule,
     operands: PyTree,
     query_positions: Array,
     key_positions: Array,
@@ -152,7 +151,7 @@ def alive(
 
 
 def alive_by_pairs(
-    mask: Mask, operands: PyTree, query_positions: Array, key_positions: Array
+    mask: Rule, operands: PyTree, query_positions: Array, key_positions: Array
 ) -> tuple[Array, Array]:
     """As :func:`alive`, without blocks: it holds ``[T, S]``."""
     seen = dense_visible(mask, operands, query_positions, key_positions)
@@ -160,7 +159,7 @@ def alive_by_pairs(
 
 
 def _decide(
-    mask: Mask,
+    mask: Rule,
     operands: PyTree,
     query_positions: Array,
     key_positions: Array,
@@ -194,14 +193,14 @@ def _decide(
     return lax.cond(agree, lambda _: tuple(uppers), exact, None)
 
 
-def _along(side: str, mask: Mask, operands: PyTree) -> Array | None:
+def _along(side: str, mask: Rule, operands: PyTree) -> Array | None:
     """``may_be_alive`` as ``[Bp, Np, length]``."""
     known = mask.may_be_alive(side, operands)
     return None if known is None else known.reshape(*known.shape[:2], -1)
 
 
 def _diagonal(
-    mask: Mask,
+    mask: Rule,
     operands: PyTree,
     query_positions: Array,
     key_positions: Array,
@@ -222,7 +221,7 @@ def _diagonal(
 
     leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
     batch = max(x.shape[0] for x in leaves)
-    heads = max([x.shape[1] for x in leaves] + [head_count(mask)])
+    heads = max([x.shape[1] for x in leaves] + [mask.head_count])
 
     def pick(x: Array, b: Array, h: Array) -> Array:
         return x[b if x.shape[0] != 1 else 0, h if x.shape[1] > 1 else 0]
@@ -250,7 +249,7 @@ def _structurally_alive(plan: Plan) -> bool:
     return bool(full.per_row().all() and (steps.cumsum()[:count] > 0).all())
 
 
-def mask_density(mask: Mask, t: int, s: int | None) -> float:
+def mask_density(mask: Rule, t: int, s: int | None) -> float:
     """See ``Mask.density``."""
     t, s = lengths_of(t, s)
     if t == 0 or s == 0:

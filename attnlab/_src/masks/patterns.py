@@ -8,10 +8,10 @@ import numpy as np
 
 from attnlab._src import arguments
 from attnlab._src.masks import layouts
-from attnlab._src.masks.base import Bounds, Full, Mask
-from attnlab._src.masks.data import describe
+from attnlab._src.masks.base import Full, Mask
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import namespace, plus
+from attnlab._src.masks.rule import Bounds
 from attnlab._src.masks.structural import Anchor, nothing, size_argument, sliding_window
 from attnlab._src.types import Array, ArrayLike, Operand, PyTree, Tile, pytree, static
 
@@ -47,7 +47,7 @@ class AnchorIndices(Mask):
 
     def __repr__(self) -> str:
         whom = "seen" if self.side == "key" else "seeing"
-        return f"anchor({describe(self.indices)}, {whom})"
+        return f"anchor({arguments.describe(self.indices)}, {whom})"
 
 
 def anchor(

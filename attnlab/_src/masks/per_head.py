@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnlab._src.masks.algebra import common_grain
-from attnlab._src.masks.base import Bounds, Mask, as_mask, seen_by
+from attnlab._src.masks.base import Mask, as_mask, common_grain
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import FAR, namespace
+from attnlab._src.masks.rule import Bounds, seen_by
 from attnlab._src.types import Array, Intervals, Operand, PyTree, Tile, pytree, static
 
 
@@ -35,6 +35,18 @@ class PerHead(Mask):
     def order(self) -> tuple[int, ...]:
         """Of each head the number of its mask."""
         return self.which or tuple(range(len(self.parts)))
+
+    @property
+    def head_count(self) -> int:
+        """See :class:`Mask`."""
+        return len(self.order)
+
+    def check_heads(self, heads: int) -> None:
+        """See :class:`Mask`."""
+        if len(self.parts) != heads:
+            raise ValueError(
+                f"mask: per_head got {len(self.parts)} masks for {heads} query heads"
+            )
 
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab._src import arguments
-from attnlab._src.masks.base import Mask, seen_by, visible_pairs
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import FAR, difference, merge, namespace, numbers
-from attnlab._src.masks.per_head import PerHead
+from attnlab._src.masks.rule import Rule, seen_by, visible_pairs
 from attnlab._src.types import (
     Array,
     AttentionInputs,
@@ -138,7 +137,7 @@ def plan_of(inputs: AttentionInputs, sizes: tuple[int, int], cols: bool) -> Plan
     return make_plan(inputs.mask, inputs.mask_operands, query, key, cols)
 
 
-def _live(mask: Mask, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
+def _live(mask: Rule, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
     possible, certain = mask.bounds(rows, cols, operands)
     possible, certain = merge(possible), merge(certain)
     if rows.offset is None or cols.offset is None:
@@ -168,7 +167,7 @@ def _of_positions(certain: Intervals, rows: Blocks, cols: Blocks) -> Intervals:
 
 
 def make_plan(
-    mask: Mask, operands: PyTree, query: Blocks, key: Blocks, cols: bool = True
+    mask: Rule, operands: PyTree, query: Blocks, key: Blocks, cols: bool = True
 ) -> Plan:
     """The plan of a mask over given blocks.
 
@@ -203,7 +202,7 @@ def make_plan(
 
 @functools.lru_cache(maxsize=256)
 def _static_plan(
-    mask: Mask, t: int, s: int, block_q: int, block_k: int, offset: tuple, cols: bool
+    mask: Rule, t: int, s: int, block_q: int, block_k: int, offset: tuple, cols: bool
 ) -> Plan:
     operands = mask.operands(t, s)
     query = index_blocks("query", t, block_q, np.asarray(offset, np.int32))
@@ -218,7 +217,7 @@ def _static_plan(
     )
 
 
-def alone(mask: Mask, t: int, s: int) -> tuple[PyTree, tuple[int, ...]]:
+def alone(mask: Rule, t: int, s: int) -> tuple[PyTree, tuple[int, ...]]:
     """Normalised operands of a mask that no call surrounds: it tells the batch."""
     operands = mask.operands(t, s)
     leaves = jax.tree.leaves(operands, is_leaf=lambda x: isinstance(x, Operand))
@@ -240,7 +239,7 @@ def lengths_of(query_length: Any, key_length: Any) -> tuple[int, int]:
 
 
 def plan_mask(
-    mask: Mask, t: int, s: int | None, block_size: int | tuple[int, int]
+    mask: Rule, t: int, s: int | None, block_size: int | tuple[int, int]
 ) -> Plan:
     """See ``Mask.plan``."""
     t, s = lengths_of(t, s)
@@ -277,12 +276,12 @@ def visible(inputs: AttentionInputs) -> Array:
 
 
 def dense_visible(
-    mask: Mask, operands: PyTree, query_positions: Array, key_positions: Array
+    mask: Rule, operands: PyTree, query_positions: Array, key_positions: Array
 ) -> Array:
     """The whole mask, boolean ``[B or 1, N or 1, T, S]``: for the reference."""
     leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
     batch = next((x.shape[0] for x in leaves if x.shape[0] != 1), 1)
-    heads = max([x.shape[1] for x in leaves] + [head_count(mask)])
+    heads = max([x.shape[1] for x in leaves] + [mask.head_count])
 
     def one(operands: PyTree, q: Array, k: Array, head: Array) -> Array:
         tile = Tile(q, k, head)
@@ -308,27 +307,7 @@ def _shared(tree: PyTree) -> tuple[PyTree, PyTree]:
     return axes, jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, tree)
 
 
-def head_count(mask: Mask) -> int:
-    """How many heads a mask tells apart by itself (1: it does not)."""
-    inner = jax.tree.leaves(mask, is_leaf=lambda m: isinstance(m, PerHead))
-    return max([len(m.order) for m in inner if isinstance(m, PerHead)] + [1])
-
-
-def check_heads(mask: Mask, heads: int) -> None:
-    """Each ``per_head`` must have a mask for each head.
-
-    Raises:
-        ValueError: if one has more, or fewer.
-    """
-    inner = jax.tree.leaves(mask, is_leaf=lambda m: isinstance(m, PerHead))
-    for part in inner:
-        if isinstance(part, PerHead) and len(part.parts) != heads:
-            raise ValueError(
-                f"mask: per_head got {len(part.parts)} masks for {heads} query heads"
-            )
-
-
-def reads_head(mask: Mask, operands: PyTree) -> bool:
+def reads_head(mask: Rule, operands: PyTree) -> bool:
     """Whether what a mask shows depends on the head, as a user's own may.
 
     It is asked for a small tile, and nothing is computed: whoever runs, a mask is right
@@ -370,7 +349,7 @@ def slot_operand(length: int, axis: int) -> Array:
     return slots[None, None, :, None] if axis == 2 else slots[None, None, None, :]
 
 
-def dense_mask(mask: Mask, t: int, s: int | None) -> Array:
+def dense_mask(mask: Rule, t: int, s: int | None) -> Array:
     """See ``Mask.to_dense``."""
     t, s = lengths_of(t, s)
     operands, _ = alone(mask, t, s)

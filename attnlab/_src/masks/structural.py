@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from attnlab._src.masks.base import Bounds, Mask
+from attnlab._src.masks.base import Mask
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import FAR, namespace, plus
+from attnlab._src.masks.rule import Bounds
 from attnlab._src.types import Array, Intervals, PyTree, Tile, pytree, static
 
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab._src.masks.base import Mask, as_mask
-from attnlab._src.masks.data import dense
+from attnlab._src.masks.base import Mask, as_mask, dense
 from attnlab._src.modifiers.bias import bias
 from attnlab._src.nn.cache import KeyValue
 from attnlab._src.nn.parameters import as_arrays, as_params

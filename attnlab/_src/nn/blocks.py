@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab._src.exact import exactly
 from attnlab._src.masks.base import Full
 from attnlab._src.nn.attention import MultiHeadAttention
 from attnlab._src.nn.cache import Cache, KeyValue
@@ -209,10 +210,10 @@ def _needed(
 ) -> Array | None:
     """None where nothing speaks of positions: then a plan need not know them."""
     silent = (
-        type(cross) is MultiHeadAttention
+        exactly(cross, MultiHeadAttention)
         and mask is None
-        and type(cross.mask) is Full
+        and exactly(cross.mask, Full)
         and not cross.modifiers
-        and type(cross.position) is Positions
+        and exactly(cross.position, Positions)
     )
     return None if silent else positions

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab._src.masks.base import Mask, as_mask
-from attnlab._src.masks.data import Dense
+from attnlab._src.masks.base import Dense, Mask, as_mask
 from attnlab._src.masks.structural import causal
 from attnlab._src.nn.blocks import Block, BlockState
 from attnlab._src.nn.cache import Cache, check_examples, full_cache

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab._src.masks.algebra import And, Not, Or
-from attnlab._src.masks.base import Mask
+from attnlab._src.exact import exactly
+from attnlab._src.masks.base import And, Mask, Not, Or
 from attnlab._src.masks.data import predicate
 from attnlab._src.masks.liveness import scan_partial
 from attnlab._src.masks.per_head import PerHead
@@ -177,9 +177,9 @@ def _unseen(t: Any, s: Any) -> Any:
 
 def _unknown(mask: Mask | None) -> Mask:
     """The mask with every part that carries data replaced by "may be anything"."""
-    if type(mask) is And or type(mask) is Or or type(mask) is PerHead:
+    if exactly(mask, And, Or, PerHead):
         return type(mask)(tuple(_unknown(m) for m in mask.parts))
-    if type(mask) is Not:
+    if exactly(mask, Not):
         return Not(_unknown(mask.part))
     if mask is not None and not jax.tree.leaves(mask):
         return mask

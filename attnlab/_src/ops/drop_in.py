@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab._src import arguments
-from attnlab._src.masks.base import Mask
+from attnlab._src.masks.base import Mask, dense
 from attnlab._src.masks.base import full as full_mask
-from attnlab._src.masks.data import dense, lengths
+from attnlab._src.masks.data import lengths
 from attnlab._src.masks.structural import causal, sliding_window
 from attnlab._src.modifiers.bias import bias as as_modifier
 from attnlab._src.ops.attention import run_attention

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Unpack
 import jax
 import numpy as np
 
+from attnlab._src.exact import exactly
 from attnlab._src.implementations.measured import measured
 from attnlab._src.masks.base import Full, Mask, full
 from attnlab._src.ops.choice import as_platform, choose, passed_over
@@ -104,7 +105,7 @@ def crossover(
         and inputs.index_positions
         and s.T == s.S > 0
     )
-    if not fits or type(mask) is Full or not known or not alike:
+    if not fits or exactly(mask, Full) or not known or not alike:
         return None
     blocks = chosen.block_sizes(inputs)
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab._src.exact import exactly
 from attnlab._src.implementations.tile import modifiers_read_head
-from attnlab._src.masks.algebra import And, Not, Or
-from attnlab._src.masks.base import Mask
+from attnlab._src.masks.base import And, Mask, Not, Or
 from attnlab._src.masks.per_head import PerHead
-from attnlab._src.masks.planning import head_count, reads_head
+from attnlab._src.masks.planning import reads_head
 from attnlab._src.ops.choice import chosen_name
 from attnlab._src.types import Array, PyTree
 
@@ -115,13 +115,13 @@ class IntoHeads(NamedTuple):
         """Each head has the mask that it had."""
 
         def one(mask: Any) -> Any:
-            if type(mask) is not PerHead:
+            if not exactly(mask, PerHead):
                 return mask
             order = np.asarray(mask.order).reshape(self.key_heads, 1, self.group)
             spread = np.repeat(order, self.size, 1).reshape(-1)
             return dataclasses.replace(mask, which=tuple(spread.tolist()))
 
-        return jax.tree.map(one, mask, is_leaf=lambda m: type(m) is PerHead)
+        return jax.tree.map(one, mask, is_leaf=lambda m: exactly(m, PerHead))
 
     def _by_token(self, mark: bool, x: Array) -> Array:
         return self._one(mark, x, 2)
@@ -189,7 +189,7 @@ def fold_of(
     if modifiers_read_head(alone) or _reads_head(alone.mask, alone.mask_operands):
         return into_batch
     # What a mask for each head is given, all heads share.
-    of_head = head_count(alone.mask) > 1 and any(jax.tree.leaves(marks.mask_operands))
+    of_head = alone.mask.head_count > 1 and any(jax.tree.leaves(marks.mask_operands))
     # Nobody else should run because so many heads share a key head.
     if of_head or chosen_name(alone, name) != chosen_name(shared, name):
         return into_batch
@@ -198,9 +198,9 @@ def fold_of(
 
 def _reads_head(mask: Mask, operands: PyTree) -> bool:
     """Whether a rule of the user's asks which head it is at: that must be as it was."""
-    if type(mask) is And or type(mask) is Or or type(mask) is PerHead:
+    if exactly(mask, And, Or, PerHead):
         parts = zip(mask.parts, operands, strict=True)
         return any(_reads_head(part, own) for part, own in parts)
-    if type(mask) is Not:
+    if exactly(mask, Not):
         return _reads_head(mask.part, operands)
     return reads_head(mask, operands)

@@ -13,8 +13,6 @@ from attnlab._src.masks.intervals import FAR
 from attnlab._src.masks.liveness import alive, alive_by_pairs
 from attnlab._src.masks.planning import (
     blocks_of,
-    check_heads,
-    head_count,
     normalise,
     normalise_tree,
     reads_head,
@@ -133,10 +131,10 @@ def what_is_seen(
     """Which slots are alive; of the arguments, mask and positions count."""
     operands = normalise_tree(args.mask.operands(t, s), batch, "mask")
     check_operand_shapes(operands, (heads, t, s), "mask")
-    check_heads(args.mask, heads)
+    args.mask.check_heads(heads)
     operands = jax.lax.stop_gradient(operands)
     query, key = positions_of(args, batch, t, s)
-    if reads_head(args.mask, operands) and head_count(args.mask) == 1:
+    if reads_head(args.mask, operands) and args.mask.head_count == 1:
         # Where positions run along the heads, each head is asked.
         query = jnp.broadcast_to(query, (query.shape[0], heads, t, 1))
     positions = query, key

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab._src import arguments
+from attnlab._src.exact import exactly
 from attnlab._src.types import Array, Score, accumulation_dtype, pytree
 
 
@@ -52,7 +53,7 @@ class ScaledDot(Score):
     def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
         # A subclass may do more than this class.
-        if type(self) is not ScaledDot:
+        if not exactly(self, ScaledDot):
             return self, 1.0
         if self.scale is None:
             return Dot(), _default_scale(head_size)
@@ -159,7 +160,7 @@ class Cosine(_Directions):
     def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
         # A subclass may do more than this class.
-        if type(self) is not Cosine:
+        if not exactly(self, Cosine):
             return self, 1.0
         return _Directions(), _factor("temperature", self.temperature)
 

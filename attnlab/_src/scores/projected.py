@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from attnlab._src.exact import exactly, inherits
 from attnlab._src.scores.pairwise import Additive, Mlp
-from attnlab._src.types import Array, PyTree, Score, inherits, pytree
+from attnlab._src.types import Array, PyTree, Score, pytree
 
 
 @pytree
@@ -18,7 +19,7 @@ class ProjectedKeys(Score):
 
     def without_scale(self, head_size: int) -> tuple[Score, float | Array]:
         """See :class:`attnlab.Score`."""
-        if type(self) is not ProjectedKeys:
+        if not exactly(self, ProjectedKeys):
             return self, 1.0
         score, scale = self.score.without_scale(head_size)
         return ProjectedKeys(score), scale
@@ -67,7 +68,7 @@ def check_score(score: Any) -> None:
 
 def bare(score: Score) -> Any:
     """Without the mark that its keys are projected already."""
-    return score.score if type(score) is ProjectedKeys else score
+    return score.score if exactly(score, ProjectedKeys) else score
 
 
 def known(score: Score) -> type[Score] | None:

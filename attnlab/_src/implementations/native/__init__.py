@@ -28,8 +28,9 @@ from attnlab._src.implementations.native.program import (
     unknown,
 )
 from attnlab._src.implementations.tile import may_round
-from attnlab._src.masks.base import Mask, visible_pairs
+from attnlab._src.masks.base import Mask
 from attnlab._src.masks.planning import plan_of
+from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.scores.pairwise import Mlp
 from attnlab._src.scores.projected import bare, known
 from attnlab._src.types import (

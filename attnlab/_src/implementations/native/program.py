@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab._src.masks.algebra import And, Not, Or
-from attnlab._src.masks.base import Full, Mask
-from attnlab._src.masks.data import Dense, Documents, Lengths
+from attnlab._src.exact import exactly
+from attnlab._src.masks.base import And, Dense, Full, Mask, Not, Or
+from attnlab._src.masks.data import Documents, Lengths
 from attnlab._src.masks.layouts import BlockLayout
 from attnlab._src.masks.patterns import AnchorIndices
 from attnlab._src.masks.per_head import PerHead
@@ -120,7 +120,7 @@ def mask_program(
             for m, o in zip(masks, operands, strict=True)
         ]
 
-    if type(mask) not in _MASKS:
+    if not exactly(mask, *_MASKS):
         return [_BITS, add(bits(mask, operands))]
     match mask:
         case And():
@@ -175,11 +175,11 @@ def _data(mask: Mask, operands: PyTree, add: Callable[[Array], int]) -> list[int
 
 def unknown(mask: Mask) -> int:
     """How many parts of a mask the kernel does not know: they reach it as bits."""
-    if type(mask) not in _MASKS:
+    if not exactly(mask, *_MASKS):
         return 1
-    if isinstance(mask, (And, Or, PerHead)):
+    if exactly(mask, And, Or, PerHead):
         return sum(unknown(m) for m in mask.parts)
-    return unknown(mask.part) if isinstance(mask, Not) else 0
+    return unknown(mask.part) if exactly(mask, Not) else 0
 
 
 def modifier_gradient(modifier: Modifier, gradient: Array, operand: Array) -> Array:

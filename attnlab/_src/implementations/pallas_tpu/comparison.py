@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attnlab._src.exact import exactly
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 from attnlab._src.implementations.pallas_tpu.call import NT, Products
 from attnlab._src.implementations.pallas_tpu.logits import Part
@@ -412,7 +413,7 @@ def comparison(inputs: AttentionInputs) -> Comparison:
 def _capped(inputs: AttentionInputs) -> Array | None:
     """The bound that a soft cap sets, where it is the last modifier."""
     # A subclass may do something else.
-    if not (inputs.modifiers and type(inputs.modifiers[-1]) is SoftCap):
+    if not (inputs.modifiers and exactly(inputs.modifiers[-1], SoftCap)):
         return None
     (cap,) = inputs.modifier_operands[-1]
     return jnp.abs(cap).max(initial=0).astype(f32)

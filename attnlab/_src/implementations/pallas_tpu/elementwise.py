@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab._src.masks.algebra import And, Not, Or
-from attnlab._src.masks.base import Mask
+from attnlab._src.exact import exactly
+from attnlab._src.masks.base import And, Mask, Not, Or
 from attnlab._src.scores.pairwise import Mlp
 from attnlab._src.scores.projected import bare, known
 from attnlab._src.types import Array, Modifier, PyTree, Score, Tile
@@ -98,9 +98,9 @@ def modifier_is_elementwise(modifier: Modifier, operands: Sequence[Any]) -> bool
 
 def needs_bits(mask: Mask, operands: PyTree) -> int:
     """How many parts of a mask need bits."""
-    if type(mask) is And or type(mask) is Or:
+    if exactly(mask, And, Or):
         return sum(map(needs_bits, mask.parts, operands))
-    if type(mask) is Not:
+    if exactly(mask, Not):
         return needs_bits(mask.part, operands)
     return not mask_is_elementwise(mask, operands)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnlab._src.exact import exactly
 from attnlab._src.implementations.pallas_tpu.operands import (
     Place,
     Readers,
@@ -58,7 +59,7 @@ class Rules:
         self.words = jax.tree.map(readers.add, inputs.dropout_words)
         self.padded = tiles.nk * tiles.bk > inputs.sizes.S
         self.visible = None
-        if type(inputs.mask) is not Full:
+        if not exactly(inputs.mask, Full):
             self.visible = visibility(
                 inputs.mask,
                 inputs.mask_operands,

@@ -16,11 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attnlab._src.exact import exactly
 from attnlab._src.implementations.pallas_tpu.elementwise import mask_is_elementwise
 from attnlab._src.implementations.walk import Row, Tiles
-from attnlab._src.masks.algebra import And, Not, Or
-from attnlab._src.masks.base import Mask, seen_by, visible_pairs
-from attnlab._src.masks.planning import head_count
+from attnlab._src.masks.base import And, Mask, Not, Or
+from attnlab._src.masks.rule import seen_by, visible_pairs
 from attnlab._src.types import Array, PyTree, Tile
 
 #: Keys whose bits share a word.
@@ -163,14 +163,14 @@ def visibility(
         readers: get what it reads.
         make_bits: ``(mask, operands) -> words``, for a part that is not elementwise.
     """
-    if type(mask) is And or type(mask) is Or:
+    if exactly(mask, And, Or):
         parts = [
             visibility(m, o, readers, make_bits)
             for m, o in zip(mask.parts, operands, strict=True)
         ]
-        join = jnp.logical_and if type(mask) is And else jnp.logical_or
+        join = jnp.logical_and if exactly(mask, And) else jnp.logical_or
         return lambda tile, read: functools.reduce(join, [p(tile, read) for p in parts])
-    if type(mask) is Not:
+    if exactly(mask, Not):
         part = visibility(mask.part, operands, readers, make_bits)
         return lambda tile, read: ~part(tile, read)
     if not mask_is_elementwise(mask, operands):
@@ -203,7 +203,7 @@ def bits(mask: Mask, operands: PyTree, tiles: Tiles) -> Array:
     )
     leaves = [*positions, lo, *jax.tree.leaves(operands)]
     batch = max(x.shape[0] for x in leaves)
-    heads = max(head_count(mask), *(x.shape[1] for x in leaves))
+    heads = max(mask.head_count, *(x.shape[1] for x in leaves))
     shape = batch, heads, tiles.nk * tiles.bk // WORD, tiles.nq * tiles.bq
     words = jnp.zeros(shape, jnp.int32)
     shift = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]

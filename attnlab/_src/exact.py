@@ -1,0 +1,16 @@
+"""A subclass is not its base (law 15): who asks what something is, asks here."""
+
+from typing import Any, TypeGuard, TypeVar
+
+_T = TypeVar("_T")
+
+
+def exactly(x: Any, *kinds: type[_T]) -> TypeGuard[_T]:
+    """Whether ``x`` is of one of these classes, and not of a subclass."""
+    return type(x) in kinds
+
+
+def inherits(x: Any, base: type, *methods: str) -> bool:
+    """Whether these methods of ``x`` are those of ``base``: nothing overrides them."""
+    own = (getattr(getattr(x, name), "__func__", None) for name in methods)
+    return all(f is getattr(base, name) for f, name in zip(own, methods, strict=True))

@@ -1,0 +1,158 @@
+"""What a mask says of pairs, of blocks and of slots: what planning needs to know."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab._src.masks.geometry import Blocks
+from attnlab._src.types import Array, Intervals, PyTree, Tile
+
+Bounds = tuple[Intervals, Intervals]
+
+
+def visible_pairs(mask: "Rule", tile: Tile, operands: PyTree) -> Array:
+    """What the mask shows, less the slots that hold nothing: boolean ``[q, k]``."""
+    occupied = (tile.query_positions >= 0) & (tile.key_positions >= 0)
+    return seen_by(mask, tile, operands) & occupied
+
+
+def seen_by(mask: "Rule", tile: Tile, operands: PyTree) -> Array:
+    """What the mask shows, if it is a mask that its author got right.
+
+    Raises:
+        TypeError: if it yields no booleans, or fails.
+        ValueError: if they are not those of the tile.
+    """
+    pairs = jnp.broadcast_shapes(tile.query_positions.shape, tile.key_positions.shape)
+    where = f"for a tile of {pairs[0]} queries and {pairs[1]} keys"
+    try:
+        seen = mask.visible(tile, operands)
+        got = jnp.result_type(seen)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        if _parts(mask):
+            raise  # whoever fails was told by name
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise kind(
+            f"mask: {mask!r} fails {where}: {said}; it must work on traced arrays of "
+            "any size (by jnp.where, '&', '|' and '~', not by 'if', 'and', 'or' and "
+            "'not'), and read arrays only through its operands"
+        ) from error
+    if got != jnp.bool_:
+        raise TypeError(
+            f"mask: {mask!r} yields {got}, expected booleans (True = attend)"
+        )
+    if jnp.ndim(seen) == 0:
+        return jnp.broadcast_to(seen, (1, 1))
+    shape = jnp.shape(seen)
+    if len(shape) != 2 or any(
+        n not in (1, m) for n, m in zip(shape, pairs, strict=True)
+    ):
+        raise ValueError(
+            f"mask: {mask!r} yields shape {shape} {where}; expected {pairs}, or 1 on "
+            "an axis"
+        )
+    return seen
+
+
+class Rule:
+    """Who may attend to whom. :class:`attnlab.extend.Mask` is what one subclasses."""
+
+    def __init_subclass__(cls, **options: Any):
+        """What a base says of its own ``visible`` does not hold for another one."""
+        super().__init_subclass__(**options)
+        for name, unknown in _UNKNOWN.items():
+            owner = next(c for c in cls.__mro__ if name in c.__dict__)
+            theirs: Any = getattr(owner, "visible", None)
+            if theirs not in (cls.visible, Rule.visible, None):
+                setattr(cls, name, unknown)
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """The arrays that ``visible`` needs, as a pytree of ``Operand``.
+
+        Raises:
+            ValueError: if the mask was built for other lengths.
+        """
+        return ()
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """Boolean ``[q, k]`` (or broadcasting to it) for one tile.
+
+        Empty slots (position -1) need no care: they are hidden whatever this says.
+
+        Args:
+            tile: the positions, and the head.
+            operands: arrays ``[q or 1, k or 1, *payload]`` in the structure that
+                ``operands`` returned.
+        """
+        raise NotImplementedError("a mask needs a 'visible' of its own")
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """(possibly live, surely full) blocks of ``cols`` for each block of ``rows``.
+
+        Args:
+            rows: the blocks of one side.
+            cols: the blocks of the other.
+            operands: arrays ``[B, N, T, S, *payload]``, axes full or 1.
+
+        Returns:
+            Two ``Intervals``: the first holds at least every block with a visible
+            pair, the second at most the blocks whose pairs are all visible. Of a mask
+            that says no more: every block, and none.
+        """
+        where = np.ones((1, 1, rows.count), bool)
+        return cols.every(where), cols.every(~where)
+
+    def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
+        """A necessary condition for a slot to be visible: an operand, or None."""
+        return None
+
+    @property
+    def sees_itself(self) -> bool:
+        """Whether the structure surely lets each position see the same position."""
+        return False
+
+    @property
+    def alive_sees_itself(self) -> bool:
+        """Whether each slot that ``may_be_alive``, on either side, sees itself."""
+        return self.sees_itself
+
+    @property
+    def grain(self) -> int | None:
+        """Positions in the blocks that the structure speaks of; None: of none.
+
+        Where a plan's blocks divide it, none of them need be partial.
+        """
+        return None
+
+    @property
+    def head_count(self) -> int:
+        """How many heads it tells apart by itself; 1: none."""
+        return max((part.head_count for part in _parts(self)), default=1)
+
+    def check_heads(self, heads: int) -> None:
+        """Checks that it fits a number of query heads.
+
+        Raises:
+            ValueError: if it tells another number of heads apart.
+        """
+        for part in _parts(self):
+            part.check_heads(heads)
+
+
+def _parts(rule: Rule) -> list[Rule]:
+    """The masks of which it is made, as its fields hold them."""
+
+    def is_part(x: Any) -> bool:
+        return isinstance(x, Rule) and x is not rule
+
+    return list(filter(is_part, jax.tree.leaves(rule, is_leaf=is_part)))
+
+
+#: What a class that changes ``visible``, and says no more, has of these.
+_UNKNOWN: dict[str, Any] = {
+    name: getattr(Rule, name)
+    for name in ("bounds", "may_be_alive", "sees_itself", "alive_sees_itself", "grain")
+}
