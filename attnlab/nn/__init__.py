@@ -1,11 +1,8 @@
 """Flax (NNX) modules, thin over the pure functions; each part is an object you pass."""
 
-from attnlab._src.nn.alignment import Alignment as Alignment
-from attnlab._src.nn.alignment import PredictiveAlignment as PredictiveAlignment
 from attnlab._src.nn.anchors import AnchorProjections as AnchorProjections
 from attnlab._src.nn.angles import sinusoids as sinusoids
 from attnlab._src.nn.attention import MultiHeadAttention as MultiHeadAttention
-from attnlab._src.nn.bahdanau import BahdanauDecoder as BahdanauDecoder
 from attnlab._src.nn.beams import beam_search as beam_search
 from attnlab._src.nn.blocks import Block as Block
 from attnlab._src.nn.blocks import BlockState as BlockState
@@ -14,11 +11,6 @@ from attnlab._src.nn.cache import KeyValue as KeyValue
 from attnlab._src.nn.cache import full_cache as full_cache
 from attnlab._src.nn.cache import ring_cache as ring_cache
 from attnlab._src.nn.cache import streaming_cache as streaming_cache
-from attnlab._src.nn.cells import GRU as GRU
-from attnlab._src.nn.cells import LSTM as LSTM
-from attnlab._src.nn.cells import Cell as Cell
-from attnlab._src.nn.cells import LSTMState as LSTMState
-from attnlab._src.nn.cells import StackedCells as StackedCells
 from attnlab._src.nn.choosing import restrict as restrict
 from attnlab._src.nn.decoding import Decoded as Decoded
 from attnlab._src.nn.decoding import greedy as greedy
@@ -31,7 +23,6 @@ from attnlab._src.nn.layers import NoResidual as NoResidual
 from attnlab._src.nn.layers import PostNorm as PostNorm
 from attnlab._src.nn.layers import PreNorm as PreNorm
 from attnlab._src.nn.layers import Residual as Residual
-from attnlab._src.nn.luong import LuongDecoder as LuongDecoder
 from attnlab._src.nn.positions import Alibi as Alibi
 from attnlab._src.nn.positions import ClippedRelative as ClippedRelative
 from attnlab._src.nn.positions import Learned as Learned
@@ -39,23 +30,36 @@ from attnlab._src.nn.positions import Positions as Positions
 from attnlab._src.nn.positions import RelativeBias as RelativeBias
 from attnlab._src.nn.positions import Rotary as Rotary
 from attnlab._src.nn.positions import Sinusoidal as Sinusoidal
-from attnlab._src.nn.readouts import MaxoutReadout as MaxoutReadout
-from attnlab._src.nn.readouts import Readout as Readout
-from attnlab._src.nn.recurrent import Bidirectional as Bidirectional
-from attnlab._src.nn.recurrent import Encoded as Encoded
-from attnlab._src.nn.recurrent import Recurrent as Recurrent
-from attnlab._src.nn.recurrent import RecurrentEncoder as RecurrentEncoder
-from attnlab._src.nn.recurrent_decoders import AttentiveDecoder as AttentiveDecoder
-from attnlab._src.nn.recurrent_decoders import PlainDecoder as PlainDecoder
-from attnlab._src.nn.recurrent_decoders import RecurrentDecoder as RecurrentDecoder
-from attnlab._src.nn.recurrent_decoders import RecurrentState as RecurrentState
-from attnlab._src.nn.recurrent_lm import (
+from attnlab._src.nn.recurrent.alignment import Alignment as Alignment
+from attnlab._src.nn.recurrent.alignment import (
+    PredictiveAlignment as PredictiveAlignment,
+)
+from attnlab._src.nn.recurrent.bahdanau import BahdanauDecoder as BahdanauDecoder
+from attnlab._src.nn.recurrent.cells import GRU as GRU
+from attnlab._src.nn.recurrent.cells import LSTM as LSTM
+from attnlab._src.nn.recurrent.cells import Cell as Cell
+from attnlab._src.nn.recurrent.cells import LSTMState as LSTMState
+from attnlab._src.nn.recurrent.cells import StackedCells as StackedCells
+from attnlab._src.nn.recurrent.decoders import AttentiveDecoder as AttentiveDecoder
+from attnlab._src.nn.recurrent.decoders import PlainDecoder as PlainDecoder
+from attnlab._src.nn.recurrent.decoders import RecurrentDecoder as RecurrentDecoder
+from attnlab._src.nn.recurrent.decoders import RecurrentState as RecurrentState
+from attnlab._src.nn.recurrent.encoder_decoder import (
+    RecurrentEncoderDecoder as RecurrentEncoderDecoder,
+)
+from attnlab._src.nn.recurrent.language_model import (
     RecurrentLanguageModel as RecurrentLanguageModel,
 )
-from attnlab._src.nn.recurrent_lm import (
+from attnlab._src.nn.recurrent.language_model import (
     RecurrentLanguageModelState as RecurrentLanguageModelState,
 )
-from attnlab._src.nn.seq2seq import RecurrentEncoderDecoder as RecurrentEncoderDecoder
+from attnlab._src.nn.recurrent.layers import Bidirectional as Bidirectional
+from attnlab._src.nn.recurrent.layers import Encoded as Encoded
+from attnlab._src.nn.recurrent.layers import Recurrent as Recurrent
+from attnlab._src.nn.recurrent.layers import RecurrentEncoder as RecurrentEncoder
+from attnlab._src.nn.recurrent.luong import LuongDecoder as LuongDecoder
+from attnlab._src.nn.recurrent.readouts import MaxoutReadout as MaxoutReadout
+from attnlab._src.nn.recurrent.readouts import Readout as Readout
 from attnlab._src.nn.stack import Stack as Stack
 from attnlab._src.nn.standard import make_blocks as make_blocks
 from attnlab._src.nn.transformer import Decoder as Decoder

@@ -4,8 +4,8 @@ from tests.mutants.mutant import Mutant
 
 _CACHE = "tests/nn/test_cache.py::"
 _DECODING = "tests/nn/test_decoding.py::"
-_RECURRENT = "tests/nn/test_recurrent.py::"
-_SEQ2SEQ = "tests/nn/test_seq2seq.py::"
+_RECURRENT = "tests/nn/recurrent/test_layers.py::"
+_SEQ2SEQ = "tests/nn/recurrent/test_encoder_decoder.py::"
 _WEIGHTS = "tests/nn/test_weights.py::"
 
 MUTANTS = (
@@ -83,7 +83,7 @@ MUTANTS = (
     ),
     Mutant(
         "lstm-gates",
-        "nn/cells.py",
+        "nn/recurrent/cells.py",
         "i, f, g, o = jnp.split(gates, 4, -1)",
         "i, f, o, g = jnp.split(gates, 4, -1)",
         "Gates of an LSTM are in another order than PyTorch's.",
@@ -91,7 +91,7 @@ MUTANTS = (
     ),
     Mutant(
         "gru-reset",
-        "nn/cells.py",
+        "nn/recurrent/cells.py",
         "n = jnp.tanh(n + r * (of_n",
         "n = jnp.tanh(n + (of_n",
         "The reset gate of a GRU has no effect.",
@@ -99,7 +99,7 @@ MUTANTS = (
     ),
     Mutant(
         "gru-update",
-        "nn/cells.py",
+        "nn/recurrent/cells.py",
         "return (1 - z) * n + z * state",
         "return z * n + (1 - z) * state",
         "The update gate of a GRU works the other way round.",
@@ -107,7 +107,7 @@ MUTANTS = (
     ),
     Mutant(
         "state-runs-through-padding",
-        "nn/recurrent.py",
+        "nn/recurrent/layers.py",
         "after = choose(real, after, state)",
         "after = choose(None, after, state)",
         "A recurrent state changes at padding.",
@@ -115,7 +115,7 @@ MUTANTS = (
     ),
     Mutant(
         "state-runs-into-the-next-document",
-        "nn/recurrent.py",
+        "nn/recurrent/layers.py",
         "after = cell.step(choose(old, state, zeros), gates)",
         "after = cell.step(choose(None, state, zeros), gates)",
         "A document begins with the state of the one before.",
@@ -123,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         "padding-has-positions",
-        "nn/recurrent.py",
+        "nn/recurrent/layers.py",
         "else jnp.where(real, positions, -1)",
         "else jnp.where(real, positions, positions)",
         "A decoder sees the padding of what an encoder read.",
@@ -131,7 +131,7 @@ MUTANTS = (
     ),
     Mutant(
         "no-input-feeding",
-        "nn/luong.py",
+        "nn/recurrent/luong.py",
         "cell = self.cell.step(cell, gates + feed(said))",
         "cell = self.cell.step(cell, gates + 0 * feed(said))",
         "Luong's decoder does not feed back what it said.",

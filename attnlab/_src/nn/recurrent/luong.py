@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from attnlab._src.nn.alignment import Alignment
-from attnlab._src.nn.cells import LSTM
 from attnlab._src.nn.embedding import Embedding
 from attnlab._src.nn.projection import projection
-from attnlab._src.nn.recurrent import AnyCell, Encoded, run_cell
-from attnlab._src.nn.recurrent_decoders import (
+from attnlab._src.nn.recurrent.alignment import Alignment
+from attnlab._src.nn.recurrent.cells import LSTM
+from attnlab._src.nn.recurrent.decoders import (
     AttentiveDecoder,
     RecurrentState,
     fits,
     following,
 )
+from attnlab._src.nn.recurrent.layers import AnyCell, Encoded, run_cell
 from attnlab._src.scores.inner import Bilinear
 from attnlab._src.types import Array, PyTree, Score, promoted
 

@@ -6,18 +6,18 @@ from typing import Any
 from flax import nnx
 from jax import lax
 
-from attnlab._src.nn.alignment import Alignment
-from attnlab._src.nn.cells import GRU
 from attnlab._src.nn.embedding import Embedding
 from attnlab._src.nn.projection import projection
-from attnlab._src.nn.readouts import MaxoutReadout
-from attnlab._src.nn.recurrent import AnyCell
-from attnlab._src.nn.recurrent_decoders import (
+from attnlab._src.nn.recurrent.alignment import Alignment
+from attnlab._src.nn.recurrent.cells import GRU
+from attnlab._src.nn.recurrent.decoders import (
     AttentiveDecoder,
     RecurrentState,
     fits,
     following,
 )
+from attnlab._src.nn.recurrent.layers import AnyCell
+from attnlab._src.nn.recurrent.readouts import MaxoutReadout
 from attnlab._src.scores.pairwise import Additive
 from attnlab._src.types import Array, PyTree
 

@@ -8,8 +8,8 @@ from flax import nnx
 
 from attnlab import masks, nn, scores
 from tests.grid import few
-from tests.nn import recurrent_reference as reference
-from tests.nn.test_recurrent import drawn
+from tests.nn.recurrent import reference
+from tests.nn.recurrent.test_layers import drawn
 
 B, T, S, Q, E, P = 3, 3, 5, 11, 13, 17
 LENGTHS = np.array([3, S, 0])

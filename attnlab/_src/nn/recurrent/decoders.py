@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab._src.nn.cells import GRU
 from attnlab._src.nn.embedding import Embedding
 from attnlab._src.nn.projection import projection
-from attnlab._src.nn.readouts import MaxoutReadout
-from attnlab._src.nn.recurrent import AnyCell, Encoded, run_cell
+from attnlab._src.nn.recurrent.cells import GRU
+from attnlab._src.nn.recurrent.layers import AnyCell, Encoded, run_cell
+from attnlab._src.nn.recurrent.readouts import MaxoutReadout
 from attnlab._src.types import Array, PyTree
 
 

@@ -10,8 +10,8 @@ from flax import nnx
 
 from attnlab import nn, scores
 from tests.grid import few
-from tests.nn import recurrent_reference as reference
-from tests.nn.test_recurrent import drawn, log_softmax, with_nan
+from tests.nn.recurrent import reference
+from tests.nn.recurrent.test_layers import drawn, log_softmax, with_nan
 
 B, T, F, H, V = 2, 7, 5, 11, 13
 SIZES = dict(features=F, hidden_size=H)

@@ -4,16 +4,16 @@ from typing import Any
 
 from flax import nnx
 
-from attnlab._src.nn.bahdanau import BahdanauDecoder
-from attnlab._src.nn.cells import GRU, LSTM
-from attnlab._src.nn.luong import LuongDecoder
-from attnlab._src.nn.recurrent import RecurrentEncoder
-from attnlab._src.nn.recurrent_decoders import (
+from attnlab._src.nn.recurrent.bahdanau import BahdanauDecoder
+from attnlab._src.nn.recurrent.cells import GRU, LSTM
+from attnlab._src.nn.recurrent.decoders import (
     AttentiveDecoder,
     PlainDecoder,
     RecurrentDecoder,
     RecurrentState,
 )
+from attnlab._src.nn.recurrent.layers import RecurrentEncoder
+from attnlab._src.nn.recurrent.luong import LuongDecoder
 from attnlab._src.types import Array, ArrayLike
 
 

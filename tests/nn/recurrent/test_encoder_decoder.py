@@ -11,8 +11,8 @@ from flax import nnx
 
 from attnlab import masks, nn, scores
 from tests.grid import few
-from tests.nn import recurrent_reference as reference
-from tests.nn.test_recurrent import drawn, log_softmax, with_nan
+from tests.nn.recurrent import reference
+from tests.nn.recurrent.test_layers import drawn, log_softmax, with_nan
 
 B, S, T, F, H, V, W = 2, 5, 3, 7, 10, 13, 11
 LENGTHS = np.array([2, S])

@@ -9,7 +9,6 @@ from flax import nnx
 
 from attnlab._src.masks.data import documents as within
 from attnlab._src.masks.structural import causal, sliding_window
-from attnlab._src.nn.alignment import Alignment
 from attnlab._src.nn.cache import (
     Cache,
     KeyValue,
@@ -17,10 +16,11 @@ from attnlab._src.nn.cache import (
     check_type,
     full_cache,
 )
-from attnlab._src.nn.cells import LSTM
 from attnlab._src.nn.embedding import Embedding
 from attnlab._src.nn.projection import projection
-from attnlab._src.nn.recurrent import Recurrent
+from attnlab._src.nn.recurrent.alignment import Alignment
+from attnlab._src.nn.recurrent.cells import LSTM
+from attnlab._src.nn.recurrent.layers import Recurrent
 from attnlab._src.types import Array, ArrayLike, PyTree, promoted
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from attnlab import nn
 from tests.grid import few
-from tests.nn import recurrent_reference as reference
+from tests.nn.recurrent import reference
 
 B, T, F, H, V = 3, 7, 5, 11, 13
 CELLS = pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])

@@ -10,8 +10,8 @@ from jax import lax
 
 from attnlab._src import arguments
 from attnlab._src.masks.data import document_ids
-from attnlab._src.nn.cells import GRU, Cell, StackedCells
 from attnlab._src.nn.embedding import Embedding
+from attnlab._src.nn.recurrent.cells import GRU, Cell, StackedCells
 from attnlab._src.types import Array, ArrayLike, PyTree
 
 AnyCell = Cell | StackedCells
