@@ -54,7 +54,7 @@ import pytest  # noqa: E402
 import attnlab  # noqa: E402, F401
 from attnlab._src.implementations.native import Native  # noqa: E402
 from attnlab._src.implementations.tiled import Tiled  # noqa: E402
-from attnlab._src.ops.dispatch import compute  # noqa: E402
+from attnlab._src.ops.primitive import compute  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 if jax.config.jax_compilation_cache_dir is None:  # several runs may share one, too

@@ -26,7 +26,7 @@ from attnlab import (
 from attnlab._src.implementations import IMPLEMENTATIONS
 from attnlab._src.implementations.tile import kept
 from attnlab._src.ops import prepare
-from attnlab._src.ops.dispatch import attention_p, compute
+from attnlab._src.ops.primitive import attention_p, compute
 from tests.conftest import forget, verb
 from tests.grid import NATIVE, few, in_turn
 from tests.implementations import interpreted

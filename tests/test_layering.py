@@ -126,7 +126,7 @@ def test_only_the_verb_and_the_dispatch_import_the_reference():
     assert importers == {
         "implementations/__init__.py",
         "ops/attention.py",
-        "ops/dispatch.py",
+        "ops/derivative.py",
     }
 
 

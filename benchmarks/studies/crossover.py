@@ -107,8 +107,7 @@ def tile_rates(length: int, repeats: Repeats) -> list[tuple[int, float]]:
 
         @jax.jit
         def run(query: Any, key: Any, value: Any) -> jax.Array:
-            args = check(query, key, value)
-            inputs = prepare(args, dropout_rate=0.0, precision=None, needs_lse=False)
+            inputs = prepare(*check(query, key, value))
             return Sized().forward(inputs)[0]
 
         keys = length if tile in LARGE else tile[2]

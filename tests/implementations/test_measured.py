@@ -37,7 +37,7 @@ def given(tmp_path, monkeypatch):
 
 
 def quoted(mask, name="tiled", x=X, **options):
-    args, inputs = canonical(x, x, x, {"mask": mask, **options})
+    args, _, inputs = canonical(x, x, x, {"mask": mask, **options})
     return quote(args.mask, inputs, IMPLEMENTATIONS[name])
 
 
@@ -46,7 +46,7 @@ def test_the_quote_follows_from_the_plan(given):
     mask = masks.sliding_window(63, 63)
     plan = mask.plan(1024, block_size=(256, 128))
     tiled = IMPLEMENTATIONS["tiled"]
-    _, inputs = canonical(X, X, X, {"mask": mask})
+    *_, inputs = canonical(X, X, X, {"mask": mask})
     assert tiled.block_sizes(inputs) == (256, 128)
     share = (
         tiled.blocks_executed(plan).sum()
@@ -121,7 +121,7 @@ def test_what_nobody_measured(given):
 
 def test_tiles_follow_the_rates(given):
     x = jax.ShapeDtypeStruct((1, 4096, 2, 64), jnp.float32)
-    _, inputs = canonical(x, x, x, {"mask": masks.sliding_window(100, 100)})
+    *_, inputs = canonical(x, x, x, {"mask": masks.sliding_window(100, 100)})
     tiled = IMPLEMENTATIONS["tiled"]
     given(tile_rates=[[0, 1.0]])
     # All are as fast: the smallest tile leaves most out.

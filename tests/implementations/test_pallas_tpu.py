@@ -99,8 +99,8 @@ def random(*shape, seed=0, scale=1.0, dtype=np.float32):
 
 def record(q, k, v, dropout_rate=0.0, **options):
     """The canonical record of a call."""
-    args = check(q, k, v, dropout_rate=dropout_rate, **options)
-    return prepare(args, dropout_rate=dropout_rate, precision=None, needs_lse=True)
+    args, settings = check(q, k, v, dropout_rate=dropout_rate, **options)
+    return prepare(args, settings.but(stats=True))
 
 
 def both_passes(implementation, inputs, d_output, d_lse):
@@ -471,7 +471,7 @@ def sizes(t, s, head_size=64, of="forward"):
 
     q = jax.ShapeDtypeStruct((1, t, 1, head_size), jnp.float32)
     k = jax.ShapeDtypeStruct((1, s, 1, head_size), jnp.float32)
-    _, inputs = canonical(q, k, k, {})
+    *_, inputs = canonical(q, k, k, {})
     return Sized().sizes(inputs, of), Sized().unsupported(inputs)
 
 
@@ -553,7 +553,7 @@ def test_what_the_kernels_declare_is_within_the_estimate(monkeypatch):
         ("TPU v4", "TPU v5 lite"), problems
     ):
         with on(kind):
-            _, inputs = canonical(query, key, key, options)
+            *_, inputs = canonical(query, key, key, options)
 
             def both(inputs):
                 s = inputs.sizes

@@ -122,7 +122,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient-above-empty-rows",
-        "ops/dispatch.py",
+        "ops/derivative.py",
         "d_output = jnp.where(sees[..., None], d_output, 0)",
         "d_output = d_output + 0",
         "A NaN that comes to a query that sees nothing goes on to the keys.",

@@ -232,8 +232,7 @@ NO_DATA = MASK.operands(T, S)
 
 def inputs_of(**options):
     key = RNG.normal(size=(B, S, N, H)).astype("f")
-    args = check(X, key, key, mask=MASK, **options)
-    return prepare(args, dropout_rate=0.0, precision=None, needs_lse=False)
+    return prepare(*check(X, key, key, mask=MASK, **options))
 
 
 def test_index_positions_make_static_plans():

@@ -276,9 +276,9 @@ def test_dead_blocks_are_skipped(options, pairs, monkeypatch, tile):
     module = sys.modules["attnlab._src.ops.drop_in"]
     masks = []
 
-    def spy(args, **kwargs):
+    def spy(args, settings):
         masks.append(args.mask)
-        return run_attention(args, **kwargs)
+        return run_attention(args, settings)
 
     run_attention = module.run_attention
     monkeypatch.setattr(module, "run_attention", spy)

@@ -12,7 +12,7 @@ import pytest
 
 from attnlab import attention, attention_with_stats, masks, modifiers, scores
 from attnlab._src.masks.base import Mask
-from attnlab._src.ops.dispatch import attention_p
+from attnlab._src.ops.primitive import attention_p
 from attnlab._src.types import Modifier, pytree
 from tests.grid import NATIVE, few
 from tests.implementations import interpreted

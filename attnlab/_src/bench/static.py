@@ -348,7 +348,7 @@ def row(
         with sized(blocks) as ours:
             # Short sides, and small memories, make them smaller.
             query, key, value = shapes
-            _, inputs = canonical(query, key, value, Options(**options))
+            *_, inputs = canonical(query, key, value, Options(**options))
             blocks = ours.sizes(inputs, of)
         with sized(blocks) as ours:
             told = cost(*shapes, **options, implementation=ours.name, platform="tpu")

@@ -11,7 +11,7 @@ from attnlab._src.masks.base import Mask, as_mask
 from attnlab._src.masks.structural import causal
 from attnlab._src.ops.attention import run_attention
 from attnlab._src.ops.drop_in import all_of, as_array, as_bias, as_visible
-from attnlab._src.ops.validate import Arguments, check
+from attnlab._src.ops.validate import Arguments, Settings, check
 from attnlab._src.types import Array, ArrayLike, Modifier, Score
 
 
@@ -103,7 +103,7 @@ def attention_fn(
         )
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         rate = 0.0 if deterministic else dropout_rate
-        args = check(
+        args, settings = check(
             query,
             key,
             value,
@@ -128,16 +128,9 @@ def attention_fn(
         if bias is not None:
             args = args._replace(modifiers=(*args.modifiers, as_bias(bias, full)))
         if module is not None:
-            _sow(module, args, precision)
-        return run_attention(
-            args,
-            dropout_rate=float(rate),
-            precision=precision,
-            implementation=implementation,
-            stats=False,
-            top_k=None,
-            shared_dropout=bool(broadcast_dropout),
-        ).output
+            _sow(module, args, settings)
+        shared = bool(broadcast_dropout)
+        return run_attention(args, settings.but(shared_dropout=shared)).output
 
     return attend
 
@@ -160,15 +153,14 @@ def _last_visible(mask: Array, full: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(last, batch)
 
 
-def _sow(module: Any, args: Arguments, precision: Any) -> None:
+def _sow(module: Any, args: Arguments, settings: Settings) -> None:
     """Sows all weights ``[*batch, N, T, S]``, as they are before dropout."""
-    weights = run_attention(
-        args._replace(dropout_rng=None),
-        dropout_rate=0.0,
-        precision=precision,
+    all_weights = Settings(
+        precision=settings.precision,
         implementation="reference",
         stats=True,
         top_k="all",
-    ).weights
+    )
+    weights = run_attention(args._replace(dropout_rng=None), all_weights).weights
     kind = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
     module.sow(kind, "attention_weights", jnp.asarray(weights, args.query.dtype))

@@ -13,9 +13,16 @@ from attnlab._src.implementations.reference import attend as reference_attend
 from attnlab._src.implementations.tiled import Tiled
 from attnlab._src.implementations.top import top_weights
 from attnlab._src.masks.planning import plan_of
-from attnlab._src.ops.dispatch import run
+from attnlab._src.ops.derivative import run
 from attnlab._src.ops.prepare import prepare
-from attnlab._src.ops.validate import Arguments, Options, as_top_k, check, check_names
+from attnlab._src.ops.validate import (
+    Arguments,
+    Options,
+    Settings,
+    as_top_k,
+    check,
+    check_names,
+)
 from attnlab._src.types import (
     Array,
     ArrayLike,
@@ -159,58 +166,21 @@ def attend(
     **options: Unpack[Options],
 ) -> AttentionResult:
     """Either verb: :func:`attention_with_stats`, and without ``stats`` no ``lse``."""
-    args = check(query, key, value, **options)
-    return run_attention(
-        args,
-        dropout_rate=float(options.get("dropout_rate", 0.0)),
-        precision=options.get("precision"),
-        implementation=options.get("implementation"),
-        stats=stats,
-        top_k=as_top_k(top_k, key.shape[-3]),
-    )
+    args, settings = check(query, key, value, **options)
+    top_k = as_top_k(top_k, key.shape[-3])
+    return run_attention(args, settings.but(stats=stats, top_k=top_k))
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "dropout_rate",
-        "precision",
-        "implementation",
-        "stats",
-        "top_k",
-        "shared_dropout",
-    ),
-)
-def run_attention(
-    args: Arguments,
-    *,
-    dropout_rate: float,
-    precision: Any,
-    implementation: str | None,
-    stats: bool,
-    top_k: int | str | None,
-    shared_dropout: bool = False,
-) -> AttentionResult:
-    """The whole computation on validated arguments, compiled once a structure.
-
-    ``shared_dropout``: one dropout pattern for all examples and heads, as Flax's
-    ``broadcast_dropout``.
-    """
-    run_on: Any = functools.partial(
-        _run,
-        dropout_rate=dropout_rate,
-        precision=precision,
-        implementation=implementation,
-        stats=stats,
-        top_k=top_k,
-        shared_dropout=shared_dropout,
-    )
-    placed = _explicitly_placed(args, top_k)
+@functools.partial(jax.jit, static_argnames="settings")
+def run_attention(args: Arguments, settings: Settings) -> AttentionResult:
+    """The whole computation on validated arguments, compiled once a structure."""
+    run_on: Any = functools.partial(_run, settings=settings)
+    placed = _explicitly_placed(args, settings.top_k)
     if placed is not None:
         run_on = jax.sharding.auto_axes(run_on, out_sharding=placed)
     found = run_on(args)
     # Where nobody asks for a -inf, jax.debug_infs should see none.
-    return found if stats else found._replace(lse=None)
+    return found if settings.stats else found._replace(lse=None)
 
 
 def _explicitly_placed(
@@ -239,30 +209,15 @@ def _explicitly_placed(
     )
 
 
-def _run(
-    args: Arguments,
-    *,
-    dropout_rate: float,
-    precision: Any,
-    implementation: str | None,
-    stats: bool,
-    top_k: int | str | None,
-    shared_dropout: bool,
-) -> AttentionResult:
+def _run(args: Arguments, settings: Settings) -> AttentionResult:
     batch = args.query.shape[:-3]
     t, heads = args.query.shape[-3:-1]
     if 0 in (*batch, t, heads, args.key.shape[-3]):
         args.mask.operands(t, args.key.shape[-3])
-        return _nothing(args, top_k)
-    inputs = prepare(
-        args,
-        dropout_rate=dropout_rate,
-        precision=precision,
-        needs_lse=stats or args.sinks is not None,
-        shared_dropout=shared_dropout,
-    )
-    output, lse = run(inputs, implementation)
-    weights, indices = _weights(inputs, lse, top_k)
+        return _nothing(args, settings.top_k)
+    inputs = prepare(args, settings)
+    output, lse = run(inputs, settings.implementation)
+    weights, indices = _weights(inputs, lse, settings.top_k)
     if args.sinks is not None:
         total = _with_sinks(lse, args.sinks)
         finite = jnp.where(jnp.isneginf(total), 0, total)

@@ -18,7 +18,7 @@ from attnlab._src.ops.attention import run_attention
 from attnlab._src.ops.choice import as_platform, choose, default_platform
 from attnlab._src.ops.explain import canonical, describe
 from attnlab._src.ops.prepare import numbering_of, positions_of
-from attnlab._src.ops.validate import Arguments, Options, check_names
+from attnlab._src.ops.validate import Arguments, Options, Settings, check_names
 from attnlab._src.types import AttentionInputs, Plan
 
 
@@ -114,9 +114,9 @@ def cost(
         (True, True)
     """
     check_names("cost", options)
-    args, inputs = canonical(query, key, value, options)
+    args, settings, inputs = canonical(query, key, value, options)
     here, platform = default_platform(), as_platform(platform)
-    chosen = choose(inputs, options.get("implementation"), platform)
+    chosen = choose(inputs, settings.implementation, platform)
     sizes, exact = inputs.sizes, True
     known = args
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(_data(args))):
@@ -128,7 +128,7 @@ def cost(
         if not inputs.index_positions:
             known = known._replace(mask=_unknown(None))
     asked = Options(mask=known.mask, score=args.score)
-    shapes = canonical(query, key, value, asked)[1]
+    shapes = canonical(query, key, value, asked)[2]
     blocks = chosen.block_sizes(inputs)
     plan, pairs = _count(known, shapes, blocks, exact)
     full, partial = (_total(x.per_row(), sizes) for x in plan.rows)
@@ -161,8 +161,8 @@ def cost(
         executed * backward + 2 * projections,
         (queries + keys) * item,
         (queries + moved) * item,
-        _temporary(args, options, False) if platform == here else None,
-        _temporary(args, options, True) if platform == here else None,
+        _temporary(args, settings, False) if platform == here else None,
+        _temporary(args, settings, True) if platform == here else None,
     )
 
 
@@ -241,16 +241,9 @@ def _flops_per_pair(args: Arguments, inputs: AttentionInputs) -> tuple[int, int]
     return forward, 3 * score + 2 * modifiers + 4 * s.D
 
 
-def _temporary(args: Arguments, options: Options, backward: bool) -> int:
+def _temporary(args: Arguments, settings: Settings, backward: bool) -> int:
     """Peak temporary bytes as the compiler of the default backend tells them."""
-    call = functools.partial(
-        run_attention,
-        dropout_rate=float(options.get("dropout_rate", 0.0)),
-        precision=options.get("precision"),
-        implementation=options.get("implementation"),
-        stats=False,
-        top_k=None,
-    )
+    call = functools.partial(run_attention, settings=settings)
 
     def loss(arrays: Any, args: Arguments) -> Any:
         args = args._replace(query=arrays[0], key=arrays[1], value=arrays[2])

@@ -139,7 +139,7 @@ def dot_product_attention(
             "automatic choice, or call jax.nn.dot_product_attention"
         )
     implementation = "tiled" if implementation == "xla" else implementation
-    args = check(
+    args, settings = check(
         q,
         k,
         v,
@@ -155,14 +155,7 @@ def dot_product_attention(
         ),
         modifiers=() if bias is None else (as_bias(bias, full),),
     )
-    found = run_attention(
-        args,
-        dropout_rate=0.0,
-        precision=None,
-        implementation=implementation,
-        stats=bool(return_residual),
-        top_k=None,
-    )
+    found = run_attention(args, settings.but(stats=bool(return_residual)))
     lead = q.shape[:-1] if np.ndim(query) == 4 else q.shape[1:-1]
     output = found.output.reshape(*lead, v.shape[-1])
     if not return_residual:

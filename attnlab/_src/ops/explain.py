@@ -12,7 +12,7 @@ from attnlab._src.implementations.measured import measured
 from attnlab._src.masks.base import Full, Mask, full
 from attnlab._src.ops.choice import as_platform, choose, passed_over
 from attnlab._src.ops.prepare import prepare
-from attnlab._src.ops.validate import Arguments, Options, check, check_names
+from attnlab._src.ops.validate import Arguments, Options, Settings, check, check_names
 from attnlab._src.types import AttentionInputs, Implementation
 
 
@@ -50,20 +50,11 @@ class Explanation(NamedTuple):
 
 
 def canonical(
-    query: Any, key: Any, value: Any, options: Options, needs_lse: bool = False
-) -> tuple[Arguments, AttentionInputs]:
-    """The validated arguments, and the shapes of what implementations would get."""
-    args = check(query, key, value, **options)
-    precision = options.get("precision")
-    rate = float(options.get("dropout_rate", 0.0))
-    needs_lse = needs_lse or args.sinks is not None
-    inputs = jax.eval_shape(
-        lambda a: prepare(
-            a, dropout_rate=rate, precision=precision, needs_lse=needs_lse
-        ),
-        args,
-    )
-    return args, inputs
+    query: Any, key: Any, value: Any, options: Options
+) -> tuple[Arguments, Settings, AttentionInputs]:
+    """What ``check`` returns, and the shapes of what implementations would get."""
+    args, settings = check(query, key, value, **options)
+    return args, settings, jax.eval_shape(lambda a: prepare(a, settings), args)
 
 
 def describe(args: Arguments, inputs: AttentionInputs) -> str:
@@ -173,9 +164,9 @@ def explain(
           not reference: it holds [T, S] in memory; it runs only when asked for
     """
     check_names("explain", options)
-    args, inputs = canonical(query, key, value, options)
+    args, settings, inputs = canonical(query, key, value, options)
     platform = as_platform(platform)
-    name = options.get("implementation")
+    name = settings.implementation
     chosen = choose(inputs, name, platform)
     return Explanation(
         describe(args, inputs),

@@ -43,7 +43,7 @@ def zero_hidden(
         return jax.ShapeDtypeStruct((*x.shape[:-1], num_heads, 1), jnp.float32)
 
     keys = heads(memory[0] if memory else query)
-    args = check(
+    args, _ = check(
         heads(query),
         keys,
         keys,

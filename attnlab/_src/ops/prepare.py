@@ -17,7 +17,12 @@ from attnlab._src.masks.planning import (
     normalise_tree,
     reads_head,
 )
-from attnlab._src.ops.validate import Arguments, check_operand_shapes, is_wide_float
+from attnlab._src.ops.validate import (
+    Arguments,
+    Settings,
+    check_operand_shapes,
+    is_wide_float,
+)
 from attnlab._src.prng import as_threefry
 from attnlab._src.scores.projected import bare
 from attnlab._src.types import (
@@ -35,18 +40,9 @@ _ALIVE_BLOCK = 512
 _FINEST_ALIVE_BLOCK = 32
 
 
-def prepare(
-    args: Arguments,
-    *,
-    dropout_rate: float,
-    precision: Any,
-    needs_lse: bool,
-    shared_dropout: bool = False,
-) -> AttentionInputs:
-    """Canonical form: 4-D arrays, normalised operands, dead slots zeroed, projected.
-
-    ``shared_dropout``: one pattern for all examples and heads.
-    """
+def prepare(args: Arguments, settings: Settings) -> AttentionInputs:
+    """Canonical form: 4-D arrays, normalised operands, dead slots zeroed, projected."""
+    precision, dropout_rate = settings.precision, settings.dropout_rate
     batch = args.query.shape[:-3]
     query, key, value = (
         x.reshape((math.prod(batch), *x.shape[-3:]))
@@ -79,7 +75,7 @@ def prepare(
 
     words = None
     if dropout_rate > 0:
-        cells = (1, 1) if shared_dropout else (query.shape[0], heads)
+        cells = (1, 1) if settings.shared_dropout else (query.shape[0], heads)
         words = _dropout_words(args.dropout_rng, *cells, query_positions, key_positions)
     inputs = AttentionInputs(
         query,
@@ -96,9 +92,9 @@ def prepare(
         score=skeleton(args.score),
         modifiers=skeleton(args.modifiers),
         mask=skeleton(args.mask),
-        dropout_rate=float(dropout_rate),
+        dropout_rate=dropout_rate,
         precision=precision,
-        needs_lse=needs_lse,
+        needs_lse=settings.stats or args.sinks is not None,
         numbering=numbering_of(args),
         logit_scale=logit_scale,
     )

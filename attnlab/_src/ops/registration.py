@@ -6,7 +6,7 @@ from typing import Any
 from attnlab._src.exact import inherits
 from attnlab._src.implementations import BUILT_IN, IMPLEMENTATIONS, PRIORITIES
 from attnlab._src.ops.attention import run_attention
-from attnlab._src.ops.dispatch import compute
+from attnlab._src.ops.primitive import compute
 from attnlab._src.types import Implementation
 
 

@@ -1,7 +1,8 @@
 """Checks of what the user gave: each failure names the argument, and what would do."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,32 @@ class Arguments(NamedTuple):
     query_offset: Any
     query_positions: Any
     key_positions: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a call settles beside its arrays: structure, one static argument.
+
+    Attributes:
+        dropout_rate: in [0, 1).
+        precision: of matrix products; None: JAX's own setting.
+        implementation: a name; None: the automatic choice.
+        stats: whether the caller reads log-sum-exp.
+        top_k: None, no weights; "all" of them; or how many of each query.
+        shared_dropout: whether all examples and heads have one dropout pattern, as of
+            Flax's ``broadcast_dropout``.
+    """
+
+    dropout_rate: float = 0.0
+    precision: Any = None
+    implementation: str | None = None
+    stats: bool = False
+    top_k: int | str | None = None
+    shared_dropout: bool = False
+
+    def but(self, **changes: Any) -> "Settings":
+        """The same with some of them changed."""
+        return dataclasses.replace(self, **changes)
 
 
 def is_wide_float(dtype: Any) -> bool:
@@ -186,6 +213,15 @@ def _as_modifiers(modifiers: Any) -> tuple[Modifier, ...]:
     return modifiers
 
 
+def _as_rate(rate: Any) -> float:
+    traced = isinstance(rate, jax.core.Tracer)
+    number = isinstance(rate, (int, float, np.number, np.ndarray, jax.Array))
+    number = number and not traced and np.ndim(rate) == 0
+    if not number or not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate: expected a number in [0, 1), got {rate!r}")
+    return float(rate)
+
+
 def as_top_k(top_k: Any, length: int) -> Any:
     """None, "all", or an int from 1 to the number of keys."""
     if top_k is None or (isinstance(top_k, str) and top_k == "all"):
@@ -220,47 +256,37 @@ def check_names(caller: str, options: Mapping[str, Any]) -> None:
 
 
 def check(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    score: Score | None = None,
-    mask: Any = None,
-    modifiers: Sequence[Modifier] = (),
-    sinks: Any = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Any = None,
-    query_offset: Any = 0,
-    query_positions: Any = None,
-    key_positions: Any = None,
-    precision: Any = None,
-    implementation: Any = None,
-) -> Arguments:
+    query: Any, key: Any, value: Any, **options: Unpack[Options]
+) -> tuple[Arguments, Settings]:
     """Validates everything that shapes tell.
+
+    Returns:
+        The arrays of the call, and what else it settles; nobody reads ``lse`` or
+        weights yet.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got, and what would do.
     """
     # What is asked for is right or wrong whoever runs, if anybody does.
+    precision = options.get("precision")
     precision_name(precision)
+    implementation = options.get("implementation")
     if implementation is not None:
         named(implementation)
+    score = options.get("score")
     _check_arrays(query, key, value, isinstance(score, ProjectedKeys))
     score = ScaledDot() if score is None else score
     check_score(score)
     _check_leaves("score", score)
-    modifiers = _as_modifiers(modifiers)
-    traced = isinstance(dropout_rate, jax.core.Tracer)
-    number = isinstance(dropout_rate, (int, float, np.number, np.ndarray, jax.Array))
-    number = number and not traced and np.ndim(dropout_rate) == 0
-    if not number or not 0 <= dropout_rate < 1:
-        raise ValueError(
-            f"dropout_rate: expected a number in [0, 1), got {dropout_rate!r}"
-        )
+    modifiers = _as_modifiers(options.get("modifiers", ()))
+    dropout_rate = _as_rate(options.get("dropout_rate", 0.0))
+    dropout_rng, sinks = options.get("dropout_rng"), options.get("sinks")
     if dropout_rate > 0 and dropout_rng is None:
         raise ValueError(
             f"dropout_rng: dropout_rate={dropout_rate} needs a PRNG key, got None"
         )
+    query_positions = options.get("query_positions")
+    key_positions = options.get("key_positions")
     heads = query.shape[-2]
     for name, x in (
         ("sinks", sinks),
@@ -278,7 +304,7 @@ def check(
             raise ValueError(
                 f"sinks: expected shape ({heads},), got {tuple(sinks.shape)}"
             )
-    mask = as_mask(mask)
+    mask = as_mask(options.get("mask"))
     _check_leaves("mask", mask)
     args = Arguments(
         query,
@@ -289,12 +315,12 @@ def check(
         modifiers,
         sinks,
         dropout_rng if dropout_rate > 0 else None,
-        _as_offset(query_offset, query.shape[-3]),
+        _as_offset(options.get("query_offset", 0), query.shape[-3]),
         query_positions,
         key_positions,
     )
     _check_positions(args)
-    return args
+    return args, Settings(dropout_rate, precision, implementation)
 
 
 def check_fits(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> None:

@@ -1,0 +1,185 @@
+"""One pass as one primitive, whose implementation is chosen when it is lowered.
+
+While a program is traced, a forward or a backward pass is one primitive. What it does
+is decided when the program is lowered, because only then its platform is known; and
+only what is chosen is ever traced.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core
+from jax import lax
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.implementations.plain import plain
+from attnlab._src.ops.choice import choose, default_platform
+from attnlab._src.types import Array, AttentionInputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the caller settled: static, and the same for both passes.
+
+    Attributes:
+        implementation: a name; None: the automatic choice.
+        precision: of matrix products that name none.
+        x64: whether 64-bit types exist.
+    """
+
+    implementation: str | None
+    precision: str | None
+    x64: bool
+
+    @classmethod
+    def now(cls, implementation: str | None) -> "Asked":
+        """With the settings of JAX that hold now."""
+        config: Any = jax.config
+        return cls(
+            implementation, config.jax_default_matmul_precision, config.jax_enable_x64
+        )
+
+    @contextlib.contextmanager
+    def settings(self) -> Iterator[None]:
+        """A program may be lowered where the settings it was traced under are gone."""
+        with jax.default_matmul_precision(self.precision), jax.enable_x64(self.x64):
+            yield
+
+
+@contextlib.contextmanager
+def _some_tpu(platforms: Sequence[str]) -> Iterator[None]:
+    """Kernels for a TPU ask for its kind: where none is here, an old one serves."""
+    mesh = jax.sharding.get_abstract_mesh()
+    known = mesh.abstract_device is not None or default_platform() == "tpu"
+    if "tpu" not in platforms or known:
+        yield
+        return
+    device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
+    made = jax.sharding.AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
+    )
+    with jax.sharding.use_abstract_mesh(made):
+        yield
+
+
+#: One pass over ``leaves``, the flat arguments: ``(inputs,)`` where ``wanted`` is None,
+#: the forward pass; else ``(inputs, output, lse, d_output, d_lse)``, and ``wanted``
+#: tells the leaves of the inputs that need a gradient.
+attention_p = jax.extend.core.Primitive("attention")
+attention_p.multiple_results = True
+
+
+@attention_p.def_abstract_eval
+def _types(*avals: Any, wanted: Any, structure: Any, **_: Any) -> list[Any]:
+    inputs: Any = jax.tree.unflatten(structure, avals)[0]
+    if wanted is not None:
+        return [x for x, on in zip(jax.tree.leaves(inputs), wanted, strict=True) if on]
+    # All inputs vary over the same manual axes, and so do the results.
+    s, dtype = inputs.sizes, inputs.accumulation_dtype
+    like = inputs.query.update(dtype=dtype, weak_type=False)
+    flat = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[:3]))
+    return [
+        like.update(shape=(s.B, s.T, s.N, s.D)),
+        like.update(shape=(s.B, s.T, s.N), sharding=flat),
+    ]
+
+
+# Inlined: behind a call, XLA would not see that liveness has made the same plan.
+@functools.partial(
+    jax.jit, static_argnames=("name", "wanted", "structure"), inline=True
+)
+def compute(*leaves: Array, name: str, wanted: Any, structure: Any) -> Sequence[Any]:
+    """One pass of one implementation; jitted, so that equal calls are traced once."""
+    given: Any = jax.tree.unflatten(structure, leaves)
+    implementation, (inputs, *others) = IMPLEMENTATIONS[name], given
+    if not implementation.reads_raw:
+        inputs = plain(inputs)
+    if wanted is None:
+        return implementation.forward(inputs, *others)
+    want: Any = jax.tree.unflatten(jax.tree.structure(given[0]), wanted)
+    want = dataclasses.replace(
+        want, living=jax.tree.map(lambda _: False, inputs.living)
+    )
+    asked = want
+    if inputs.head_scale is not None:
+        both = want.query or want.head_scale
+        asked = dataclasses.replace(want, query=both, head_scale=False)
+    gradients = implementation.backward(inputs, *others, wanted=jax.tree.leaves(asked))
+    structure = jax.tree.structure(inputs)
+    found: Any = jax.tree.unflatten(structure, gradients)
+    if inputs.head_scale is not None and asked.query:
+        found = _of_scaled(inputs, found)
+    each = map(jax.tree.leaves, (inputs, want))
+    return [
+        g.astype(x.dtype)
+        for g, x, on in zip(structure.flatten_up_to(found), *each, strict=True)
+        if on
+    ]
+
+
+def _of_scaled(inputs: AttentionInputs, found: AttentionInputs) -> AttentionInputs:
+    """Gradients of query and ``head_scale``, from that of their product."""
+    scale: Any = inputs.head_scale
+    query = plain(inputs).query.astype(scale.dtype)
+    d_scale = (found.query * query).sum((1, 3))[..., None, None]
+    shared = tuple(axis for axis in (0, 1) if scale.shape[axis] == 1)
+    return dataclasses.replace(
+        found,
+        query=found.query * scale.swapaxes(1, 2),
+        head_scale=d_scale.sum(shared, keepdims=True),
+    )
+
+
+def _lower(
+    ctx: Any, *values: Any, asked: Asked, wanted: Any, structure: Any
+) -> Sequence[Any]:
+    inputs: Any = jax.tree.unflatten(structure, ctx.avals_in)[0]
+    exported = ctx.module_context.lowering_parameters.for_export
+    platforms = ctx.platforms or ctx.module_context.platforms
+    shared, passes = len(platforms) > 1, {}
+    for platform in platforms:
+        chosen = choose(inputs, asked.implementation, platform, exported, shared)
+        passes[platform] = functools.partial(
+            compute, name=chosen.name, wanted=wanted, structure=structure
+        )
+    *_, call = passes.values()
+    # Several platforms share one module where jax.export asks for it.
+    others = {p: x for p, x in passes.items() if x.keywords != call.keywords}
+    if others:
+        call = functools.partial(lax.platform_dependent, default=call, **others)
+    # On a device nothing varies: implementations need not care for shard_map.
+    avals = [
+        jax.core.ShapedArray(x.shape, x.dtype, x.weak_type, sharding=x.sharding)
+        for x in ctx.avals_in
+    ]
+    with asked.settings(), _some_tpu(platforms):
+        return mlir.lower_fun(call)(ctx.replace(avals_in=avals), *values)
+
+
+mlir.register_lowering(attention_p, _lower)
+
+
+@functools.partial(jax.jit, static_argnames=("asked", "wanted", "structure"))
+def _bind(*leaves: Array, **static: Any) -> list[Array]:
+    return attention_p.bind(*leaves, **static)
+
+
+@attention_p.def_impl
+def _run_alone(*leaves: Array, **static: Any) -> list[Array]:
+    # What JAX runs step by step to find a NaN is one step here, and a log-sum-exp of
+    # -inf is what it should be: the next step that yields one is named.
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+        return _bind(*leaves, **static)
+
+
+def one_pass(
+    asked: Asked, wanted: tuple[bool, ...] | None, *arguments: Any
+) -> list[Array]:
+    leaves, structure = jax.tree.flatten(arguments)
+    return attention_p.bind(*leaves, asked=asked, wanted=wanted, structure=structure)
