@@ -206,6 +206,14 @@ MUTANTS = (
         (_STREAMING,),
     ),
     Mutant(
+        "native-bits-of-heads",
+        "implementations/native/__init__.py",
+        "heads = max(mask.head_count, *(x.shape[1] for x in leaves))",
+        "heads = max(x.shape[1] for x in leaves)",
+        "A mask for each head that the native kernel does not know is that of head 0.",
+        ("tests/test_subclasses.py::test_masks[per_head-native]",),
+    ),
+    Mutant(
         "native-modifiers",
         "implementations/native/program.py",
         "_SOFT_CAP, _ALIBI, _RELATIVE, _BIAS = range(4)",

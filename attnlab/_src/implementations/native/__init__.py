@@ -344,7 +344,7 @@ class _Call:
         operands = jax.tree.map(padded, operands)
         leaves = [q_pos, k_pos, lo, *jax.tree.leaves(operands)]
         batch = max(x.shape[0] for x in leaves)
-        heads = max(x.shape[1] for x in leaves)
+        heads = max(mask.head_count, *(x.shape[1] for x in leaves))
         shift = jnp.arange(32, dtype=jnp.uint32)[:, None]
 
         def row(index: Array) -> Array:
