@@ -11,15 +11,27 @@ PUBLIC = ROOT / "attnlab"
 PACKAGE = PUBLIC / "_src"
 
 #: Single files at the bottom, for all.
-BASE = {"arguments", "dtypes", "exact", "prng", "pytrees", "reverse", "types"}
+BASE = {
+    "arguments",
+    "dtypes",
+    "exact",
+    "operands",
+    "prng",
+    "pytrees",
+    "reverse",
+    "types",
+    "varying",
+}
 
 #: For each room, the rooms that it may import besides itself.
 MAY_IMPORT = {
     "pytrees": set(),
     "arguments": set(),
     "reverse": set(),
+    "varying": set(),
     "dtypes": set(),
     "exact": set(),
+    "operands": {"types"},
     "types": {"dtypes", "exact", "pytrees"},
     "prng": {"types"},
     "scores": BASE,

@@ -11,13 +11,13 @@ each of the first four axes is full or 1. What an operand runs along is thus its
 and any kernel can cut the tile it needs without knowing what the operand means.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from attnlab._src.dtypes import accumulation_dtype as accumulation_dtype
 from attnlab._src.dtypes import promoted as promoted
@@ -31,23 +31,6 @@ from attnlab._src.pytrees import static as static
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray
 PyTree = Any
-
-
-def _varying(x: Any) -> frozenset[str]:
-    """The manual mesh axes over which an array varies, inside ``shard_map``."""
-    aval: Any = jax.typeof(x)
-    # jax 0.10.2 calls it manual_axis_type; releases before it, vma.
-    kind = getattr(aval, "manual_axis_type", None)
-    return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
-
-
-def vary_like(x: Array, references: Any) -> Array:
-    """Gives ``x`` the manual axes over which the references vary (``shard_map``)."""
-    axes: frozenset[str] = frozenset()
-    for leaf in jax.tree.leaves(references):
-        axes |= _varying(leaf)
-    missing = tuple(sorted(axes - _varying(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 class Operand(NamedTuple):
@@ -292,6 +275,12 @@ class AttentionInputs:
         return Sizes(
             batch, query_length, key_length, heads, key_heads, projected, value_size
         )
+
+    def gradients(self, **found: PyTree) -> list[Array | None]:
+        """What ``backward`` returns: gradients by field, None for all others."""
+        bare: Any = skeleton(self)
+        bare = dataclasses.replace(bare, **found)
+        return jax.tree.structure(self).flatten_up_to(bare)
 
     @property
     def index_positions(self) -> bool:

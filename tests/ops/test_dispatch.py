@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from attnlab import attention, cost, explain, extend, masks, modifiers, scores
-from attnlab._src import types
 from attnlab._src.implementations import PRIORITIES
 from attnlab._src.implementations.tiled import Tiled
 from attnlab._src.masks import planning
 from attnlab._src.ops.prepare import prepare
 from attnlab._src.ops.validate import check
+from attnlab._src.varying import varying
 from tests.conftest import forget
 
 B, T, S, N, H = 2, 13, 11, 2, 4
@@ -202,7 +202,7 @@ def test_implementations_see_no_manual_axes(sevens, jit):
     np.testing.assert_array_equal(gradient, np.full_like(X, 5))
     assert len(sevens.seen) == 2
     for leaf in jax.tree.leaves(sevens.seen):
-        assert not types._varying(leaf)
+        assert not varying(leaf)
 
 
 def test_settings_outlive_their_context():

@@ -25,8 +25,8 @@ from attnlab._src.types import (
     Live,
     Plan,
     Tile,
-    vary_like,
 )
+from attnlab._src.varying import vary_like
 
 #: Pairs that are looked at together.
 _PAIRS = 2**18

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import default_matmul_precision, lax
 
+from attnlab._src.operands import tile_shape
 from attnlab._src.scores.projected import bare
 from attnlab._src.types import Array, AttentionInputs, PyTree, Tile
 
@@ -220,10 +221,6 @@ def _of_small_tile(inputs: AttentionInputs) -> Any:
     """The logits of a tile as a jaxpr of query, key, their positions, the head, ..."""
     sides = 2, 3
 
-    def cut(x: Array) -> jax.ShapeDtypeStruct:
-        shape = (1 if n == 1 else m for n, m in zip(x.shape[2:4], sides, strict=True))
-        return jax.ShapeDtypeStruct((*shape, *x.shape[4:]), x.dtype)
-
     def logits(arrays: Any, params: PyTree, modifiers: PyTree) -> Array:
         query, key, *places = arrays
         found = compare(inputs, squeeze_params(params), None, query, key)
@@ -233,7 +230,8 @@ def _of_small_tile(inputs: AttentionInputs) -> Any:
     types = [inputs.query.dtype, inputs.key.dtype, *[jnp.int32] * 3]
     arrays = list(map(jax.ShapeDtypeStruct, shapes, types))
     operands = inputs.pair_params, inputs.modifier_operands
-    return jax.make_jaxpr(logits)(arrays, *jax.tree.map(cut, operands))
+    tiles = jax.tree.map(lambda x: tile_shape(x, sides), operands)
+    return jax.make_jaxpr(logits)(arrays, *tiles)
 
 
 def kept(inputs: AttentionInputs, words: tuple[Array, Array]) -> Array:

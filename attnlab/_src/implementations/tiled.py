@@ -7,7 +7,6 @@ the same rows once; gradients of key and value are kept transposed, ``[block, si
 slots]``, because XLA would otherwise transpose the probabilities of every tile.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -36,7 +35,6 @@ from attnlab._src.types import (
     Plan,
     PyTree,
     Tile,
-    skeleton,
 )
 
 #: Floats that a comparison may hold for one tile (MLP: P for each pair).
@@ -242,8 +240,7 @@ class Tiled(Implementation):
             "pair_params": d_learned[0],
             "modifier_operands": d_learned[1],
         }
-        found = dataclasses.replace(skeleton(inputs), **gradients)
-        return jax.tree.structure(inputs).flatten_up_to(found)
+        return inputs.gradients(**gradients)
 
 
 class _Sums(NamedTuple):

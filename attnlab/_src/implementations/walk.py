@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from attnlab._src.implementations.tile import squeeze_params, widened
+from attnlab._src.operands import corner, cut
 from attnlab._src.types import Array, AttentionInputs, Plan, PyTree
 
 #: Keys in a chunk where nothing better is known: shorter ones leave a core idle.
@@ -183,23 +184,15 @@ class Tiles:
         ]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-    def _corner(self, x: Array, row: Row, j: Array) -> tuple[list, list]:
-        """Start and shape of the cut of an operand at key block ``j``."""
+    def _at(self, row: Row, j: Array) -> tuple[Any, tuple[int, int]]:
+        """Place and sizes of the tile at key block ``j``."""
         place = (row.example, row.head, row.block * self.bq, j * self.bk)
-        start = _starts(*place, *[0] * (x.ndim - 4))
-        shape = [1, 1, self.bq, self.bk, *x.shape[4:]]
-        for axis in range(4):
-            if x.shape[axis] == 1:
-                start[axis], shape[axis] = jnp.int32(0), 1
-        return start, shape
+        return place, (self.bq, self.bk)
 
     def cut(self, x: Array, row: Row, ids: Array) -> Array:
         """The tile ``[q or 1, k or 1, *payload]`` of a padded operand."""
         count = ids.shape[0] if x.shape[3] > 1 else 1
-        parts = []
-        for c in range(count):
-            start, shape = self._corner(x, row, ids[c])
-            parts.append(lax.dynamic_slice(x, start, shape).reshape(shape[2:]))
+        parts = [cut(x, *self._at(row, ids[c])) for c in range(count)]
         return parts[0] if count == 1 else jnp.concatenate(parts, axis=1)
 
     def add(self, x: Array, row: Row, ids: Array, tile: Array) -> Array:
@@ -210,7 +203,7 @@ class Tiles:
         runs = x.shape[3] > 1
 
         def block(c: Array, x: Array) -> Array:
-            start, shape = self._corner(x, row, ids[c])
+            start, shape = corner(x, *self._at(row, ids[c]))
             part = lax.dynamic_slice_in_dim(tile, c * shape[3], shape[3], 1)
             old = lax.dynamic_slice(x, start, shape)
             return lax.dynamic_update_slice(x, old + part.reshape(shape), start)

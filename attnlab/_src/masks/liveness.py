@@ -19,7 +19,9 @@ from attnlab._src.masks.planning import (
     slot_operand,
 )
 from attnlab._src.masks.rule import Rule, visible_pairs
-from attnlab._src.types import Array, Plan, PyTree, Tile, skeleton, vary_like
+from attnlab._src.operands import cut
+from attnlab._src.types import Array, Plan, PyTree, Tile, skeleton
+from attnlab._src.varying import vary_like
 
 
 def scan_partial(
@@ -53,15 +55,6 @@ def scan_partial(
     blank = jax.tree.map(lambda x: pad(x, 0), operands)
     q_pos, k_pos = pad(query_positions, -1), pad(key_positions, -1)
 
-    def cut(x: Array, b: Array, h: Array, i: Array, j: Array) -> Array:
-        x = lax.dynamic_index_in_dim(x, b if x.shape[0] != 1 else 0, 0, False)
-        x = lax.dynamic_index_in_dim(x, h if x.shape[0] != 1 else 0, 0, False)
-        if x.shape[0] != 1:
-            x = lax.dynamic_slice_in_dim(x, i * bq, bq, 0)
-        if x.shape[1] != 1:
-            x = lax.dynamic_slice_in_dim(x, j * bk, bk, 1)
-        return x
-
     def row(seen_by: Array, r: Array) -> tuple[Array, Array]:
         b, h, i = r // (heads * nq), r // nq % heads, r % nq
 
@@ -74,8 +67,9 @@ def scan_partial(
         def block(rank: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
             which = (end <= rank).sum(dtype=jnp.int32)
             j = hi[which] - (end[which] - rank)
-            tile = Tile(cut(q_pos, b, h, i, j), cut(k_pos, b, h, i, j), h)
-            tiles = jax.tree.map(lambda x: cut(x, b, h, i, j), blank)
+            at: Any = (b, h, i * bq, j * bk), (bq, bk)
+            tile = Tile(cut(q_pos, *at), cut(k_pos, *at), h)
+            tiles = jax.tree.map(lambda x: cut(x, *at), blank)
             seen = jnp.broadcast_to(visible_pairs(mask, tile, tiles), (bq, bk))
             by_query, by_key = counts
             by_key = lax.dynamic_update_slice(
@@ -210,14 +204,11 @@ def _diagonal(
     length = index.shape[0]
 
     def one(tree: PyTree, q: Array, k: Array, head: Array, i: Array) -> Array:
-        def cut(x: Array) -> Array:
-            for axis in (0, 1):
-                if x.shape[axis] > 1:
-                    x = lax.dynamic_slice_in_dim(x, i, 1, axis)
-            return x
+        def pair(x: Array) -> Array:
+            return cut(x[None, None], (0, 0, i, i), (1, 1))
 
-        tile = Tile(cut(q), cut(k), head)
-        return visible_pairs(mask, tile, jax.tree.map(cut, tree))[0, 0]
+        tile = Tile(pair(q), pair(k), head)
+        return visible_pairs(mask, tile, jax.tree.map(pair, tree))[0, 0]
 
     leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
     batch = max(x.shape[0] for x in leaves)

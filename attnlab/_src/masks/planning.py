@@ -13,6 +13,7 @@ from attnlab._src import arguments
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import FAR, difference, merge, namespace, numbers
 from attnlab._src.masks.rule import Rule, seen_by, visible_pairs
+from attnlab._src.operands import tile_shape
 from attnlab._src.types import (
     Array,
     AttentionInputs,
@@ -325,13 +326,10 @@ def reads_head(mask: Rule, operands: PyTree) -> bool:
     def visible(tile: Tile, operands: PyTree) -> Array:
         return seen_by(mask, tile, operands)
 
-    def cut(x: Array) -> jax.ShapeDtypeStruct:
-        sides = (1 if n == 1 else m for n, m in zip(x.shape[2:4], (2, 3), strict=True))
-        return jax.ShapeDtypeStruct((*sides, *x.shape[4:]), x.dtype)
-
     shapes = (2, 1), (1, 3), ()
     tile = Tile(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
-    traced = jax.make_jaxpr(visible)(tile, jax.tree.map(cut, operands))
+    tiles = jax.tree.map(lambda x: tile_shape(x, (2, 3)), operands)
+    traced = jax.make_jaxpr(visible)(tile, tiles)
     if any(isinstance(x, jax.core.Tracer) for x in traced.consts):
         raise TypeError(
             f"mask: {mask!r} reads a traced array that is none of its operands; give "

@@ -15,7 +15,8 @@ from attnlab._src.ops.choice import choose, symbolic_sizes
 from attnlab._src.ops.primitive import Asked, attention_p, one_pass
 from attnlab._src.ops.residuals import keep, with_inf
 from attnlab._src.reverse import reverse_only
-from attnlab._src.types import Array, AttentionInputs, PyTree, pytree, static, vary_like
+from attnlab._src.types import Array, AttentionInputs, PyTree, pytree, static
+from attnlab._src.varying import vary_like
 
 #: What it would need.
 _FORWARD_MODE = 'attention needs implementation="reference"'

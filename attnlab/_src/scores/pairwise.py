@@ -18,8 +18,8 @@ from attnlab._src.types import (
     accumulation_dtype,
     pytree,
     static,
-    vary_like,
 )
+from attnlab._src.varying import vary_like
 
 #: What it would need.
 _FORWARD_MODE = "additive and concat scores does not exist"

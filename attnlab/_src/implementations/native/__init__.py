@@ -5,7 +5,6 @@ It walks the same plan as ``tiled``, the lanes of its vectors along the queries
 integers (``program.py``).
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +30,7 @@ from attnlab._src.implementations.tile import may_round
 from attnlab._src.masks.base import Mask
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.masks.rule import visible_pairs
+from attnlab._src.operands import cut
 from attnlab._src.scores.pairwise import Mlp
 from attnlab._src.scores.projected import bare, known
 from attnlab._src.types import (
@@ -40,7 +40,9 @@ from attnlab._src.types import (
     Plan,
     PyTree,
     Tile,
-    skeleton,
+)
+from attnlab._src.types import (
+    skeleton as skeleton,
 )
 
 #: Keys in a block: what the kernel takes at once.
@@ -221,8 +223,7 @@ class Native(Implementation):
         if want_params:
             structure = jax.tree.structure(inputs.pair_params)
             gradients["pair_params"] = jax.tree.unflatten(structure, d_params)
-        bare = dataclasses.replace(skeleton(inputs), **gradients)
-        return jax.tree.structure(inputs).flatten_up_to(bare)
+        return inputs.gradients(**gradients)
 
 
 def _sum(x: Array, operand: Array) -> Array:
@@ -350,19 +351,11 @@ class _Call:
         def row(index: Array) -> Array:
             b, n, r = index // (heads * count), index // count % heads, index % count
 
-            def cut(x: Array, k: Array) -> Array:
-                start = [b, n, r * 32, k] + [0] * (x.ndim - 4)
-                sizes = [1, 1, 32, span, *x.shape[4:]]
-                for axis in range(4):
-                    if x.shape[axis] == 1:
-                        start[axis], sizes[axis] = 0, 1
-                start = [jnp.asarray(i, jnp.int32) for i in start]
-                return lax.dynamic_slice(x, start, sizes)[0, 0]
-
             def block(first: Array, j: Array, words: Array) -> Array:
                 k = jnp.clip(first + j * span, 0, s.S - span)
-                tile = Tile(cut(q_pos, k), cut(k_pos, k), n.astype(jnp.int32))
-                mine = jax.tree.map(lambda x: cut(x, k), operands)
+                at: Any = (b, n, r * 32, k), (32, span)
+                tile = Tile(cut(q_pos, *at), cut(k_pos, *at), n.astype(jnp.int32))
+                mine = jax.tree.map(lambda x: cut(x, *at), operands)
                 seen = visible_pairs(mask, tile, mine)
                 seen = jnp.broadcast_to(seen, (32, span)).astype(jnp.uint32)
                 found = (seen << shift).sum(0, dtype=jnp.uint32)

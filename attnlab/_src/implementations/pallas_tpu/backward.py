@@ -36,7 +36,7 @@ from attnlab._src.implementations.pallas_tpu.steps import Step, by_key, run_if
 from attnlab._src.implementations.tile import scaled
 from attnlab._src.implementations.walk import Tiles
 from attnlab._src.masks.planning import plan_of
-from attnlab._src.types import Array, AttentionInputs, skeleton
+from attnlab._src.types import Array, AttentionInputs
 
 f32 = jnp.float32
 
@@ -266,9 +266,8 @@ class Backward:
         if params:
             made = self.compare.finish_gradients(params)
             gradients["pair_params"] = jax.tree.map(like, made, inputs.pair_params)
-        bare = dataclasses.replace(skeleton(inputs), **gradients)
-        found = jax.tree.structure(inputs).flatten_up_to(bare)
-        return [x if on else None for x, on in zip(found, self.wanted, strict=True)]
+        each = inputs.gradients(**gradients)
+        return [x if on else None for x, on in zip(each, self.wanted, strict=True)]
 
     def _kernel(self, *refs: Any) -> None:
         taken = iter(refs)
