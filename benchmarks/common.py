@@ -39,7 +39,7 @@ def parser(description: str, results: Path = RESULTS) -> argparse.ArgumentParser
 
 
 def command(name: str, arguments: Sequence[str]) -> str:
-    """What makes these results again; where they went is nobody's business."""
+    """The command that reproduces these results, without output paths."""
     kept, rest = [], iter(arguments)
     for argument in rest:
         if argument == "--out":

@@ -1,7 +1,7 @@
 """How fast is attnlab beside every other library installed here?
 
-Each line of `benchmarks/problems.py` is one interleaved run, everybody checked against
-the reference first; then what a call costs beyond the arithmetic
+Each line of `benchmarks/problems.py` is one interleaved run; every contender is checked
+against the reference first. Then comes what a call costs beyond the arithmetic
 (`benchmarks/overheads.py`). After each line the results are on disk.
 """
 
@@ -151,7 +151,7 @@ def _share(row: Record) -> str:
 
 
 def table(records: Iterable[Record]) -> Table:
-    """For the terminal: everybody's time, and how it relates to ours."""
+    """For the terminal: each contender's time, and its ratio to ours."""
     made = Table(title=caption(), title_justify="left", pad_edge=False)
     for name in ("problem", "runs on"):
         made.add_column(name, no_wrap=True)
@@ -257,7 +257,7 @@ def summary(record: Record) -> str:
         for name, value in record.get("values", {}).items()
         if not isinstance(value, str)
     ]
-    return f"{record['name']}: {', '.join(found) or 'nobody ran'}"
+    return f"{record['name']}: {', '.join(found) or 'none ran'}"
 
 
 def arguments() -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """The command ``attnlab``: nothing that takes a while is imported before it.
 
-Importing JAX does; whoever interrupts that is told so in one line.
+Importing JAX does; an interruption of that is reported in one line.
 """
 
 import sys

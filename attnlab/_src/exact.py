@@ -1,4 +1,4 @@
-"""A subclass is not its base (law 15): who asks what something is, asks here."""
+"""Asks for exact classes and unchanged methods: a subclass is not its base."""
 
 from typing import Any, TypeGuard, TypeVar
 

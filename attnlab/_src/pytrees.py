@@ -104,7 +104,7 @@ def by_name(x: Any) -> Any:
     """What stands for a function object in copies and pickles; anything else: itself.
 
     JAX's functions, ``jax.nn.relu`` for instance, are objects: a copy of one is another
-    function to whoever compares functions, and pickle refuses them.
+    function where functions are compared, and pickle refuses them.
     """
     if isinstance(x, functools.partial):
         return _ByName(x)

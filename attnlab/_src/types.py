@@ -231,7 +231,7 @@ class AttentionInputs:
         key_positions: ``[B or 1, 1, 1, S]`` int32.
         dropout_words: None, or two uint32 operands: one word a row, one a column.
         living: queries ``[B or 1, N or 1, T]`` and keys ``[B or 1, K or 1, S]`` that
-            see or are seen; the others may hold NaN. None: nothing to look at.
+            see or are seen; the others may hold NaN. None: every slot is live.
         head_scale: None, or an operand ``[B or 1, N or 1, 1, 1]`` in the accumulation
             type: what inner products are multiplied by, too, where it is data.
         score: skeleton.
@@ -339,7 +339,7 @@ class Implementation:
     #: Letters of the axes that may be symbolic (``jax.export``): a plan of blocks needs
     #: lengths that are known.
     symbolic: ClassVar[str] = ""
-    #: Whether it knows ``living``; for others dead slots are 0.
+    #: Whether it applies ``living`` itself; otherwise dead slots are zeroed before.
     reads_raw: ClassVar[bool] = False
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
@@ -378,6 +378,6 @@ class Implementation:
         Each in the type of its leaf or in the accumulation type. That of the query is
         with respect to ``head_scale * query``, in the accumulation type where there is
         a ``head_scale``, whose gradient follows from it and is never asked for.
-        ``d_lse``: None where nobody differentiates it.
+        ``d_lse``: None where ``lse`` is not differentiated.
         """
         raise NotImplementedError

@@ -20,7 +20,7 @@ WINDOW = 256
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One problem; everybody who is compared on it gets the same arrays.
+    """One problem; all contenders get the same arrays.
 
     Attributes:
         pattern: a name of ``PATTERNS``.
@@ -119,7 +119,7 @@ class Case:
         return self.visible_pairs * forward
 
     def tanh_count(self, backward: bool) -> float:
-        """Function evaluations that nobody can do without who holds no hidden units.
+        """Function evaluations needed by any method that does not keep hidden units.
 
         One for each hidden unit of a pair forward, and the same once more backward.
         """

@@ -14,7 +14,7 @@ from attnlab._src.bench.targets import CompilerMissing
 _DESCRIPTION = """\
 Measures attention on this machine, on real text: every pattern, score and
 implementation, and other libraries beside them. Each is first held to the reference,
-forward and every gradient; who fails gets no time."""
+forward and every gradient; failing contenders are not timed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

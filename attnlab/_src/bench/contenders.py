@@ -23,7 +23,7 @@ class Prepared(NamedTuple):
         results: of a returned value: arrays by name, ``output`` and, where gradients
             were asked for, ``d_query``, ``d_key``, ``d_value`` and the score's.
         compile_seconds: None where nothing is compiled ahead.
-        temporary_bytes: peak beside inputs and outputs; None where nobody tells.
+        temporary_bytes: peak beside inputs and outputs; None where it is unknown.
     """
 
     call: Callable[[], Any]

@@ -57,7 +57,7 @@ def total_memory() -> int | None:
 
 
 def free_memory() -> int:
-    """Bytes that new arrays may take on the device; guarded where nobody tells."""
+    """Bytes that new arrays may take on the device; a guess where it is unknown."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

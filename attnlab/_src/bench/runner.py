@@ -142,7 +142,7 @@ def prepare_checked(
     directions: Sequence[str],
     report: Callable[[str], None],
 ) -> tuple[list[Row], dict[tuple[str, str], Prepared]]:
-    """Compiles and checks everybody; those who fail are not among the prepared."""
+    """Compiles and checks all contenders; those that fail are left out."""
     rows: list[Row] = []
     prepared: dict[tuple[str, str], Prepared] = {}
     backward = "both" in directions

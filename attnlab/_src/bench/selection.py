@@ -23,7 +23,7 @@ COVERING: dict[tuple[str, str], tuple[str, ...]] = {
     ("causal", "bilinear"): (),
     ("window", "cosine"): (),
     ("causal_window", "mlp"): (),
-    # Masks that carry data compile longest: last, they hold nobody up.
+    # Masks that carry data compile longest, so they come last.
     ("documents", "scaled_dot"): ("torch",),
     ("big_bird", "scaled_dot"): (),
     ("random", "additive"): (),

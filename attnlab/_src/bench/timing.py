@@ -89,7 +89,7 @@ def interleave(
     """Times calls in rounds, each in its turn, so that all see the same machine.
 
     Every other round is that before it in reverse, and the order is turned by one every
-    two rounds: nobody always follows the same neighbour.
+    two rounds: no contender always follows the same one.
 
     Args:
         calls: by name.

@@ -201,7 +201,7 @@ def command(given: argparse.Namespace) -> int:
                     why = f"attnlab tune: {doing}: no sizes of blocks work"
                     progress.console.print(why, style="red")
                     continue
-                # At once, so that whoever stops it keeps what is known.
+                # Written at once, so that an interrupted run keeps its results.
                 of_kind.setdefault(str(size), {})[of] = list(best[0])
                 text = json.dumps(table, indent=1) + "\n"
                 write_atomically(given.out, text.encode())

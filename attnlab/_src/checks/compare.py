@@ -114,7 +114,7 @@ def evaluate(problem: Problem, implementation: str | None) -> dict[str, Any]:
         return {"output": output, "lse": lse, "gradients": pull(above)[0]}
 
     moving = _moving(problem.data)
-    # What is stored in 16 bits is rounded to them, by everybody alike.
+    # Values stored in 16 bits are rounded to them, in every implementation.
     compiled = both.lower(moving).compile({"xla_allow_excess_precision": False})
     return jax.block_until_ready(compiled(moving))
 

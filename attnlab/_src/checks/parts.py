@@ -73,7 +73,7 @@ def _runs_here(name: str) -> bool:
 
 
 def on_every_implementation(checker: Checker, what: str, problem: Problem) -> None:
-    """Values and gradients are the reference's, whoever computes them."""
+    """Every implementation that runs here agrees with the reference."""
     for name in IMPLEMENTATIONS:
         if name in ("reference", "jax_nn", "splash") or not _runs_here(name):
             continue
@@ -246,8 +246,8 @@ def _listed(intervals: Any, count: int) -> np.ndarray:
 def _hidden_is_nothing(
     checker: Checker, data: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    """Law 3, with padding that nobody sees."""
-    with checker.law("what nobody sees does not exist, NaN included"):
+    """Law 3, with padding that no query sees."""
+    with checker.law("what no query sees does not exist, NaN included"):
         s = data["key"].shape[1]
         mask = options.get("mask", full()) & documents(
             np.zeros(data["query"].shape[1], int), np.where(np.arange(s) < s - 2, 0, -1)

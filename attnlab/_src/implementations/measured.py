@@ -1,4 +1,4 @@
-"""How long things took where somebody measured them: a small file, read by choices.
+"""Measured timings, a small file: ``explain`` quotes them, block sizes follow them.
 
 ``benchmarks.studies crossover`` writes it. Only ratios of its numbers matter, so that
 it serves other machines of its kind, too.

@@ -17,7 +17,7 @@ def zero_dead(x: Array, living: Array | None) -> Array:
 
 
 def plain(inputs: AttentionInputs) -> AttentionInputs:
-    """The same with dead slots 0, so that nobody need look for them."""
+    """The same with dead slots 0, for implementations that do not check for them."""
     of_query, of_key = inputs.living
     return dataclasses.replace(
         inputs,

@@ -91,7 +91,7 @@ class Splash(Implementation):
         return output.astype(dtype), lse
 
     def _kernel(self, seen: np.ndarray, block_q: int, block_k: int) -> Any:
-        # Here and not above: only who asks for it pays for the import.
+        # Imported here: it takes a while, and most programs do not need it.
         from jax.experimental.pallas.ops.tpu.splash_attention import (
             splash_attention_kernel as splash,
         )

@@ -194,7 +194,7 @@ def _logits(
 def check_tile(inputs: AttentionInputs) -> None:
     """Asks the score and the modifiers for a small tile, and computes nothing.
 
-    So that whoever runs, they are right or wrong; sides are not equal, and what is
+    The check does not depend on the implementation. Sides are not equal, and what is
     transposed or broadcast shows.
 
     Raises:

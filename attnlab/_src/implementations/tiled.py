@@ -244,7 +244,7 @@ class Tiled(Implementation):
 
 
 class _Sums(NamedTuple):
-    """Gradients that many rows add to; None where nobody asked.
+    """Gradients that many rows add to; None where they are not wanted.
 
     Attributes:
         key: ``[B * K, nk, P, bk]``.

@@ -311,8 +311,7 @@ def _shared(tree: PyTree) -> tuple[PyTree, PyTree]:
 def reads_head(mask: Rule, operands: PyTree) -> bool:
     """Whether what a mask shows depends on the head, as a user's own may.
 
-    It is asked for a small tile, and nothing is computed: whoever runs, a mask is right
-    or wrong.
+    It traces a small tile and computes nothing, whatever implementation will run.
 
     Args:
         mask: the mask.

@@ -32,7 +32,7 @@ def seen_by(mask: "Rule", tile: Tile, operands: PyTree) -> Array:
         got = jnp.result_type(seen)
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         if _parts(mask):
-            raise  # whoever fails was told by name
+            raise  # the part that fails is named already
         kind = ValueError if isinstance(error, ValueError) else TypeError
         said = str(error).partition("\n")[0].rstrip(".")
         raise kind(

@@ -47,7 +47,7 @@ def bias(array: Any) -> Modifier:
 
     Args:
         array: floating, broadcasts to ``[B, N, T, S]``. Its gradient is computed only
-            where somebody asks for it.
+            where it is asked for.
 
     Raises:
         TypeError: if the array is not floating.

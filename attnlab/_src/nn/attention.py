@@ -178,8 +178,8 @@ class MultiHeadAttention(nnx.Module):
     ) -> Array:
         """Attends.
 
-        What sees nothing, or nobody sees, counts as zeros before it is projected: with
-        ``masks.lengths(n, n)`` both the queries and the keys of padding.
+        Queries that see nothing, and keys that no query sees, are zeroed before they
+        are projected: with ``masks.lengths(n, n)`` the queries and keys of padding.
 
         Args:
             query: ``[*batch, T, in_features]``.

@@ -250,7 +250,7 @@ def check(
 
 def _check_room(step: Any, state: PyTree, given: int, length: int) -> None:
     """Refuses what full caches, or learned positions, are too short for."""
-    # The last token takes no slot: nobody reads what would follow it.
+    # The last token takes no slot: what would follow it is not read.
     taken = given + length - 1
     caches = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Cache))
     for cache in [x for x in caches if isinstance(x, Cache)]:

@@ -127,7 +127,7 @@ class Learned(nnx.Module):
                 f"positions: expected less than {length}, the positions that were "
                 f"learned, got {most}"
             )
-        # An empty slot (-1) has some vector, which nobody sees.
+        # An empty slot (-1) has some vector, which is never seen.
         index = jnp.maximum(positions, 0)
         rows = jnp.take(self.table[...], index, axis=0, mode="fill", fill_value=jnp.nan)
         return x + _of_rank(rows, x.ndim).astype(x.dtype)

@@ -126,7 +126,7 @@ def _positions(make: Any) -> Positions | None:
 def last_norm(
     blocks: Sequence[Block], options: dict[str, Any], rngs: nnx.Rngs
 ) -> nnx.Module | None:
-    """Where layers normalise what they read, nobody else normalises the result."""
+    """The norm after the last block: pre-norm blocks leave their sum unnormalised."""
     norm = options.get("norm", nnx.LayerNorm)
     pre_norm = blocks and isinstance(blocks[-1].feed_forward_residual, PreNorm)
     if not pre_norm or norm is None:

@@ -179,7 +179,7 @@ def run_attention(args: Arguments, settings: Settings) -> AttentionResult:
     if placed is not None:
         run_on = jax.sharding.auto_axes(run_on, out_sharding=placed)
     found = run_on(args)
-    # Where nobody asks for a -inf, jax.debug_infs should see none.
+    # A -inf that the caller does not ask for would trip jax.debug_infs.
     return found if settings.stats else found._replace(lse=None)
 
 

@@ -101,7 +101,7 @@ def choose(
     Args:
         inputs: the canonical record; arrays may be shapes only.
         name: the implementation asked for; None: the automatic choice.
-        platform: as lowering names it; None: not known yet, which excludes nobody.
+        platform: as lowering names it; None: not known yet, which excludes none.
         exported: whether the program is to run elsewhere (``jax.export``).
         shared: whether it is one program for several platforms.
 
@@ -124,7 +124,7 @@ def choose(
             "when asked for"
         )
     made = named(name)
-    # JAX itself says what it thinks of exporting one that was asked for.
+    # JAX reports unsupported exports of one that was asked for.
     reasons = _elsewhere(made, platform, False, shared) + _reasons(made, inputs)
     if reasons:
         raise NotImplementedError(
@@ -134,7 +134,7 @@ def choose(
 
 
 def chosen_name(inputs: AttentionInputs, name: str | None) -> str | None:
-    """The name of the implementation that would run here; None if nobody would.
+    """The name of the implementation that would run here; None if none would.
 
     Args:
         inputs: the canonical record; arrays may be shapes only.

@@ -167,7 +167,7 @@ def cost(
 
 
 def _data(args: Arguments) -> Any:
-    """What decides who sees whom."""
+    """The data that decide which keys a query sees."""
     return args.mask, args.query_offset, args.query_positions, args.key_positions
 
 

@@ -26,7 +26,7 @@ class Explanation(NamedTuple):
         block_sizes: (queries, keys) in a block of its plan.
         passed_over: for each other implementation, every reason.
         crossover: how the mask's time compares with that of full attention, from which
-            length on it is less, and who measured that; None where nobody did.
+            length on it is less, and on which machine; None if nothing was measured.
     """
 
     inputs: str
@@ -116,7 +116,7 @@ def crossover(
     text = "of full attention's time about " + ", ".join(
         f"{share:.0%} {direction}" for direction, share in shares(s.T).items()
     )
-    # What the mask's arrays would be at another length, nobody knows.
+    # The mask's arrays at another length are unknown.
     if not jax.tree.leaves(mask):
         shorter = [2**n for n in range(5, s.T.bit_length()) if 2**n < s.T]
         pays = list(

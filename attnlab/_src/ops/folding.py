@@ -190,7 +190,7 @@ def fold_of(
         return into_batch
     # What a mask for each head is given, all heads share.
     of_head = alone.mask.head_count > 1 and any(jax.tree.leaves(marks.mask_operands))
-    # Nobody else should run because so many heads share a key head.
+    # Many heads on one key head must not lead to another implementation.
     if of_head or chosen_name(alone, name) != chosen_name(shared, name):
         return into_batch
     return into_heads

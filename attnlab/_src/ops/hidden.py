@@ -1,4 +1,4 @@
-"""What a mask hides from everybody, taken away before anybody's projection."""
+"""Zeroes slots that no query sees, or that see nothing, before they are projected."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ def zero_hidden(
     query_positions: Any = None,
     key_positions: Any = None,
 ) -> tuple[Array, ...]:
-    """The same with zeros where a query sees nothing, or nobody sees the key.
+    """The same with zeros where a query sees nothing, or no query sees the key.
 
     Whatever is there, NaN included, then reaches neither a projection of it nor the
     projection's gradient.

@@ -63,7 +63,7 @@ def prepare(args: Arguments, settings: Settings) -> AttentionInputs:
         grouped = key_alive.reshape(key_alive.shape[0], key_heads, -1, s)
         key_alive = grouped.any(2)
     score, logit_scale, head_scale = _without_scale(args.score, query)
-    # Whoever reads the arrays can leave out dead slots; a projection must not see them.
+    # Kernels leave out dead slots when they read; a projection must not see them.
     name = type(args.score).__name__
     projected = _project(score, query, key, name, precision)
     has_dead = query_alive is not None or key_alive is not None
@@ -135,7 +135,7 @@ def what_is_seen(
         query = jnp.broadcast_to(query, (query.shape[0], heads, t, 1))
     positions = query, key
     if not isinstance(t, int) or not isinstance(s, int):
-        # Without known lengths there is no plan, and nobody who does without pairs.
+        # Without known lengths there is no plan, and only dense implementations run.
         living = alive_by_pairs(args.mask, operands, *positions)
         return Seen(operands, *positions, *living)
     fine = math.gcd(args.mask.grain or _ALIVE_BLOCK, _ALIVE_BLOCK)

@@ -25,7 +25,7 @@ from attnlab._src.types import Array, AttentionInputs
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What the caller settled: static, and the same for both passes.
+    """Settings of the call: static, and the same for both passes.
 
     Attributes:
         implementation: a name; None: the automatic choice.

@@ -79,7 +79,7 @@ def unregister(name: str) -> None:
     """Takes back :func:`register`.
 
     Raises:
-        ValueError: if nobody registered that name.
+        ValueError: if no implementation was registered under that name.
     """
     if name in BUILT_IN or name not in IMPLEMENTATIONS:
         raise ValueError(f"name: {name!r} was not registered")

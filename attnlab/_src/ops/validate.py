@@ -261,13 +261,13 @@ def check(
     """Validates everything that shapes tell.
 
     Returns:
-        The arrays of the call, and what else it settles; nobody reads ``lse`` or
+        The arrays of the call, and its settings, without a request for ``lse`` or
         weights yet.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got, and what would do.
     """
-    # What is asked for is right or wrong whoever runs, if anybody does.
+    # Checked whatever implementation runs.
     precision = options.get("precision")
     precision_name(precision)
     implementation = options.get("implementation")

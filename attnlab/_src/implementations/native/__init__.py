@@ -331,7 +331,7 @@ class _Call:
         # Rows of the plan that a word may touch.
         touched = 31 // plan.block_q + 2
         count = -(-s.T // 32)
-        if lo.shape[3] == 0:  # nobody reads them
+        if lo.shape[3] == 0:  # they are not read
             return jnp.zeros((1, 1, count, s.S), jnp.uint32)
         pad = [(0, 0), (0, 0), (0, count * 32 - s.T), (0, 0)]
         q_pos = jnp.pad(inputs.query_positions, pad, constant_values=-1)

@@ -73,7 +73,7 @@ def instructions(isa: str) -> Iterator[None]:
 
 @functools.cache
 def _load() -> Native:
-    # Not above: whoever runs the module `build` wants to be the first to import it.
+    # Not at the top: `python -m ...build` must be the first to import that module.
     from attnlab._src.implementations.native import build
 
     path = build.LIBRARY

@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
     chunk: int
 
 
-#: Where nobody knows for which TPU: the least vector memory holds them.
+#: For an unknown TPU: they fit the smallest vector memory.
 CAUTIOUS = Blocks(512, 512, 256)
 
 

@@ -60,7 +60,7 @@ class Sums(NamedTuple):
     Attributes:
         q: ``[P, queries]``; of inner products, as if their scale were 1.
         k: ``[keys, P]``; of inner products, less ``Comparison.factor``.
-        params: of ``Comparison.gradient_shapes``; none where nobody asks.
+        params: of ``Comparison.gradient_shapes``; none where they are not wanted.
     """
 
     q: Any

@@ -146,7 +146,7 @@ def _steps(
     live: Live, inners: int, group: int = 1, segment: int | None = None
 ) -> Steps:
     if live.full.lo.shape[-1] + live.partial.lo.shape[-1] == 0:
-        # Nobody sees anything, and that in no interval: one that is empty.
+        # No pair is visible and there is no interval: use one that is empty.
         none = np.zeros((*live.full.lo.shape[:-1], 1), np.int32)
         live = Live(Intervals(none, none), live.partial)
     outers = live.full.lo.shape[2]

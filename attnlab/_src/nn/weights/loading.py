@@ -29,7 +29,7 @@ def load(module: nnx.Module, source: Source, names: Names) -> None:
     arrays: of those it knows shapes alone.
 
     One warning names all tensors that are ignored: what the family is known to carry
-    and nobody reads, and heads of tasks.
+    and no module reads, and heads of tasks.
 
     Args:
         module: an attention layer, a block, a whole model.
