@@ -179,7 +179,7 @@ def leave_few_programs():
 @pytest.fixture
 def tile(monkeypatch):
     """``tile(q, k, chunk)``: forces the tiles, so that tiny inputs have many."""
-    walk = sys.modules["attnlab._src.implementations.walk"]
+    walk = sys.modules["attnlab._src.implementations.schedule"]
     prepare = sys.modules["attnlab._src.ops.prepare"]
 
     def force(block_q, block_k, chunk=None):

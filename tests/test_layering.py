@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "bench": BASE | {"scores", "modifiers", "masks", "implementations", "ops"},
 }
 #: What implementations share; each other one stands alone.
-SHARED = {"measured", "plain", "tile", "walk"}
+SHARED = {"deferred", "measured", "schedule", "tile"}
 
 
 def modules():

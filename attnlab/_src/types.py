@@ -240,8 +240,8 @@ class AttentionInputs:
         dropout_rate: in [0, 1).
         precision: of matrix products.
         needs_lse: whether the caller reads (and may differentiate) log-sum-exp.
-        numbering: where the positions of queries and of keys come from. "index": they
-            are slot numbers, known when compiling; "offset" (queries only): slot
+        position_kinds: where the positions of queries and of keys come from. "index":
+            they are slot numbers, known when compiling; "offset" (queries only): slot
             numbers and an offset, which is the first position; "given": one by one.
         logit_scale: what inner products, not queries, are multiplied by: queries of 16
             bits would be rounded.
@@ -264,7 +264,7 @@ class AttentionInputs:
     dropout_rate: float = static()
     precision: Any = static()
     needs_lse: bool = static()
-    numbering: tuple[str, str] = static()
+    position_kinds: tuple[str, str] = static()
     logit_scale: float = static()
 
     @property
@@ -285,7 +285,7 @@ class AttentionInputs:
     @property
     def index_positions(self) -> bool:
         """Whether all positions are slot numbers, known when compiling."""
-        return self.numbering == ("index", "index")
+        return self.position_kinds == ("index", "index")
 
     @property
     def accumulation_dtype(self) -> Any:

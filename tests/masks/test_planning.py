@@ -460,10 +460,19 @@ def test_grain_is_what_blocks_must_divide():
     one = masks.random_blocks(0, blocks_per_row=2, block_size=24, num_blocks=7)
     other = masks.blocks(np.array([[1], [0]]), block_size=36)
     window = masks.sliding_window(5, 5)
-    assert window.grain is None
-    assert (window | masks.causal()).grain is None
-    assert one.grain == (~one).grain == (one & window).grain == 24
-    assert (one | other).grain == masks.per_head([one, other]).grain == 12
+    assert window.block_multiple is None
+    assert (window | masks.causal()).block_multiple is None
+    assert (
+        one.block_multiple
+        == (~one).block_multiple
+        == (one & window).block_multiple
+        == 24
+    )
+    assert (
+        (one | other).block_multiple
+        == masks.per_head([one, other]).block_multiple
+        == 12
+    )
 
 
 @pytest.mark.parametrize("block_size", [24, 12, 8])

@@ -135,7 +135,7 @@ MUTANTS = (
     ),
     Mutant(
         "bias-gradient-of-the-last-tile",
-        "implementations/walk.py",
+        "implementations/schedule.py",
         "return lax.dynamic_update_slice(x, old + part.reshape(shape), start)",
         "return lax.dynamic_update_slice(x, part.reshape(shape), start)",
         "A gradient that many tiles add to is that of the last one.",
@@ -143,7 +143,7 @@ MUTANTS = (
     ),
     Mutant(
         "walk-heads",
-        "implementations/walk.py",
+        "implementations/schedule.py",
         "return row.head // (self.sizes.N // self.sizes.K)",
         "return row.head % self.sizes.K",
         "Grouped query heads read the wrong key heads.",
@@ -151,7 +151,7 @@ MUTANTS = (
     ),
     Mutant(
         "walk-rank-within-an-interval",
-        "implementations/walk.py",
+        "implementations/schedule.py",
         "ids = jnp.clip(lo[which] + ranks - start, 0, self.nk - 1)",
         "ids = jnp.clip(lo[which] + ranks, 0, self.nk - 1)",
         "Blocks of a row's second interval are counted from the first one on.",
@@ -159,7 +159,7 @@ MUTANTS = (
     ),
     Mutant(
         "walk-one-rank-too-many",
-        "implementations/walk.py",
+        "implementations/schedule.py",
         "return ids, ranks < total",
         "return ids, ranks <= total",
         "A chunk computes one block more than is alive.",
@@ -167,7 +167,7 @@ MUTANTS = (
     ),
     Mutant(
         "walk-last-chunk",
-        "implementations/walk.py",
+        "implementations/schedule.py",
         "return fulls, -(-(self.total - fulls * self.wide) // self.chunk)",
         "return fulls, (self.total - fulls * self.wide) // self.chunk",
         "Blocks that do not fill a chunk are left out.",
@@ -175,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         "walk-rest-from-the-start",
-        "implementations/walk.py",
+        "implementations/schedule.py",
         "first = in_full * w.wide",
         "first = in_full * 0",
         "After chunks of full blocks the walk starts from the first block again.",
@@ -183,7 +183,7 @@ MUTANTS = (
     ),
     Mutant(
         "walk-padding-is-a-key",
-        "implementations/walk.py",
+        "implementations/schedule.py",
         "keys = jnp.where(slots < tiles.sizes.S, slots, -1).reshape(1, -1)",
         "keys = slots.reshape(1, -1)",
         "What fills the last block up counts as keys.",

@@ -145,8 +145,8 @@ MUTANTS = (
     Mutant(
         "plan-without-offset",
         "masks/planning.py",
-        'if numbering[0] == "offset" else 0',
-        'if numbering[0] == "nothing" else 0',
+        'if position_kinds[0] == "offset" else 0',
+        'if position_kinds[0] == "nothing" else 0',
         "Plans do not know the queries' offset.",
         (f"{_LAWS}test_4_offsets_select_rows[window-tiled]",),
     ),

@@ -177,7 +177,7 @@ MUTANTS = (
     ),
     Mutant(
         "top-k-slots-out-of-order",
-        "implementations/top.py",
+        "implementations/top_k.py",
         "return best, jnp.take_along_axis(slots, which, 1)",
         "return best, slots[:, :k]",
         "The slots of the greatest weights are not those of the weights.",

@@ -259,7 +259,7 @@ def test_plans_under_traced_offsets(offset):
     @jax.jit
     def program(offset):
         inputs = inputs_of(query_offset=offset)
-        assert inputs.numbering == ("offset", "index")
+        assert inputs.position_kinds == ("offset", "index")
         return planning.plan_of(inputs, (4, 3), cols=True)
 
     query = planning.index_blocks("query", T, 4, jnp.asarray(offset))
@@ -281,7 +281,7 @@ def test_plans_of_given_positions(sides):
         options = {f"{side}_positions": given[side] for side in sides}
         inputs = inputs_of(**options)
         wanted = tuple("given" if x in sides else "index" for x in ("query", "key"))
-        assert inputs.numbering == wanted
+        assert inputs.position_kinds == wanted
         assert not inputs.index_positions
         return planning.plan_of(inputs, (4, 3), cols=True)
 

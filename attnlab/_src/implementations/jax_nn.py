@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab._src.exact import exactly
-from attnlab._src.implementations.plain import scaled_query
+from attnlab._src.implementations.deferred import scaled_query
 from attnlab._src.masks.base import Full
 from attnlab._src.masks.planning import visible
 from attnlab._src.modifiers.bias import Bias

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnlab._src.implementations.schedule import Operands, Tiles
 from attnlab._src.implementations.tile import finite, spoilt
-from attnlab._src.implementations.walk import Operands, Tiles
 from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.types import (
     Array,

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab._src.implementations.plain import plain
+from attnlab._src.implementations.deferred import apply_deferred
 from attnlab._src.implementations.tile import (
     compare,
     finite,
@@ -35,7 +35,7 @@ def _lose(lost: Array, seen: Array, x: Array) -> Array:
 
 def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
     """Output ``[B, T, N, D]``, log-sum-exp ``[B, T, N]``, weights ``[B, N, T, S]``."""
-    inputs, sizes = plain(inputs), inputs.sizes
+    inputs, sizes = apply_deferred(inputs), inputs.sizes
     group = sizes.N // sizes.K
 
     def one_head(arrays: Any, operands: Any) -> tuple[Array, Array, Array]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab._src.implementations.plain import scaled_query, scaling_rounds
+from attnlab._src.implementations.deferred import scaled_query, scaling_rounds
 from attnlab._src.masks.base import Mask
 from attnlab._src.masks.planning import dense_visible
 from attnlab._src.types import Array, AttentionInputs, Implementation

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab._src.implementations.measured import measured
+from attnlab._src.implementations.schedule import Operands, Tiles, make_walk
 from attnlab._src.implementations.tile import (
     compare,
     finite,
@@ -25,7 +26,6 @@ from attnlab._src.implementations.tile import (
     scaled,
     spoilt,
 )
-from attnlab._src.implementations.walk import Operands, Tiles, make_walk
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.types import (

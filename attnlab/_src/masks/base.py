@@ -86,10 +86,10 @@ class Mask(Rule):
         )
 
 
-def common_grain(masks: Sequence[Mask]) -> int | None:
-    """What blocks must divide to divide the grain of each mask that has one."""
-    grains = [m.grain for m in masks if m.grain is not None]
-    return math.gcd(*grains) if grains else None
+def common_block_multiple(masks: Sequence[Mask]) -> int | None:
+    """The greatest common divisor of what masks have; None: no mask has one."""
+    multiples = [m.block_multiple for m in masks if m.block_multiple is not None]
+    return math.gcd(*multiples) if multiples else None
 
 
 @pytree
@@ -102,9 +102,9 @@ class _Combination(Mask):
         return tuple(m.operands(query_length, key_length) for m in self.parts)
 
     @property
-    def grain(self) -> int | None:
+    def block_multiple(self) -> int | None:
         """See :class:`Mask`."""
-        return common_grain(self.parts)
+        return common_block_multiple(self.parts)
 
     def _seen(self, tile: Tile, operands: PyTree) -> list[Array]:
         pairs = zip(self.parts, operands, strict=True)
@@ -211,9 +211,9 @@ class Not(Mask):
         return self.part.operands(query_length, key_length)
 
     @property
-    def grain(self) -> int | None:
+    def block_multiple(self) -> int | None:
         """See :class:`Mask`."""
-        return self.part.grain
+        return self.part.block_multiple
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""

@@ -32,7 +32,7 @@ class BlockLayout(Mask):
     name: str = static()
 
     @property
-    def grain(self) -> int:
+    def block_multiple(self) -> int:
         """See :class:`Mask`."""
         return self.block_size
 

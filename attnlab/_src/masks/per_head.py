@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnlab._src.masks.base import Mask, as_mask, common_grain
+from attnlab._src.masks.base import Mask, as_mask, common_block_multiple
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import FAR, namespace
 from attnlab._src.masks.rule import Bounds, seen_by
@@ -62,9 +62,9 @@ class PerHead(Mask):
         return each
 
     @property
-    def grain(self) -> int | None:
+    def block_multiple(self) -> int | None:
         """See :class:`Mask`."""
-        return common_grain(self.parts)
+        return common_block_multiple(self.parts)
 
     @property
     def sees_itself(self) -> bool:

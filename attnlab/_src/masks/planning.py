@@ -99,7 +99,7 @@ def position_blocks(side: str, positions: Array, size: int) -> Blocks:
 def blocks_of(
     query_positions: Array,
     key_positions: Array,
-    numbering: tuple[str, str],
+    position_kinds: tuple[str, str],
     sizes: tuple[int, int],
 ) -> tuple[Blocks, Blocks]:
     """The blocks of queries and of keys, of at most the given sizes.
@@ -107,17 +107,17 @@ def blocks_of(
     Args:
         query_positions: ``[B or 1, 1, T, 1]``.
         key_positions: ``[B or 1, 1, 1, S]``.
-        numbering: see ``AttentionInputs``.
+        position_kinds: see ``AttentionInputs``.
         sizes: queries and keys in a block.
     """
     t, s = query_positions.shape[2], key_positions.shape[3]
     size_q, size_k = max(min(sizes[0], t), 1), max(min(sizes[1], s), 1)
-    if numbering[0] == "given":
+    if position_kinds[0] == "given":
         query = position_blocks("query", query_positions[:, 0, :, 0], size_q)
     else:
-        offset = query_positions[:, 0, 0, 0] if numbering[0] == "offset" else 0
+        offset = query_positions[:, 0, 0, 0] if position_kinds[0] == "offset" else 0
         query = index_blocks("query", t, size_q, offset)
-    if numbering[1] == "given":
+    if position_kinds[1] == "given":
         key = position_blocks("key", key_positions[:, 0, 0, :], size_k)
     else:
         key = index_blocks("key", s, size_k)
@@ -133,7 +133,7 @@ def plan_of(inputs: AttentionInputs, sizes: tuple[int, int], cols: bool) -> Plan
         cols: whether the transpose is wanted, too.
     """
     query, key = blocks_of(
-        inputs.query_positions, inputs.key_positions, inputs.numbering, sizes
+        inputs.query_positions, inputs.key_positions, inputs.position_kinds, sizes
     )
     return make_plan(inputs.mask, inputs.mask_operands, query, key, cols)
 

@@ -120,7 +120,7 @@ class Rule:
         return self.sees_itself
 
     @property
-    def grain(self) -> int | None:
+    def block_multiple(self) -> int | None:
         """Positions in the blocks that the structure speaks of; None: of none.
 
         Where a plan's blocks divide it, none of them need be partial.
@@ -154,5 +154,11 @@ def _parts(rule: Rule) -> list[Rule]:
 #: What a class that changes ``visible``, and says no more, has of these.
 _UNKNOWN: dict[str, Any] = {
     name: getattr(Rule, name)
-    for name in ("bounds", "may_be_alive", "sees_itself", "alive_sees_itself", "grain")
+    for name in (
+        "bounds",
+        "may_be_alive",
+        "sees_itself",
+        "alive_sees_itself",
+        "block_multiple",
+    )
 }

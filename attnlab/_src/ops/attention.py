@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnlab._src.implementations.plain import plain
+from attnlab._src.implementations.deferred import apply_deferred
 from attnlab._src.implementations.reference import attend as reference_attend
 from attnlab._src.implementations.tiled import Tiled
-from attnlab._src.implementations.top import top_weights
+from attnlab._src.implementations.top_k import top_weights
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.ops.derivative import run
 from attnlab._src.ops.prepare import prepare
@@ -266,4 +266,4 @@ def _weights(
     if top_k == "all":
         return reference_attend(inputs)[2], None
     plan = plan_of(inputs, Tiled().block_sizes(inputs), cols=False)
-    return top_weights(plain(inputs), plan, lse, int(top_k))
+    return top_weights(apply_deferred(inputs), plan, lse, int(top_k))

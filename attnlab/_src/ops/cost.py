@@ -17,7 +17,7 @@ from attnlab._src.masks.planning import normalise_tree, plan_of
 from attnlab._src.ops.attention import run_attention
 from attnlab._src.ops.choice import as_platform, choose, default_platform
 from attnlab._src.ops.explain import canonical, describe
-from attnlab._src.ops.prepare import numbering_of, positions_of
+from attnlab._src.ops.prepare import position_kinds_of, positions_of
 from attnlab._src.ops.validate import Arguments, Options, Settings, check_names
 from attnlab._src.types import AttentionInputs, Plan
 
@@ -206,7 +206,7 @@ def _count(
             query_positions=query,
             key_positions=key,
             mask_operands=operands,
-            numbering=numbering_of(args),
+            position_kinds=position_kinds_of(args),
         )
         plan = plan_of(placed, blocks, cols=False)
         if not exact:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
-from attnlab._src.implementations.plain import plain
+from attnlab._src.implementations.deferred import apply_deferred
 from attnlab._src.implementations.reference import attend as reference_attend
 from attnlab._src.ops import batching as batching  # how the primitive is mapped
 from attnlab._src.ops.choice import choose, symbolic_sizes
@@ -44,7 +44,7 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
     if name is not None or symbolic_sizes(inputs, "TS"):
         implementation = choose(inputs, name, None)
         if implementation.differentiable:
-            output, lse = implementation.forward(plain(inputs))
+            output, lse = implementation.forward(apply_deferred(inputs))
             sees = ~jnp.isneginf(lse)
             return jnp.where(sees[..., None], output, 0), jnp.where(sees, lse, -jnp.inf)
     # Inside shard_map every input must vary alike: then JAX, not we, sums gradients.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab._src import arguments
-from attnlab._src.implementations.plain import zero_dead
+from attnlab._src.implementations.deferred import zero_dead
 from attnlab._src.implementations.tile import check_tile, precision_of
 from attnlab._src.masks.intervals import FAR
 from attnlab._src.masks.liveness import alive, alive_by_pairs
@@ -95,7 +95,7 @@ def prepare(args: Arguments, settings: Settings) -> AttentionInputs:
         dropout_rate=dropout_rate,
         precision=precision,
         needs_lse=settings.stats or args.sinks is not None,
-        numbering=numbering_of(args),
+        position_kinds=position_kinds_of(args),
         logit_scale=logit_scale,
     )
     if inputs.modifiers or not inputs.score.is_inner_product:
@@ -138,14 +138,14 @@ def what_is_seen(
         # Without known lengths there is no plan, and only dense implementations run.
         living = alive_by_pairs(args.mask, operands, *positions)
         return Seen(operands, *positions, *living)
-    fine = math.gcd(args.mask.grain or _ALIVE_BLOCK, _ALIVE_BLOCK)
+    fine = math.gcd(args.mask.block_multiple or _ALIVE_BLOCK, _ALIVE_BLOCK)
     size = fine if fine >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK
-    blocks = blocks_of(*positions, numbering_of(args), (size, size))
+    blocks = blocks_of(*positions, position_kinds_of(args), (size, size))
     return Seen(operands, *positions, *alive(args.mask, operands, *positions, *blocks))
 
 
-def numbering_of(args: Arguments) -> tuple[str, str]:
-    """Where positions come from: see ``AttentionInputs.numbering``."""
+def position_kinds_of(args: Arguments) -> tuple[str, str]:
+    """Where positions come from: see ``AttentionInputs.position_kinds``."""
     query = "index" if args.query_offset is None else "offset"
     query = query if args.query_positions is None else "given"
     return query, "index" if args.key_positions is None else "given"

@@ -18,7 +18,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab._src.implementations import IMPLEMENTATIONS
-from attnlab._src.implementations.plain import plain
+from attnlab._src.implementations.deferred import apply_deferred
 from attnlab._src.ops.choice import choose, default_platform
 from attnlab._src.types import Array, AttentionInputs
 
@@ -99,7 +99,7 @@ def compute(*leaves: Array, name: str, wanted: Any, structure: Any) -> Sequence[
     given: Any = jax.tree.unflatten(structure, leaves)
     implementation, (inputs, *others) = IMPLEMENTATIONS[name], given
     if not implementation.reads_raw:
-        inputs = plain(inputs)
+        inputs = apply_deferred(inputs)
     if wanted is None:
         return implementation.forward(inputs, *others)
     want: Any = jax.tree.unflatten(jax.tree.structure(given[0]), wanted)
@@ -126,7 +126,7 @@ def compute(*leaves: Array, name: str, wanted: Any, structure: Any) -> Sequence[
 def _of_scaled(inputs: AttentionInputs, found: AttentionInputs) -> AttentionInputs:
     """Gradients of query and ``head_scale``, from that of their product."""
     scale: Any = inputs.head_scale
-    query = plain(inputs).query.astype(scale.dtype)
+    query = apply_deferred(inputs).query.astype(scale.dtype)
     d_scale = (found.query * query).sum((1, 3))[..., None, None]
     shared = tuple(axis for axis in (0, 1) if scale.shape[axis] == 1)
     return dataclasses.replace(

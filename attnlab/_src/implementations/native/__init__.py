@@ -109,8 +109,10 @@ class Native(Implementation):
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
         """See :class:`attnlab.extend.Implementation`."""
         s = inputs.sizes
-        grain = inputs.mask.grain
-        sizes = [n for n in _BLOCKS_Q if grain is None or grain % n == 0] or _BLOCKS_Q
+        block_multiple = inputs.mask.block_multiple
+        sizes = [
+            n for n in _BLOCKS_Q if block_multiple is None or block_multiple % n == 0
+        ] or _BLOCKS_Q
         size = next((n for n in sizes if s.B * s.N * -(-s.T // n) >= _UNITS), sizes[-1])
         return max(min(size, s.T), 1), max(min(_BLOCK_K, s.S), 1)
 

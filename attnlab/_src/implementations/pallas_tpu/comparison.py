@@ -11,11 +11,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attnlab._src.exact import exactly
+from attnlab._src.implementations.deferred import scaled_query, scaling_rounds
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 from attnlab._src.implementations.pallas_tpu.call import NT, Products
 from attnlab._src.implementations.pallas_tpu.logits import Part
 from attnlab._src.implementations.pallas_tpu.operands import Place, Reader
-from attnlab._src.implementations.plain import scaled_query, scaling_rounds
 from attnlab._src.modifiers.bias import SoftCap
 from attnlab._src.scores.pairwise import Additive, Mlp
 from attnlab._src.scores.projected import bare, known

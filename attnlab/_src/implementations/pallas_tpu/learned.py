@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnlab._src.implementations.pallas_tpu.logits import Part
 from attnlab._src.implementations.pallas_tpu.steps import Step
-from attnlab._src.implementations.walk import Tiles
+from attnlab._src.implementations.schedule import Tiles
 from attnlab._src.types import Array
 
 

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab._src.exact import exactly
+from attnlab._src.implementations.deferred import scaling_rounds
 from attnlab._src.implementations.pallas_tpu.operands import (
     Place,
     Readers,
     bits,
     visibility,
 )
-from attnlab._src.implementations.plain import scaling_rounds
+from attnlab._src.implementations.schedule import Tiles
 from attnlab._src.implementations.tile import kept, modify, widened
-from attnlab._src.implementations.walk import Tiles
 from attnlab._src.masks.base import Full
 from attnlab._src.types import Array, AttentionInputs, Tile
 
@@ -47,7 +47,7 @@ class Rules:
         """
         self.inputs, self.tiles = inputs, tiles
         self.readers = readers = Readers(tiles, place)
-        queries, keys = inputs.numbering
+        queries, keys = inputs.position_kinds
         self.positions = (
             None if queries == "index" else readers.add(inputs.query_positions, -1),
             None if keys == "index" else readers.add(inputs.key_positions, -1),

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnlab._src.exact import exactly
 from attnlab._src.implementations.pallas_tpu.elementwise import mask_is_elementwise
-from attnlab._src.implementations.walk import Row, Tiles
+from attnlab._src.implementations.schedule import Row, Tiles
 from attnlab._src.masks.base import And, Mask, Not, Or
 from attnlab._src.masks.rule import seen_by, visible_pairs
 from attnlab._src.types import Array, PyTree, Tile

@@ -16,7 +16,7 @@ def zero_dead(x: Array, living: Array | None) -> Array:
     return jnp.where(living.swapaxes(1, 2)[..., None], x, jnp.zeros((), x.dtype))
 
 
-def plain(inputs: AttentionInputs) -> AttentionInputs:
+def apply_deferred(inputs: AttentionInputs) -> AttentionInputs:
     """The same with dead slots 0, for implementations that do not check for them."""
     of_query, of_key = inputs.living
     return dataclasses.replace(

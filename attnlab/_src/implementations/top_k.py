@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jax import lax
 
+from attnlab._src.implementations.schedule import Operands, Tiles
 from attnlab._src.implementations.tile import compare, kept, modify
-from attnlab._src.implementations.walk import Operands, Tiles
 from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.types import Array, AttentionInputs, Plan, Tile
 from attnlab._src.varying import vary_like
