@@ -91,14 +91,17 @@ def broken(thing, **sizes):
 def test_a_mask_that_keeps_the_laws_passes():
     report = extend.check(Backwards(3), **SMALL)
     assert all(x.passed for x in report.findings)
-    assert "bounds are sound, blocks 8 x 4" in str(report)
+    assert "70 queries x 67 keys in blocks 8 x 4" in str(report)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "said"),
     [
-        (Backwards(3, possible=8), "visible pair and is not listed as alive"),
+        (
+            Backwards(3, possible=8),
+            "holds a visible pair and is not listed as possible",
+        ),
         (Backwards(3, certain=1), "said to be full and hides a pair"),
     ],
 )
@@ -121,6 +124,10 @@ def test_a_modifier_that_is_wrong_is_told():
 
 @pytest.mark.slow
 def test_an_implementation_that_is_wrong_is_told():
+    class Right(type(IMPLEMENTATIONS["tiled"])):
+        name = "scaled"
+
+    extend.check(Right(), **SMALL)  # of the same name: it must not be remembered
     assert "full, float32" in broken(Scaled())
     assert "scaled" not in IMPLEMENTATIONS
 

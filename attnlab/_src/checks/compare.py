@@ -42,7 +42,9 @@ def compare(
         assert dtype == other[2], f"{name}: dtype {dtype}, expected {other[2]}"
         assert x.shape == truth.shape, f"{name}: shape {x.shape}, not {truth.shape}"
         shown = ~np.isneginf(truth)
-        assert (np.isneginf(x) == ~shown).all(), f"{name}: -inf elsewhere"
+        assert (np.isneginf(x) == ~shown).all(), (
+            f"{name}: -inf is not where the reference has it"
+        )
         assert np.isfinite(x[shown]).all(), f"{name}: not finite"
 
         def greatest(array: np.ndarray, shown: np.ndarray = shown) -> float:

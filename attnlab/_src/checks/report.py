@@ -14,16 +14,19 @@ class Finding(NamedTuple):
 
     Attributes:
         what: the law, in words.
-        passed: whether it holds.
+        passed: whether nothing speaks against it.
         note: what was found.
+        skipped: whether it could not be looked at, for the reason in the note.
     """
 
     what: str
     passed: bool
     note: str = ""
+    skipped: bool = False
 
     def __str__(self) -> str:
         mark = "ok    " if self.passed else "BROKEN"
+        mark = "skip  " if self.skipped else mark
         return f"{mark}  {self.what}" + (f": {self.note}" if self.note else "")
 
 
@@ -54,12 +57,20 @@ class Checker:
         self.findings: list[Finding] = []
 
     @contextlib.contextmanager
-    def law(self, what: str) -> Iterator[list[str]]:
-        """The body asserts; what it appends to the list is the note."""
+    def law(self, what: str, may_refuse: bool = False) -> Iterator[list[str]]:
+        """The body asserts; what it appends to the list is the note.
+
+        Args:
+            what: the law, in words.
+            may_refuse: whether ``NotImplementedError`` is an answer, and no fault.
+        """
         notes: list[str] = []
         try:
             yield notes
         except Exception as error:
+            if may_refuse and isinstance(error, NotImplementedError):
+                self.findings.append(Finding(what, True, str(error), skipped=True))
+                return
             said = str(error).strip() or "no message"
             found = f"{type(error).__name__}: {said}"
             found = said if isinstance(error, AssertionError) else found

@@ -1,6 +1,8 @@
 """Implementations of others: they come and go by name."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from attnlab._src.exact import inherits
@@ -73,6 +75,22 @@ def register(implementation: Implementation, *, priority: float | None = None) -
     if priority is not None:
         PRIORITIES[name] = float(priority)
     _forget()
+
+
+@contextlib.contextmanager
+def instead(implementation: Implementation) -> Iterator[None]:
+    """Within this, calls find it under its name, whatever was registered there."""
+    name = implementation.name
+    before = IMPLEMENTATIONS.get(name)
+    IMPLEMENTATIONS[name] = implementation
+    _forget()
+    try:
+        yield
+    finally:
+        del IMPLEMENTATIONS[name]
+        if before is not None:
+            IMPLEMENTATIONS[name] = before
+        _forget()
 
 
 def unregister(name: str) -> None:
