@@ -12,8 +12,8 @@ from attnlab import extend, masks
 
 
 @extend.pytree
-class Stride(extend.Mask):
-    """Queries see the keys of their own group of ``size`` positions, and later ones.
+class FromGroup(extend.Mask):
+    """Each query sees all keys from the first of its group of ``size`` positions on.
 
     Attributes:
         size: positions in a group; structure, so another size compiles again.
@@ -44,7 +44,7 @@ class Stride(extend.Mask):
 
 
 def main() -> None:
-    mask = Stride(size=8)
+    mask = FromGroup(size=8)
     print(extend.check(mask))
     print(
         "alone:", mask.density(64), "causal too:", (mask & masks.causal()).density(64)

@@ -24,7 +24,7 @@ def check(
     It evaluates small attention problems with random numbers, and compares values and
     every gradient of each implementation that runs here with the dense reference, which
     is held to float64. A mask's ``bounds`` are compared with its ``visible``. It takes
-    some seconds to a minute, nearly all of it for compiling.
+    ten seconds to two minutes, nearly all of it for compiling.
 
     Args:
         thing: what to check. An implementation need not be registered.
