@@ -128,7 +128,9 @@ def test_an_implementation_that_is_wrong_is_told():
         name = "scaled"
 
     extend.check(Right(), **SMALL)  # of the same name: it must not be remembered
-    assert "full, float32" in broken(Scaled())
+    told = broken(Scaled())
+    assert "full, float32" in told
+    assert "gradient query: error" in told
     assert "scaled" not in IMPLEMENTATIONS
 
 
@@ -161,6 +163,10 @@ def test_what_can_be_checked():
         extend.check(3)
     with pytest.raises(TypeError, match="Backwards: call it"):
         extend.check(Backwards)
+    with pytest.raises(ValueError, match="'tiled' is attnlab's own"):
+        extend.check(type(IMPLEMENTATIONS["tiled"])())
+    with pytest.raises(ValueError, match="Implementation.name must be a string"):
+        extend.check(extend.Implementation())
 
 
 class Ones(extend.Implementation):

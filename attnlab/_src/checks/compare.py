@@ -14,7 +14,8 @@ from attnlab._src.types import Array, PyTree
 def named_leaves(tree: PyTree) -> Iterator[tuple[str, np.ndarray, Any]]:
     """Path, float64 values and dtype of each leaf."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path), np.asarray(x, np.float64), x.dtype
+        name = jax.tree_util.keystr(path, simple=True, separator=" ")
+        yield name, np.asarray(x, np.float64), x.dtype
 
 
 def compare(
@@ -99,7 +100,7 @@ def like(x: Array, seed: int) -> np.ndarray:
 def evaluate(problem: Problem, implementation: str | None) -> dict[str, Any]:
     """Output, log-sum-exp and the gradients of all floating data, compiled once."""
 
-    def forward(moving: list[Array]) -> tuple[Array, Array]:
+    def forward(moving: dict[str, Array]) -> tuple[Array, Array]:
         options = _merged(problem.data, moving) | problem.fixed
         rate = problem.dropout_rate
         found = attention_with_stats(
@@ -108,12 +109,12 @@ def evaluate(problem: Problem, implementation: str | None) -> dict[str, Any]:
         return found.output, found.lse
 
     @jax.jit
-    def both(moving: list[Array]) -> dict[str, Any]:
+    def both(moving: dict[str, Array]) -> dict[str, Any]:
         (output, lse), pull = jax.vjp(forward, moving)
         above = jnp.asarray(like(output, 1)), jnp.asarray(like(lse, 2))
         # Of a query that sees nothing no gradient of the log-sum-exp is asked for.
         above = above[0], jnp.where(jnp.isneginf(lse), 0, above[1])
-        return {"output": output, "lse": lse, "gradients": pull(above)[0]}
+        return {"output": output, "lse": lse, "gradient": pull(above)[0]}
 
     moving = _moving(problem.data)
     # Values stored in 16 bits are rounded to them, in every implementation.
@@ -121,15 +122,21 @@ def evaluate(problem: Problem, implementation: str | None) -> dict[str, Any]:
     return jax.block_until_ready(compiled(moving))
 
 
-def _moving(data: dict[str, Any]) -> list[Any]:
-    return [x for x in jax.tree.leaves(data) if jnp.issubdtype(x.dtype, np.floating)]
+def _moving(data: dict[str, Any]) -> dict[str, Any]:
+    """The floating leaves by their path: "query", "score.weight", ..."""
+    leaves = jax.tree_util.tree_leaves_with_path(data)
+    named = {_name(path): x for path, x in leaves}
+    return {k: x for k, x in named.items() if jnp.issubdtype(x.dtype, np.floating)}
 
 
-def _merged(data: dict[str, Any], moving: list[Any]) -> dict[str, Any]:
-    values = iter(moving)
-    return jax.tree.map(
-        lambda x: next(values) if jnp.issubdtype(x.dtype, np.floating) else x, data
+def _merged(data: dict[str, Any], moving: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: moving.get(_name(path), x), data
     )
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def agrees(problem: Problem, implementation: str, dtype: Any) -> None:

@@ -69,7 +69,7 @@ class Checker:
             yield notes
         except Exception as error:
             if may_refuse and isinstance(error, NotImplementedError):
-                self.findings.append(Finding(what, True, str(error), skipped=True))
+                self.skip(what, str(error))
                 return
             said = str(error).strip() or "no message"
             found = f"{type(error).__name__}: {said}"
@@ -77,6 +77,10 @@ class Checker:
             self.findings.append(Finding(what, False, found))
         else:
             self.findings.append(Finding(what, True, "; ".join(notes)))
+
+    def skip(self, what: str, why: str) -> None:
+        """Notes a law that cannot be looked at."""
+        self.findings.append(Finding(what, True, why, skipped=True))
 
     def report(self) -> Report:
         """The findings.

@@ -41,6 +41,29 @@ def register(implementation: Implementation, *, priority: float | None = None) -
         >>> extend.register(Dense())
         >>> extend.unregister("dense")
     """
+    name = checked_name(implementation)
+    if priority is not None:
+        number = isinstance(priority, (int, float)) and not isinstance(priority, bool)
+        if not number or not math.isfinite(priority):
+            raise TypeError(f"priority: expected a number or None, got {priority!r}")
+        if implementation.differentiable:
+            raise ValueError(
+                f"priority: {name!r} is differentiable by JAX: it runs only when asked "
+                "for; give it a backward to let the automatic choice take it"
+            )
+    IMPLEMENTATIONS[name] = implementation
+    PRIORITIES.pop(name, None)
+    if priority is not None:
+        PRIORITIES[name] = float(priority)
+    _forget()
+
+
+def checked_name(implementation: Any) -> str:
+    """The name of an implementation that is not attnlab's own.
+
+    Raises:
+        TypeError, ValueError: as :func:`register`.
+    """
     kind = type(implementation).__name__
     if not isinstance(implementation, Implementation):
         hint = ""
@@ -61,34 +84,26 @@ def register(implementation: Implementation, *, priority: float | None = None) -
     for method in needed:
         if inherits(implementation, Implementation, method):
             raise TypeError(f"implementation: {kind} has no {method} of its own")
-    if priority is not None:
-        number = isinstance(priority, (int, float)) and not isinstance(priority, bool)
-        if not number or not math.isfinite(priority):
-            raise TypeError(f"priority: expected a number or None, got {priority!r}")
-        if implementation.differentiable:
-            raise ValueError(
-                f"priority: {kind} is differentiable by JAX, and so runs only when "
-                "asked for; give it a backward to let the automatic choice take it"
-            )
-    IMPLEMENTATIONS[name] = implementation
-    PRIORITIES.pop(name, None)
-    if priority is not None:
-        PRIORITIES[name] = float(priority)
-    _forget()
+    return name
 
 
 @contextlib.contextmanager
 def instead(implementation: Implementation) -> Iterator[None]:
-    """Within this, calls find it under its name, whatever was registered there."""
-    name = implementation.name
+    """Within this, calls find it under its name, whatever was registered there.
+
+    Raises:
+        TypeError, ValueError: as :func:`register`.
+    """
+    name = checked_name(implementation)
     before = IMPLEMENTATIONS.get(name)
     IMPLEMENTATIONS[name] = implementation
     _forget()
     try:
         yield
     finally:
-        del IMPLEMENTATIONS[name]
-        if before is not None:
+        if before is None:
+            del IMPLEMENTATIONS[name]
+        else:
             IMPLEMENTATIONS[name] = before
         _forget()
 
