@@ -22,13 +22,13 @@ from attnlab._src.bench.files import cache_folder
 from attnlab._src.bench.machine import cores
 from attnlab._src.bench.timing import Repeats, interleave
 from benchmarks.common import parser, write
-from benchmarks.studies.batches import Batch, Batches
-from benchmarks.studies.corpus import load_corpus
-from benchmarks.studies.losses import forced
-from benchmarks.studies.optimisers import Optimiser
-from benchmarks.studies.parallel import ask_for_devices, make_mesh
-from benchmarks.studies.step import Step
-from benchmarks.studies.translators import logits
+from benchmarks.studies.machinery.data.batches import Batch, Batches
+from benchmarks.studies.machinery.data.corpus import load_corpus
+from benchmarks.studies.machinery.losses import forced
+from benchmarks.studies.machinery.models.translators import logits
+from benchmarks.studies.machinery.optimisers import Optimiser
+from benchmarks.studies.machinery.parallel import ask_for_devices, make_mesh
+from benchmarks.studies.machinery.step import Step
 from benchmarks.training_step import ALLOWED, disagreement, show
 
 RATE, SMOOTHING, CLIP = 3e-4, 0.1, 1.0

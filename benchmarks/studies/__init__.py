@@ -1,9 +1,10 @@
 """Studies: a claim, models trained to test it, and one page with the answer.
 
-``python -m benchmarks.studies NAME`` runs one. A study is a function of a
-:class:`~benchmarks.studies.context.Context` that returns a
-:class:`~benchmarks.studies.page.Page`; ``registry.py`` gives it its name. It trains
-:class:`~benchmarks.studies.training.Run` objects:
+``python -m benchmarks.studies NAME`` runs one. Each study has a folder: ``study.py``
+trains and measures, ``page.md`` is the page, with a field for each number.
+``machinery`` is what all studies share: runs that can be resumed, data, models, pages.
+``registry.py`` names the studies. A study is a function of a ``Context`` that returns a
+``Page``; it trains ``Run`` objects:
 
     def study(context: Context) -> Page:
         corpus = context.corpus(pieces=4000)
@@ -25,9 +26,9 @@
             return None
         model = runs["additive"].model  # of the best evaluation
         ...
-        return Page(claim=..., answer=..., ...)
+        return Page(Path(__file__).with_name("page.md"), {"loss": ...}, ...)
 
-Everything that decides a result is in ``config`` or in :class:`Run` itself; a step is a
+Everything that decides a result is in ``config`` or in ``Run`` itself; a step is a
 pure function of the state and of the step's number. So a run that was killed goes on,
 with ``--resume``, bit for bit as if it had not been.
 

@@ -15,13 +15,13 @@ try:
     from attnlab._src.bench.options import text_folder
     from attnlab._src.bench.wheels import TextUnavailable
     from benchmarks.common import ROOT, parser
-    from benchmarks.studies.check import TOLERANCE, committed, differences
-    from benchmarks.studies.context import Context
-    from benchmarks.studies.errors import Interrupted, StudyError
-    from benchmarks.studies.page import write_page
-    from benchmarks.studies.parallel import ask_for_devices, make_mesh
+    from benchmarks.studies.machinery.check import TOLERANCE, committed, differences
+    from benchmarks.studies.machinery.context import Context
+    from benchmarks.studies.machinery.errors import Interrupted, StudyError
+    from benchmarks.studies.machinery.page import write_page
+    from benchmarks.studies.machinery.parallel import ask_for_devices, make_mesh
+    from benchmarks.studies.machinery.training import resuming
     from benchmarks.studies.registry import STUDIES
-    from benchmarks.studies.training import resuming
 except KeyboardInterrupt:
     sys.stderr.write("interrupted\n")
     sys.exit(130)

@@ -2,31 +2,29 @@
 
 from collections.abc import Callable
 
-from benchmarks.studies import (
-    ablations,
-    align,
-    attention_graph,
-    bottleneck,
-    crossover,
-    patterns_lm,
-    recall,
-    scores,
-    translate,
-)
-from benchmarks.studies.context import Context
-from benchmarks.studies.page import Page
+from benchmarks.studies.ablations.study import study as ablations
+from benchmarks.studies.align.study import study as align
+from benchmarks.studies.attention_graph.study import study as attention_graph
+from benchmarks.studies.bottleneck.study import study as bottleneck
+from benchmarks.studies.crossover.study import study as crossover
+from benchmarks.studies.machinery.context import Context
+from benchmarks.studies.machinery.page import Page
+from benchmarks.studies.patterns_lm.study import study as patterns_lm
+from benchmarks.studies.recall.study import study as recall
+from benchmarks.studies.scores.study import study as scores
+from benchmarks.studies.translate.study import study as translate
 
 #: A study returns its page; None where ``--only`` left out runs that it needs.
 Study = Callable[[Context], Page | None]
 
 STUDIES: dict[str, Study] = {
-    "translate": translate.study,
-    "bottleneck": bottleneck.study,
-    "scores": scores.study,
-    "align": align.study,
-    "patterns-lm": patterns_lm.study,
-    "attention-graph": attention_graph.study,
-    "crossover": crossover.study,
-    "recall": recall.study,
-    "ablations": ablations.study,
+    "translate": translate,
+    "bottleneck": bottleneck,
+    "scores": scores,
+    "align": align,
+    "patterns-lm": patterns_lm,
+    "attention-graph": attention_graph,
+    "crossover": crossover,
+    "recall": recall,
+    "ablations": ablations,
 }

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks.studies.parallel import make_mesh
-from benchmarks.studies.training import Place
+from benchmarks.studies.machinery.parallel import make_mesh
+from benchmarks.studies.machinery.training import Place
 
 
 @pytest.fixture(autouse=True)

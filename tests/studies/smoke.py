@@ -1,5 +1,6 @@
 """A study of the harness itself: can a tiny recurrent network reverse a few symbols?"""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,16 +9,16 @@ import numpy as np
 from flax import nnx
 
 from attnlab import nn
-from benchmarks.studies.batches import END, START, Batch
-from benchmarks.studies.context import Context
-from benchmarks.studies.evaluation import MeanLoss
-from benchmarks.studies.losses import forced
-from benchmarks.studies.optimisers import adam
-from benchmarks.studies.page import Chart, Page, Table, cost_of, lines
-from benchmarks.studies.parallel import over_batch
-from benchmarks.studies.scoring import exact_matches
-from benchmarks.studies.synthetic import Symbols
-from benchmarks.studies.training import Run
+from benchmarks.studies.machinery.context import Context
+from benchmarks.studies.machinery.data.batches import END, START, Batch
+from benchmarks.studies.machinery.data.synthetic import Symbols
+from benchmarks.studies.machinery.evaluation import MeanLoss
+from benchmarks.studies.machinery.losses import forced
+from benchmarks.studies.machinery.models.scoring import exact_matches
+from benchmarks.studies.machinery.optimisers import adam
+from benchmarks.studies.machinery.page import Page, cost_of, lines, table
+from benchmarks.studies.machinery.parallel import over_batch
+from benchmarks.studies.machinery.training import Run
 
 
 class Reverser(nnx.Module):
@@ -109,23 +110,14 @@ def study(context: Context) -> Page | None:
     }
     best = max(float(np.mean(row[2:])) for row in rows)
     return Page(
-        title="Can a tiny recurrent network reverse a few symbols?",
-        claim="A larger state holds more symbols.",
-        answer=f"The better one is right in {best:.0%} of the cases.",
-        cost=cost_of(found.summary for found in trained.values()),
-        tables=[
-            Table(
-                "Share of sequences reversed without a mistake, by length.",
-                ["state", "loss", *(f"{n} symbols" for n in (1, 2, 3, 4))],
-                rows,
-            )
-        ],
-        charts=[
-            Chart(
-                "loss",
-                "Loss of each batch.",
-                lines({"loss": curves}, "steps", marker=""),
-            )
-        ],
+        Path(__file__).with_name("smoke.md"),
+        {
+            "best": best,
+            "cost": cost_of(found.summary for found in trained.values()),
+            "right": table(
+                ["state", "loss", *(f"{n} symbols" for n in (1, 2, 3, 4))], rows
+            ),
+        },
+        charts={"loss": lines({"loss": curves}, "steps", marker="")},
         results={"rows": rows},
     )

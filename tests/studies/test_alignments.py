@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 
 from attnlab._src.nn.parameters import as_arrays
-from benchmarks.studies.align import LINKS, Words, by_words, chosen, hit_rate
-from benchmarks.studies.batches import Batch
-from benchmarks.studies.pairs import Pair
-from benchmarks.studies.scores import model_maker, shape_of
-from benchmarks.studies.translators import Sizes
-from benchmarks.studies.word_alignment import Ibm1, Word, words_of
+from benchmarks.studies.align.study import LINKS, Words, by_words, chosen, hit_rate
+from benchmarks.studies.align.word_alignment import Ibm1, Word, words_of
+from benchmarks.studies.machinery.data.batches import Batch
+from benchmarks.studies.machinery.data.pairs import Pair
+from benchmarks.studies.machinery.models.translators import Sizes
+from benchmarks.studies.scores.study import model_maker, shape_of
 from tests.grid import few
 
 

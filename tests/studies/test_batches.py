@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from benchmarks.studies.batches import END, PADDING, START, Batches, pad
-from benchmarks.studies.synthetic import FIRST_SYMBOL, Symbols
+from benchmarks.studies.machinery.data.batches import END, PADDING, START, Batches, pad
+from benchmarks.studies.machinery.data.synthetic import FIRST_SYMBOL, Symbols
 
 
 def examples(count=211, longest=40):

@@ -6,10 +6,10 @@ import pytest
 
 from attnlab._src.implementations.measured import read
 from benchmarks.studies import __main__ as script
-from benchmarks.studies.check import committed, differences
-from benchmarks.studies.crossover import Fit, fit, for_dispatch
-from benchmarks.studies.crossover_page import crossing, density_below
-from benchmarks.studies.errors import StudyError
+from benchmarks.studies.crossover.page import crossing, density_below
+from benchmarks.studies.crossover.study import Fit, fit, for_dispatch
+from benchmarks.studies.machinery.check import committed, differences
+from benchmarks.studies.machinery.errors import StudyError
 
 
 def content(**losses):

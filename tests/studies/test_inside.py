@@ -7,9 +7,15 @@ import pytest
 from flax import nnx
 
 from attnlab import masks, nn
-from benchmarks.studies.inside import Inside, _deviation, _logits, _shape_of, inside
-from benchmarks.studies.language_models import Sizes, language_model
-from benchmarks.studies.stretches import Stretch
+from benchmarks.studies.ablations.inside import (
+    Inside,
+    _deviation,
+    _logits,
+    _shape_of,
+    inside,
+)
+from benchmarks.studies.machinery.data.stretches import Stretch
+from benchmarks.studies.machinery.models.language_models import Sizes, language_model
 
 LENGTH = 12
 

@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from attnlab._src.bench.graph import reach_through
-from benchmarks.studies.addresses import load_addresses
-from benchmarks.studies.batches import END, START
-from benchmarks.studies.errors import StudyError
-from benchmarks.studies.language_models import (
+from benchmarks.studies.machinery.data.addresses import load_addresses
+from benchmarks.studies.machinery.data.batches import END, START
+from benchmarks.studies.machinery.data.stretches import Stretches
+from benchmarks.studies.machinery.errors import StudyError
+from benchmarks.studies.machinery.models.language_models import (
     PATTERNS,
     UNITS,
     Sizes,
@@ -22,8 +23,7 @@ from benchmarks.studies.language_models import (
     layer_masks,
     losses_and_hits,
 )
-from benchmarks.studies.patterns_lm import close_rows, interval
-from benchmarks.studies.stretches import Stretches
+from benchmarks.studies.patterns_lm.study import close_rows, interval
 from tests.grid import few
 
 STREAM = np.arange(100, 1000, dtype=np.int32)

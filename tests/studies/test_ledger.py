@@ -8,8 +8,8 @@ import threading
 import pytest
 from filelock import FileLock
 
-from benchmarks.studies.context import Context
-from benchmarks.studies.errors import StudyError
+from benchmarks.studies.machinery.context import Context
+from benchmarks.studies.machinery.errors import StudyError
 from tests.studies.tiny import make_run
 
 

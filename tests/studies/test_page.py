@@ -4,52 +4,90 @@ import dataclasses
 import io
 import json
 import math
+import re
 import signal
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from benchmarks import studies
 from benchmarks.studies import __main__ as script
-from benchmarks.studies.context import Context
-from benchmarks.studies.errors import Diverged, StudyError
-from benchmarks.studies.page import (
-    Chart,
+from benchmarks.studies.machinery.context import Context
+from benchmarks.studies.machinery.errors import Diverged, StudyError
+from benchmarks.studies.machinery.page import (
     Page,
-    Table,
     cost_of,
+    filled,
     lines,
     smooth,
+    table,
     write_page,
 )
-from benchmarks.studies.parallel import make_mesh
-from benchmarks.studies.sweep import sweep, train_at_best_rate
+from benchmarks.studies.machinery.parallel import make_mesh
+from benchmarks.studies.machinery.sweep import sweep, train_at_best_rate
 from tests.studies import smoke
 from tests.studies.tiny import make_run
 
+WHY = (
+    "# Why?\n\n**Answer.** {size:.1f}, {best[loss]:g}.\n\n{who}\n\n![See](why-it.svg)\n"
+)
 
-def test_a_page(tmp_path):
-    table = Table("Who is better.", ["who", "BLEU", "n"], [["a|b", 12.3456, 1234]])
+
+@pytest.fixture
+def why(tmp_path):
+    """``why(text)``: a template."""
+
+    def write(text=WHY):
+        path = tmp_path / "page.md"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def values():
+    rows = [["a|b", 12.3456, 1234]]
+    who = table(["who", "BLEU", "n"], rows)
+    return {"size": 1.25, "best": {"loss": 3}, "who": who}
+
+
+def test_a_page(tmp_path, why):
     figure = lines({"y": {"one": [(1, 2), (2, 3)]}}, "x", log="y")
-    page = Page(
-        "Why?", "It is so.", "It is.", "Little.", [table], [Chart("it", "See.", figure)]
-    )
+    page = Page(why(), values(), {"it": figure}, {"size": 1.25})
     path = write_page(tmp_path / "new", "why", page, quick=True)
     text = path.read_text()
+    assert text.startswith("# Why?\n\n**Answer.** 1.2, 3.\n\n")
     assert "| who | BLEU | n |\n| --- | --: | --: |\n| a\\|b | 12.35 | 1,234 |" in text
-    assert "**Claim.** It is so.\n" in text
-    assert "![See.](why-it.svg)" in text
     assert sorted(p.name for p in path.parent.iterdir()) == [
         "why-it.svg",
         "why.json",
         "why.md",
     ]
     content = json.loads((path.parent / "why.json").read_text())
-    assert content["tables"][0]["rows"] == [["a|b", 12.3456, 1234]]
-    assert content["quick"] is True
+    assert (content["results"], content["quick"]) == ({"size": 1.25}, True)
     assert {"machine", "versions", "date", "command"} <= set(content)
     assert (path.parent / "why-it.svg").read_text().count("<svg") == 1
     with pytest.raises(ValueError, match="expected 3 cells"):
-        Table("", ["a", "b", "c"], [[1, 2]]).markdown()
+        table(["a", "b", "c"], [[1, 2]])
+
+
+def test_a_template_names_what_there_is(tmp_path, why):
+    with pytest.raises(ValueError, match=r"page.md: expected values best, .*got best"):
+        filled(why(), values() | {"more": 1})
+    with pytest.raises(ValueError, match="image of each of other, got why-it"):
+        write_page(tmp_path / "new", "why", Page(why(), values(), {"other": None}))
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_study_imports_another():
+    folder = Path(studies.__file__).parent
+    for path in folder.glob("*/**/*.py"):
+        own = path.relative_to(folder).parts[0]
+        seen = re.findall(
+            r"^\s*(?:from|import) benchmarks\.studies\.(\w+)", path.read_text(), re.M
+        )
+        assert {*seen} <= {"machinery", own}, path
 
 
 def test_what_it_cost():
@@ -61,8 +99,8 @@ def test_what_it_cost():
     }
     runs = [{**run, "parameters": n} for n in (1_000_000, 2_500_000)]
     assert cost_of(runs) == (
-        "2 runs of 1,000,000 to 2,500,000 parameters, 4,000,000 target tokens, 3.0 "
-        "minutes of training (M, 2020-02-03)."
+        "Training runs: 2; parameters of each: 1,000,000 to 2,500,000; target tokens: "
+        "4,000,000; minutes: 3.0 (M, 2020-02-03)."
     )
 
 

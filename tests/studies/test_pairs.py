@@ -8,13 +8,18 @@ import zipfile
 
 import pytest
 
-from benchmarks.studies import verses
-from benchmarks.studies.batches import END, PADDING, START
-from benchmarks.studies.corpus import load_corpus
-from benchmarks.studies.errors import StudyError
-from benchmarks.studies.pairs import Pair, fingerprint, read_table, within_ratio
-from benchmarks.studies.splits import split
-from benchmarks.studies.vocabulary import learn
+from benchmarks.studies.machinery.data import verses
+from benchmarks.studies.machinery.data.batches import END, PADDING, START
+from benchmarks.studies.machinery.data.corpus import load_corpus
+from benchmarks.studies.machinery.data.pairs import (
+    Pair,
+    fingerprint,
+    read_table,
+    within_ratio,
+)
+from benchmarks.studies.machinery.data.splits import split
+from benchmarks.studies.machinery.data.vocabulary import learn
+from benchmarks.studies.machinery.errors import StudyError
 
 
 def table(tmp_path, lines, good=40):

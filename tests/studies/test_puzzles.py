@@ -5,9 +5,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from benchmarks.studies import puzzles
-from benchmarks.studies.context import Context
-from benchmarks.studies.puzzles import (
+from benchmarks.studies.machinery.context import Context
+from benchmarks.studies.recall import puzzles
+from benchmarks.studies.recall.puzzles import (
     CLOSE,
     EMPTY,
     FILLERS,
@@ -18,7 +18,7 @@ from benchmarks.studies.puzzles import (
     draw_list,
     value,
 )
-from benchmarks.studies.recall import Task, half_width
+from benchmarks.studies.recall.study import Task, half_width
 
 
 def test_recall_has_one_answer():

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.studies.checkpoints import Checkpoint, Checkpoints
-from benchmarks.studies.errors import Interrupted, StudyError
-from benchmarks.studies.training import train
+from benchmarks.studies.machinery.checkpoints import Checkpoint, Checkpoints
+from benchmarks.studies.machinery.errors import Interrupted, StudyError
+from benchmarks.studies.machinery.training import train
 from tests.grid import few
 from tests.studies.tiny import EVERY, STEPS, TASK, make_run
 

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from benchmarks.studies.batches import END, pad
-from benchmarks.studies.bottleneck import share
-from benchmarks.studies.scoring import exact_matches, score, score_by_length
-from benchmarks.studies.translation import padded_length, translate
+from benchmarks.studies.bottleneck.study import share
+from benchmarks.studies.machinery.data.batches import END, pad
+from benchmarks.studies.machinery.models.scoring import (
+    exact_matches,
+    score,
+    score_by_length,
+)
+from benchmarks.studies.machinery.models.translation import padded_length, translate
 
 REFERENCES = [
     f"and the {w} of the land went up to the city in the {n} year of the king"

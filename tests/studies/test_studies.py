@@ -10,9 +10,10 @@ import pytest
 
 from attnlab._src.implementations.measured import read
 from benchmarks.studies import __main__ as script
-from benchmarks.studies import ablations, patterns_lm
-from benchmarks.studies.check import committed, numbers
-from benchmarks.studies.puzzles import VALUES
+from benchmarks.studies.ablations import changes
+from benchmarks.studies.machinery.check import committed, numbers
+from benchmarks.studies.patterns_lm import study as patterns_lm
+from benchmarks.studies.recall.puzzles import VALUES
 from tests.grid import few
 
 SLOW = pytest.mark.slow
@@ -91,7 +92,7 @@ def test_study(study, quick):
         assert {len(points) for points in exact.values()} == {3}
         assert {len(rows) for rows in content["results"]["classes"].values()} == {4}
     else:
-        assert len(content["tables"][0]["rows"]) == 6
+        assert len(content["results"]["scores"]) == 6
 
 
 def names(content):
@@ -138,7 +139,7 @@ def test_recall(quick):
 @SLOW
 def test_ablations(quick):
     found = results(quick("ablations"), "ablations")
-    assert set(found["runs"]) == set(ablations.CHANGES) - ablations.NOT_QUICK
+    assert set(found["runs"]) == set(changes.CHANGES) - changes.NOT_QUICK
     assert found["order"]["masked"]["none"] < 1e-5
     assert min(v for n, v in found["order"]["masked"].items() if n != "none") > 1e-3
     dot, scaled = (

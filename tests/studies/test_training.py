@@ -11,12 +11,12 @@ import optax
 import pytest
 from flax import nnx
 
-from benchmarks.studies.errors import Diverged, StudyError
-from benchmarks.studies.losses import cross_entropy, forced
-from benchmarks.studies.optimisers import Optimiser, adam, schedule
-from benchmarks.studies.parallel import make_mesh, over_batch
-from benchmarks.studies.step import Step
-from benchmarks.studies.training import train
+from benchmarks.studies.machinery.errors import Diverged, StudyError
+from benchmarks.studies.machinery.losses import cross_entropy, forced
+from benchmarks.studies.machinery.optimisers import Optimiser, adam, schedule
+from benchmarks.studies.machinery.parallel import make_mesh, over_batch
+from benchmarks.studies.machinery.step import Step
+from benchmarks.studies.machinery.training import train
 from tests.studies.tiny import TASK, Bag, logits, make_run
 
 
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_written(mesh, place):
 
 
 def test_too_little_room(mesh, place, monkeypatch):
-    from benchmarks.studies import checkpoints
+    from benchmarks.studies.machinery import checkpoints
 
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.studies.batches import pad
-from benchmarks.studies.translators import (
+from benchmarks.studies.machinery.data.batches import pad
+from benchmarks.studies.machinery.models.translators import (
     TRANSLATORS,
     Sizes,
     best_of_beams,

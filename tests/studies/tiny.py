@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from benchmarks.studies.evaluation import MeanLoss
-from benchmarks.studies.losses import forced
-from benchmarks.studies.optimisers import adam
-from benchmarks.studies.parallel import ask_for_devices, make_mesh
-from benchmarks.studies.synthetic import Symbols
-from benchmarks.studies.training import Place, Run, train
+from benchmarks.studies.machinery.data.synthetic import Symbols
+from benchmarks.studies.machinery.evaluation import MeanLoss
+from benchmarks.studies.machinery.losses import forced
+from benchmarks.studies.machinery.optimisers import adam
+from benchmarks.studies.machinery.parallel import ask_for_devices, make_mesh
+from benchmarks.studies.machinery.training import Place, Run, train
 
 TASK = Symbols("copy", symbols=7, lengths=(1, 5), rows=6)
 STEPS, EVERY = 23, 5

@@ -1,0 +1,97 @@
+"""What attention does inside a model."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnlab import nn
+from attnlab._src.nn.parameters import as_arrays
+from benchmarks.studies.machinery.data.stretches import Stretch
+
+
+class Inside(NamedTuple):
+    """What attention does in each layer, averaged over heads and positions.
+
+    Attributes:
+        deviation: standard deviation of the logits that a query sees, before
+            modifiers.
+        entropy: of its weights, over that of equal ones.
+        itself: how often its greatest weight is its own position's.
+        own_weight: that position's weight over that of equal ones.
+        kept: cosine between what goes into a block and what comes out.
+    """
+
+    deviation: list[float]
+    entropy: list[float]
+    itself: list[float]
+    own_weight: list[float]
+    kept: list[float]
+
+
+def inside(model: Any, batch: Stretch) -> jax.Array:
+    """``[B, layers, 5]``: the numbers of :class:`Inside`."""
+    is_causal = isinstance(model, nn.Decoder)
+    part = model if is_causal else model.encoder
+    x = part.embedding(jnp.asarray(batch.tokens))
+    rows = []
+    for block in part.stack.each():
+        read: list[jax.Array] = []
+
+        def listen(y: jax.Array, read: list[jax.Array] = read) -> jax.Array:
+            read.append(y)
+            return jnp.zeros_like(y)
+
+        block.attention_residual(x, listen)
+        weights: Any = block.attention.with_stats(read[0], top_k="all").weights
+        logits = _logits(block.attention, read[0])
+        after = block(x)
+        found = [_deviation(logits, is_causal), *_shape_of(weights, is_causal)]
+        rows.append([*found, _cosine(x, after)])
+        x = after
+    return jnp.stack([jnp.stack(row, -1) for row in rows], 1)
+
+
+def _logits(attention: nn.MultiHeadAttention, x: jax.Array) -> jax.Array:
+    """``[B, N, T, T]`` of self-attention by an inner product, before modifiers."""
+    score = as_arrays(attention.score)
+    where = jnp.arange(x.shape[1])
+    query, key = (
+        attention.position.rotate(project(x), where)
+        for project in (attention.query, attention.key)
+    )
+    query, key = score.project_query(query), score.project_key(key)
+    return jnp.einsum("btnp,bsnp->bnts", query, key)
+
+
+def _seen(length: int, is_causal: bool) -> jax.Array:
+    """``[T - 1, T]``: the keys of every query but the first, which may see but one."""
+    keys = jnp.arange(length)
+    seen = keys[None] <= keys[1:, None]
+    return seen if is_causal else jnp.ones_like(seen)
+
+
+def _deviation(logits: jax.Array, is_causal: bool) -> jax.Array:
+    """``[B]``: standard deviation over the keys of a query, mean over queries."""
+    seen = _seen(logits.shape[-1], is_causal)
+    return logits[:, :, 1:].std(-1, where=seen[None, None]).mean((1, 2))
+
+
+def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``[B]``: mean over positions."""
+    product = (x * y).sum(-1)
+    sizes = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+    return (product / jnp.maximum(sizes, 1e-9)).mean(-1)
+
+
+def _shape_of(weights: jax.Array, is_causal: bool) -> list[jax.Array]:
+    """Entropy, itself and own weight, each ``[B]``, of weights ``[B, N, T, T]``."""
+    count = _seen(weights.shape[-1], is_causal).sum(-1).astype(jnp.float32)
+    weights = weights[:, :, 1:]
+    own = jnp.arange(1, weights.shape[-1])
+    logs = jnp.log(jnp.where(weights > 0, weights, 1))
+    entropy = -(weights * logs).sum(-1) / jnp.log(count)[None, None]
+    itself = weights.argmax(-1) == own[None, None]
+    own_weight = jnp.diagonal(weights, 1, axis1=-2, axis2=-1) * count[None, None]
+    numbers = (entropy, itself, own_weight)
+    return [x.astype(jnp.float32).mean((1, 2)) for x in numbers]

@@ -1,0 +1,83 @@
+"""Parallel text ready to train on: split, with a vocabulary of its training part."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from benchmarks.studies.machinery.data.batches import Example
+from benchmarks.studies.machinery.data.pairs import (
+    Pair,
+    fingerprint,
+    read_table,
+    within_ratio,
+)
+from benchmarks.studies.machinery.data.splits import Split, split
+from benchmarks.studies.machinery.data.verses import load_verses
+from benchmarks.studies.machinery.data.vocabulary import Vocabulary, learn
+from benchmarks.studies.machinery.record import Json
+
+
+class Corpus(NamedTuple):
+    """Parallel text.
+
+    Attributes:
+        split: its pairs, by what they are for.
+        vocabulary: of both languages, learnt from ``split.train`` alone.
+        counts: of pairs, for the page.
+        fingerprint: of text, split and vocabulary, for a run's config.
+    """
+
+    split: Split
+    vocabulary: Vocabulary
+    counts: Json
+    fingerprint: str
+
+    def encode(self, pairs: Iterable[Pair]) -> list[Example]:
+        """Pairs as tokens."""
+        encode = self.vocabulary.encode
+        return [(encode(p.source), encode(p.target)) for p in pairs]
+
+
+def load_corpus(
+    path: Path | None,
+    cache: Path,
+    *,
+    pieces: int = 4000,
+    kind: Literal["bpe", "unigram"] = "bpe",
+    limit: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Corpus:
+    """Reads, filters, splits, and learns a vocabulary.
+
+    Args:
+        path: of a table of pairs; None: French verses and their English ones.
+        cache: folder of the vocabulary.
+        pieces: see ``learn``.
+        kind: likewise.
+        limit: pairs, from the beginning.
+        say: ``say(message)`` is told what was left out.
+    """
+    if path is None:
+        found = load_verses()
+        pairs = within_ratio(found)
+        counts: Json = {"read": len(found), "out_of_ratio": len(found) - len(pairs)}
+    else:
+        table = read_table(path)
+        pairs = table.pairs
+        problems = {what: len(lines) for what, lines in table.problems.items()}
+        counts = {"read": len(pairs), "left_out": problems}
+        if table.problems and say is not None:
+            say(f"{path}: left out: {table.report()}")
+    parts = split(pairs[:limit])
+    texts = [side for pair in parts.train for side in (pair.source, pair.target)]
+    vocabulary = learn(texts, pieces=pieces, kind=kind, cache=cache)
+    counts |= {
+        "train": len(parts.train),
+        "dev": len(parts.dev),
+        "test": len(parts.test),
+        "duplicates_dropped": parts.duplicates,
+        "vocabulary": vocabulary.size,
+    }
+    everything = [*parts.train, *parts.dev, *parts.test]
+    mark = f"{fingerprint(everything)}-{vocabulary.fingerprint}"
+    return Corpus(parts, vocabulary, counts, mark)

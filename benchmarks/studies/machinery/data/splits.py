@@ -1,0 +1,81 @@
+"""Training, development and test pairs, of which none knows the others' text."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.studies.machinery.data.pairs import Pair
+from benchmarks.studies.machinery.errors import StudyError
+
+
+class Split(NamedTuple):
+    """Pairs, by what they are for; whole groups, each in one place.
+
+    Attributes:
+        train: to learn from.
+        dev: to choose by.
+        test: to report.
+        duplicates: pairs that were dropped from ``train`` (or ``dev``) because one of
+            their sides occurs in ``dev`` or ``test`` (or ``test``).
+    """
+
+    train: list[Pair]
+    dev: list[Pair]
+    test: list[Pair]
+    duplicates: int
+
+
+def _sides(pairs: Sequence[Pair]) -> set[str]:
+    return {_plain(side) for p in pairs for side in (p.source, p.target)}
+
+
+def _plain(text: str) -> str:
+    """Words alone: neither case nor punctuation makes another sentence."""
+    return " ".join(re.findall(r"\w+", text.casefold())) or text
+
+
+def _without(pairs: Sequence[Pair], known: set[str]) -> list[Pair]:
+    return [
+        p for p in pairs if not {_plain(p.source), _plain(p.target)}.intersection(known)
+    ]
+
+
+def split(
+    pairs: Sequence[Pair], *, test: int = 1000, dev: int = 700, seed: int = 0
+) -> Split:
+    """Holds out whole groups, drawn at random, until there are enough pairs.
+
+    Args:
+        pairs: in groups.
+        test: pairs, about; at most a tenth of all.
+        dev: likewise.
+        seed: of the draw.
+
+    Raises:
+        StudyError: if there are too few groups to hold any out.
+    """
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.group, []).append(pair)
+    names = list(groups)
+    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    parts: list[list[Pair]] = []
+    for wanted in (test, dev):
+        part: list[Pair] = []
+        while order and len(part) < min(wanted, len(pairs) // 10):
+            part += groups[order.pop()]
+        parts.append(part)
+    rest = set(order)
+    train = [p for p in pairs if p.group in rest]
+    tested, chosen = parts
+    kept_dev = _without(chosen, _sides(tested))
+    kept = _without(train, _sides(tested) | _sides(chosen))
+    if not (kept and kept_dev and tested):
+        raise StudyError(
+            f"expected enough different pairs to hold out some for development and "
+            f"test, got {len(pairs):,} in {len(groups):,} groups"
+        )
+    duplicates = len(train) - len(kept) + len(chosen) - len(kept_dev)
+    return Split(kept, kept_dev, tested, duplicates)

@@ -1,0 +1,173 @@
+"""A study's result on one page: Markdown to read, JSON to compute with, SVG to see."""
+
+import dataclasses
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from attnlab._src.bench.charts import save
+from attnlab._src.bench.files import write_atomically
+from benchmarks.common import lines as lines
+from benchmarks.common import side_by_side
+from benchmarks.studies.machinery.record import Json, as_json
+from benchmarks.studies.machinery.training import surroundings
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown, columns of numbers to the right.
+
+    Args:
+        header: names of the columns.
+        rows: as many cells each.
+    """
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError(f"rows: expected {len(header)} cells in each")
+    numeric = [
+        all(isinstance(row[i], (int, float)) for row in rows)
+        for i in range(len(header))
+    ]
+    lines = [header, ["--:" if n else "---" for n in numeric], *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What a study found.
+
+    Attributes:
+        template: a Markdown file with a ``{name}``, or ``{name:.3f}``, for each of
+            ``values``, and an image ``NAME-CHART.svg`` for each of ``charts``.
+        values: numbers, names and tables, by the name that the template gives them.
+        charts: Matplotlib's figures by name, for instance of :func:`lines`.
+        results: all numbers, as JSON.
+    """
+
+    template: Path
+    values: Mapping[str, object]
+    charts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    results: Json = dataclasses.field(default_factory=dict)
+
+
+def cost_of(summaries: Iterable[Json]) -> str:
+    """Number, sizes, tokens and time of training runs, with machines and dates."""
+    runs = list(summaries)
+    sizes = sorted({run["parameters"] for run in runs})
+    parameters = " to ".join(f"{n:,}" for n in dict.fromkeys([sizes[0], sizes[-1]]))
+    minutes = sum(run["seconds"] for run in runs) / 60
+    tokens = sum(run["tokens"] for run in runs)
+    machines = "; ".join(dict.fromkeys(run["machine"] for run in runs))
+    dates = [run["date"][:10] for run in runs]
+    days = " to ".join(dict.fromkeys([min(dates), max(dates)]))
+    return (
+        f"Training runs: {len(runs)}; parameters of each: {parameters}; target tokens: "
+        f"{tokens:,}; minutes: {minutes:,.1f} ({machines}, {days})."
+    )
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half the 95 % interval of Student's t; None for one value alone."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    spread = np.std(values, ddof=1) / np.sqrt(len(values))
+    return mean, float(spread * stats.t.ppf(0.975, len(values) - 1))
+
+
+def shown(value: tuple[float, float | None], digits: int = 3) -> str:
+    """``3.214 ± 0.012``."""
+    mean, half = value
+    text = f"{mean:.{digits}f}"
+    return text if half is None else f"{text} ± {half:.{digits}f}"
+
+
+def smooth(
+    points: Sequence[tuple[float, float]], width: int
+) -> list[tuple[float, float]]:
+    """Means of ``width`` neighbours, each at the last one's place."""
+    return [
+        (
+            points[end - 1][0],
+            sum(y for _, y in points[end - width : end]) / width,
+        )
+        for end in range(width, len(points) + 1, width)
+    ]
+
+
+def dots(panels: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> Any:
+    """A figure of numbers by name, with half an interval each, one panel a question."""
+    figure, axes = side_by_side(panels, 3.6, 3)
+    for axis, values in zip(axes, panels.values(), strict=True):
+        names = list(values)
+        numbers = [number for number, _ in values.values()]
+        halves = [half or 0 for _, half in values.values()]
+        axis.errorbar(numbers, names, xerr=halves, fmt="o", ms=5)
+        for name, number in zip(names, numbers, strict=True):
+            axis.annotate(f" {number:.3f}", (number, name), fontsize=8, va="bottom")
+        axis.margins(x=0.3, y=0.15)
+        axis.invert_yaxis()
+    return figure
+
+
+def write_page(folder: Path, name: str, page: Page, **more: Any) -> Path:
+    """Writes ``NAME.md``, ``NAME.json`` and ``NAME-CHART.svg``, each whole or not.
+
+    The page is written last, when everything that it shows exists.
+
+    Args:
+        folder: of the results.
+        name: of the study.
+        page: what it found.
+        **more: for the JSON file.
+
+    Returns:
+        Path of the Markdown file.
+
+    Raises:
+        ValueError: if the template and the page do not name the same values and charts.
+    """
+    around = surroundings()
+    text = filled(page.template, page.values)
+    shown = re.findall(r"\((\S+)\.svg\)", text)
+    if sorted(shown) != sorted(f"{name}-{chart}" for chart in page.charts):
+        raise ValueError(
+            f"{page.template}: expected an image of each of {', '.join(page.charts)}, "
+            f"got {', '.join(shown)}"
+        )
+    for chart, figure in page.charts.items():
+        save(figure, folder, f"{name}-{chart}", kinds=("svg",))
+    content = {"study": name, **around, **more, "results": page.results}
+    write_atomically(folder / f"{name}.json", as_json(content).encode())
+    versions = ", ".join(f"{n} {v}" for n, v in around["versions"].items())
+    where = f"{around['date'][:10]}, {around['machine']}; {versions}"
+    text += f"\n`{around['command']}`, {where}.\n"
+    path = folder / f"{name}.md"
+    write_atomically(path, text.encode())
+    return path
+
+
+def filled(template: Path, values: Mapping[str, object]) -> str:
+    """The text of a template with its values.
+
+    Raises:
+        ValueError: if it names other values than there are.
+    """
+    text = template.read_text()
+    fields = [name for _, name, _, _ in string.Formatter().parse(text) if name]
+    named = {re.split(r"[.\[]", field)[0] for field in fields}
+    if named != values.keys():
+        raise ValueError(
+            f"{template}: expected values {', '.join(sorted(named))}, got "
+            f"{', '.join(sorted(values))}"
+        )
+    return text.format_map(values)
