@@ -1,5 +1,6 @@
 """Flax (NNX) modules, thin over the pure functions; each part is an object you pass."""
 
+from attnlab._src.nn.anchors import AnchoredAttention as AnchoredAttention
 from attnlab._src.nn.anchors import AnchorProjections as AnchorProjections
 from attnlab._src.nn.angles import sinusoids as sinusoids
 from attnlab._src.nn.attention import MultiHeadAttention as MultiHeadAttention
@@ -7,6 +8,7 @@ from attnlab._src.nn.beams import beam_search as beam_search
 from attnlab._src.nn.blocks import Block as Block
 from attnlab._src.nn.blocks import BlockState as BlockState
 from attnlab._src.nn.cache import Cache as Cache
+from attnlab._src.nn.cache import CachePolicy as CachePolicy
 from attnlab._src.nn.cache import KeyValue as KeyValue
 from attnlab._src.nn.cache import full_cache as full_cache
 from attnlab._src.nn.cache import ring_cache as ring_cache
@@ -30,6 +32,7 @@ from attnlab._src.nn.positions import Positions as Positions
 from attnlab._src.nn.positions import RelativeBias as RelativeBias
 from attnlab._src.nn.positions import Rotary as Rotary
 from attnlab._src.nn.positions import Sinusoidal as Sinusoidal
+from attnlab._src.nn.projection import Projections as Projections
 from attnlab._src.nn.recurrent.alignment import Alignment as Alignment
 from attnlab._src.nn.recurrent.alignment import (
     PredictiveAlignment as PredictiveAlignment,
@@ -75,12 +78,14 @@ __all__ = [
     "Alibi",
     "Alignment",
     "AnchorProjections",
+    "AnchoredAttention",
     "AttentiveDecoder",
     "BahdanauDecoder",
     "Bidirectional",
     "Block",
     "BlockState",
     "Cache",
+    "CachePolicy",
     "Cell",
     "ClippedRelative",
     "Decoded",
@@ -105,6 +110,7 @@ __all__ = [
     "PostNorm",
     "PreNorm",
     "PredictiveAlignment",
+    "Projections",
     "Readout",
     "Recurrent",
     "RecurrentDecoder",

@@ -133,7 +133,7 @@ def test_sinks_are_learned():
 
 def test_anchors_have_projections_of_their_own():
     rngs = nnx.Rngs(0)
-    layer = nn.MultiHeadAttention(
+    layer = nn.AnchoredAttention(
         8,
         2,
         mask=masks.longformer(window=2, anchors=1),
@@ -156,21 +156,22 @@ def test_anchors_have_projections_of_their_own():
 def test_anchors_have_the_positions_and_norms_of_all(position):
     """Projections of their own that equal the ordinary ones change nothing."""
 
-    def layer(own):
+    def layer(kind, **own):
         rngs = nnx.Rngs(0)
-        return nn.MultiHeadAttention(
+        return kind(
             8,
             2,
             mask=masks.longformer(window=2, anchors=1),
             position=position(rngs),
             query_norm=nnx.RMSNorm(4, rngs=rngs),
             key_norm=nnx.RMSNorm(4, rngs=rngs),
-            anchors=own,
             rngs=rngs,
+            **own,
         )
 
-    ordinary = layer(None)
-    own = layer(nn.AnchorProjections(8, 2, 4, positions=1, rngs=nnx.Rngs(1)))
+    ordinary = layer(nn.MultiHeadAttention)
+    anchors = nn.AnchorProjections(8, 2, 4, positions=1, rngs=nnx.Rngs(1))
+    own = layer(nn.AnchoredAttention, anchors=anchors)
     for name in ("query", "key", "value"):
         nnx.update(getattr(own.anchors, name), nnx.state(getattr(own, name)))
     x = inputs(2, 9, 8)
@@ -197,17 +198,18 @@ CALLS = {
 def test_anchors_obey_the_mask_of_the_call(name):
     """Of which their own slots count, and values of their own are theirs, too."""
 
-    def layer(own):
-        return nn.MultiHeadAttention(
+    def layer(kind, **own):
+        return kind(
             8,
             2,
             mask=masks.longformer(window=2, anchors=[0, 5]),
-            anchors=own,
             rngs=nnx.Rngs(0),
+            **own,
         )
 
-    ordinary = layer(None)
-    own = layer(nn.AnchorProjections(8, 2, 4, positions=[0, 5], rngs=nnx.Rngs(1)))
+    ordinary = layer(nn.MultiHeadAttention)
+    anchors = nn.AnchorProjections(8, 2, 4, positions=[0, 5], rngs=nnx.Rngs(1))
+    own = layer(nn.AnchoredAttention, anchors=anchors)
     for part in ("query", "key", "value"):
         nnx.update(getattr(own.anchors, part), nnx.state(getattr(own, part)))
     x, values = inputs(2, 9, 8), inputs(2, 9, 8)[::-1]
@@ -294,10 +296,30 @@ def test_sizes_that_do_not_fit(options, message):
         nn.MultiHeadAttention(8, **options, rngs=nnx.Rngs(0))
 
 
+def test_projections_are_a_part():
+    def shared(features, heads, *, rank, rngs, **options):
+        """Keys that are the queries, and values of a part of the features."""
+        made = nn.Projections.linear(features, heads, rngs=rngs, **options)
+        cut = nnx.LinearGeneral(features, (heads, rank), rngs=rngs)
+        out = nnx.LinearGeneral((heads, rank), features, axis=(-2, -1), rngs=rngs)
+        return made._replace(key=made.query, value=cut, out=out)
+
+    layer = nn.MultiHeadAttention(
+        8, 2, projections=shared, rank=3, use_bias=False, rngs=nnx.Rngs(0)
+    )
+    x = inputs(2, 5, 8)
+    heads = attention(layer.query(x), layer.query(x), layer.value(x))
+    np.testing.assert_allclose(layer(x), layer.out(heads), atol=1e-5)
+    assert (layer.key is layer.query, layer.value_size) == (True, 3)
+    assert layer.query.bias is None
+    with pytest.raises(TypeError, match="num_kv_heads"):
+        nn.MultiHeadAttention(8, 2, num_kv_heads=1, rngs=nnx.Rngs(0))
+
+
 def test_anchor_beyond_the_sequence():
     rngs = nnx.Rngs(0)
     anchors = nn.AnchorProjections(8, 2, 4, positions=[7], rngs=rngs)
-    layer = nn.MultiHeadAttention(8, 2, anchors=anchors, rngs=rngs)
+    layer = nn.AnchoredAttention(8, 2, anchors=anchors, rngs=rngs)
     with pytest.raises(ValueError, match="anchors: slot 7 is beyond the 5 queries"):
         layer(inputs(1, 5, 8))
 

@@ -32,14 +32,14 @@ def caches(attention):
     streaming = masks.causal() & (masks.sliding_window(3, 0) | masks.prefix(2))
     value = {"value_size": H}
     return {
-        "full": (nn.full_cache(B, T, *sizes, **value), masks.causal()),
+        "full": (attention.make_cache(B, T), masks.causal()),
         "full, window": (nn.full_cache(B, T, *sizes, **value), window),
         "full, dilated": (
             nn.full_cache(B, T, *sizes, **value),
             masks.causal() & masks.dilated_window(4, 0, 2),
         ),
-        "ring": (nn.ring_cache(B, 4, *sizes, **value), window),
-        "streaming": (nn.streaming_cache(B, 2, 4, *sizes, **value), streaming),
+        "ring": (nn.CachePolicy(4).make(B, T, *sizes, **value), window),
+        "streaming": (nn.CachePolicy(4, 2).make(B, T, *sizes, **value), streaming),
     }
 
 
@@ -223,6 +223,7 @@ def test_other_examples():
         (lambda: nn.full_cache(1, 0, 1, 4), "length: expected at least 1, got 0"),
         (lambda: nn.ring_cache(1, 0, 1, 4), "window: expected at least 1"),
         (lambda: nn.streaming_cache(1, 0, 4, 1, 4), "anchors: expected at least 1"),
+        (lambda: nn.CachePolicy(anchors=2), "anchors: expected 0 without a window"),
     ],
 )
 def test_errors(make, message):

@@ -472,8 +472,11 @@ def test_only_full_caches_run_out_of_slots():
         30, features=8, num_heads=2, num_layers=2, rngs=nnx.Rngs(0)
     )
     prompt = jnp.zeros((2, 3), int)
-    rings = iter([nn.ring_cache(2, 2, 2, 4), nn.streaming_cache(2, 1, 2, 2, 4)])
-    state = model.start(2, 1, make_cache=lambda block: next(rings))
+    first, second = model.stack.each()
+    first.attention.cache = nn.CachePolicy(window=2)
+    second.attention.cache = nn.CachePolicy(window=2, anchors=1)
+    state = model.start(2, 1)
+    assert [block.cache.key.shape[1] for block in state.blocks] == [2, 3]
     found = nn.greedy(model.decode, state, prompt, length=6, end=99)
     assert np.isfinite(found.scores).all()
     mixed = iter([nn.ring_cache(2, 2, 2, 4), nn.full_cache(2, 7, 2, 4)])

@@ -273,7 +273,7 @@ def longformer_like(folder, slots, windows=WINDOWS):
     def attention(features, heads, *, rngs, **options):
         size = features // heads
         own = nn.AnchorProjections(features, heads, size, positions=slots, rngs=rngs)
-        return nn.MultiHeadAttention(features, heads, anchors=own, rngs=rngs, **options)
+        return nn.AnchoredAttention(features, heads, anchors=own, rngs=rngs, **options)
 
     seen = [masks.longformer(window=w // 2, anchors=slots) for w in windows]
     ours = encoder(64, mask=seen, attention=attention)

@@ -467,7 +467,7 @@ PADDED = {
         ),
     ),
     "anchors": (
-        lambda: nn.MultiHeadAttention(
+        lambda: nn.AnchoredAttention(
             8,
             2,
             mask=masks.longformer(window=2, anchors=1),

@@ -273,7 +273,7 @@ def test_a_part_of_a_model():
 
 def test_projections_of_anchors():
     own = nn.AnchorProjections(FEATURES, HEADS, 4, positions=1, rngs=nnx.Rngs(0))
-    layer = nn.MultiHeadAttention(
+    layer = nn.AnchoredAttention(
         FEATURES,
         HEADS,
         anchors=own,

@@ -1,4 +1,4 @@
-"""Projections of their own for anchors."""
+"""Attention whose anchors have projections of their own."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,14 @@ import numpy as np
 from flax import nnx
 
 from attnlab._src.masks.base import Mask, as_mask
-from attnlab._src.nn.parameters import GLOROT, Initializer, named
+from attnlab._src.nn.attention import MultiHeadAttention
+from attnlab._src.nn.cache import KeyValue
+from attnlab._src.nn.positions import positions_of
+from attnlab._src.nn.projection import heads_projection
 from attnlab._src.types import (
     Array,
     ArrayLike,
+    AttentionResult,
     Operand,
     PyTree,
     Tile,
@@ -62,14 +66,71 @@ class Rows(Mask):
 class AnchorProjections(nnx.Module):
     """Projections of their own for anchors that see everything, Longformer style.
 
+    For :class:`AnchoredAttention`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        head_size: int,
+        *,
+        positions: int | Sequence[int],
+        **options: Any,
+    ):
+        """Three projections.
+
+        Args:
+            in_features: of the residual stream.
+            num_heads: N.
+            head_size: H.
+            positions: which slots are anchors; an int A: the first A.
+            **options: as of ``flax.nnx.LinearGeneral``: ``rngs``, and ``use_bias``,
+                ``dtype``, ``param_dtype``, ``precision``, ``kernel_init``.
+        """
+        if isinstance(positions, int):
+            positions = range(positions)
+        self.slots = tuple(int(p) for p in positions)
+        if not self.slots or min(self.slots) < 0:
+            raise ValueError(f"positions: expected slots from 0 on, got {self.slots}")
+        self.query, self.key, self.value = (
+            heads_projection(
+                (in_features,),
+                (num_heads, head_size),
+                ("embed", "heads", "head_size"),
+                **options,
+            )
+            for _ in range(3)
+        )
+
+    def rows(self, mask: Mask | ArrayLike | None, length: int) -> Mask | None:
+        """What a mask of so many queries says of the anchors."""
+        return None if mask is None else Rows(as_mask(mask), self.slots, length)
+
+    def within(self, length: int) -> np.ndarray:
+        """The slots of the anchors among so many queries.
+
+        Raises:
+            ValueError: if there are fewer queries.
+        """
+        slots = np.asarray(self.slots, np.int32)
+        if slots.max() >= length:
+            raise ValueError(
+                f"anchors: slot {slots.max()} is beyond the {length} queries"
+            )
+        return slots
+
+
+class AnchoredAttention(MultiHeadAttention):
+    """Multi-head attention whose anchors have projections of their own.
+
     What the anchors see is compared by these, with the positions and norms of all; what
     others see of the anchors, by the ordinary ones.
 
     Example:
         >>> from attnlab import masks
-        >>> from attnlab.nn import MultiHeadAttention
         >>> rngs = nnx.Rngs(0)
-        >>> layer = MultiHeadAttention(
+        >>> layer = AnchoredAttention(
         ...     8,
         ...     2,
         ...     mask=masks.longformer(window=2, anchors=1),
@@ -88,65 +149,51 @@ class AnchorProjections(nnx.Module):
         self,
         in_features: int,
         num_heads: int,
-        head_size: int,
         *,
-        positions: int | Sequence[int],
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
-        kernel_init: Initializer = GLOROT,
+        anchors: AnchorProjections,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        """Three projections.
+        """Puts parts together.
 
         Args:
             in_features: of the residual stream.
             num_heads: N.
-            head_size: H.
-            positions: which slots are anchors; an int A: the first A.
-            use_bias: whether projections add a bias.
-            dtype: of the computation; that of inputs and parameters if not given.
-            param_dtype: of the parameters.
-            precision: of their products.
-            kernel_init: of the weights.
+            anchors: their projections; ``mask`` says who else sees whom
+                (``masks.longformer(...)``).
             rngs: Flax's.
+            **options: as of :class:`MultiHeadAttention`.
         """
-        if isinstance(positions, int):
-            positions = range(positions)
-        self.slots = tuple(int(p) for p in positions)
-        if not self.slots or min(self.slots) < 0:
-            raise ValueError(f"positions: expected slots from 0 on, got {self.slots}")
+        super().__init__(in_features, num_heads, rngs=rngs, **options)
+        self.anchors = anchors
 
-        def linear() -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(
-                in_features,
-                (num_heads, head_size),
-                use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                precision=precision,
-                kernel_init=kernel_init,
-                kernel_metadata=named("embed", "heads", "head_size"),
-                bias_metadata=named("heads", "head_size"),
-                rngs=rngs,
-            )
-
-        self.query, self.key, self.value = linear(), linear(), linear()
-
-    def rows(self, mask: Mask | ArrayLike | None, length: int) -> Mask | None:
-        """What a mask of so many queries says of the anchors."""
-        return None if mask is None else Rows(as_mask(mask), self.slots, length)
-
-    def within(self, length: int) -> np.ndarray:
-        """The slots of the anchors among so many queries.
+    def attend(self, query: Array, memory: KeyValue, **options: Any) -> Array:
+        """Anchors need the inputs of all positions, not keys projected before.
 
         Raises:
-            ValueError: if there are fewer queries.
+            NotImplementedError: always.
         """
-        slots = np.asarray(self.slots, np.int32)
-        if slots.max() >= length:
-            raise ValueError(
-                f"anchors: slot {slots.max()} is beyond the {length} queries"
-            )
-        return slots
+        raise NotImplementedError("anchors: their own projections need all inputs")
+
+    def _heads(
+        self,
+        query: Array,
+        memory: tuple[Array, Array],
+        mask: Mask | ArrayLike | None,
+        where: tuple[Any, Array | None, Array | None],
+        options: dict[str, Any],
+    ) -> AttentionResult:
+        """As of the others, but for the rows of anchors; weights are without them."""
+        found = super()._heads(query, memory, mask, where, options)
+        length = query.shape[-2]
+        slots = self.anchors.within(length)
+        at = positions_of(query, *where[:2])[..., slots]
+        rows = self._see(
+            self.anchors,
+            query[..., slots, :],
+            memory,
+            self.anchors.rows(mask, length),
+            (0, at, where[2]),
+            {**options, "top_k": None},
+        )
+        return found._replace(output=found.output.at[..., slots, :, :].set(rows.output))

@@ -8,18 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab._src.masks.base import Mask, as_mask, full
-from attnlab._src.nn.anchors import AnchorProjections
-from attnlab._src.nn.cache import Cache, KeyValue, check_examples, check_type
-from attnlab._src.nn.parameters import (
-    GLOROT,
-    ZEROS,
-    Initializer,
-    as_arrays,
-    as_params,
-    named,
+from attnlab._src.nn.cache import (
+    KEEP_ALL,
+    Cache,
+    CachePolicy,
+    KeyValue,
+    check_examples,
+    check_type,
 )
+from attnlab._src.nn.parameters import as_arrays, as_params, named
 from attnlab._src.nn.positions import Positions, as_positions, positions_of, zero_empty
-from attnlab._src.nn.projection import check_features, head_sizes
+from attnlab._src.nn.projection import Projections, check_features
 from attnlab._src.ops.attention import attend
 from attnlab._src.ops.hidden import zero_hidden
 from attnlab._src.ops.prepare import project_key
@@ -48,62 +47,40 @@ class MultiHeadAttention(nnx.Module):
         in_features: int,
         num_heads: int,
         *,
-        num_key_heads: int | None = None,
-        key_features: int | None = None,
-        head_size: int | None = None,
-        value_size: int | None = None,
-        out_features: int | None = None,
+        projections: Callable[..., Projections] = Projections.linear,
         score: Score | None = None,
         mask: Mask | ArrayLike | None = None,
         modifiers: Sequence[Modifier] = (),
         position: Positions | None = None,
-        query_norm: Callable[[Array], Array] | None = None,
-        key_norm: Callable[[Array], Array] | None = None,
-        anchors: AnchorProjections | None = None,
         sinks: ArrayLike | None = None,
         dropout_rate: float = 0.0,
-        use_bias: bool = True,
-        out_bias: bool | None = None,
+        cache: CachePolicy = KEEP_ALL,
         implementation: str | None = None,
         precision: Any = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Initializer = GLOROT,
-        bias_init: Initializer = ZEROS,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        """Makes the projections.
+        """Puts parts together.
 
         Args:
             in_features: of what the queries are made from.
             num_heads: N.
-            num_key_heads: K, a divisor of N; N if not given.
-            key_features: of what keys and values are made from; ``in_features`` if not
-                given.
-            head_size: H; ``in_features / num_heads`` if not given.
-            value_size: D; H if not given.
-            out_features: ``in_features`` if not given.
+            projections: ``projections(in_features, num_heads, precision=, rngs=,
+                **options)`` makes what leads to heads and back.
             score: what similarity is; its arrays are learned. Scaled dot product if
                 not given.
             mask: who may attend to whom, in every call.
             modifiers: what is done to the logits; their arrays are not learned.
             position: rotary, ALiBi, relative: what positions do here.
-            query_norm: applied to queries ``[*, T, N, H]``.
-            key_norm: applied to keys ``[*, S, K, H]``.
-            anchors: projections of their own for anchors; ``mask`` says who else sees
-                whom (``masks.longformer(...)``).
             sinks: ``[N]`` initial values of learned sinks.
             dropout_rate: of the weights, where the module is not deterministic (see
                 ``nnx.Module.train`` and ``eval``).
-            use_bias: whether projections add a bias.
-            out_bias: whether the output's does; ``use_bias`` if not given.
+            cache: which positions decoding keeps.
             implementation: as of :func:`attnlab.attention`.
             precision: of matrix products.
-            dtype: of the computation; that of inputs and parameters if not given.
-            param_dtype: of the parameters.
-            kernel_init: of the weights.
-            bias_init: of the biases.
             rngs: Flax's; ``params``, and ``dropout`` where it is used.
+            **options: of the projections, as of :meth:`Projections.linear`:
+                ``num_key_heads``, ``head_size``, ``use_bias``, ``dtype``, ...
 
         Raises:
             ValueError: if sizes do not fit each other.
@@ -111,57 +88,25 @@ class MultiHeadAttention(nnx.Module):
         """
         if isinstance(modifiers, Modifier):
             raise TypeError("modifiers: expected a sequence; write modifiers=[...]")
-        key_heads, head_size = head_sizes(
-            in_features, num_heads, num_key_heads, head_size
+        parts = projections(
+            in_features, num_heads, precision=precision, rngs=rngs, **options
         )
-        value_size = head_size if value_size is None else value_size
-        key_features = in_features if key_features is None else key_features
-        out_features = in_features if out_features is None else out_features
-        self.num_heads, self.num_key_heads = num_heads, key_heads
-        self.head_size, self.value_size = head_size, value_size
-
-        def linear(
-            inputs: Any, outputs: Any, axes: Sequence[str], bias: bool
-        ) -> nnx.LinearGeneral:
-            inward = len(inputs)
-            return nnx.LinearGeneral(
-                inputs,
-                outputs,
-                axis=tuple(range(-inward, 0)),
-                use_bias=bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                precision=precision,
-                kernel_init=kernel_init,
-                bias_init=bias_init,
-                kernel_metadata=named(*axes),
-                bias_metadata=named(*axes[inward:]),
-                rngs=rngs,
-            )
-
-        names = ("embed", "heads", "head_size")
-        key_names = ("embed", "key_heads", "head_size")
-        keys, values = (key_heads, head_size), (key_heads, value_size)
-        self.query = linear((in_features,), (num_heads, head_size), names, use_bias)
-        self.key = linear((key_features,), keys, key_names, use_bias)
-        self.value = linear((key_features,), values, key_names, use_bias)
-        self.out = linear(
-            (num_heads, value_size),
-            (out_features,),
-            ("heads", "head_size", "embed"),
-            use_bias if out_bias is None else out_bias,
-        )
-        score = ScaledDot() if score is None else score
-        self.score = nnx.data(as_params(score))
+        # One by one: their names are those of parameters in checkpoints.
+        self.query, self.key, self.value, self.out = parts[:4]
+        self.query_norm, self.key_norm = parts.query_norm, parts.key_norm
+        self.num_heads, self.head_size = parts.query.out_features
+        self.num_key_heads, self.value_size = parts.value.out_features
+        self.score = nnx.data(as_params(ScaledDot() if score is None else score))
         self.mask = nnx.data(full() if mask is None else as_mask(mask))
         self.modifiers = nnx.data(tuple(modifiers))
         self.position = as_positions(position)
-        self.query_norm, self.key_norm, self.anchors = query_norm, key_norm, anchors
         self.sinks: Any = nnx.data(None)
         if sinks is not None:
-            self.sinks = nnx.Param(jnp.asarray(sinks, param_dtype), **named("heads"))
+            dtype = parts.query.param_dtype
+            self.sinks = nnx.Param(jnp.asarray(sinks, dtype), **named("heads"))
         self.dropout_rate, self.deterministic = dropout_rate, False
         self.rngs = rngs.dropout.fork() if dropout_rate > 0 else None
+        self.cache = cache
         self.implementation, self.precision = implementation, precision
 
     def __call__(
@@ -213,8 +158,7 @@ class MultiHeadAttention(nnx.Module):
     ) -> AttentionResult:
         """As a call, with log-sum-exp and, on request, the weights: for pictures.
 
-        The weights are those of the ordinary projections: rows of ``anchors`` are not
-        theirs. For ``top_k`` see :func:`attnlab.attention_with_stats`.
+        For ``top_k`` see :func:`attnlab.attention_with_stats`.
         """
         options = {"rngs": rngs, "stats": True, "top_k": top_k}
         where = query_offset, query_positions, key_positions
@@ -256,8 +200,6 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Array:
         """As a call, to keys and values that :meth:`project` made."""
-        if self.anchors is not None:
-            raise NotImplementedError("anchors: their own projections need all inputs")
         check_features("query", query, self.query)
         where = positions_of(query, query_offset, query_positions)
         query = self.query(zero_empty(query, query_positions))
@@ -304,6 +246,23 @@ class MultiHeadAttention(nnx.Module):
         lost = cache.overflows(positions)[:, None, None]
         return jnp.where(lost, jnp.nan, output), following
 
+    def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
+        """An empty cache for :meth:`decode`, by the layer's policy.
+
+        Args:
+            batch: B.
+            length: slots of a full cache: positions 0 to ``length - 1`` can be held.
+            dtype: of keys and values: what the layer computes in.
+        """
+        return self.cache.make(
+            batch,
+            length,
+            self.num_key_heads,
+            self.compared_size,
+            value_size=self.value_size,
+            dtype=dtype,
+        )
+
     @property
     def compared_size(self) -> int:
         """P: what the score makes of a key's head, the head size of caches."""
@@ -318,26 +277,24 @@ class MultiHeadAttention(nnx.Module):
         where: tuple[Any, Array | None, Array | None],
         options: dict[str, Any],
     ) -> AttentionResult:
-        """A call: attends by the module's projections, and in some rows by others."""
+        """A call: attends, and projects the heads back."""
         query, key, value = given
         memory = query if key is None else key
         memory = memory, memory if value is None else value
+        found = self._heads(query, memory, mask, where, options)
+        return found._replace(output=self.out(found.output))
+
+    def _heads(
+        self,
+        query: Array,
+        memory: tuple[Array, Array],
+        mask: Mask | ArrayLike | None,
+        where: tuple[Any, Array | None, Array | None],
+        options: dict[str, Any],
+    ) -> AttentionResult:
+        """What the heads see, ``[*batch, T, N, D]``."""
         own = self.mask if mask is None else self.mask & mask
-        found = self._see(self, query, memory, own, where, options)
-        heads = found.output
-        if (anchors := self.anchors) is not None:
-            slots = anchors.within(query.shape[-2])
-            at = positions_of(query, *where[:2])[..., slots]
-            rows = self._see(
-                anchors,
-                query[..., slots, :],
-                memory,
-                anchors.rows(mask, query.shape[-2]),
-                (0, at, where[2]),
-                {**options, "top_k": None},
-            )
-            heads = heads.at[..., slots, :, :].set(rows.output)
-        return found._replace(output=self.out(heads))
+        return self._see(self, query, memory, own, where, options)
 
     def _see(
         self,

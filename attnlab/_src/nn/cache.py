@@ -254,6 +254,63 @@ def streaming_cache(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class CachePolicy:
+    """Which positions a layer keeps when it decodes.
+
+    Attributes:
+        window: the last so many; None: all.
+        anchors: the first so many, besides a window.
+
+    Example:
+        >>> from flax import nnx
+        >>> from attnlab import masks
+        >>> from attnlab.nn import MultiHeadAttention
+        >>> layer = MultiHeadAttention(
+        ...     8,
+        ...     2,
+        ...     mask=masks.sliding_window(3, 0),
+        ...     cache=CachePolicy(window=4),
+        ...     rngs=nnx.Rngs(0),
+        ... )
+        >>> layer.make_cache(batch=1, length=1000).key.shape
+        (1, 4, 2, 4)
+    """
+
+    window: int | None = None
+    anchors: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window is None and self.anchors:
+            raise ValueError(
+                f"anchors: expected 0 without a window, which keeps all, got "
+                f"{self.anchors}"
+            )
+
+    def make(
+        self,
+        batch: int,
+        length: int,
+        num_heads: int,
+        head_size: int,
+        *,
+        value_size: int | None = None,
+        dtype: Any = jnp.float32,
+    ) -> Cache:
+        """An empty cache; arguments as of :func:`full_cache`."""
+        sizes = num_heads, head_size
+        types: dict[str, Any] = {"value_size": value_size, "dtype": dtype}
+        if self.window is None:
+            return full_cache(batch, length, *sizes, **types)
+        if not self.anchors:
+            return ring_cache(batch, self.window, *sizes, **types)
+        return streaming_cache(batch, self.anchors, self.window, *sizes, **types)
+
+
+#: The policy of layers that are given none.
+KEEP_ALL = CachePolicy()
+
+
 def check_examples(name: str, x: Array, batch: int, *features: str) -> None:
     """Refuses what is not ``[B, T, *features]``, B being that of the caches."""
     if x.ndim != 2 + len(features) or x.shape[0] != batch:

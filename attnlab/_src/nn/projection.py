@@ -1,6 +1,7 @@
-"""A learned projection whose axes have names."""
+"""Learned projections whose axes have names."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -63,25 +64,137 @@ def check_features(name: str, x: Array, linear: nnx.LinearGeneral) -> None:
         )
 
 
-def head_sizes(
-    in_features: int, num_heads: int, num_key_heads: int | None, head_size: int | None
-) -> tuple[int, int]:
-    """K and H where they are not given.
+class Projections(NamedTuple):
+    """How heads are made from features, and features from heads.
 
-    Raises:
-        ValueError: if the heads do not fit each other, or the features.
+    Attributes:
+        query: ``[*, in_features] -> [*, N, H]``.
+        key: ``[*, key_features] -> [*, K, H]``.
+        value: ``[*, key_features] -> [*, K, D]``.
+        out: ``[*, N, D] -> [*, out_features]``.
+        query_norm: applied to queries ``[*, T, N, H]``; None: nothing is.
+        key_norm: applied to keys ``[*, S, K, H]``; None: nothing is.
     """
-    key_heads = num_heads if num_key_heads is None else num_key_heads
-    if key_heads < 1 or num_heads % key_heads:
-        raise ValueError(
-            f"num_key_heads: expected a divisor of num_heads={num_heads}, "
-            f"got {key_heads}"
-        )
-    if head_size is None:
-        if in_features % num_heads:
+
+    query: nnx.LinearGeneral
+    key: nnx.LinearGeneral
+    value: nnx.LinearGeneral
+    out: nnx.LinearGeneral
+    query_norm: Callable[[Array], Array] | None = None
+    key_norm: Callable[[Array], Array] | None = None
+
+    @classmethod
+    def linear(
+        cls,
+        in_features: int,
+        num_heads: int,
+        *,
+        num_key_heads: int | None = None,
+        key_features: int | None = None,
+        head_size: int | None = None,
+        value_size: int | None = None,
+        out_features: int | None = None,
+        query_norm: Callable[[Array], Array] | None = None,
+        key_norm: Callable[[Array], Array] | None = None,
+        use_bias: bool = True,
+        out_bias: bool | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> "Projections":
+        """A matrix each, and biases.
+
+        Args:
+            in_features: of what the queries are made from.
+            num_heads: N.
+            num_key_heads: K, a divisor of N; N if not given.
+            key_features: of what keys and values are made from; ``in_features`` if not
+                given.
+            head_size: H; ``in_features / num_heads`` if not given.
+            value_size: D; H if not given.
+            out_features: ``in_features`` if not given.
+            query_norm: applied to queries.
+            key_norm: applied to keys.
+            use_bias: whether projections add a bias.
+            out_bias: whether the output's does; ``use_bias`` if not given.
+            rngs: Flax's.
+            **options: of every matrix, as of ``flax.nnx.LinearGeneral``: ``dtype``,
+                ``param_dtype``, ``precision``, ``kernel_init``, ``bias_init``.
+
+        Raises:
+            ValueError: if the heads do not fit each other, or the features.
+        """
+        key_heads = num_heads if num_key_heads is None else num_key_heads
+        if key_heads < 1 or num_heads % key_heads:
             raise ValueError(
-                f"num_heads: {num_heads} heads do not divide in_features="
-                f"{in_features}; give head_size="
+                f"num_key_heads: expected a divisor of num_heads={num_heads}, "
+                f"got {key_heads}"
             )
-        head_size = in_features // num_heads
-    return key_heads, head_size
+        if head_size is None:
+            if in_features % num_heads:
+                raise ValueError(
+                    f"num_heads: {num_heads} heads do not divide in_features="
+                    f"{in_features}; give head_size="
+                )
+            head_size = in_features // num_heads
+        value_size = head_size if value_size is None else value_size
+        key_features = in_features if key_features is None else key_features
+        out_features = in_features if out_features is None else out_features
+
+        def into(features: int, heads: int, size: int, name: str) -> nnx.LinearGeneral:
+            axes = ("embed", name, "head_size")
+            return heads_projection(
+                (features,),
+                (heads, size),
+                axes,
+                use_bias=use_bias,
+                rngs=rngs,
+                **options,
+            )
+
+        return cls(
+            into(in_features, num_heads, head_size, "heads"),
+            into(key_features, key_heads, head_size, "key_heads"),
+            into(key_features, key_heads, value_size, "key_heads"),
+            heads_projection(
+                (num_heads, value_size),
+                (out_features,),
+                ("heads", "head_size", "embed"),
+                use_bias=use_bias if out_bias is None else out_bias,
+                rngs=rngs,
+                **options,
+            ),
+            query_norm,
+            key_norm,
+        )
+
+
+def heads_projection(
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    axes: Sequence[str],
+    *,
+    kernel_init: Initializer = GLOROT,
+    bias_init: Initializer = ZEROS,
+    **options: Any,
+) -> nnx.LinearGeneral:
+    """Between features and heads.
+
+    Args:
+        inputs: sizes of the last axes of what comes in.
+        outputs: sizes of the axes that take their place.
+        axes: names of both, see :mod:`attnlab._src.nn.parameters`.
+        kernel_init: of the weights.
+        bias_init: of the bias.
+        **options: as of ``flax.nnx.LinearGeneral``.
+    """
+    inward = len(inputs)
+    return nnx.LinearGeneral(
+        inputs,
+        outputs,
+        axis=tuple(range(-inward, 0)),
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        kernel_metadata=named(*axes),
+        bias_metadata=named(*axes[inward:]),
+        **options,
+    )

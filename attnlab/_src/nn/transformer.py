@@ -10,7 +10,7 @@ from flax import nnx
 from attnlab._src.masks.base import Dense, Mask, as_mask
 from attnlab._src.masks.structural import causal
 from attnlab._src.nn.blocks import Block, BlockState
-from attnlab._src.nn.cache import Cache, check_examples, full_cache
+from attnlab._src.nn.cache import Cache, check_examples
 from attnlab._src.nn.embedding import Embedding
 from attnlab._src.nn.stack import Stack
 from attnlab._src.nn.standard import last_norm, make_blocks, make_embedding
@@ -223,24 +223,18 @@ class Decoder(nnx.Module):
             memory: ``[B, S, features]``, for cross-attention.
             memory_mask: who may see what of it: a boolean array that broadcasts to
                 ``[B, N, T, S]``, or a mask whose arrays lead with B.
-            make_cache: a cache for a block (ring, streaming); a full one if not given.
-            dtype: of the full caches; what each self-attention computes in if not
-                given.
+            make_cache: a cache for a block; by the policy of its self-attention
+                (:class:`CachePolicy`) if not given.
+            dtype: of those caches; what each self-attention computes in if not given.
         """
         types = iter(self._types() if dtype is None and make_cache is None else ())
 
-        def full(block: Block) -> Cache:
-            attention = block.attention
-            return full_cache(
-                batch,
-                length,
-                attention.num_key_heads,
-                attention.compared_size,
-                value_size=attention.value_size,
-                dtype=next(types, dtype),
-            )
+        def by_policy(block: Block) -> Cache:
+            return block.attention.make_cache(batch, length, next(types, dtype))
 
-        blocks = self.stack.start(full if make_cache is None else make_cache, memory)
+        blocks = self.stack.start(
+            by_policy if make_cache is None else make_cache, memory
+        )
         return DecoderState(blocks, _for_batch(memory_mask, batch))
 
     def decode(

@@ -164,7 +164,7 @@ def _with_anchors(
     own = nn.AnchorProjections(
         features, heads, features // heads, positions=count, rngs=rngs
     )
-    return nn.MultiHeadAttention(features, heads, anchors=own, rngs=rngs, **options)
+    return nn.AnchoredAttention(features, heads, anchors=own, rngs=rngs, **options)
 
 
 def copy_parameters(source: nnx.Module, target: nnx.Module) -> None:
@@ -180,7 +180,7 @@ def copy_parameters(source: nnx.Module, target: nnx.Module) -> None:
 
     nnx.update(target, copied(source))
     for _, module in nnx.iter_modules(target):
-        if isinstance(module, nn.MultiHeadAttention) and module.anchors is not None:
+        if isinstance(module, nn.AnchoredAttention):
             for name in ("query", "key", "value"):
                 own = getattr(module.anchors, name)
                 nnx.update(own, copied(getattr(module, name)))
