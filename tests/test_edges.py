@@ -344,6 +344,7 @@ def test_infinities_that_nobody_asked_for_are_not_seen(implementation):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_infinities_that_were_asked_for_are_named():
     mask = masks.lengths(*[np.array([0, 2])] * 2)
     x = jnp.ones((2, 4, 2, 8))

@@ -35,6 +35,7 @@ def statuses(spec, contenders, documents, directions):
     return {row.contender: (row.status, row.reason) for row in rows}
 
 
+@pytest.mark.slow
 def test_lines_are_named_once_and_can_be_built(documents):
     names = [p.name for p in PROBLEMS] + list(peers.OVERHEADS)
     assert len(set(names)) == len(names)
@@ -68,6 +69,7 @@ def test_torch_with_shared_key_heads(documents):
         assert found == {"torch": ("ok", "")}
 
 
+@pytest.mark.slow
 def test_the_naive_additive_score_passes(documents):
     spec = dataclasses.replace(SMALL, score="additive", heads=6)
     naive = YARDSTICKS["naive"]
@@ -88,6 +90,7 @@ def test_who_is_not_there_is_refused_and_the_others_run(documents):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "score"), in_turn(["causal", "documents"], ["scaled_dot", "bilinear"])
 )
@@ -211,6 +214,7 @@ def test_results_of_other_lines_are_measured_again(script, monkeypatch):
     assert script("--resume")[0] == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_a_measured_line_is_plain_json(documents, monkeypatch):
     class Line(Problem):
         @property
@@ -251,6 +255,7 @@ def test_ratios_for_the_readme():
     ]
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.usefixtures("loose")  # for optax
 def test_the_training_step_is_the_same_mathematics():

@@ -540,6 +540,7 @@ def test_blocks_need_not_be_square(of, monkeypatch):
         assert found.cycles == pytest.approx(3 * pairs)
 
 
+@pytest.mark.slow
 def test_each_kernel_is_shown_at_its_best_blocks(monkeypatch, tmp_path, capsys):
     ours = {Blocks(512, 512, 512): 3.0, Blocks(1024, 512, 512): 2.0}
     peer = {Blocks(512, 512, 512): 8.0, Blocks(1024, 512, 512): 9.0}

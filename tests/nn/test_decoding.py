@@ -261,6 +261,7 @@ def test_a_method_is_traced_once_for_a_shape():
         assert (np.asarray(first.scores) != np.asarray(other.scores)).all()
 
 
+@pytest.mark.slow
 def test_a_module_that_was_searched_with_is_let_go():
     model, array = Chain(), table + 1
     model.table = nnx.Param(array)
@@ -429,7 +430,7 @@ SEARCHES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "scan"), few(itertools.product(SEARCHES, [False, True]), ("sample", True))
+    ("name", "scan"), few(itertools.product(SEARCHES, [False, True]))
 )
 def test_full_caches_hold_all_tokens_but_the_last(name, scan):
     model = nn.Decoder.standard(
@@ -451,6 +452,7 @@ def test_full_caches_hold_all_tokens_but_the_last(name, scan):
             call(7, 5)
 
 
+@pytest.mark.slow
 def test_what_a_cache_holds_already_takes_slots_too():
     model = nn.Decoder.standard(
         30, features=8, num_heads=2, num_layers=1, rngs=nnx.Rngs(0)

@@ -96,6 +96,7 @@ def test_nnx(name, key_heads, is_causal):
     near(run(ATTEND), run(None))
 
 
+@pytest.mark.slow
 def test_the_alias_cross_attention_and_other_batch_axes():
     alias = functools.partial(of_linen, kind=linen.MultiHeadAttention)
     for make in (of_linen, alias):
@@ -356,7 +357,8 @@ def test_dropout_in_the_modules():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dropout"), in_turn([None, jnp.bfloat16], [0.0, 0.4])
+    ("dtype", "dropout"),
+    few(itertools.product([None, jnp.bfloat16], [0.0, 0.4]), (None, 0.4)),
 )
 def test_linen_sows_what_flax_sows(dtype, dropout):
     params = of_linen().init(jax.random.key(0), X)
@@ -465,6 +467,7 @@ def test_nnx_decodes_as_the_whole(name, key_heads, is_causal):
     near(jnp.concatenate(outputs, 1), wanted)
 
 
+@pytest.mark.slow
 def test_each_example_has_a_position_of_its_own():
     options = dict(mask=masks.sliding_window(1, 0), modifiers=[modifiers.alibi(N)])
     q, k, v = (

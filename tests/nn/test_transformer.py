@@ -53,6 +53,7 @@ def gradient_norms(residual):
     return norms[0], norms[-1]
 
 
+@pytest.mark.slow
 def test_residual_and_norm_keep_the_gradient():
     first, last = gradient_norms(nn.PreNorm)
     assert last / 10 < first < last * 10
@@ -89,6 +90,7 @@ def test_remat_and_scan_change_nothing(options, residual):
     np.testing.assert_allclose(plain[1], other[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_remat_holds_less():
     def program(**options):
         blocks = nn.make_blocks(8, features=16, num_heads=2, rngs=nnx.Rngs(0))
@@ -182,6 +184,7 @@ def test_a_pattern_for_each_layer():
     np.testing.assert_array_equal(reach, [0, 0, 0, 0, 1, 1, 1, 1])
 
 
+@pytest.mark.slow
 def test_padding_of_the_source_changes_nothing():
     model = nn.EncoderDecoder.standard(30, rngs=nnx.Rngs(0), **SMALL)
     source = jax.random.randint(jax.random.key(0), (2, 7), 0, 30)
@@ -194,7 +197,8 @@ def test_padding_of_the_source_changes_nothing():
     np.testing.assert_allclose(found[:1], alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("scan", few([False, True], False))
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
 def test_decoder_step_by_step(scan):
     model = nn.EncoderDecoder.standard(
         30,
@@ -308,6 +312,7 @@ def test_caches_have_the_type_that_attention_computes_in(name):
     )
 
 
+@pytest.mark.slow
 def test_type_of_caches_beside_a_memory_and_on_request():
     model = nn.EncoderDecoder.standard(
         30, attention=half(nn.MultiHeadAttention), rngs=nnx.Rngs(0), **SMALL
@@ -345,6 +350,7 @@ def test_tokens_of_another_batch_than_the_state(shape):
         model.decode(jnp.zeros(shape, int), model.start(2, 5))
 
 
+@pytest.mark.slow
 def test_positions_count_in_cross_attention_too():
     """A window over the memory moves along in every step of decoding."""
     model = nn.Decoder.standard(
@@ -516,6 +522,7 @@ def test_what_a_query_sees_shows():
     assert np.isnan(layer(x)[0, 2:]).all()
 
 
+@pytest.mark.slow
 def test_a_memory_mask_is_reordered_with_the_beams():
     """An array for all examples, and one that leads with the batch."""
     mask = masks.dense(np.arange(4)[None, :] < 3) & masks.lengths(key=LENGTHS)
@@ -584,8 +591,9 @@ def test_positions_that_are_something_else(position, message):
 
 @pytest.mark.parametrize(
     ("length", "scan"),  # SMALL has 3 layers
-    few(itertools.product([3, 5], [False, True]), (3, False)),
+    [*itertools.product([3, 5], [False, True])],
 )
+@pytest.mark.slow
 def test_an_array_is_one_mask_for_all_blocks(length, scan):
     def logits(kind, mask):
         model = kind.standard(20, mask=mask, scan=scan, rngs=nnx.Rngs(0), **SMALL)

@@ -80,6 +80,7 @@ def test_gradients_of_some_symbolic_sizes(symbols, implementation):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_arrays_over_pairs():
     def run(q, k, v, mask, bias):
         return attention_with_stats(

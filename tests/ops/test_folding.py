@@ -278,6 +278,10 @@ ALIKE = (
     "plain",
     "offset",
     "mapped offset",
+    "mapped dense",
+    "mapped lengths",
+    "head of a mask",
+    "anchors",
 )
 #: How a case folds does not depend on what runs it: few cases run on both.
 KEPT = [
@@ -321,7 +325,7 @@ def test_a_fold_changes_nobodys_choice(monkeypatch):
         assert {*_heads(program.jaxpr)} == {heads}
 
 
-@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("implementation", few(FAST, NATIVE))
 def test_nested(implementation):
     q = random(2, M, B, T, N, H)
     k, v = random(2, B, S, K, H, seed=1), random(2, B, S, K, D, seed=2)

@@ -16,6 +16,7 @@ from benchmarks.studies.ablations.inside import (
 )
 from benchmarks.studies.machinery.data.stretches import Stretch
 from benchmarks.studies.machinery.models.language_models import Sizes, language_model
+from tests.grid import few
 
 LENGTH = 12
 
@@ -57,7 +58,7 @@ def test_logits_make_the_weights():
     np.testing.assert_allclose(weights, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", few([False, True], True))
 def test_inside_a_model(causal):
     mask = [masks.causal() if causal else masks.full()] * 2
     model = language_model(20, Sizes(16, 2, 2), mask, causal=causal, rngs=nnx.Rngs(0))

@@ -134,7 +134,6 @@ def test_patterns_cost_the_same():
     ("name", "causal"),
     few(
         itertools.product([*PATTERNS, "own projections"], [False, True]),
-        ("all three", True),
         ("own projections", True),
     ),
 )

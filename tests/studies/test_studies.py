@@ -59,13 +59,8 @@ def quick(table, long_texts, tmp_path, monkeypatch, capsys):
     return start
 
 
-@pytest.mark.parametrize(
-    "study",
-    [
-        "align",
-        *(pytest.param(x, marks=SLOW) for x in ("translate", "bottleneck", "scores")),
-    ],
-)
+@SLOW
+@pytest.mark.parametrize("study", ["align", "translate", "bottleneck", "scores"])
 def test_study(study, quick):
     folder = quick(study)
     page = (folder / f"{study}.md").read_text()
@@ -159,7 +154,6 @@ def test_crossover(quick):
     assert shares["window of 12.5%"] == pytest.approx(0.125, abs=0.01)
 
 
-@SLOW  # test_check.py runs it, too
 def test_attention_graph(quick):
     found = results(quick("attention-graph"), "attention-graph")
     both = found["both directions"]

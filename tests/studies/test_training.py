@@ -20,6 +20,7 @@ from benchmarks.studies.machinery.training import train
 from tests.studies.tiny import TASK, Bag, logits, make_run
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_optax_on_one_device(mesh):
     optimiser = adam(0.1, steps=9, warmup=2, clip=0.5)
     model = Bag(dropout_rate=0.0, rngs=nnx.Rngs(5))

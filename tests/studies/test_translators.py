@@ -18,6 +18,7 @@ from tests.grid import few
 SIZES = Sizes(features=12, hidden_size=10, layers=1, heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few(TRANSLATORS, "additive"))
 def test_padding_is_not_seen(name):
     model = TRANSLATORS[name](23, SIZES, nnx.Rngs(3))

@@ -136,7 +136,7 @@ def test_equations_of_the_papers(name):
                 np.testing.assert_allclose(weights[b].sum(-1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", few(SOME, "luong local-p feed"))
+@pytest.mark.parametrize("name", few(SOME, "bahdanau"))
 def test_gradients(name):
     """Of every parameter, against the plain reference in ``jax.numpy``."""
     model = made(name)
@@ -248,6 +248,7 @@ def test_padding_does_not_exist(name):
     np.testing.assert_array_equal(gradients[1][~real], 0)
 
 
+@pytest.mark.slow
 def test_many_heads_in_place_of_an_alignment():
     attention = nn.MultiHeadAttention(H, 2, key_features=H, rngs=nnx.Rngs(1))
     model = luong(attention=attention, input_feeding=True)

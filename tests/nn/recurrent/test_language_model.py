@@ -55,7 +55,7 @@ def test_equations(name):
         np.testing.assert_allclose(logits[b], wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", few(MODELS, "plain", "scaled_dot"))
+@pytest.mark.parametrize("name", few(MODELS, "scaled_dot"))
 def test_gradients(name):
     model = made(name)
     tokens = TOKENS[:, :4]
@@ -216,6 +216,7 @@ def test_errors():
         model.decode(TOKENS, model.start(B, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loose")
 def test_states_and_caches_have_the_type_that_layers_compute_in():
     cell = functools.partial(nn.LSTM, dtype=jnp.bfloat16)
