@@ -61,7 +61,7 @@ def test_from_which_length_on(given):
     calls = {**PAIRS["forward"], "call": 1.0}
     given({"native": {"forward": PAIRS["forward"], "training": PAIRS["training"]}})
     # Blocks of 128 queries: from 256 on a causal plan leaves some out.
-    assert "less from T = 256 on" in quoted(masks.causal(), "native")
+    assert "faster from T = 256 on" in quoted(masks.causal(), "native")
     given({"native": {"forward": calls, "training": calls}})
     read.cache_clear()
     text = quoted(masks.causal(), "native")
@@ -91,7 +91,7 @@ def test_what_nobody_can_tell(given, mask, x, options):
 def test_random_blocks_are_known_at_their_length(given):
     given({"tiled": PAIRS})
     text = quoted(masks.random_blocks(0, 2, 64, 16))
-    assert "of full attention's time about" in text
+    assert "of full attention's time: about" in text
     assert "less from" not in text
     seen = []
 
@@ -108,7 +108,7 @@ def test_the_last_run_of_lengths_counts(given):
     # Up to 128 a window alone; at 1,024 almost everything; then less and less.
     mask = masks.sliding_window(8, 8) | masks.anchor(range(128, 1024))
     x = jax.ShapeDtypeStruct((1, 4096, 2, 64), jnp.float32)
-    assert "less from T = 2,048 on" in quoted(mask, "native", x=x)
+    assert "faster from T = 2,048 on" in quoted(mask, "native", x=x)
     assert "less" not in quoted(mask, "native", x=X)
 
 
@@ -116,7 +116,7 @@ def test_what_nobody_measured(given):
     given({"tiled": PAIRS})
     assert quoted(masks.causal(), "native") is None
     text = str(explain(X, X, X, mask=masks.causal(), implementation="tiled"))
-    assert "of full attention's time about" in text
+    assert "of full attention's time: about" in text
 
 
 def test_tiles_follow_the_rates(given):

@@ -131,7 +131,7 @@ CASES = {
     "one mask for heads": (
         lambda: masks.per_head(CAUSAL),
         TypeError,
-        r"masks: expected a list, .* got causal\(\); a mask alone holds for all heads",
+        r"masks: expected a list, .* got causal\(\); a single mask holds for all heads",
     ),
     "one of one head for two": (
         use(masks.per_head([CAUSAL])),

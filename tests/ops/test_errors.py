@@ -186,7 +186,7 @@ CASES = {
     "heads of heads": (
         call(mask=masks.per_head([masks.dense(np.ones((6, 7, 5), bool))] * 6)),
         ValueError,
-        "varies by head itself; give each head its own",
+        "varies by head itself; give each head its own part of it",
     ),
     "heads within": (
         lambda: masks.per_head([masks.causal() & masks.per_head([masks.full()] * 2)]),
