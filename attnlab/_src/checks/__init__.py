@@ -1,1 +1,1 @@
-"""The laws, as a library function: they hold a user's own class to them."""
+"""``check``: tests whether a class of the user's keeps the laws of its protocol."""

@@ -11,11 +11,11 @@ from attnlab._src.types import Score
 
 
 class ScoreCost(NamedTuple):
-    """The price of a score, for one head.
+    """The cost of a score, for one head.
 
     Attributes:
-        parameters: numbers that the score holds, all heads together.
-        projected_size: P, what the comparison sees.
+        parameters: how many numbers the score holds, all heads together.
+        projected_size: P, the size of projected queries and keys.
         flops_per_pair: floating-point operations for each query-key pair.
         transcendentals_per_pair: of these, how many are tanh, exp and their like.
         flops_per_query: operations to project one query token.
