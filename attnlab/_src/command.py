@@ -1,6 +1,6 @@
-"""The command ``attnlab``: nothing that takes a while is imported before it.
+"""The command ``attnlab``, which imports JAX only when it runs.
 
-Importing JAX does; an interruption of that is reported in one line.
+An interruption of that import is reported in one line.
 """
 
 import sys

@@ -201,7 +201,7 @@ CASES = {
     "three sizes of blocks": (
         lambda: CAUSAL.plan(8, block_size=(1, 2, 3)),
         ValueError,
-        r"block_size: expected an int, or two, .* got \(1, 2, 3\)",
+        r"block_size: expected an int, or two .* got \(1, 2, 3\)",
     ),
 }
 

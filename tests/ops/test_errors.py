@@ -291,7 +291,7 @@ CASES = {
     "too great a top_k": (
         lambda: attention_with_stats(Q, K, V, top_k=6),
         ValueError,
-        "top_k: got 6 of S=5 keys",
+        r"top_k: expected at most S=5 \(keys\), got 6",
     ),
     "soft cap": (lambda: modifiers.soft_cap(0.0), ValueError, "cap: .* got 0.0"),
     "clipped table": (
