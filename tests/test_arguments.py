@@ -130,6 +130,7 @@ def test_an_offset_leaves_room_for_the_queries(kind):
         with pytest.raises(ValueError, match=message):
             explain(X, X, X, query_offset=kind(offset))
 
-    refused(-1, "query_offset: expected positions of at least 0, got -1; slots that")
+    message = "query_offset: expected positions of at least 0, got -1; for slots that"
+    refused(-1, message)
     refused(MOST - 2, rf"query_offset: expected at most {MOST - 3} for 4 queries, got")
     explain(X, X, X, query_offset=kind(MOST - 3))
