@@ -39,7 +39,7 @@ class Operand(NamedTuple):
     Attributes:
         array: ``[*batch, N, T, S, *payload]``; each axis before the payload full or 1,
             batch axes may be missing.
-        payload: the number of trailing axes: those of one pair's entry.
+        payload: how many trailing axes are not axes of the logits.
     """
 
     array: Any
@@ -161,6 +161,8 @@ class Modifier:
 
 class Intervals(NamedTuple):
     """Half-open intervals of block numbers, ascending and disjoint in the last axis.
+
+    Bp is B or 1, Np is N or 1: where it is 1, all examples or heads share them.
 
     Attributes:
         lo: ``[Bp, Np, rows, m]`` int, first block.

@@ -1,1 +1,1 @@
-"""``check``: tests whether a class of the user's keeps the laws of its protocol."""
+"""``check``: tests whether a user's class keeps the laws of its protocol."""

@@ -46,7 +46,7 @@ class Report(NamedTuple):
 
 
 class Checker:
-    """Collects findings, with the exceptions that checks of laws raise.
+    """Collects findings; an exception in the check of a law becomes its finding.
 
     Args:
         subject: what is checked.

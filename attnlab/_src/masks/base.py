@@ -57,7 +57,7 @@ class Mask(Rule):
         return plan_mask(self, query_length, key_length, block_size)
 
     def to_dense(self, query_length: int, key_length: int | None = None) -> Array:
-        """Boolean ``[T, S]``; ``[B or 1, N or 1, T, S]`` of data or masks per head."""
+        """Boolean ``[T, S]``; of data or per-head masks ``[B or 1, N or 1, T, S]``."""
         return dense_mask(self, query_length, key_length)
 
     def density(self, query_length: int, key_length: int | None = None) -> float:
@@ -87,7 +87,7 @@ class Mask(Rule):
 
 
 def common_block_multiple(masks: Sequence[Mask]) -> int | None:
-    """The greatest common divisor of the masks' own; None: no mask has one."""
+    """The greatest common divisor of the masks' block multiples; None: none has one."""
     multiples = [m.block_multiple for m in masks if m.block_multiple is not None]
     return math.gcd(*multiples) if multiples else None
 

@@ -29,7 +29,7 @@ from attnlab._src.types import (
 
 
 def _flags(blocks: Blocks, operand: Any, how: str, fill: bool) -> Any:
-    """A boolean operand along one side -> ``[Bp, Np, count]``."""
+    """A boolean operand along one side, reduced by blocks: ``[Bp, Np, count]``."""
     other = 5 - blocks.axis
     return blocks.reduce(operand, blocks.axis, how, fill).squeeze(other)
 
@@ -169,7 +169,7 @@ class Documents(Mask):
 
 @pytree
 class Predicate(Mask):
-    """A function of the user's as a mask."""
+    """A user's function as a mask."""
 
     arrays: tuple[Any, ...]
     fn: Callable[..., Array] = static()
@@ -283,7 +283,7 @@ def predicate(fn: Callable[..., Array], *operands: ArrayLike) -> Mask:
     Raises:
         TypeError: if ``fn`` does not take that many arguments, or an operand is no
             array of numbers.
-        ValueError: if an operand holds integers that JAX's integer type cannot.
+        ValueError: if an operand holds integers that do not fit JAX's integer type.
 
     Example:
         >>> def even(t, s):

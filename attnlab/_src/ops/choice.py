@@ -101,7 +101,7 @@ def choose(
     Args:
         inputs: the canonical record; arrays may be shapes only.
         name: the implementation asked for; None: the automatic choice.
-        platform: as lowering names it; None: not known yet, it excludes nothing.
+        platform: as lowering names it; None: not known yet, so not checked.
         exported: whether the program is to run elsewhere (``jax.export``).
         shared: whether it is one program for several platforms.
 
@@ -119,9 +119,8 @@ def choose(
         lengths = symbolic_sizes(inputs, "TS")
         unknown = " and ".join(f"{n} ({x})" for n, x in lengths.items())
         raise NotImplementedError(
-            f"implementation: a plan needs lengths that are known, got {unknown}; "
-            "implementation='reference' needs none: it holds [T, S], and runs only "
-            "when asked for"
+            f"implementation: a plan needs known lengths, got symbolic {unknown}; "
+            "give implementation='reference', which needs no plan but holds [T, S]"
         )
     made = named(name)
     # If it was asked for and cannot be exported, JAX raises the error.

@@ -84,8 +84,9 @@ def dot_product_attention(
         mask: booleans, True = attend; broadcasts to ``[B, N, T, S]``.
         scale: a scalar factor of the logits; ``1 / sqrt(H)`` if not given.
         is_causal: query t sees keys 0 to t.
-        query_seq_lengths: integers ``[B]``; queries from there on yield 0.
-        key_value_seq_lengths: integers ``[B]``; keys from there on are hidden.
+        query_seq_lengths: how many queries are used, integers ``[B]``; others yield 0.
+        key_value_seq_lengths: how many keys are used, integers ``[B]``; others are
+            hidden.
         local_window_size: (left, right), or one number for both: query t sees keys
             ``t - left`` to ``t + right``.
         implementation: None for attnlab's automatic choice, or a name that

@@ -132,7 +132,7 @@ def what_is_seen(
     operands = jax.lax.stop_gradient(operands)
     query, key = positions_of(args, batch, t, s)
     if reads_head(args.mask, operands) and args.mask.head_count == 1:
-        # Positions that run along the heads make plans ask each head.
+        # With positions that run along the heads, plans evaluate each head.
         query = jnp.broadcast_to(query, (query.shape[0], heads, t, 1))
     positions = query, key
     if not isinstance(t, int) or not isinstance(s, int):
@@ -185,7 +185,7 @@ def project_key(score: Score, key: Array, precision: Any) -> Array:
 
 
 def _without_scale(score: Score, query: Array) -> tuple[Score, float, Array | None]:
-    """The score without a factor, and that factor: as a constant, and as data."""
+    """The score without its scale; the scale as a float (or 1.0), as data (or None)."""
     if not score.is_inner_product:
         return score, 1.0, None
     name = type(bare(score)).__name__
