@@ -230,7 +230,7 @@ def test_costs():
     relu = scores.mlp.init(rng, Q, H, hidden_sizes=(P, M))
     assert scores.cost(relu, Q).transcendentals_per_pair == 0
     # The trade, as a printed number.
-    assert f"{cost.flops_per_pair:,} FLOPs a pair" in str(cost)
+    assert f"{cost.flops_per_pair:,} FLOPs and {P + M} transc" in str(cost)
 
 
 def test_tanh_sum():
