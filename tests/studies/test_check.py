@@ -64,7 +64,7 @@ def test_check(tmp_path, monkeypatch, capsys):
         assert "there is no" in " ".join(capsys.readouterr().err.split())
         assert script.main([*arguments, "--quick", "--devices", "2"]) == 0
         assert script.main([*arguments, "--check"]) == 0
-        assert "as committed" in capsys.readouterr().out
+        assert "equal to the committed results" in capsys.readouterr().out
         path = tmp_path / "quick" / "attention-graph.json"
         changed = json.loads(path.read_text())
         changed["results"]["causal"]["window"]["mean_path"] *= 2
@@ -135,7 +135,7 @@ def test_an_interrupted_check_is_not_resumed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(script, "run", stop)
     arguments = ["attention-graph", "--out", str(tmp_path / "out")]
     assert script.main(arguments) == 130
-    assert "interrupted; go on with: python -m" in capsys.readouterr().err
+    assert "interrupted; continue with: python -m" in capsys.readouterr().err
     assert script.main([*arguments, "--check"]) == 130
-    assert capsys.readouterr().err == "interrupted: of a check nothing is kept\n"
+    assert capsys.readouterr().err == "interrupted: a check keeps no results\n"
     assert not (tmp_path / "out").exists()

@@ -116,7 +116,7 @@ def test_a_broken_file_is_told_and_kept(context, mesh):
     context.train(run(mesh))
     path = context.ledger.path
     path.write_text(broken := path.read_text() + '{"identity": 3\n')
-    with pytest.raises(StudyError, match="line 2 is not what was written there"):
+    with pytest.raises(StudyError, match="line 2 is damaged"):
         context.train(run(mesh, "more", batch_at=forbidden))
     assert path.read_text() == broken
 

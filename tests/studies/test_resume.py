@@ -193,7 +193,7 @@ def test_a_best_one_that_is_lost_is_told(mesh, place, whole):
     folder = place.folder.parent / "whole"
     best = folder / "checkpoints" / str(whole.summary["best"]["step"])
     (best / "record" / "metadata").unlink()
-    with pytest.raises(StudyError, match="best checkpoint is lost.*--only tiny"):
+    with pytest.raises(StudyError, match="best checkpoint cannot be read.*--only tiny"):
         train(make_run(mesh=mesh), place._replace(folder=folder, resume=True))
 
 
