@@ -67,9 +67,9 @@ class Recall:
         """Batches drawn independently of the training batches.
 
         Args:
-            distances: the least and the greatest distance. batches: number of batches.
-            purpose: different purposes, such as "dev" and "test", get different
-            batches.
+            distances: the least and the greatest distance.
+            batches: number of batches.
+            purpose: purposes, such as "dev" and "test", get different batches.
         """
         random = np.random.default_rng((self._seed, 1, *purpose.encode(), *distances))
         return [self._make(random, distances) for _ in range(batches)]
