@@ -1,4 +1,4 @@
-"""Committed numbers, and whether they are found again."""
+"""``--check``, and the fit and crossings of the crossover study."""
 
 import json
 
@@ -100,7 +100,7 @@ def test_fit_finds_what_time_is_made_of():
 
 
 def test_where_a_ratio_crosses_one():
-    # Four times as slow a pair, a hundred pairs a query: it pays from 400 on.
+    # A pair takes four times as long, with a hundred pairs per query: faster from 400.
     points = [(n, 400 / n) for n in (128, 256, 512, 1024)]
     assert crossing(points) == (pytest.approx(400), False)
     assert crossing([(n, y / 10) for n, y in points]) == (128, True)
