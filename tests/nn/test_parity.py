@@ -211,9 +211,7 @@ def test_big_bird_draws_blocks_for_each_layer_and_head(big_bird, length, monkeyp
     model, folder = big_bird
     tokens, lengths, real = tokens_of(length)
     drawn = recorded(model, monkeypatch)
-    training = copy.deepcopy(
-        model
-    ).train()  # draws blocks only in training; there is no dropout
+    training = copy.deepcopy(model).train()  # draws only when training
     inputs = torched(tokens, real)
     with torch.no_grad():
         training(*inputs)
@@ -258,10 +256,7 @@ def test_big_bird_is_dense_where_it_is_short(tmp_path):
     assert error(result, model, real, *torched(tokens, real)) < 1
 
 
-WINDOWS, FIRST = (
-    [4, 8],
-    2,
-)  # Longformer's windows by layer; the row of its first position
+WINDOWS, FIRST = [4, 8], 2  # by layer; the row of Longformer's first position
 
 
 @pytest.fixture(scope="module")
@@ -438,8 +433,8 @@ def t5(request, tmp_path_factory):
     def build():
         model = transformers.T5ForConditionalGeneration(config)
         if new:
-            # tie_word_embeddings=False only means that logits are not divided; the class
-            # still ties the weights, which T5 1.1 does not.
+            # tie_word_embeddings=False only means that logits are not divided; the
+            # class still ties the weights, which T5 1.1 does not.
             model.lm_head = torch.nn.Linear(FEATURES, VOCABULARY, bias=False)
         return model
 
