@@ -1,4 +1,4 @@
-"""Bad input: each error names the argument, what it got, and what would do."""
+"""Bad input: errors name the argument, what was given, and what is expected."""
 
 import dataclasses
 import types
@@ -35,7 +35,7 @@ class Undecorated(Modifier):
 
 
 def torch_like(x):
-    """An array of a library whose types NumPy does not know."""
+    """An array of a library whose dtypes NumPy does not know."""
     return types.SimpleNamespace(shape=x.shape, dtype="torch.float32")
 
 
@@ -44,7 +44,7 @@ def call(query=Q, key=K, value=V, **options):
 
 
 def like(x, **changes):
-    """The same array with another size along named axes."""
+    """Zeros like ``x``, with other sizes of the axes that ``changes`` names."""
     shape = list(x.shape)
     for name, size in changes.items():
         shape["BLNH".index(name)] = size
@@ -579,7 +579,7 @@ OWN = {
 
 @pytest.mark.parametrize("name", OWN)
 def test_what_own_scores_and_modifiers_yield_is_checked_whoever_runs(name, monkeypatch):
-    """As many queries as keys, so that a wrong shape could be broadcast."""
+    """With as many queries as keys, so that a wrong shape could broadcast."""
     interpreted.register(monkeypatch)
     x = jnp.ones((1, 4, 2, 8))
     options, kind, message = OWN[name]

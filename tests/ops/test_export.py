@@ -1,4 +1,4 @@
-"""Exported programs of which not every size is known (``jax.export``)."""
+"""Exported programs with symbolic sizes (``jax.export``)."""
 
 import functools
 
@@ -22,7 +22,7 @@ def arrays(b, t, s):
 
 
 def shapes(symbols, *more):
-    """Of query, key and value; ``more``: shapes and types of other arrays."""
+    """Symbolic shapes of query, key and value, and of ``more`` arrays."""
     scope = jax.export.SymbolicScope()
     symbolic = functools.partial(jax.export.symbolic_shape, scope=scope)
     b, t, s = symbolic(symbols)
