@@ -67,8 +67,8 @@ class Alignment(nnx.Module):
             mask: which source positions a query position may see, in every call.
             query: ``[*, features] -> [*, size]``, applied before the comparison.
             key: likewise to the states that are compared (not to their sum).
-            implementation: as of :func:`attnlab.attention`.
-            precision: of matrix products.
+            implementation: see :func:`attnlab.attention`.
+            precision: precision of matrix products, as in JAX.
         """
         score = ScaledDot() if score is None else score
         self.score = nnx.data(as_params(score))
@@ -96,7 +96,7 @@ class Alignment(nnx.Module):
             attention_size: where they are compared.
             score: of vectors of that size; ``scaled_dot()`` if not given.
             param_dtype: of the projections.
-            rngs: Flax's.
+            rngs: Flax's random streams.
             **options: as of the class.
 
         References:
@@ -260,7 +260,7 @@ class PredictiveAlignment(Alignment):
             half_width: D.
             hidden_size: of the prediction; ``features`` if not given.
             param_dtype: of the prediction.
-            rngs: Flax's.
+            rngs: Flax's random streams.
             **options: as of :class:`Alignment`.
         """
         if half_width < 1:

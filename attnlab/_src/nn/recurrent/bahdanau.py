@@ -70,7 +70,7 @@ class BahdanauDecoder(AttentiveDecoder):
         Args:
             embedding: of tokens, for the cell and the readout.
             cell: ``GRU``, ``LSTM``, ...
-            attention: an ``Alignment``, a ``MultiHeadAttention`` without dropout.
+            attention: an ``Alignment``, or a ``MultiHeadAttention`` without dropout.
             readout: from state, context and the token's vector to logits.
             context: from contexts to ``cell.gate_features``.
             first: from the encoder's last output (backwards, if it has two) to
@@ -97,16 +97,17 @@ class BahdanauDecoder(AttentiveDecoder):
         """That of the paper, or a part-wise variant.
 
         Args:
-            vocabulary_size: V.
-            features: of the embedding.
-            hidden_size: of the cell; half as many maxout units.
-            context_features: of the encoder's states.
+            vocabulary_size: V, the number of tokens.
+            features: size of an embedding vector.
+            hidden_size: size of the cell's output; the readout has half as many maxout
+                units.
+            context_features: size of the encoder's states.
             last_features: of its last output (backwards, if it has two).
             attention_size: hidden units of the additive score; ``hidden_size`` if not
                 given.
             attention: an ``Alignment`` instead; its contexts have ``context_features``.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
+            rngs: Flax's random streams.
         """
         made = cell(features, hidden_size, rngs=rngs)
         if attention is None:

@@ -40,14 +40,14 @@ class Cell(nnx.Module):
         """Makes the weights of inputs, with a bias, and those of the state.
 
         Args:
-            in_features: of the inputs.
+            in_features: size of the inputs.
             hidden_size: of the output.
-            dtype: of the computation; that of inputs and parameters if not given.
-            param_dtype: of the parameters.
+            dtype: type of the computation; that of inputs and parameters if not given.
+            param_dtype: type of the parameters.
             kernel_init: of the weights of inputs.
             recurrent_init: of the weights of the state, for each gate.
-            bias_init: of the biases.
-            rngs: Flax's.
+            bias_init: initializer of the biases.
+            rngs: Flax's random streams.
         """
         self.hidden_size = hidden_size
         self.input = projection(

@@ -53,7 +53,7 @@ class RecurrentDecoder(nnx.Module):
         """Puts parts together.
 
         Args:
-            embedding: of tokens, for the cell.
+            embedding: embedding of tokens, the input of the cell.
             cell: ``GRU``, ``LSTM``, ...
             first: from an encoder's last output to ``cell.state_size``; its tanh is the
                 first state.
@@ -85,7 +85,7 @@ class RecurrentDecoder(nnx.Module):
 
         Args:
             tokens: ``[B, T]`` integers.
-            state: of :meth:`start`, or of the step before.
+            state: from :meth:`start`, or returned by the step before.
 
         Returns:
             Logits ``[B, T, V]``, and the next state.
@@ -133,7 +133,7 @@ class PlainDecoder(RecurrentDecoder):
         """Puts parts together.
 
         Args:
-            embedding: of tokens.
+            embedding: embedding of tokens.
             cell: ``GRU``, ``LSTM``, ...
             readout: from state, context and the token's vector to logits.
             context: from the encoder's last outputs, side by side, to
@@ -158,12 +158,13 @@ class PlainDecoder(RecurrentDecoder):
         """One layer, and a maxout readout.
 
         Args:
-            vocabulary_size: V.
-            features: of the embedding.
-            hidden_size: of the cell; half as many maxout units.
+            vocabulary_size: V, the number of tokens.
+            features: size of an embedding vector.
+            hidden_size: size of the cell's output; the readout has half as many maxout
+                units.
             context_features: of the encoder's last outputs together.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
+            rngs: Flax's random streams.
         """
         made = cell(features, hidden_size, rngs=rngs)
         known = hidden_size + context_features + features
@@ -206,9 +207,9 @@ class AttentiveDecoder(RecurrentDecoder):
         """Puts parts together.
 
         Args:
-            embedding: of tokens, for the cell.
+            embedding: embedding of tokens, the input of the cell.
             cell: ``GRU``, ``LSTM``, ...
-            attention: an ``Alignment``, a ``MultiHeadAttention`` without dropout.
+            attention: an ``Alignment``, or a ``MultiHeadAttention`` without dropout.
             first: from the encoder's last output (backwards, if it has two) to
                 ``cell.state_size``.
         """

@@ -52,13 +52,13 @@ class RecurrentEncoderDecoder(nnx.Module):
         """Without attention: one vector passes (Cho et al., 2014).
 
         Args:
-            vocabulary_size: of the sources.
-            target_size: of the targets; as the sources' if not given.
-            features: of the embeddings.
-            hidden_size: of every cell.
+            vocabulary_size: number of source tokens.
+            target_size: number of target tokens; ``vocabulary_size`` if not given.
+            features: size of an embedding vector.
+            hidden_size: size of every cell's output.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
-            **options: as of :meth:`RecurrentEncoder.standard`.
+            rngs: Flax's random streams.
+            **options: further arguments of :meth:`RecurrentEncoder.standard`.
         """
         sizes = {"features": features, "hidden_size": hidden_size, "cell": cell}
         encoder = RecurrentEncoder.standard(
@@ -90,17 +90,17 @@ class RecurrentEncoderDecoder(nnx.Module):
         """RNNsearch of Bahdanau, Cho and Bengio, 2015, or a part-wise variant.
 
         Args:
-            vocabulary_size: of the sources.
-            target_size: of the targets; as the sources' if not given.
-            features: of the embeddings.
-            hidden_size: of every cell.
+            vocabulary_size: number of source tokens.
+            target_size: number of target tokens; ``vocabulary_size`` if not given.
+            features: size of an embedding vector.
+            hidden_size: size of every cell's output.
             attention_size: hidden units of the additive score; ``hidden_size`` if not
                 given.
             attention: an ``Alignment`` instead.
             bidirectional: whether the encoder reads in both directions.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
-            **options: as of :meth:`RecurrentEncoder.standard`.
+            rngs: Flax's random streams.
+            **options: further arguments of :meth:`RecurrentEncoder.standard`.
         """
         sizes = {"features": features, "hidden_size": hidden_size, "cell": cell}
         encoder = RecurrentEncoder.standard(
@@ -134,16 +134,16 @@ class RecurrentEncoderDecoder(nnx.Module):
         """The model of Luong, Pham and Manning, 2015, here with one layer.
 
         Args:
-            vocabulary_size: of the sources.
-            target_size: of the targets; as the sources' if not given.
-            features: of the embeddings.
-            hidden_size: of every cell.
+            vocabulary_size: number of source tokens.
+            target_size: number of target tokens; ``vocabulary_size`` if not given.
+            features: size of an embedding vector.
+            hidden_size: size of every cell's output.
             attention: an ``Alignment``; with the bilinear score ("general") if not
                 given.
             input_feeding: whether ``h~`` is fed back.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
-            **options: as of :meth:`RecurrentEncoder.standard`.
+            rngs: Flax's random streams.
+            **options: further arguments of :meth:`RecurrentEncoder.standard`.
         """
         sizes = {"features": features, "hidden_size": hidden_size, "cell": cell}
         encoder = RecurrentEncoder.standard(

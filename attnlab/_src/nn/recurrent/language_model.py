@@ -70,8 +70,8 @@ class RecurrentLanguageModel(nnx.Module):
         """Puts parts together.
 
         Args:
-            embedding: of tokens.
-            layers: one after another.
+            embedding: embedding of tokens.
+            layers: layers, applied in this order.
             head: ``[*, features] -> [*, V]``.
             attention: an ``Alignment`` or a ``MultiHeadAttention`` of the last layer's
                 states to those before them; None: there is none.
@@ -103,13 +103,13 @@ class RecurrentLanguageModel(nnx.Module):
         """Layers alike, and scaled dot-product attention unless you say otherwise.
 
         Args:
-            vocabulary_size: V.
-            features: of the embedding.
-            hidden_size: of each cell.
-            num_layers: layers.
+            vocabulary_size: V, the number of tokens.
+            features: size of an embedding vector.
+            hidden_size: size of every cell's output.
+            num_layers: number of layers.
             cell: ``LSTM``, ``GRU``, or ``cell(in_features, hidden_size, rngs=rngs)``.
             attention: an ``Alignment`` of states of ``hidden_size``.
-            rngs: Flax's.
+            rngs: Flax's random streams.
         """
         plain = cls.plain(
             vocabulary_size,
@@ -159,7 +159,7 @@ class RecurrentLanguageModel(nnx.Module):
 
         Args:
             tokens: ``[B, T]`` integers.
-            lengths: ``[B]`` integers: tokens before the padding.
+            lengths: ``[B]`` integers: number of tokens before the padding.
             documents: ``[B, T]`` integers, instead of lengths: neither states nor
                 attention reach from one document into another; negative = padding.
 
@@ -179,7 +179,7 @@ class RecurrentLanguageModel(nnx.Module):
         """The state before the first token.
 
         Args:
-            batch: B.
+            batch: B, the batch size.
             length: tokens that may follow.
             dtype: of states and cache; what the layers compute in if not given.
         """
@@ -209,7 +209,7 @@ class RecurrentLanguageModel(nnx.Module):
 
         Args:
             tokens: ``[B, T]`` integers.
-            state: of :meth:`start`, or of the step before.
+            state: from :meth:`start`, or returned by the step before.
 
         Returns:
             Logits ``[B, T, V]``, and the next state. An example that outgrows its cache

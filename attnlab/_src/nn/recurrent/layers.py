@@ -49,7 +49,7 @@ class Recurrent(nnx.Module):
         Args:
             x: ``[B, T, in_features]``; what lies in padding does not matter.
             state: before the first token that is read; zeros if not given.
-            lengths: ``[B]`` integers: tokens before the padding.
+            lengths: ``[B]`` integers: number of tokens before the padding.
             documents: ``[B, T]`` integers, instead of lengths: the state starts anew
                 where a new id is read; negative = padding, wherever it lies.
 
@@ -182,10 +182,10 @@ class RecurrentEncoder(nnx.Module):
         """Puts parts together.
 
         Args:
-            embedding: of tokens.
-            layers: one after another.
+            embedding: embedding of tokens.
+            layers: layers, applied in this order.
             dropout_rate: of what one layer hands to the next.
-            rngs: Flax's; needed for dropout.
+            rngs: Flax's random streams; needed for dropout.
         """
         if not layers:
             raise ValueError("layers: expected at least one, got none")
@@ -209,15 +209,15 @@ class RecurrentEncoder(nnx.Module):
         """Layers alike.
 
         Args:
-            vocabulary_size: V.
+            vocabulary_size: V, the number of tokens.
             features: of the embedding, unless one is given.
-            hidden_size: of each cell.
-            num_layers: layers.
+            hidden_size: size of every cell's output.
+            num_layers: number of layers.
             bidirectional: whether each layer reads in both directions.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
             dropout_rate: of the embedding, and between layers.
-            embedding: one made before, to share it.
-            rngs: Flax's.
+            embedding: an existing embedding to share; a new one if not given.
+            rngs: Flax's random streams.
         """
         if embedding is not None:
             features = embedding.table.features
@@ -249,7 +249,7 @@ class RecurrentEncoder(nnx.Module):
 
         Args:
             tokens: ``[B, S]`` integers.
-            lengths: ``[B]`` integers: tokens before the padding.
+            lengths: ``[B]`` integers: number of tokens before the padding.
             documents: ``[B, S]`` integers, instead of lengths, see :class:`Recurrent`.
         """
         x = self.embedding(tokens)

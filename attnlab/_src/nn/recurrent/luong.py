@@ -62,9 +62,9 @@ class LuongDecoder(AttentiveDecoder):
         """Puts parts together.
 
         Args:
-            embedding: of tokens.
+            embedding: embedding of tokens.
             cell: ``GRU``, ``LSTM``, ``StackedCells``, ...
-            attention: an ``Alignment``, a ``MultiHeadAttention`` without dropout.
+            attention: an ``Alignment``, or a ``MultiHeadAttention`` without dropout.
             combine: W_c, of context and state side by side.
             head: W_s, ``[*, features] -> [*, V]``.
             first: from the encoder's last output (backwards, if it has two) to
@@ -94,17 +94,17 @@ class LuongDecoder(AttentiveDecoder):
         """That of the paper with one layer, or a part-wise variant.
 
         Args:
-            vocabulary_size: V.
-            features: of the embedding.
-            hidden_size: of the cell.
-            context_features: of the encoder's states.
+            vocabulary_size: V, the number of tokens.
+            features: size of an embedding vector.
+            hidden_size: size of the cell's output.
+            context_features: size of the encoder's states.
             last_features: of its last output (backwards, if it has two);
                 ``context_features`` if not given.
             attention: an ``Alignment``; with the bilinear score ("general") if not
                 given.
             input_feeding: whether h~ is fed back.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
+            rngs: Flax's random streams.
         """
         made = cell(features, hidden_size, rngs=rngs)
         if attention is None:

@@ -30,11 +30,11 @@ class Readout(nnx.Module):
         """One matrix.
 
         Args:
-            features: of state, context and token's vector together.
-            vocabulary_size: V.
-            dtype: of the computation; that of inputs and parameters if not given.
-            param_dtype: of the parameters.
-            rngs: Flax's.
+            features: size of state, context and token vector together.
+            vocabulary_size: V, the number of tokens.
+            dtype: type of the computation; that of inputs and parameters if not given.
+            param_dtype: type of the parameters.
+            rngs: Flax's random streams.
         """
         self.out = projection(
             features,
@@ -80,12 +80,12 @@ class MaxoutReadout(nnx.Module):
         """Two matrices.
 
         Args:
-            features: of state, context and token's vector together.
+            features: size of state, context and token vector together.
             hidden_size: maxout units.
-            vocabulary_size: V.
-            dtype: of the computation; that of inputs and parameters if not given.
-            param_dtype: of the parameters.
-            rngs: Flax's.
+            vocabulary_size: V, the number of tokens.
+            dtype: type of the computation; that of inputs and parameters if not given.
+            param_dtype: type of the parameters.
+            rngs: Flax's random streams.
         """
         types = {"dtype": dtype, "param_dtype": param_dtype}
         self.hidden = projection(

@@ -43,11 +43,11 @@ def bert(
     ============  =====================================================================
 
     Args:
-        num_layers: blocks.
+        num_layers: number of blocks.
         prefix: of all names; none, ``bert.``, ``roberta.`` or ``longformer.``, as the
             checkpoint has it, if not given.
         first_position: the row of position 0 in the checkpoint's table.
-        scan: whether the ``Stack`` scans.
+        scan: whether the module's ``Stack`` has ``scan=True``.
 
     References:
         Devlin et al., "BERT", 2019; Zaheer et al., "Big Bird", 2020; Beltagy, Peters,
@@ -100,10 +100,10 @@ def gpt2(num_layers: int, *, prefix: str | None = None, scan: bool = False) -> N
     ``jax.nn.gelu``, whose ``Embedding`` has ``Learned`` positions and ``scale=1``.
 
     Args:
-        num_layers: blocks.
+        num_layers: number of blocks.
         prefix: of all names but the head's; none or ``transformer.``, as the checkpoint
             has it, if not given.
-        scan: whether the ``Stack`` scans.
+        scan: whether the module's ``Stack`` has ``scan=True``.
 
     References:
         Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
@@ -164,10 +164,10 @@ def mistral(num_layers: int, *, prefix: str | None = None, scan: bool = False) -
     and those before, so ``sliding_window`` W is ``masks.sliding_window(W - 1, 0)``.
 
     Args:
-        num_layers: blocks.
+        num_layers: number of blocks.
         prefix: of all names but the head's; ``model.`` or none, as the checkpoint has
             it, if not given.
-        scan: whether the ``Stack`` scans.
+        scan: whether the module's ``Stack`` has ``scan=True``.
 
     References:
         Jiang et al., "Mistral 7B", 2023.
@@ -219,7 +219,7 @@ def t5(
     ``RelativeBias`` to train it as one.
 
     Args:
-        num_layers: blocks of either side.
+        num_layers: number of blocks of the encoder, and of the decoder.
         prefix: of all names but the head's; none or ``transformer.``, as the checkpoint
             has it, if not given.
         tied: whether tokens' vectors make the logits, too. T5 then divides them by
@@ -227,7 +227,7 @@ def t5(
             1.1, Flan-T5): ``head=nnx.Linear(features, V, use_bias=False)``.
         gated: whether feed-forward layers are ``GatedFeedForward`` (T5 1.1, Flan-T5,
             with ``jax.nn.gelu``).
-        scan: whether the ``Stack`` scans.
+        scan: whether the module's ``Stack`` has ``scan=True``.
 
     References:
         Raffel et al., "Exploring the Limits of Transfer Learning", 2020.
@@ -296,10 +296,10 @@ def marian(num_layers: int, *, prefix: str | None = None, scan: bool = False) ->
     ``Sinusoidal(interleaved=False)`` and ``logits_bias=True``.
 
     Args:
-        num_layers: blocks of either side.
+        num_layers: number of blocks of the encoder, and of the decoder.
         prefix: of all names but those of the logits; ``model.`` or none, as the
             checkpoint has it, if not given.
-        scan: whether the ``Stack`` scans.
+        scan: whether the module's ``Stack`` has ``scan=True``.
 
     References:
         Junczys-Dowmunt et al., "Marian: Fast Neural Machine Translation in C++", 2018.
