@@ -1,4 +1,4 @@
-"""A recurrent encoder and a recurrent decoder together."""
+"""The recurrent encoder-decoder."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from attnlab._src.types import Array, ArrayLike
 
 
 class RecurrentEncoderDecoder(nnx.Module):
-    """Sentences to sentences, before there were Transformers.
+    """A recurrent sequence-to-sequence model, with or without attention.
 
     Example:
         >>> import jax.numpy as jnp
@@ -49,7 +49,7 @@ class RecurrentEncoderDecoder(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "RecurrentEncoderDecoder":
-        """Without attention: one vector passes (Cho et al., 2014).
+        """Without attention: the decoder gets one vector (Cho et al., 2014).
 
         Args:
             vocabulary_size: number of source tokens.
@@ -87,7 +87,7 @@ class RecurrentEncoderDecoder(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "RecurrentEncoderDecoder":
-        """RNNsearch of Bahdanau, Cho and Bengio, 2015, or a part-wise variant.
+        """RNNsearch of Bahdanau, Cho and Bengio, 2015; parts can be replaced.
 
         Args:
             vocabulary_size: number of source tokens.
@@ -96,7 +96,7 @@ class RecurrentEncoderDecoder(nnx.Module):
             hidden_size: size of every cell's output.
             attention_size: hidden units of the additive score; ``hidden_size`` if not
                 given.
-            attention: an ``Alignment`` instead.
+            attention: an ``Alignment`` to use instead of the additive one.
             bidirectional: whether the encoder reads in both directions.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
             rngs: Flax's random streams.
@@ -140,7 +140,8 @@ class RecurrentEncoderDecoder(nnx.Module):
             hidden_size: size of every cell's output.
             attention: an ``Alignment``; with the bilinear score ("general") if not
                 given.
-            input_feeding: whether ``h~`` is fed back.
+            input_feeding: whether the attentional state ``h~`` is an input of the next
+                step.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
             rngs: Flax's random streams.
             **options: further arguments of :meth:`RecurrentEncoder.standard`.
@@ -172,7 +173,7 @@ class RecurrentEncoderDecoder(nnx.Module):
         Args:
             source: ``[B, S]`` integers.
             target: ``[B, T]`` integers, beginning with the start token.
-            source_lengths: ``[B]``: tokens of each source before the padding.
+            source_lengths: ``[B]``: number of source tokens before the padding.
 
         Returns:
             ``[B, T, V]``.
@@ -198,7 +199,11 @@ class RecurrentEncoderDecoder(nnx.Module):
         *,
         source_lengths: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
-        """As a call, with the weights ``[B, T, S]`` of a decoder that attends."""
+        """As a call, but also returns attention weights ``[B, T, S]``.
+
+        Raises:
+            TypeError: if the decoder has no attention.
+        """
         if not isinstance(self.decoder, AttentiveDecoder):
             raise TypeError(
                 f"decoder: {type(self.decoder).__name__} does not attend: it has no "

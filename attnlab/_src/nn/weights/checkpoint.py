@@ -146,8 +146,8 @@ def _indexed(folder: Path) -> dict[str, Path]:
     for name, shard in shards.items():
         if not isinstance(shard, str) or not _inside(shard):
             raise ValueError(
-                f"{path}: tensor {name!r}: expected the name of a file in this folder, "
-                f"got {shard!r}"
+                f"{path}: expected for {name!r} the name of a file in this folder, got "
+                f"{shard!r}"
             )
     return {name: folder / shard for name, shard in shards.items()}
 

@@ -137,7 +137,7 @@ def _refuse(problems: Sequence[str], source: Source) -> None:
 
 
 def _without_values(module: nnx.Module) -> list[str]:
-    """Problems: arrays that are not parameters and have no values (``nnx.eval_shape``).
+    """Problems: arrays other than parameters without values (``nnx.eval_shape``).
 
     Random streams do not count: they are needed for dropout only.
     """
@@ -202,8 +202,8 @@ def _different(
     """Problems: tensors that should equal another one (tied weights) but differ."""
     apart = {*needed, *(names.elsewhere or ())}
     return [
-        f"tensor {copy!r}: expected a copy of {name!r}, as the module has one parameter "
-        "for both, got other numbers"
+        f"tensor {copy!r}: expected a copy of {name!r}, as the module has one "
+        "parameter for both, got other numbers"
         for copy, name in names.copies.items()
         if name in needed and copy in found and copy not in apart
         if not np.array_equal(found[copy].read(), found[name].read())
