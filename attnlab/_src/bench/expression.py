@@ -40,7 +40,7 @@ def read_mask(text: str) -> Mask:
         tree = ast.parse(text.strip(), mode="eval")
         return _value(tree.body)
     except SyntaxError as error:
-        raise ValueError(f"{text!r} is not an expression: {error.msg}") from None
+        raise ValueError(f"{text!r} is no expression: {error.msg}") from None
     except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{text!r}: {error}") from None
 
