@@ -201,7 +201,7 @@ class Block(nnx.Module):
         if cross is None or residual is None:
             if memory is not None:
                 raise ValueError(
-                    "memory: expected None, as the block has no cross_attention"
+                    "memory: the block has no cross_attention that could use it"
                 )
             return x
         if memory is None:

@@ -140,8 +140,8 @@ def _refuse(**replacements: Any) -> None:
     for name, replacement in replacements.items():
         if replacement is not None:
             raise NotImplementedError(
-                f"{name}: attnlab has no einsum to replace; leave it (and the module's "
-                "*_einsum_cls) out, or use Flax's own attention function"
+                f"{name}: attnlab's tiles have no einsum to replace; leave it (and the "
+                "module's *_einsum_cls) out, or use Flax's own attention function"
             )
 
 

@@ -74,8 +74,8 @@ def tensors_of(source: Source) -> Iterator[dict[str, Tensor]]:
         found: dict[str, Tensor] = {}
         for path in files:
             with _told(
-                f"{path}: expected a safetensors file; if the download is "
-                "incomplete, or the file is a Git LFS pointer, fetch it again"
+                f"{path}: expected a safetensors file; a download that is "
+                "incomplete, or a Git LFS pointer, must be fetched again"
             ):
                 file: Any = opened.enter_context(safetensors.safe_open(path, "numpy"))
                 for name in file.keys():  # noqa: SIM118 (it is no mapping)

@@ -160,7 +160,7 @@ def _unmade(
     for at, shape in shapes.items():
         where = f"{at} {_shown(shape)}"
         if at not in names.recipes:
-            problems.append(f"{where}: the map has no recipe for this parameter")
+            problems.append(f"{where}: the map says nothing about this parameter")
             continue
         recipe = names.recipes[at]
         for name, expected in zip(recipe.names, recipe.shapes(shape), strict=True):
