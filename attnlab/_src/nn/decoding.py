@@ -277,6 +277,6 @@ def _check_room(step: Any, state: PyTree, given: int, length: int) -> None:
         if isinstance(learned, Learned) and learned.table.shape[0] < held + taken:
             raise ValueError(
                 f"length: {given} tokens of prompt and length={length} need {beside} "
-                f"positions, expected at most {learned.table.shape[0]}, as many as "
+                f"positions, expected at most the {learned.table.shape[0]} that "
                 "Learned has"
             )
