@@ -111,7 +111,7 @@ def sample(
             for both.
 
     Raises:
-        TypeError, ValueError: as of :func:`greedy`.
+        TypeError, ValueError: see :func:`greedy`.
 
     Example:
         >>> step = lambda tokens, state: (jax.nn.one_hot(tokens + 1, 5), state)

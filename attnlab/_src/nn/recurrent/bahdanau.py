@@ -68,7 +68,7 @@ class BahdanauDecoder(AttentiveDecoder):
         """Puts parts together.
 
         Args:
-            embedding: of tokens, for the cell and the readout.
+            embedding: embedding of tokens, an input of cell and readout.
             cell: ``GRU``, ``LSTM``, ...
             attention: an ``Alignment``, or a ``MultiHeadAttention`` without dropout.
             readout: maps state, context and the token's vector to logits.
