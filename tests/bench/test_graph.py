@@ -118,7 +118,7 @@ def test_expressions(text, expected):
         ("sliding_window(-1, 0)", "left: expected at least 0"),
         ("sliding_window()", "missing 2 required"),
         ("causal(", "is no expression"),
-        ("sliding_window(**{'left': 1})", "expected arguments, got"),
+        ("sliding_window(**{'left': 1})", "expected plain arguments, without"),
         ("anchor(1000000000000)", "expected less than"),
         ("random_blocks(1, 2, 4, 100000000000000000000)", "num_blocks"),
         ("", "is no expression"),

@@ -172,7 +172,7 @@ def test_what_is_ignored_is_told_once_and_by_name():
     with pytest.warns(UserWarning, match="ignored") as told:
         weights.load(module, tensors, names)
     assert [str(w.message) for w in told] == [
-        f"ignored, for no parameter takes them: {', '.join(sorted(buffers))}"
+        f"ignored, as no parameter takes them: {', '.join(sorted(buffers))}"
     ]
     assert told[0].filename == __file__
     # If the warning is an error, the module is not changed.

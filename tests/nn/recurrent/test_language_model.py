@@ -205,7 +205,7 @@ def test_packed_documents_and_padding(name):
 def test_errors():
     model = made("scaled_dot")
     parts = model.embedding, list(model.layers), model.head
-    with pytest.raises(ValueError, match="combine: give it where there is attention"):
+    with pytest.raises(ValueError, match="combine: give both attention and combine"):
         nn.RecurrentLanguageModel(*parts, attention=model.attention)
     with pytest.raises(ValueError, match="layers: expected at least one"):
         nn.RecurrentLanguageModel(parts[0], [], parts[2])
