@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 #: Compilation dominates, so LLVM's optimisations are left out. XLA's own passes, which
 #: decide what is fused and what is held in memory, run all the same. A program is not
@@ -57,7 +58,9 @@ from attnlab._src.implementations.tiled import Tiled  # noqa: E402
 from attnlab._src.ops.primitive import compute  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-if jax.config.jax_compilation_cache_dir is None:  # several runs may share one, too
+if (
+    jax.config.values["jax_compilation_cache_dir"] is None
+):  # several runs may share one, too
     jax.config.update("jax_compilation_cache_dir", os.path.join(SHARED, "programs"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # What careful users set: nothing is broadcast or promoted that nobody asked for.
@@ -68,7 +71,7 @@ jax.config.update("jax_legacy_prng_key", "error")
 # JAX makes an MLIR context for each program that it lowers, which takes longer than to
 # lower a small one. Here the programs of one module of tests share it. The function is
 # private: a JAX that has none of this name works as it does by itself.
-_mlir = sys.modules.get("jax._src.interpreters.mlir")
+_mlir: Any = sys.modules.get("jax._src.interpreters.mlir")
 if hasattr(_mlir, "make_ir_context"):
     _mlir.make_ir_context = functools.cache(_mlir.make_ir_context)
 
@@ -107,15 +110,16 @@ def verb():
 
 def forget():
     """Lets what was traced before be traced again."""
-    verb().run_attention.clear_cache()
-    compute.clear_cache()
+    programs: list[Any] = [verb().run_attention, compute]
+    for program in programs:
+        program.clear_cache()
 
 
 #: Of this process: programs asked for, and how many of these were compiled before.
 PROGRAMS = {"asked": 0, "shared": 0}
 
 
-def _count_asked(event, duration, **_):
+def _count_asked(event, duration_secs, **_):
     PROGRAMS["asked"] += event == "/jax/core/compile/backend_compile_duration"
 
 
