@@ -58,9 +58,7 @@ from attnlab._src.implementations.tiled import Tiled  # noqa: E402
 from attnlab._src.ops.primitive import compute  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-if (
-    jax.config.values["jax_compilation_cache_dir"] is None
-):  # several runs may share one, too
+if jax.config.values["jax_compilation_cache_dir"] is None:  # runs may share one, too
     jax.config.update("jax_compilation_cache_dir", os.path.join(SHARED, "programs"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # What careful users set: nothing is broadcast or promoted that nobody asked for.
