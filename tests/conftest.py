@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 #: Compilation takes most of the time, so LLVM's optimisations are switched off. XLA's
 #: own passes, which decide about fusion and memory, still run. Programs are not split
@@ -59,7 +60,7 @@ from attnlab._src.implementations.tiled import Tiled  # noqa: E402
 from attnlab._src.ops.primitive import compute  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-if jax.config.jax_compilation_cache_dir is None:  # unless the user gives one
+if jax.config.values["jax_compilation_cache_dir"] is None:  # runs may share one, too
     jax.config.update("jax_compilation_cache_dir", os.path.join(SHARED, "programs"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Implicit promotion of ranks and dtypes is an error.
@@ -70,7 +71,7 @@ jax.config.update("jax_legacy_prng_key", "error")
 # JAX makes an MLIR context for each program that it lowers, which takes longer than
 # lowering a small program. Here the programs of one test module share a context. The
 # function is private: where it does not exist, nothing is changed.
-_mlir = sys.modules.get("jax._src.interpreters.mlir")
+_mlir: Any = sys.modules.get("jax._src.interpreters.mlir")
 if hasattr(_mlir, "make_ir_context"):
     _mlir.make_ir_context = functools.cache(_mlir.make_ir_context)
 
@@ -109,15 +110,16 @@ def verb():
 
 def forget():
     """Clears JAX's caches of traces, so that calls are traced again."""
-    verb().run_attention.clear_cache()
-    compute.clear_cache()
+    programs: list[Any] = [verb().run_attention, compute]
+    for program in programs:
+        program.clear_cache()
 
 
 #: Counts of this process: programs, and those found in the compilation cache.
 PROGRAMS = {"asked": 0, "shared": 0}
 
 
-def _count_asked(event, duration, **_):
+def _count_asked(event, duration_secs, **_):
     PROGRAMS["asked"] += event == "/jax/core/compile/backend_compile_duration"
 
 

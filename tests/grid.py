@@ -314,9 +314,10 @@ def covering() -> list[Cell]:
             chosen[i] = max(levels[i], key=gain)
         for pair in pairs_of(tuple(chosen)):
             open_pairs.pop(pair, None)
-        for i, level in enumerate(chosen):
+        found = [x for x in chosen if x is not None]
+        for i, level in enumerate(found):
             used[i, level] += 1
-        cells.append(Cell(*chosen))
+        cells.append(Cell(*found))
     return cells
 
 
@@ -372,12 +373,12 @@ def in_turn(*axes: Iterable[Any]) -> list[Any]:
     These are a ``zip`` of the axes, with the shorter ones repeated, so that each choice
     of each axis occurs.
     """
-    axes = tuple([*axis] for axis in axes)
-    most = max(map(len, axes))
-    kept = {tuple(i % len(axis) for axis in axes) for i in range(most)}
+    lists = [[*axis] for axis in axes]
+    most = max(map(len, lists))
+    kept = {tuple(i % len(axis) for axis in lists) for i in range(most)}
     found = []
-    for places in itertools.product(*(range(len(axis)) for axis in axes)):
-        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+    for places in itertools.product(*(range(len(axis)) for axis in lists)):
+        values = [axis[place] for axis, place in zip(lists, places, strict=True)]
         found.append(_parameter(values, slow=places not in kept))
     return found
 

@@ -1,5 +1,7 @@
 """Checks of arguments that many functions share."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ ENTRANCES = {
     ),
     "documents of keys": (
         "key_ids",
-        lambda n: masks.documents(np.zeros(4, int), [n, 0, 0, 0]),
+        lambda n: masks.documents(np.zeros(4, int), cast(Any, [n, 0, 0, 0])),
     ),
     "lengths": ("key", lambda n: masks.lengths(key=np.array([n]))),
     "lengths of queries": ("query", lambda n: masks.lengths(query=[n])),

@@ -146,8 +146,8 @@ def conform(cell, tile, monkeypatch, ours):
         exact = results("exact", silent(jobs["exact"]))
         if not is_exact:
             reference = results("reference", silent(jobs["reference"]))
-        both = [dict(x, lse=None) for x in (reference, exact)]
-        compare(results(name), *both, coarse, terms, pairs)
+        one, other = (dict(x, lse=None) for x in (reference, exact))
+        compare(results(name), one, other, coarse, terms, pairs)
 
 
 def test_every_pair_of_levels_occurs():

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -205,7 +206,7 @@ def test_what_modifiers_make_of_hidden_pairs_has_no_gradient(
     @functools.partial(jax.grad, argnums=(0, 1, 2))
     def slopes(x, bias, caps):
         added, first, last = modifiers.bias(bias), *map(modifiers.soft_cap, caps)
-        given = dict(modifiers=[added, first, modifiers.alibi(2), last])
+        given: dict[str, Any] = dict(modifiers=[added, first, modifiers.alibi(2), last])
         given |= dict(mask=masks.causal(), query_offset=9 - t)
         return (attention(*x, **given, implementation=implementation) ** 2).sum()
 
@@ -261,6 +262,7 @@ def test_keys_that_minus_infinity_hides_are_none_of_the_greatest():
     q, k, v = arrays(4, 4)
     bias = jnp.zeros((4, 4)).at[1, 1:].set(-jnp.inf)
     found = attention_with_stats(q, k, v, modifiers=[modifiers.bias(bias)], top_k=3)
+    assert found.indices is not None
     np.testing.assert_array_equal(found.indices[0, :, 1], [[0, -1, -1]] * 2)
     assert (found.indices[0, :, 0] >= 0).all()
 
@@ -310,7 +312,9 @@ def test_wide_layers_of_a_perceptron_are_never_held_for_all_pairs():
 
     program = jax.jit(jax.grad(loss)).lower(score, x).compile()
     # One float for each pair and hidden unit would take 268 MB.
-    assert program.memory_analysis().temp_size_in_bytes < 8e6
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 8e6
 
 
 def test_a_scale_for_each_head():

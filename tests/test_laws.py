@@ -6,6 +6,7 @@ Law 1 is tested in ``test_conformance.py``, law 17 in ``test_not_finite.py``.
 import functools
 import gc
 import itertools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def test_2_empty_rows(name, implementation, tile):
     q, k, v = arrays()
     visible = dense_of(masks.as_mask(mask), T, S)
     visible = np.broadcast_to(visible, (B, N, T, S))
-    empty = ~visible.any(-1).swapaxes(1, 2)
+    empty = ~np.swapaxes(visible.any(-1), 1, 2)
     assert empty.any()
     sinks = like(np.zeros(N), 3)
     run = with_gradients(implementation=implementation)
@@ -134,7 +135,7 @@ def test_2_empty_rows(name, implementation, tile):
 
 def test_2_empty_rows_of_the_adapter():
     q, k, v = arrays(d=H)
-    array = _empty_rows("dense")
+    array: Any = _empty_rows("dense")
 
     def loss(q, k, v):
         output = attention(q, k, v, mask=array, implementation="jax_nn")
@@ -200,8 +201,9 @@ def _dead(mask, t, s, options):
         visible = dense_of(masks.as_mask(mask), t, s)
     occupied = (queries >= 0)[:, None, :, None] & (keys >= 0)[:, None, None, :]
     visible = np.broadcast_to(visible & occupied, (B, N, t, s))
-    dead_q = ~visible.any(3).swapaxes(1, 2)
-    dead_k = ~visible.reshape(B, K, N // K, t, s).any((2, 3)).swapaxes(1, 2)
+    dead_q = ~np.swapaxes(visible.any(3), 1, 2)
+    seen = visible.reshape(B, K, N // K, t, s).any((2, 3))
+    dead_k = ~np.swapaxes(seen, 1, 2)
     return dead_q, dead_k
 
 
@@ -542,6 +544,7 @@ def test_7_dropout_rate_and_independence():
     other = attention_with_stats(
         q, k, v, dropout_rate=RATE, dropout_rng=jax.random.key(2), top_k="all"
     )
+    assert other.weights is not None
     assert (np.asarray(other.weights > 0) != survives).any()
 
 
@@ -560,6 +563,7 @@ def test_7_output_is_weights_times_value(implementation):
         implementation=implementation,
     )
     wide = np.repeat(v, N // K, 2)
+    assert result.weights is not None
     close(result.output, np.einsum("bnts,bsnd->btnd", result.weights, wide))
 
 
@@ -574,7 +578,7 @@ def test_7_another_key_of_any_generator_is_another_pattern(generator):
     @jax.jit
     def pattern(rng):
         rows, columns = prepare._dropout_words(rng, 2, 2, *places)
-        return kept(Inputs, (rows, columns)).reshape(4, t * s)
+        return kept(cast(Any, Inputs), (rows, columns)).reshape(4, t * s)
 
     first = jax.random.key(0, impl=generator)
     keys = [first, jax.random.key(1, impl=generator), *jax.random.split(first)]
@@ -607,7 +611,7 @@ def test_7_the_mixing_function():
         return x ^ x >> 16
 
     wanted = [[mix(int(r) ^ int(c)) >> 8 >= 2**22 for c in cols[0]] for r in rows[:, 0]]
-    found = kept(Inputs, (jnp.asarray(rows), jnp.asarray(cols)))
+    found = kept(cast(Any, Inputs), (jnp.asarray(rows), jnp.asarray(cols)))
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -617,7 +621,8 @@ def test_7_the_mixing_function():
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_8_any_generator(generator):
     def drawn(rng):
-        return masks.random_blocks(rng, 2, 4, 10).rows
+        mask: Any = masks.random_blocks(rng, 2, 4, 10)
+        return mask.rows
 
     keys = jax.random.split(jax.random.key(0, impl=generator), 3)
     one_by_one = np.stack([drawn(rng) for rng in keys])
@@ -768,7 +773,7 @@ def test_9_another_structure_does_recompile(traced):
 
 # Law 10: an explicit implementation never falls back.
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "score": (
         dict(score=scores.additive.init(jax.random.key(0), H, hidden_size=3)),
         "sc",
@@ -844,6 +849,8 @@ def test_11_a_predicate_never_refines():
         64, 64, block_size=4
     )
     for one, other in ((alone.rows, both.rows), (alone.cols, both.cols)):
+        assert one is not None
+        assert other is not None
         np.testing.assert_array_equal(other.full.per_row(), 0)
         np.testing.assert_array_equal(
             other.partial.per_row(), one.partial.per_row() + one.full.per_row()
@@ -1049,8 +1056,9 @@ def test_12_named_residuals_spare_the_second_forward():
             return (attention(q, k, v, implementation="tiled") ** 2).sum()
 
         again = jax.checkpoint(loss, policy=policy)
-        compiled = jax.jit(jax.value_and_grad(again)).lower(q).compile()
-        return compiled.as_text().count(" while(")
+        program = jax.jit(jax.value_and_grad(again)).lower(q).compile().as_text()
+        assert program is not None
+        return program.count(" while(")
 
     assert loops(names) < loops(None)
 
@@ -1290,8 +1298,8 @@ def test_12_reverse_mode_passes_whatever_surrounds_it():
     wanted = jax.grad(lambda q: layer(layer(q)).sum())(x)
     found = jax.grad(lambda q: jax.vmap(looped)(q).sum())(x[None])
     np.testing.assert_allclose(found[0], wanted, atol=1e-6)
-    transposed = jax.linear_transpose(jax.linearize(looped, x)[1], x)
-    np.testing.assert_allclose(*transposed(1.0), wanted, atol=1e-6)
+    (transposed,) = jax.linear_transpose(jax.linearize(looped, x)[1], x)(1.0)
+    np.testing.assert_allclose(transposed, wanted, atol=1e-6)
 
 
 # Law 13: nothing but the reference holds [T, S].
@@ -1305,7 +1313,9 @@ def _temporary(length, gradient, **options):
 
     fn = jax.grad(loss, (0, 1, 2)) if gradient else loss
     compiled = jax.jit(fn).lower(x, x, x).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 MEMORY = {
@@ -1342,4 +1352,5 @@ def test_13_the_reference_does_hold_it():
     x = jax.ShapeDtypeStruct((1, 4096, 1, 32), jnp.float32)
     fn = jax.jit(functools.partial(attention, implementation="reference"))
     memory = fn.lower(x, x, x).compile().memory_analysis()
+    assert memory is not None
     assert memory.temp_size_in_bytes >= 4096 * 4096

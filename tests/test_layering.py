@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 
@@ -52,13 +53,13 @@ def modules():
     return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
-def imported(path):
+def imported(path) -> Iterator[tuple[str, ...]]:
     """The private modules that a file imports, also in functions; tuples of names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
             "attnlab._src"
         ):
-            base = tuple(node.module.split("."))[2:]
+            base = tuple((node.module or "").split("."))[2:]
             if base:
                 yield base
             else:
@@ -97,7 +98,7 @@ def test_no_circle_of_files():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
                 "attnlab._src"
             ):
-                base = tuple(node.module.split("."))[2:]
+                base = tuple((node.module or "").split("."))[2:]
                 each = [(*base, alias.name) for alias in node.names]
                 found |= {x if x in known else base for x in each}
         graph[module] = {x for x in found if x in known and x != module}

@@ -5,6 +5,7 @@ not reach the outputs or gradients of another, in any implementation.
 """
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def problem(t):
     )
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "product": dict(t=S, score="product"),
     "few": dict(t=12, score="product"),
     "additive": dict(t=S, score="additive"),
@@ -85,7 +86,7 @@ def test_only_those_who_see_it(name, implementation, monkeypatch, tile):
     case = CASES[name]
     t = case["t"]
     score = SCORES[case["score"]]()
-    dropped = {}
+    dropped: dict[str, Any] = {}
     if "dropout" in case:
         dropped = dict(dropout_rate=case["dropout"], dropout_rng=jax.random.key(0))
 

@@ -48,7 +48,7 @@ def exact(q, k, v, d_output, scale):
 def problem(dtype, head_size):
     """Inputs, exact results, the errors of ``jax.nn`` and of rounding exact results."""
     given = arrays(128, head_size, jnp.dtype(dtype))
-    wanted = exact(*given, head_size**-0.5)[:4]
+    wanted = exact(*given, scale=head_size**-0.5)[:4]
     given = [jnp.asarray(x) for x in given]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         theirs = both_passes(jax.nn.dot_product_attention, given)
@@ -88,7 +88,7 @@ def test_a_learned_scale_is_never_applied_in_16_bits(length, implementation):
     shape = (1, length, 2, 64)
     given = [(random.standard_normal(shape) * x).astype(dtype) for x in factors]
     scale = np.array([1000, 723.5], np.float32)
-    *wanted, terms, _ = exact(*given, scale)
+    *wanted, terms, _ = exact(*given, scale=scale)
 
     @jax.jit
     def both(q, k, v, d_output, scale):
@@ -111,8 +111,10 @@ def test_a_learned_scale_is_never_applied_in_16_bits(length, implementation):
 @pytest.mark.parametrize("implementation", EVERYONE)
 def test_unit_vectors_are_not_rounded(implementation):
     q, k, v, d = arrays(40, 64, jnp.bfloat16)
-    units = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in map(wide, (q, k)))
-    *_, wanted = exact(*units, v, d, 10.0)
+    one, other = (
+        x / np.linalg.norm(x, axis=-1, keepdims=True) for x in map(wide, (q, k))
+    )
+    *_, wanted = exact(one, other, v, d, 10.0)
 
     @functools.partial(jax.jit, static_argnames="projected")
     def lse(q, k, v, projected):

@@ -6,6 +6,7 @@ new method, or a refusal with a reason, never that of the base class.
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,9 @@ class Doubled(nn.MultiHeadAttention):
         return super()._attend(2 * query, *others, **options)
 
 
-PARTS = dict(position=Turning, residual=Gentle, feed_forward=Scaled, attention=Doubled)
+PARTS: dict[str, Any] = dict(
+    position=Turning, residual=Gentle, feed_forward=Scaled, attention=Doubled
+)
 SMALL = dict(features=16, num_heads=2, num_layers=2)
 TOKENS = np.arange(6)[None] % 5
 
@@ -133,7 +136,7 @@ TOKENS = np.arange(6)[None] % 5
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_of_standard_models(part):
     """Overridden parts are used on whole sequences, with caches, and in scans."""
-    known = dict(position=nn.Rotary, residual=nn.PreNorm) | SMALL
+    known: dict[str, Any] = dict(position=nn.Rotary, residual=nn.PreNorm) | SMALL
     model, base = (
         nn.Decoder.standard(7, rngs=nnx.Rngs(0), **options)
         for options in (known | {part: PARTS[part]}, known)

@@ -15,12 +15,12 @@ import attnlab
 #: Public modules that are commands, not for import; ``ROOMS`` are all others.
 COMMANDS = {"attnlab.bench.__main__", "attnlab.build"}
 ROOMS = [
-    importlib.import_module(module.name)
-    for module in [
-        pkgutil.ModuleInfo(None, "attnlab", True),
-        *pkgutil.walk_packages(attnlab.__path__, "attnlab."),
+    importlib.import_module(name)
+    for name in [
+        "attnlab",
+        *(m.name for m in pkgutil.walk_packages(attnlab.__path__, "attnlab.")),
     ]
-    if "._" not in module.name
+    if "._" not in name
 ]
 ROOMS = [room for room in ROOMS if room.__name__ not in COMMANDS]
 rooms = pytest.mark.parametrize("room", ROOMS, ids=lambda m: m.__name__)
@@ -32,7 +32,8 @@ def test_what_a_room_imports_is_what_it_offers(room):
     imported = [
         name.asname or name.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("attnlab")
+        if isinstance(node, ast.ImportFrom)
+        if (node.module or "").startswith("attnlab")
         for name in node.names
     ]
     assert sorted(imported) == sorted(room.__all__)

@@ -10,6 +10,7 @@ import pytest
 
 from attnlab import attention, explain, extend, masks, modifiers, scores
 from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.implementations.tiled import Tiled
 
 SMALL = dict(batch=1, query_length=9, key_length=11, num_heads=2, num_key_heads=1)
 
@@ -66,7 +67,7 @@ class Tilted(extend.Modifier):
         return logits + jnp.arange(logits.shape[1], dtype=logits.dtype)
 
 
-class Scaled(type(IMPLEMENTATIONS["tiled"])):
+class Scaled(Tiled):
     """Wrong: its logits are 1 % too large."""
 
     name = "scaled"
@@ -124,7 +125,7 @@ def test_a_modifier_that_is_wrong_is_told():
 
 @pytest.mark.slow
 def test_an_implementation_that_is_wrong_is_told():
-    class Right(type(IMPLEMENTATIONS["tiled"])):
+    class Right(Tiled):
         name = "scaled"
 
     extend.check(Right(), **SMALL)  # same name as Scaled: it must not stay registered
@@ -159,12 +160,14 @@ def test_no_pytree_is_told():
 
 
 def test_what_can_be_checked():
+    number: Any = 3
+    kind: Any = Backwards
     with pytest.raises(TypeError, match="thing: expected a Score, a Modifier"):
-        extend.check(3)
+        extend.check(number)
     with pytest.raises(TypeError, match="Backwards: call it"):
-        extend.check(Backwards)
+        extend.check(kind)
     with pytest.raises(ValueError, match="'tiled' is attnlab's own"):
-        extend.check(type(IMPLEMENTATIONS["tiled"])())
+        extend.check(Tiled())
     with pytest.raises(ValueError, match="Implementation.name must be a string"):
         extend.check(extend.Implementation())
 
@@ -222,7 +225,7 @@ def test_what_cannot_be_registered(ones):
     class Half(extend.Implementation):
         name = "half"
 
-        def forward(self, inputs): ...
+        def forward(self, inputs) -> Any: ...
 
     class Traced(Half):
         differentiable = True
@@ -230,17 +233,19 @@ def test_what_cannot_be_registered(ones):
     class Nameless(extend.Implementation):
         pass
 
-    for wrong, error, said in (
+    cases: list[tuple[Any, type[Exception], str]] = [
         (Ones, TypeError, r"register an instance: Ones\(\)"),
         (3, TypeError, "got int"),
         (Native(), ValueError, "attnlab's own"),
         (Half(), TypeError, "no backward"),
         (Nameless(), ValueError, "name must be a string"),
-    ):
+    ]
+    for wrong, error, said in cases:
         with pytest.raises(error, match=said):
             extend.register(wrong)
+    high: Any = "high"
     with pytest.raises(TypeError, match="priority"):
-        extend.register(ones, priority="high")
+        extend.register(ones, priority=high)
     with pytest.raises(ValueError, match="only when asked for"):
         extend.register(Traced(), priority=3)
     with pytest.raises(ValueError, match="was not registered"):

@@ -1,6 +1,7 @@
 """The file of measured times, which ``explain`` and block sizes use."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ def given(tmp_path, monkeypatch):
 
 
 def quoted(mask, name="tiled", x=X, **options):
-    args, _, inputs = canonical(x, x, x, {"mask": mask, **options})
+    given: Any = {"mask": mask, **options}
+    args, _, inputs = canonical(x, x, x, given)
     return quote(args.mask, inputs, IMPLEMENTATIONS[name])
 
 
@@ -53,6 +55,7 @@ def test_the_quote_follows_from_the_plan(given):
         / tiled.blocks_executed(masks.full().plan(1024, block_size=(256, 128))).sum()
     )
     text = quoted(mask)
+    assert text is not None
     assert f"about {share:.0%} forward, {share:.0%} training" in text
     assert text.endswith("(fitted: here)")
 
@@ -61,10 +64,13 @@ def test_from_which_length_on(given):
     calls = {**PAIRS["forward"], "call": 1.0}
     given({"native": {"forward": PAIRS["forward"], "training": PAIRS["training"]}})
     # With blocks of 128, a causal plan leaves out some blocks from 256 on.
-    assert "faster from T = 256 on" in quoted(masks.causal(), "native")
+    text = quoted(masks.causal(), "native")
+    assert text is not None
+    assert "faster from T = 256 on" in text
     given({"native": {"forward": calls, "training": calls}})
     read.cache_clear()
     text = quoted(masks.causal(), "native")
+    assert text is not None
     assert "about 100% forward, 100% training" in text
     assert "faster" not in text
 
@@ -91,6 +97,7 @@ def test_what_nobody_can_tell(given, mask, x, options):
 def test_random_blocks_are_known_at_their_length(given):
     given({"tiled": PAIRS})
     text = quoted(masks.random_blocks(0, 2, 64, 16))
+    assert text is not None
     assert "of full attention's time: about" in text
     assert "faster from" not in text
     seen = []
@@ -108,8 +115,11 @@ def test_the_last_run_of_lengths_counts(given):
     # The mask is a window up to 128, almost full at 1,024, and sparser again beyond.
     mask = masks.sliding_window(8, 8) | masks.anchor(range(128, 1024))
     x = jax.ShapeDtypeStruct((1, 4096, 2, 64), jnp.float32)
-    assert "faster from T = 2,048 on" in quoted(mask, "native", x=x)
-    assert "faster" not in quoted(mask, "native", x=X)
+    long, short = quoted(mask, "native", x=x), quoted(mask, "native", x=X)
+    assert long is not None
+    assert short is not None
+    assert "faster from T = 2,048 on" in long
+    assert "faster" not in short
 
 
 def test_what_nobody_measured(given):

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,8 @@ def test_cell(cell, tile, monkeypatch):
 def test_what_is_refused_gives_its_reason(name):
     cell = next(c for c in CELLS if set(REFUSED) & set(c) == {name})
     problem = grid.build(cell)
-    options = {**problem.data, **problem.fixed, "dropout_rate": problem.dropout_rate}
+    options: dict[str, Any] = {**problem.data, **problem.fixed}
+    options["dropout_rate"] = problem.dropout_rate
     with jax.enable_x64(name == "float64"):
         with pytest.raises(NotImplementedError, match=REFUSED[name]):
             explain(**options, implementation="pallas_tpu", platform="tpu")
@@ -351,6 +353,7 @@ def test_the_steps_are_the_plan(name, segment, t, s):
     """Each live block occurs once; sums start and end at the right steps."""
     mask, size, group = PLANS[name], 32, 2
     plan = fit(mask.plan(t, s, block_size=size), (size, size))
+    assert plan.cols is not None
     heads = plan.rows.full.lo.shape[1]
     for steps, live, outers, group_ in (
         (by_query(plan), plan.rows, -(-t // size), 1),
@@ -524,6 +527,7 @@ def test_what_the_kernels_declare_is_within_the_estimate(monkeypatch):
     for name in ("forward", "backward"):
         monkeypatch.setattr(sys.modules[module + name], "call", call)
     ours, rng = IMPLEMENTATIONS["pallas_tpu"], jax.random.key(0)
+    assert isinstance(ours, pallas_tpu.PallasTpu)
 
     class Frugal(Backward):
         """A backward pass that uses no spare memory."""
@@ -537,7 +541,7 @@ def test_what_the_kernels_declare_is_within_the_estimate(monkeypatch):
 
     additive = dict(score=scores.additive.init(rng, 128, hidden_size=256, num_heads=8))
     mlp = dict(score=scores.mlp.init(rng, 128, hidden_sizes=(192, 192), num_heads=8))
-    problems = [
+    problems: list[tuple[Any, Any, Any]] = [
         (array(8), array(8), {}),
         (array(8), array(8), dict(mask=masks.lengths(key=np.array([7])))),
         (array(8, 256, jnp.float32), array(1, 256, jnp.float32), {}),

@@ -1,5 +1,7 @@
 """Kernels call the overriding methods of subclasses, or refuse them by name."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -170,7 +172,7 @@ def hidden(score, act):
     return act(q + k + isinstance(score, Shifted)) @ np.asarray(score.weight[0])
 
 
-OTHERS = {
+OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
     "bias": (dict(score=scores.dot(), modifiers=[Twice(BIAS)]), DOT + 2 * BIAS),
     "dot": (dict(score=Minus()), -DOT),
     "concat": (dict(score=CONCAT), hidden(CONCAT, np.tanh) / 2),

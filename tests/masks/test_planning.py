@@ -168,6 +168,8 @@ def test_traced_plans_equal_those_of_the_host(name):
     traced = jax.jit(lambda m: m.plan(T, S, block_size=(8, 4)))(MASKS[name])
     assert not traced.is_static
     for one, other in ((host.rows, traced.rows), (host.cols, traced.cols)):
+        assert one is not None
+        assert other is not None
         for a, b in zip(one, other, strict=True):
             np.testing.assert_array_equal(a.per_row(), b.per_row())
 
@@ -388,6 +390,7 @@ def test_bigbird_at_a_million_positions():
     )
     plan = mask.plan(2**20, block_size=512)
     for live in (plan.rows, plan.cols):
+        assert live is not None
         assert live.full.lo.size + live.partial.lo.size < 2048 * 64
 
 
@@ -426,6 +429,7 @@ def test_a_long_layout_is_built_and_planned_in_linear_memory():
     assert plan.rows.partial.per_row().sum() == 0
     distinct = sum(len(set(row)) for row in layout.tolist())
     assert plan.rows.full.per_row().sum() == distinct
+    assert plan.cols is not None
     assert plan.cols.full.per_row().sum() == distinct
 
 
@@ -449,11 +453,11 @@ def test_a_traced_layout_has_the_plan_of_a_known_one(hidden, size):
     found, wanted = jax.jit(plan)(layout), plan(layout)
     for side in ("rows", "cols"):
         for kind in ("full", "partial"):
-            counts = [
+            one, other = (
                 np.asarray(getattr(getattr(x, side), kind).per_row())
                 for x in (found, wanted)
-            ]
-            np.testing.assert_array_equal(*counts)
+            )
+            np.testing.assert_array_equal(one, other)
 
 
 def test_grain_is_what_blocks_must_divide():
@@ -480,6 +484,7 @@ def test_plans_in_the_grain_have_no_partial_blocks(block_size):
     mask = masks.random_blocks(0, blocks_per_row=2, block_size=24, num_blocks=7)
     plan = mask.plan(168, block_size=block_size)
     for side in (plan.rows, plan.cols):
+        assert side is not None
         assert not np.asarray(side.partial.per_row()).any()
         assert np.asarray(side.full.per_row()).sum() == 14 * (24 // block_size) ** 2
     coarse = mask.plan(168, block_size=48)
@@ -512,6 +517,7 @@ def test_liveness_is_decided_in_the_grain_but_never_in_tiny_blocks(
 def test_a_block_that_holds_more_than_the_keys_is_partial_from_both_sides():
     """Kernels must hide padded keys, in both orientations of the plan."""
     plan = masks.full().plan(96, 130, block_size=32)
+    assert plan.cols is not None
     rows, cols = plan.rows.full, plan.cols.full
     assert (rows.lo == 0).all()
     assert (rows.hi == 4).all()  # 130 = 4 * 32 + 2
@@ -531,7 +537,9 @@ def test_what_is_alive_is_what_somebody_sees(mask):
     found = liveness.alive(mask, mask.operands(t, s), *slots, *blocks)
     visible = np.asarray(mask.to_dense(t, s))
     for alive, axis in zip(found, (1, 0), strict=True):
+        assert alive is not None
         np.testing.assert_array_equal(alive[0, 0], visible.any(axis))
+    assert found[1] is not None
     assert not found[1].all()
 
 

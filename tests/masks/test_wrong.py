@@ -1,12 +1,14 @@
 """Wrong masks: errors name the mask or argument, and what is expected."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attnlab import attention, explain, masks, scores
-from attnlab._src.types import Modifier, Score, pytree
+from attnlab._src.types import ArrayLike, Modifier, Score, pytree
 from attnlab.masks import Mask
 
 X = jnp.ones((1, 4, 2, 8))
@@ -38,7 +40,7 @@ class Empty(Mask):
 
 @pytree
 class ReadsItself(Mask):
-    array: jax.Array
+    array: ArrayLike
 
     def visible(self, tile, operands):
         return tile.query_positions > self.array
@@ -69,7 +71,7 @@ CASES = {
         r"mask: predicate\(<lambda>\) yields shape \(2,\) .* expected \(2, 3\)",
     ),
     "no rule": (
-        lambda: masks.predicate(3),
+        lambda: masks.predicate(cast(Any, 3)),
         TypeError,
         "fn: expected a function of query and key positions, got 3",
     ),
@@ -84,7 +86,7 @@ CASES = {
         r"fn: expected .* the tiles of 1 operands, got <lambda>\(t, s\)",
     ),
     "an operand of text": (
-        lambda: masks.predicate(lambda t, s, x: t > s, "x"),
+        lambda: masks.predicate(lambda t, s, x: t > s, cast(Any, "x")),
         TypeError,
         r"operands\[0\]: expected numbers or booleans, got <U1",
     ),
@@ -129,7 +131,7 @@ CASES = {
         r"mask: shape \(1, 1, 1, 1, 4, 4\) does not fit batch axes \(1,\)",
     ),
     "one mask for heads": (
-        lambda: masks.per_head(CAUSAL),
+        lambda: masks.per_head(cast(Any, CAUSAL)),
         TypeError,
         r"masks: expected a list, .* got causal\(\); a single mask holds for all heads",
     ),
@@ -169,7 +171,7 @@ CASES = {
         "window: expected at least 0, got -1",
     ),
     "one document": (
-        lambda: masks.documents(3),
+        lambda: masks.documents(cast(Any, 3)),
         ValueError,
         r"query_ids: expected \[\*batch, length\], got one id: 3",
     ),
@@ -184,22 +186,22 @@ CASES = {
         "query_length: expected at least 0, got -1",
     ),
     "a floating length": (
-        lambda: CAUSAL.to_dense(8.5),
+        lambda: CAUSAL.to_dense(cast(Any, 8.5)),
         TypeError,
         "query_length: expected an int, got 8.5",
     ),
     "another floating length": (
-        lambda: CAUSAL.plan(8, 2.5),
+        lambda: CAUSAL.plan(8, cast(Any, 2.5)),
         TypeError,
         "key_length: expected an int, got 2.5",
     ),
     "floating blocks": (
-        lambda: CAUSAL.plan(8, block_size=(4, 2.5)),
+        lambda: CAUSAL.plan(8, block_size=(4, cast(Any, 2.5))),
         TypeError,
         "block_size: expected an int, got 2.5",
     ),
     "three sizes of blocks": (
-        lambda: CAUSAL.plan(8, block_size=(1, 2, 3)),
+        lambda: CAUSAL.plan(8, block_size=cast(Any, (1, 2, 3))),
         ValueError,
         r"block_size: expected an int, or two .* got \(1, 2, 3\)",
     ),
@@ -213,7 +215,7 @@ def test_message(name):
         run()
 
 
-def reading(number):
+def reading(number) -> dict[str, list[dict[str, Any]]]:
     """Options with a mask, a score or a modifier that closes over ``number``."""
 
     @pytree
@@ -274,7 +276,8 @@ def test_bounds_may_be_left_out():
 
 
 def test_a_rule_may_yield_one_truth_for_all():
-    for truth in (True, np.bool_(True)):
+    truths: list[Any] = [True, np.bool_(True)]
+    for truth in truths:
         mask = masks.predicate(lambda t, s, truth=truth: truth)
         assert mask.to_dense(2, 3).all()
         assert not (~mask).to_dense(2, 3).any()

@@ -1,6 +1,7 @@
 """Each modifier against its formula; buckets and slopes against their papers."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,12 @@ def test_soft_cap():
 def test_a_cap_that_only_a_program_knows():
     closed_over = jnp.float32(1.5)
     for cap in (closed_over, None):
-        found = jax.jit(
-            lambda given, cap=cap: modifiers.soft_cap(given if cap is None else cap).cap
-        )(jnp.float32(1.5))
+
+        def run(given, cap=cap) -> Any:
+            made: Any = modifiers.soft_cap(given if cap is None else cap)
+            return made.cap
+
+        found = jax.jit(run)(jnp.float32(1.5))
         assert found == 1.5
 
 
@@ -111,6 +115,7 @@ def test_t5_buckets(bidirectional, count, far):
     bare = attention_with_stats(
         q, k, k, modifiers=[own], top_k="all", implementation="reference"
     )
+    assert bare.weights is not None
     found = np.log(np.asarray(bare.weights[0, 0], np.float64))
     found = found + np.asarray(bare.lse)[0, :, 0][:, None]
     wanted = [
@@ -189,7 +194,8 @@ def test_bad_arguments():
         modifiers.clipped_relative(np.ones((1, 5), np.float32), left=2, right=1)
     with pytest.raises(ValueError, match="left: expected at least 0, got -1"):
         modifiers.clipped_relative(np.ones((1, 1), np.float32), left=-1, right=1)
-    assert modifiers.bias(jnp.ones((1, 1))).array.shape == (1, 1)
+    made: Any = modifiers.bias(jnp.ones((1, 1)))
+    assert made.array.shape == (1, 1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

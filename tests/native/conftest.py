@@ -43,6 +43,8 @@ def build(tmp_path, monkeypatch):
     shutil.copy(pathlib.Path(real.__file__), folder)
     shutil.copytree(real.SOURCES, folder / "src")
     spec = importlib.util.spec_from_file_location("copy_of_build", folder / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "copy_of_build", module)
     spec.loader.exec_module(module)

@@ -33,7 +33,9 @@ def library(monkeypatch, tmp_path):
     """A copy of the library that has not selected an instruction set yet."""
     if why := load.why_not():
         pytest.skip(why)
-    path = shutil.copy(load.load().path, tmp_path / "copy.so")
+    running = load.load().path
+    assert running is not None
+    path = shutil.copy(running, tmp_path / "copy.so")
     monkeypatch.setenv("ATTNLAB_NATIVE_LIBRARY", str(path))
     return ctypes.CDLL(str(path))
 
@@ -69,17 +71,22 @@ def test_stale(somewhere):
         "`python -m attnlab.build` builds it again"
     )
     build.NOTE.write_text("g++ failed: error\n")
-    assert "(the last build failed: g++ failed: error)" in again().reason
+    reason = again().reason
+    assert reason is not None
+    assert "(the last build failed: g++ failed: error)" in reason
 
 
 def test_not_a_library(somewhere):
     build.LIBRARY.write_text("text")
-    assert again().reason.startswith("it cannot be loaded: ")
+    reason = again().reason
+    assert reason is not None
+    assert reason.startswith("it cannot be loaded: ")
 
 
 def test_another_library(somewhere):
     foreign(build.LIBRARY, "int nothing() { return 0; }")
     reason = again().reason
+    assert reason is not None
     assert reason.startswith("it cannot be loaded: ")
     assert "attnlab_source_hash" in reason
 
@@ -96,6 +103,7 @@ def test_switched_off(monkeypatch, tmp_path):
 def test_an_unknown_instruction_set(library, monkeypatch):
     monkeypatch.setenv("ATTNLAB_NATIVE_ISA", "mmx")
     reason = again().reason
+    assert reason is not None
     assert reason.startswith("ATTNLAB_NATIVE_ISA=mmx: it was built for baseline")
 
 
@@ -105,7 +113,9 @@ def test_an_instruction_set_that_the_processor_lacks(library, monkeypatch):
     if not lacking:
         pytest.skip("this processor has all")
     monkeypatch.setenv("ATTNLAB_NATIVE_ISA", lacking[0])
-    assert "this processor lacks it; it has baseline" in again().reason
+    reason = again().reason
+    assert reason is not None
+    assert "this processor lacks it; it has baseline" in reason
 
 
 @pytest.mark.parametrize("isa", build.ISAS)

@@ -1,5 +1,7 @@
 """Multi-head attention: its equation, parts and errors."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,6 +226,7 @@ def test_weights_for_pictures():
     layer = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
     x = inputs(2, 5, 8)
     result = layer.with_stats(x, top_k="all")
+    assert result.weights is not None
     np.testing.assert_allclose(result.weights.sum(-1), np.ones((2, 2, 5)), rtol=1e-5)
     np.testing.assert_array_equal(result.output, layer(x))
 
@@ -277,7 +280,7 @@ def test_logical_axes_reach_a_mesh():
     layer = nn.MultiHeadAttention(8, 4, num_key_heads=2, rngs=nnx.Rngs(0))
     rules = [("heads", "model"), ("key_heads", "model"), ("embed", None)]
     with logical_axis_rules([*rules, ("head_size", None)]):
-        specs = nnx.get_partition_spec(nnx.state(layer))
+        specs: Any = nnx.get_partition_spec(nnx.state(layer))
     P = jax.sharding.PartitionSpec
     assert specs["query"]["kernel"].get_value() == P(None, "model", None)
     assert specs["key"]["bias"].get_value() == P("model", None)

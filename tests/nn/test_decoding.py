@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,8 +177,10 @@ def test_top_k_keeps_exactly_k_of_tied_logits():
         np.testing.assert_array_equal(kept(typed, top_k=20), place < 20)
         np.testing.assert_array_equal(kept(typed, top_k=each), place < each[:, None])
         assert nn.restrict(typed, top_k=20).dtype == dtype
+    listed: Any = [3.0, 2, 2, 2, 1]
+    two: Any = np.int64(2)
     np.testing.assert_array_equal(
-        nn.restrict([3.0, 2, 2, 2, 1], top_k=np.int64(2)), [3, 2, *[-np.inf] * 3]
+        nn.restrict(listed, top_k=two), [3, 2, *[-np.inf] * 3]
     )
 
 
@@ -241,8 +244,8 @@ def test_a_method_is_traced_once_for_a_shape():
     model, state = Chain(), jnp.zeros(2, jnp.int32)
     for number, search in enumerate((
         functools.partial(nn.greedy, model.decode),
-        lambda *args, **kw: nn.sample(
-            model.decode, *args, jax.random.key(kw["padding"]), top_k=2, **kw
+        lambda state, prompt, **kw: nn.sample(
+            model.decode, state, prompt, jax.random.key(kw["padding"]), top_k=2, **kw
         ),
         functools.partial(nn.beam_search, model.decode, beams=2),
     )):
@@ -265,7 +268,8 @@ def test_a_method_is_traced_once_for_a_shape():
 def test_a_module_that_was_searched_with_is_let_go():
     model, array = Chain(), table + 1
     model.table = nnx.Param(array)
-    nn.greedy(model.decode, jnp.zeros(1, jnp.int32), [[0]], length=2, end=END)
+    listed: Any = [[0]]
+    nn.greedy(model.decode, jnp.zeros(1, jnp.int32), listed, length=2, end=END)
     held = weakref.ref(model), weakref.ref(array)
     del model, array
     gc.collect()
@@ -419,15 +423,18 @@ def test_errors_of_beam_search(options, message):
 
 def test_state_of_beams_leads_with_the_batch():
     arrays = (jnp.zeros(2), jnp.zeros(1))
+    listed: Any = [[0], [0]]
     with pytest.raises(
         ValueError, match=r"state: .* batch of 2, .*\(1,\) at state\[1\]"
     ):
-        nn.beam_search(step, arrays, [[0], [0]], beams=2, length=3, end=END)
+        nn.beam_search(step, arrays, listed, beams=2, length=3, end=END)
 
 
 SEARCHES = {
     "greedy": nn.greedy,
-    "sample": lambda *args, **options: nn.sample(*args, jax.random.key(0), **options),
+    "sample": lambda step, state, prompt, **options: nn.sample(
+        step, state, prompt, jax.random.key(0), **options
+    ),
     "beams": lambda *args, **options: nn.beam_search(*args, beams=2, **options),
 }
 

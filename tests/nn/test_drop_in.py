@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ MEMORY = jnp.asarray(RNG.normal(size=(B, S, F)), jnp.float32)
 ATTEND = nn.attention_fn()
 #: Masks as Flax makes them: floating, and every query sees some key.
 VISIBLE = (RNG.random((B, N, T, T)) < 0.5) | np.eye(T, dtype=bool)
-MASKS = {
+MASKS: dict[str, Any] = {
     "none": None,
     "causal": linen.make_causal_mask(jnp.ones((B, T))),
     "padding": np.arange(T) < np.array([4, 6])[:, None, None, None],
@@ -47,7 +48,7 @@ def of_linen(attend=None, kind=linen.MultiHeadDotProductAttention, **options):
 def of_nnx(attend=None, **options):
     if attend is not None:
         options["attention_fn"] = attend
-    options = dict(decode=False, rngs=nnx.Rngs(0)) | options
+    options: dict[str, Any] = dict(decode=False, rngs=nnx.Rngs(0)) | options
     return nnx.MultiHeadAttention(N, F, 16, 7, **options)
 
 
@@ -63,7 +64,7 @@ def test_linen(name):
 
     def run(attend):
         def loss(params, x):
-            output = of_linen(attend).apply(params, x, mask=MASKS[name])
+            output: Any = of_linen(attend).apply(params, x, mask=MASKS[name])
             return jnp.sin(output).sum(), output
 
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, X)
@@ -210,7 +211,7 @@ def test_every_argument_of_flax_is_taken():
 
 def test_score_mask_modifiers_and_sinks():
     score = scores.additive.init(jax.random.key(1), 4, hidden_size=5, num_heads=N)
-    options = dict(
+    options: dict[str, Any] = dict(
         score=score,
         mask=masks.sliding_window(2, 1),
         modifiers=[modifiers.alibi(N), modifiers.soft_cap(3.0)],
@@ -221,24 +222,18 @@ def test_score_mask_modifiers_and_sinks():
     )
     bias = jnp.asarray(RNG.normal(size=(T, T)), jnp.float32)
     padding = MASKS["padding"]
-    wanted = attention(
-        q,
-        k,
-        v,
-        **options
-        | dict(
-            mask=options["mask"] & masks.causal() & padding,
-            modifiers=[*options["modifiers"], modifiers.bias(bias)],
-        ),
-        implementation="reference",
+    whole: dict[str, Any] = options | dict(
+        mask=options["mask"] & masks.causal() & padding,
+        modifiers=[*options["modifiers"], modifiers.bias(bias)],
     )
+    wanted = attention(q, k, v, **whole, implementation="reference")
     attend = nn.attention_fn(**options, implementation="tiled")
     near(attend(q, k, v, bias, padding, is_causal=True), wanted)
 
 
 def test_a_mask_of_the_call_may_be_attnlabs():
     params = of_linen().init(jax.random.key(0), X)
-    lengths = masks.lengths(key=np.array([4, 6]))
+    lengths: Any = masks.lengths(key=np.array([4, 6]))
     near(
         of_linen(ATTEND).apply(params, X, mask=lengths),
         of_linen().apply(params, X, mask=MASKS["padding"]),
@@ -263,7 +258,8 @@ def test_arrays_are_learned_where_the_function_is_made_within():
         attend = nn.attention_fn(
             score=scores.bilinear(weight), implementation=implementation
         )
-        return jnp.sin(of_linen(attend).apply(params, X)).sum()
+        output: Any = of_linen(attend).apply(params, X)
+        return jnp.sin(output).sum()
 
     found, wanted = (jax.jit(jax.grad(loss), static_argnums=1)(weight, name)
                      for name in ("tiled", "reference"))  # fmt: skip
@@ -336,7 +332,7 @@ def test_dropout_in_the_modules():
     layer = of_linen(ATTEND, dropout_rate=0.4, deterministic=False)
     params = of_linen().init(jax.random.key(0), X)
 
-    def run(seed, **options):
+    def run(seed, **options) -> Any:
         return layer.apply(params, X, rngs={"dropout": jax.random.key(seed)}, **options)
 
     np.testing.assert_array_equal(run(0), run(0))
@@ -542,17 +538,17 @@ ERRORS = {
         "bias: .*pass it as mask=",
     ),
     "modifier alone": (
-        lambda: nn.attention_fn(modifiers=modifiers.soft_cap(3.0))(Q, Q, Q),
+        lambda: nn.attention_fn(modifiers=cast(Any, modifiers.soft_cap(3.0)))(Q, Q, Q),
         TypeError,
         r"modifiers: expected a sequence, got SoftCap.*; write modifiers=\[",
     ),
     "mask of the function": (
-        lambda: nn.attention_fn(mask="causal"),
+        lambda: nn.attention_fn(mask=cast(Any, "causal")),
         TypeError,
         "mask: expected an attnlab mask, a boolean array or None, got str",
     ),
     "score": (
-        lambda: nn.attention_fn(score=scores.dot)(Q, Q, Q),
+        lambda: nn.attention_fn(score=cast(Any, scores.dot))(Q, Q, Q),
         TypeError,
         "score: .*class: call it",
     ),

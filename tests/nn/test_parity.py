@@ -6,6 +6,7 @@ The models are made from their config classes with random weights, and saved by
 
 import copy
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def error(ours, model, real, *inputs, call=first, **named):
     return np.abs(np.asarray(ours, np.float64)[real] - exact).max() / allowed
 
 
-def standard(**options):
+def standard(**options) -> dict[str, Any]:
     return dict(
         num_layers=LAYERS,
         features=FEATURES,
@@ -159,7 +160,8 @@ def test_one_attention_layer(bert):
         return layer.output.dense(layer.self(x)[0])
 
     layer, real = model.encoder.layer[1].attention, np.ones((2, 9), bool)
-    assert error(ours(x), layer, real, torch.from_numpy(x), call=call) < 1
+    result = ours(jnp.asarray(x))
+    assert error(result, layer, real, torch.from_numpy(x), call=call) < 1
 
 
 BLOCK, DRAWN = 4, 2  # BigBird's block size, and its random blocks for each row
@@ -304,9 +306,9 @@ def test_longformer(longformer, length, slots):
 
 
 def decoder(embedding, *, head=None, **options):
-    options = standard(residual=nn.PreNorm, **options)
+    options: dict[str, Any] = standard(residual=nn.PreNorm, **options)
     last = options["norm"](FEATURES, rngs=nnx.Rngs(0))
-    options = {"mask": masks.causal()} | options
+    options.setdefault("mask", masks.causal())
     blocks = nn.make_blocks(options.pop("num_layers"), **options)
     return nn.Decoder(embedding, nn.Stack(blocks, norm=last), head)
 

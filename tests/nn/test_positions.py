@@ -1,6 +1,7 @@
 """Positions: a model without them ignores order; with each kind it does not."""
 
 import decimal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def test_only_offsets_count(kind):
 @pytest.mark.parametrize("learned", [False, True])
 def test_added_positions_bring_order(learned):
     added = nn.Learned(12, 16, rngs=nnx.Rngs(1)) if learned else nn.Sinusoidal()
-    if learned:
+    if isinstance(added, nn.Learned):
         added.table[...] *= 50
     layer, where = model(None), jnp.arange(12)
     one = layer(added(x, where))[:, shuffled]
@@ -152,7 +153,8 @@ def test_positions_are_integers():
 
 def test_clipped_relative_is_the_papers_equation():
     layer = model(KINDS["clipped"]())
-    table = layer.position.table[...]
+    position: Any = layer.position
+    table = position.table[...]
     q, k, v = (part(x) for part in (layer.query, layer.key, layer.value))
     offset = np.clip(np.arange(12) - np.arange(12)[:, None], -2, 2) + 2
     keys = k[:, None] + table[offset][None, :, :, None]  # [1, T, S, N, H]
@@ -165,7 +167,8 @@ def test_parts_of_logits_are_never_in_16_bits():
     types = dict(param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     position = nn.ClippedRelative(8, left=2, right=1, **types)
     query = jax.random.normal(jax.random.key(0), (1, 3, 2, 8), jnp.bfloat16)
-    (made,) = position.modifiers(query)
+    all_made: Any = position.modifiers(query)
+    (made,) = all_made
     q, table = (np.asarray(x, np.float64) for x in (query, position.table[...]))
     wanted = np.einsum("btnh,rh->bntr", q, table) / 8**0.5
     assert made.sums.dtype == jnp.float32

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import nnx
 from attnlab import masks, nn
 from tests.grid import few, in_turn
 
-SMALL = dict(features=16, num_heads=2, num_layers=3)
+SMALL: dict[str, Any] = dict(features=16, num_heads=2, num_layers=3)
 
 
 def test_residuals_and_norms():
@@ -104,7 +105,9 @@ def test_remat_holds_less():
 
     def held(**options):
         compiled = program(scan=True, **options).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     assert held(remat=True) < 0.4 * held()
     # One barrier per block; XLA for CPUs removes barriers outside of loops.
@@ -114,7 +117,7 @@ def test_remat_holds_less():
 def test_only_what_norms_its_input_norms_its_last_output():
     x = 100 * jax.random.normal(jax.random.key(0), (1, 5, 16))
     for residual in (nn.PreNorm, nn.PostNorm):
-        options = SMALL | dict(residual=residual, rngs=nnx.Rngs(0))
+        options: dict[str, Any] = SMALL | dict(residual=residual, rngs=nnx.Rngs(0))
         for model in (nn.Encoder, nn.Decoder):
             stack = model.standard(20, **options).stack
             assert (stack.norm is not None) == (residual is nn.PreNorm)
@@ -143,7 +146,7 @@ def test_stacked_parameters_lead_with_layers():
     model = nn.Decoder.standard(20, scan=True, rngs=nnx.Rngs(0), **SMALL)
     kernel = model.stack.blocks.attention.query.kernel
     assert kernel.shape == (3, 16, 2, 8)
-    names = nnx.get_partition_spec(nnx.state(model.stack.blocks.attention))
+    names: Any = nnx.get_partition_spec(nnx.state(model.stack.blocks.attention))
     assert names["query"]["kernel"].get_value() == jax.sharding.PartitionSpec(
         "layers", "embed", "heads", "head_size"
     )
@@ -239,7 +242,7 @@ def embedding(**options):
 
 
 #: Options of a decoder, and the dtypes of its self-attentions.
-TYPES = {
+TYPES: dict[str, tuple[dict[str, Any], str, str]] = {
     "float32": ({}, "float32", "float32"),
     "attention": (dict(attention=half(nn.MultiHeadAttention)), "bfloat16", "bfloat16"),
     "scanned": (
@@ -565,8 +568,9 @@ def test_flax_tabulates_decoders(scan):
 def test_errors_of_stacks():
     with pytest.raises(ValueError, match="blocks: expected at least one"):
         nn.Stack([])
+    two: Any = [None] * 2
     with pytest.raises(ValueError, match="mask: got 2 masks for 3 layers"):
-        nn.make_blocks(3, features=8, num_heads=2, mask=[None] * 2, rngs=nnx.Rngs(0))
+        nn.make_blocks(3, features=8, num_heads=2, mask=two, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,8 @@ def test_each_tensor_goes_to_its_place(scan):
     weights.load(module, tensors, weights.bert(LAYERS, scan=scan))
     x = np.random.default_rng(0).normal(size=(3, FEATURES)).astype(np.float32)
     hidden = np.random.default_rng(0).normal(size=(3, HIDDEN)).astype(np.float32)
-    for i, block in enumerate(module.stack.each()):
+    blocks: list[Any] = [*module.stack.each()]
+    for i, block in enumerate(blocks):
         at = f"encoder.layer.{i}."
         for part in ("query", "key", "value"):
             heads = getattr(block.attention, part)(x)
@@ -125,9 +127,8 @@ def test_each_tensor_goes_to_its_place(scan):
             np.testing.assert_array_equal(bias, tensors[f"{at}{name}.bias"])
     positions = tensors["embeddings.position_embeddings.weight"]
     types = tensors["embeddings.token_type_embeddings.weight"]
-    np.testing.assert_array_equal(
-        module.embedding.position.table[...], positions + types[0]
-    )
+    added: Any = module.embedding.position
+    np.testing.assert_array_equal(added.table[...], positions + types[0])
 
 
 def test_a_missing_tensor():
@@ -213,6 +214,7 @@ def test_copies_of_what_another_part_takes():
     tensors |= {"encoder.embed_tokens.weight": np.ones((VOCABULARY, FEATURES))}
     for part in (names.of("encoder.stack.norm"), names.of("encoder").of("stack.norm")):
         weights.load(norm, tensors, part)
+        assert norm.scale is not None
         np.testing.assert_array_equal(norm.scale[...], scale)
 
 
@@ -360,7 +362,7 @@ def test_an_empty_module_has_all_but_its_parameters():
 def test_parts_of_fused_tensors():
     layer = nn.MultiHeadAttention(FEATURES, HEADS, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    fused = {
+    fused: dict[str, Any] = {
         "h.0.attn.c_attn.weight": rng.normal(size=(8, 24)).astype(np.float32),
         "h.0.attn.c_attn.bias": rng.normal(size=24).astype(np.float32),
         "h.0.attn.c_proj.weight": rng.normal(size=(8, 8)).astype(np.float32),
@@ -373,7 +375,8 @@ def test_parts_of_fused_tensors():
         weights.load(layer, fused, names)
     x = rng.normal(size=(3, 8)).astype(np.float32)
     whole = x @ fused["h.0.attn.c_attn.weight"] + fused["h.0.attn.c_attn.bias"]
-    ours = [f(x).reshape(3, 8) for f in (layer.query, layer.key, layer.value)]
+    parts: list[Any] = [layer.query, layer.key, layer.value]
+    ours = [f(x).reshape(3, 8) for f in parts]
     np.testing.assert_allclose(np.concatenate(ours, -1), whole, atol=1e-5)
     # Joined along the outputs, the first axis of PyTorch's Linear.
     one = weights.part(weights.linear("qkv"), 1, 3, axis=0)

@@ -1,5 +1,7 @@
 """``attention``: its forms, its edge cases, and its optional results."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,8 @@ def test_without_a_batch_axis(implementation):
     )
     assert single.output.shape == (T, N, D)
     for one, other in zip(single, whole, strict=True):
+        assert one is not None
+        assert other is not None
         assert one.shape == other.shape[1:]
         near(one, other[1])
 
@@ -119,13 +123,14 @@ def test_several_batch_axes(implementation):
     assert found.output.shape == (*lead, T, N, D)
     assert found.lse.shape == (*lead, T, N)
     for index in np.ndindex(*lead):
+        first: Any = np.int32(offset[index])
         one = attention_with_stats(
             q[index],
             k[index],
             v[index],
             mask=masks.documents(ids[0][index[2]], ids[1][index[2]]) & masks.causal(),
             modifiers=[modifiers.bias(bias[index])],
-            query_offset=np.int32(offset[index]),
+            query_offset=first,
             **options,
         )
         near(found.output[index], one.output)
@@ -208,6 +213,8 @@ def test_greatest_weights(count, dropout, tile):
     wanted = -np.sort(-dense, -1)[..., :count]
     near(found.weights, wanted)
     slots = np.asarray(found.indices)
+    assert found.weights is not None
+    assert found.indices is not None
     assert found.weights.shape == found.indices.shape == (B, N, T, count)
     picked = np.take_along_axis(dense, np.maximum(slots, 0), -1)
     near(np.where(slots < 0, 0, picked), found.weights)
@@ -228,12 +235,15 @@ def test_types(dtype):
     q, k, v = (jnp.asarray(x, dtype) for x in (QUERY, KEY, VALUE))
     result = attention_with_stats(q, k, v, top_k=2)
     assert result.output.dtype == dtype
+    assert result.weights is not None
+    assert result.indices is not None
     assert result.lse.dtype == result.weights.dtype == jnp.float32
     assert result.indices.dtype == jnp.int32
     with jax.enable_x64(True):
         wide = [np.asarray(x, np.float64) for x in (QUERY, KEY, VALUE)]
         result = attention_with_stats(*wide, top_k="all")
-        assert {x.dtype for x in result[:3]} == {np.dtype(np.float64)}
+        arrays: Any = result[:3]
+        assert {x.dtype for x in arrays} == {np.dtype(np.float64)}
         np.testing.assert_allclose(result.output, by_hand(*wide)[0], rtol=1e-12)
 
 

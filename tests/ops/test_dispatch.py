@@ -285,13 +285,13 @@ def test_plans_of_given_positions(sides):
         assert not inputs.index_positions
         return planning.plan_of(inputs, (4, 3), cols=True)
 
-    blocks = [
+    query, key = (
         planning.position_blocks(side, jnp.atleast_2d(given[side]), size)
         if side in sides
         else planning.index_blocks(side, length, size)
         for side, length, size in (("query", T, 4), ("key", S, 3))
-    ]
-    same_arrays(program(given), planning.make_plan(MASK, NO_DATA, *blocks))
+    )
+    same_arrays(program(given), planning.make_plan(MASK, NO_DATA, query, key))
 
 
 @pytest.mark.parametrize("name", ["bilinear", "additive"])

@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ LENGTHS = np.array([5, 9], np.int32)
 #: A mask in which every query sees some key.
 VISIBLE = jnp.asarray(RNG.random((B, N, T, S)) < 0.5).at[..., 0].set(True)
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": dict(is_causal=True),
     "scale": dict(scale=0.3),
@@ -134,7 +135,9 @@ def test_without_a_batch_axis(name):
 
 
 def test_ranks_may_differ_and_lengths_go_without_a_batch_axis():
-    options = dict(key_value_seq_lengths=LENGTHS[:1], return_residual=True)
+    options: dict[str, Any] = dict(
+        key_value_seq_lengths=LENGTHS[:1], return_residual=True
+    )
     for query, key in ((QUERY[0], KEY[:1]), (QUERY[:1], KEY[0])):
         near(
             dot_product_attention(query, key, VALUE[0], **options),
@@ -197,7 +200,7 @@ def test_integer_bias_and_lists_as_there():
         dot_product_attention(QUERY, KEY, VALUE, bias),
         THEIRS(QUERY, KEY, VALUE, jnp.asarray(bias)),
     )
-    small = [[[1.0, 2.0]], [[3.0, 5.0]]]
+    small: Any = [[[1.0, 2.0]], [[3.0, 5.0]]]
     near(dot_product_attention(small, small, small), THEIRS(small, small, small))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +221,7 @@ CASES = {
         "left: expected at least 0, got -1",
     ),
     "floating window": (
-        lambda: masks.sliding_window(1, 2.5),
+        lambda: masks.sliding_window(1, cast(Any, 2.5)),
         TypeError,
         "right: expected an int .* got float",
     ),
@@ -284,7 +285,7 @@ CASES = {
         "'jax_nn' cannot .*not an inner product; it has no dropout; .*head size",
     ),
     "top_k of what": (
-        lambda: attention_with_stats(Q, K, V, top_k="most"),
+        lambda: attention_with_stats(Q, K, V, top_k=cast(Any, "most")),
         ValueError,
         "top_k: expected None, 'all' or an int",
     ),
@@ -310,17 +311,19 @@ CASES = {
         "hidden_sizes: expected at least one",
     ),
     "one hidden size": (
-        lambda: scores.mlp.init(RNG, 8, hidden_sizes=8),
+        lambda: scores.mlp.init(RNG, 8, hidden_sizes=cast(Any, 8)),
         TypeError,
         r"hidden_sizes: expected a sequence of sizes, got 8; write hidden_sizes=\(8,\)",
     ),
     "half a hidden size": (
-        lambda: scores.mlp.init(RNG, 8, hidden_sizes=(8, 2.5)),
+        lambda: scores.mlp.init(RNG, 8, hidden_sizes=(8, cast(Any, 2.5))),
         TypeError,
         "hidden_sizes: expected an int, got 2.5",
     ),
     "name of an activation": (
-        lambda: scores.mlp.init(RNG, 8, hidden_sizes=(8,), activation="relu"),
+        lambda: scores.mlp.init(
+            RNG, 8, hidden_sizes=(8,), activation=cast(Any, "relu")
+        ),
         TypeError,
         "activation: expected a function, got 'relu'; for instance jax.nn.relu",
     ),
@@ -335,7 +338,7 @@ CASES = {
         "hidden_size: expected at least 1, got -3",
     ),
     "seed of a score": (
-        lambda: scores.bilinear.init(0, 8),
+        lambda: scores.bilinear.init(cast(Any, 0), 8),
         TypeError,
         "rng: expected a PRNG key, got int; jax.random.key makes one",
     ),
@@ -385,7 +388,7 @@ CASES = {
         r"score: Cosine expected one factor or .* 6 query heads, got shape \(5,\)",
     ),
     "projected keys of nothing": (
-        lambda: scores.projected_keys(scores.dot),
+        lambda: scores.projected_keys(cast(Any, scores.dot)),
         TypeError,
         "score: expected an attnlab score.*class: call it",
     ),
@@ -481,13 +484,13 @@ CASES = {
         r"implementation: expected one of .* got \['native'\]",
     ),
     "unknown argument": (
-        lambda: attention_with_stats(Q, K, V, foo=1),
+        lambda: cast(Any, attention_with_stats)(Q, K, V, foo=1),
         TypeError,
         r"attention_with_stats\(\) got an unexpected keyword argument 'foo'; it takes "
         "score, mask",
     ),
     "argument of another function": (
-        lambda: explain(Q, K, V, top_k=1),
+        lambda: cast(Any, explain)(Q, K, V, top_k=1),
         TypeError,
         r"explain\(\) got an unexpected keyword argument 'top_k'",
     ),
@@ -506,7 +509,7 @@ def test_message(name):
         run()
 
 
-def own_score(compare):
+def own_score(compare) -> dict[str, Any]:
     @pytree
     class Own(Score):
         def compare(self, params, query, key):
@@ -515,10 +518,11 @@ def own_score(compare):
     return {"score": Own()}
 
 
-def own_modifier(apply):
+def own_modifier(apply) -> dict[str, Any]:
     @pytree
     class Own(Modifier):
-        def apply(self, logits, tile):
+        # Without operands there are none to take.
+        def apply(self, logits, tile):  # pyrefly: ignore[bad-override]
             return apply(logits)
 
     return {"modifiers": [Own()]}
@@ -530,7 +534,7 @@ class Narrow(Score):
         return key[:, :, 0]
 
 
-OWN = {
+OWN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no axis for the keys": (
         own_score(lambda q, k: -jnp.abs(q - k).sum(-1)),
         TypeError,
@@ -570,7 +574,7 @@ OWN = {
         "modifiers: Own.apply yields bool",
     ),
     "no apply": (
-        {"modifiers": [pytree(type("Own", (Modifier,), {}))()]},
+        {"modifiers": [pytree(cast(Any, type("Own", (Modifier,), {})))()]},
         TypeError,
         "modifiers: Own.apply fails .*a modifier needs an apply of its own",
     ),
@@ -596,6 +600,8 @@ def test_half_precision_of_a_users_own_is_enough():
     x = jnp.ones((1, 4, 2, 8))
     options = own_score(lambda q, k: (q @ k.T).astype(jnp.bfloat16))
     options |= own_modifier(lambda x: x.astype(jnp.float16))
-    result = attention_with_stats(x, x, x, **options, top_k=np.int64(2))
+    two: Any = np.int64(2)
+    result = attention_with_stats(x, x, x, **options, top_k=two)
     assert result.lse.dtype == jnp.float32
+    assert result.weights is not None
     assert result.weights.shape[-1] == 2

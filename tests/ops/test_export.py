@@ -100,6 +100,7 @@ def test_arrays_over_pairs():
         pairs = rng.normal(size=(N, *sizes[1:])).astype(np.float32)
         data = *arrays(*sizes), rng.random((sizes[0], 1, *sizes[1:])) < 0.6, pairs
         for found, wanted in zip(call(*data), run(*data), strict=False):
+            assert wanted is not None
             np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 

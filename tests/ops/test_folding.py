@@ -3,6 +3,7 @@
 import functools
 import itertools
 import sys
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -200,7 +201,7 @@ def _run(name, implementation):
 
     def run(q, shared, mapped):
         k, v, data = shared
-        options = make(mapped, data)
+        options: dict[str, Any] = make(mapped, data)
         output, lse, *_ = attention_with_stats(
             q, k, v, implementation=implementation, **options
         )
@@ -365,4 +366,6 @@ def test_nothing_is_held_for_each_example(implementation, gradient):
     run = jax.grad(total, (0, 1, 2)) if gradient else total
     program = jax.jit(run).lower(query, key, key).compile()
     # Copies of keys or of values would take 8.4 MB each.
-    assert program.memory_analysis().temp_size_in_bytes < 8e6
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 8e6

@@ -85,7 +85,8 @@ def test_cosine():
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     gradient = jax.grad(lambda q: scores.cosine(2.0).project_query(q).sum())(q * 0)
     assert np.isfinite(gradient).all()
-    np.testing.assert_array_equal(scores.cosine(2.0).project_query(q * 0), 0)
+    nothing = jnp.zeros_like(q)
+    np.testing.assert_array_equal(scores.cosine(2.0).project_query(nothing), 0)
 
 
 @pytest.mark.parametrize(("num_heads", "num_key_heads"), [(1, 1), (N, K), (N, 1)])
@@ -209,7 +210,7 @@ def test_initial_logits_have_variance_one():
     rng = np.random.default_rng(0)
     q, k = (rng.normal(size=(1, 64, 4, 32)).astype("f") for _ in range(2))
     score = scores.bilinear.init(jax.random.key(0), 32, num_heads=4)
-    logits = np.einsum("btnh,bsnh->bnts", score.project_query(q), k)
+    logits = np.einsum("btnh,bsnh->bnts", score.project_query(jnp.asarray(q)), k)
     assert logits.var() == pytest.approx(1, abs=0.2)
 
 

@@ -1,6 +1,7 @@
 """Word alignments by attention, and by IBM model 1."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,9 @@ def test_weights_of_tokens_become_those_of_words():
         [0.0, 0.0, 0.5, 0.5, 0.0],
         [0.0, 0.2, 0.0, 0.6, 0.2],
     ]
-    found = by_words(pair("un deux", "one two"), weights, Pieces())
+    vocabulary: Any = Pieces()
+    found = by_words(pair("un deux", "one two"), weights, vocabulary)
+    assert found is not None
     np.testing.assert_allclose(
         found.weights, [[0.5, 0.35, 0.15], [0.1, 0.8, 0.1]], atol=1e-12
     )
@@ -92,7 +95,8 @@ def test_weights_of_tokens_become_those_of_words():
 
 def test_words_that_tokens_divide_otherwise_are_left_out():
     weights = np.zeros((8, 9))
-    assert by_words(pair("un\x1cdeux", "one two"), weights, Spaces()) is None
+    vocabulary: Any = Spaces()
+    assert by_words(pair("un\x1cdeux", "one two"), weights, vocabulary) is None
 
 
 def test_hits_are_counted_where_both_words_are():

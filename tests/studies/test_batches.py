@@ -1,6 +1,7 @@
 """Batches: each pair once per epoch, few shapes, a function of the step alone."""
 
 import collections
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,13 +124,12 @@ def test_symbols_to_test_with():
     assert [set(b.source_lengths.tolist()) for b in found] == [{4}, {4}, {10}, {10}]
     assert {b.source.shape for b in found} == {(4, 10)}
     assert found[0].source.tolist() != found[1].source.tolist()
-    for fields, match in (
+    known: dict[str, Any] = dict(task="copy", symbols=5, lengths=(2, 6), rows=4)
+    cases: list[tuple[dict[str, Any], str]] = [
         (dict(task="sort"), "task: expected copy or reverse"),
         (dict(lengths=(0, 3)), "lengths: expected 1 <= least <= most"),
         (dict(padded=6), "padded: expected more than 6"),
-    ):
+    ]
+    for fields, match in cases:
         with pytest.raises(ValueError, match=match):
-            Symbols(**{
-                **dict(task="copy", symbols=5, lengths=(2, 6), rows=4),
-                **fields,
-            })
+            Symbols(**{**known, **fields})

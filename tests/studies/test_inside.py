@@ -55,6 +55,7 @@ def test_logits_make_the_weights():
     hidden = np.where(np.tri(LENGTH), 0, -np.inf).astype(np.float32)[None, None]
     expected = jax.nn.softmax(_logits(attention, x) + hidden)
     weights = attention.with_stats(x, top_k="all").weights
+    assert weights is not None
     np.testing.assert_allclose(weights, expected, atol=1e-5)
 
 
@@ -66,7 +67,7 @@ def test_inside_a_model(causal):
     found = inside(model, Stretch(tokens, tokens, tokens > 0))
     assert found.shape == (3, 2, len(Inside._fields))
     assert np.isfinite(found).all()
-    deviation, entropy, itself, own_weight, kept = np.moveaxis(found, -1, 0)
+    deviation, entropy, itself, own_weight, kept = np.moveaxis(np.asarray(found), -1, 0)
     assert (deviation > 0).all()
     assert ((entropy > 0) & (entropy < 1)).all()
     assert ((itself >= 0) & (itself <= 1)).all()

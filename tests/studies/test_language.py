@@ -1,6 +1,7 @@
 """Long documents, masked tokens, and language models with sparse patterns."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,12 @@ STREAM = np.arange(100, 1000, dtype=np.int32)
 
 
 def stretches(stream=STREAM, **changes):
-    options = {"length": 16, "rows": 4, "vocabulary_size": 2000, "causal": True}
+    options: dict[str, Any] = {
+        "length": 16,
+        "rows": 4,
+        "vocabulary_size": 2000,
+        "causal": True,
+    }
     return Stretches(stream, **{**options, **changes})
 
 
@@ -144,7 +150,7 @@ def test_models_see_what_masks_show(name, causal):
     if name == "own projections":
         name, own = "window+anchor", 0 if causal else anchors_of_own(length)
     mask = layer_masks(name, length, layers, causal)
-    model = language_model(
+    model: Any = language_model(
         20,
         Sizes(16, 2, layers),
         mask,

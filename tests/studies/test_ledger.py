@@ -40,12 +40,16 @@ def test_what_was_measured_is_kept_without_the_models(context, mesh):
     assert first.summary["measured"]["lines"] > 23
     shutil.rmtree(context.out / "runs")
     again = resumed(context, resume=True)
-    assert again.train(run(mesh, batch_at=forbidden)).summary == first.summary
+    kept = again.train(run(mesh, batch_at=forbidden))
+    assert kept is not None
+    assert kept.summary == first.summary
     assert again.best == context.best == {"tiny": first.summary["best"]}
     assert again.seen == ["tiny"]
     # The run is left out by --only, but is in the ledger.
     left_out = resumed(context, only=["other"])
-    assert left_out.train(run(mesh, batch_at=forbidden)).summary == first.summary
+    kept = left_out.train(run(mesh, batch_at=forbidden))
+    assert kept is not None
+    assert kept.summary == first.summary
     assert left_out.train(run(mesh, "third", batch_at=forbidden)) is None
 
 
@@ -76,6 +80,7 @@ def test_who_trained_it_does_not_matter(context, mesh):
     line["identity"]["devices"] = 7
     path.write_text(json.dumps(line) + "\n")
     again = resumed(context, resume=True).train(run(mesh, batch_at=forbidden))
+    assert again is not None
     assert again.summary == first.summary
     other = run(mesh, config={"features": 13, "rate": 0.07}, batch_at=forbidden)
     assert resumed(context, only=["more"]).train(other) is None
@@ -108,6 +113,7 @@ def test_numbers_lost_are_measured_again(context, mesh):
     first = context.train(run(mesh))
     context.ledger.path.unlink()
     again = resumed(context, resume=True).train(run(mesh, batch_at=forbidden))
+    assert again is not None
     assert again.summary == first.summary
     assert context.ledger.path.exists()
 
@@ -125,5 +131,6 @@ def test_models_are_read_where_a_page_needs_them(context, mesh):
     context.train(make_run(mesh=mesh))
     assert not context.ledger.path.exists()
     found = resumed(context, resume=True).train(make_run(mesh=mesh, batch_at=forbidden))
+    assert found is not None
     assert found.model is not None
     assert found.log

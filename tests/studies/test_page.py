@@ -202,6 +202,7 @@ def test_the_best_rate(tmp_path):
         return make_run("short", mesh=mesh, evaluate=evaluate, steps=4)
 
     found = sweep(context, at, [0.5, 0.1, 0.02, 9.0])
+    assert found is not None
     assert found[:2] == (0.1, {**losses, 9.0: None})
     assert [s["name"] for s in found.summaries] == [
         f"short/rate-{r}" for r in (0.5, 0.1, 0.02)
@@ -238,6 +239,7 @@ def test_a_sweep_goes_on_where_its_best_rate_is_the_last(best, tried, tmp_path):
         return make_run("short", mesh=mesh, evaluate=evaluate, steps=2)
 
     found = sweep(context, at, [1.0, 2.0, 4.0])
+    assert found is not None
     assert list(found.found) == tried
     assert found.rate == min(tried, key=lambda rate: abs(math.log2(rate / best)))
     assert len(found.summaries) == len(tried)
@@ -261,6 +263,7 @@ def test_whole_runs_decide(at_last, rate, tmp_path):
         return make_run("run", mesh=mesh, evaluate=evaluate, steps=2)
 
     found = train_at_best_rate(context, make, [1.0, 2.0, 4.0])
+    assert found is not None
     assert (found.rate, found.whole) == (rate, at_last)
     assert found.trained.summary["best"]["loss"] == at_last[rate]
     names = [s["name"] for s in found.summaries]

@@ -1,6 +1,7 @@
 """The puzzles of the recall study."""
 
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,7 +132,8 @@ def test_listops_asks_at_the_end():
 
 
 def test_what_the_graph_says(mesh, tmp_path):
-    task = Task(Context("recall", tmp_path, mesh, None, quick=True), "recall")
+    nowhere: Any = None
+    task = Task(Context("recall", tmp_path, mesh, nowhere, quick=True), "recall")
     near, far = task.apart(4, "test").values()
     guess = 1 / puzzles.VALUES
     assert task.predicted("full", far) == (1, 1)

@@ -121,11 +121,14 @@ def test_damaged_ones_do_not_push_good_ones_out(tmp_path):
     for step in (3, 4):
         (tmp_path / str(step) / "files.json").unlink()
     with pytest.warns(UserWarning, match="was not written to the end"):
-        assert checkpoints.newest(state).record == {"step": 1}
+        found = checkpoints.newest(state)
+    assert found is not None
+    assert found.record == {"step": 1}
     checkpoints.save(Checkpoint(state, {"step": 2}), best=1)
     assert checkpoints.steps() == [1, 2, 3, 4]
     with pytest.warns(UserWarning, match="was not written to the end"):
         found = checkpoints.newest(state)
+    assert found is not None
     assert found.record == {"step": 2}
     np.testing.assert_array_equal(found.state["x"], state["x"])
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def logits(model, batch):
 
 
 def make_run(name="tiny", *, mesh, **changes):
-    fields = {
+    fields: dict[str, Any] = {
         "name": name,
         "config": {"features": 13, "rate": 0.05},
         "make_model": lambda: Bag(rngs=nnx.Rngs(3)),

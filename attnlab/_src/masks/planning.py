@@ -16,6 +16,7 @@ from attnlab._src.masks.rule import Rule, seen_by, visible_pairs
 from attnlab._src.operands import tile_shape
 from attnlab._src.types import (
     Array,
+    ArrayLike,
     AttentionInputs,
     Intervals,
     Live,
@@ -86,7 +87,7 @@ def index_blocks(side: str, length: int, size: int, offset: Any = 0) -> Blocks:
     return Blocks(side, size, length, lo, hi, offset)
 
 
-def position_blocks(side: str, positions: Array, size: int) -> Blocks:
+def position_blocks(side: str, positions: ArrayLike, size: int) -> Blocks:
     """Blocks of slots whose positions are given, ``[B or 1, length]``; -1 = empty."""
     length = positions.shape[-1]
     blocks = Blocks(side, size, length, None, None, None)

@@ -10,7 +10,7 @@ from attnlab._src import arguments
 from attnlab._src.masks.base import Mask
 from attnlab._src.masks.intervals import FAR
 from attnlab._src.masks.structural import causal, prefix, sliding_window
-from attnlab._src.types import Array, pytree, static
+from attnlab._src.types import Array, ArrayLike, pytree, static
 
 
 class KeyValue(NamedTuple):
@@ -314,7 +314,7 @@ class CachePolicy:
 KEEP_ALL = CachePolicy()
 
 
-def check_examples(name: str, x: Array, batch: int, *features: str) -> None:
+def check_examples(name: str, x: ArrayLike, batch: int, *features: str) -> None:
     """Raises unless x is ``[B, T, *features]`` with the batch size B of the caches."""
     if x.ndim != 2 + len(features) or x.shape[0] != batch:
         axes = ", ".join([str(batch), "T", *features])

@@ -9,7 +9,7 @@ from flax import nnx
 
 from attnlab._src import arguments
 from attnlab._src.nn.parameters import named
-from attnlab._src.types import Array
+from attnlab._src.types import Array, ArrayLike
 
 
 class Embedding(nnx.Module):
@@ -74,7 +74,7 @@ class Embedding(nnx.Module):
             else None
         )
 
-    def __call__(self, tokens: Array, positions: Array | None = None) -> Array:
+    def __call__(self, tokens: ArrayLike, positions: Array | None = None) -> Array:
         """``[*batch, T]`` integers -> ``[*batch, T, features]``."""
         tokens = jnp.asarray(arguments.integers("tokens", tokens))
         if positions is None:

@@ -14,6 +14,7 @@ from attnlab._src.nn.angles import sin_cos, sinusoids
 from attnlab._src.nn.parameters import named
 from attnlab._src.types import (
     Array,
+    ArrayLike,
     Modifier,
     Operand,
     Tile,
@@ -72,7 +73,7 @@ class Sinusoidal(nnx.Module):
         """See :func:`sinusoids` for the arguments."""
         self.base, self.interleaved = base, interleaved
 
-    def __call__(self, x: Array, positions: Array) -> Array:
+    def __call__(self, x: Array, positions: ArrayLike) -> Array:
         """``[*batch, T, features], [*batch or none, T] -> [*batch, T, features]``."""
         added = sinusoids(
             positions,
@@ -116,7 +117,7 @@ class Learned(nnx.Module):
         table = 0.02 * jax.random.normal(rngs.params(), (length, features), param_dtype)
         self.table = nnx.Param(table, **named("positions", "embed"))
 
-    def __call__(self, x: Array, positions: Array) -> Array:
+    def __call__(self, x: Array, positions: ArrayLike) -> Array:
         """``[*batch, T, features], [*batch or none, T] -> [*batch, T, features]``."""
         length = self.table.shape[0]
         most = -1
@@ -222,7 +223,7 @@ class Rotary(Positions):
         self.base, self.size = base, size
         self.scaling, self.offset, self.interleaved = scaling, offset, interleaved
 
-    def __call__(self, x: Array, positions: Array) -> Array:
+    def __call__(self, x: Array, positions: ArrayLike) -> Array:
         """``[*batch, T, heads, H], [*batch or none, T] -> [*batch, T, heads, H]``."""
         size = x.shape[-1] if self.size is None else self.size
         if size % 2 or size > x.shape[-1]:

@@ -58,7 +58,7 @@ class Encoder(nnx.Module):
         return cls(embedding, Stack(blocks, norm=norm, remat=remat, scan=scan))
 
     def __call__(
-        self, tokens: Array, *, mask: Any = None, positions: Array | None = None
+        self, tokens: ArrayLike, *, mask: Any = None, positions: Array | None = None
     ) -> Array:
         """``[*batch, T] -> [*batch, T, features]``.
 
@@ -94,7 +94,7 @@ class MaskedLanguageModel(nnx.Module):
         self.encoder, self.head = encoder, head
 
     def __call__(
-        self, tokens: Array, *, mask: Any = None, positions: Array | None = None
+        self, tokens: ArrayLike, *, mask: Any = None, positions: Array | None = None
     ) -> Array:
         """``[*batch, T] -> [*batch, T, V]``; arguments as of :class:`Encoder`."""
         x = self.encoder(tokens, mask=mask, positions=positions)
@@ -182,7 +182,7 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: ArrayLike,
         memory: Array | None = None,
         *,
         mask: Any = None,
@@ -243,7 +243,7 @@ class Decoder(nnx.Module):
         return DecoderState(blocks, _for_batch(memory_mask, batch))
 
     def decode(
-        self, tokens: Array, state: DecoderState, *, positions: Array | None = None
+        self, tokens: ArrayLike, state: DecoderState, *, positions: Array | None = None
     ) -> tuple[Array, DecoderState]:
         """Reads the next tokens, one or several.
 
@@ -344,8 +344,8 @@ class EncoderDecoder(nnx.Module):
 
     def __call__(
         self,
-        source: Array,
-        target: Array,
+        source: ArrayLike,
+        target: ArrayLike,
         *,
         source_mask: Any = None,
         target_mask: Any = None,

@@ -5,6 +5,7 @@ tests only every n-th cell, for slow builds.
 """
 
 import os
+from typing import Any
 
 import jax
 import pytest
@@ -35,7 +36,8 @@ def test_cell(cell, tile, monkeypatch):
 def test_what_is_refused_gives_its_reason(name):
     cell = next(c for c in CELLS if NATIVE_REFUSES & set(c) == {name})
     problem = grid.build(cell)
-    options = {**problem.data, **problem.fixed, "dropout_rate": problem.dropout_rate}
+    options: dict[str, Any] = {**problem.data, **problem.fixed}
+    options["dropout_rate"] = problem.dropout_rate
     with jax.enable_x64(name == "float64"):
         words = "it (does not know the|computes in float32)"
         with pytest.raises(NotImplementedError, match=words):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +169,7 @@ CASES = {
 
 def results(name):
     (t, s, n, k), options = CASES[name]
-    options = dict(options)
+    options: dict[str, Any] = dict(options)
     slopes = jnp.linspace(0.1, 0.5, n)
     score = scores.scaled_dot()
     if options.pop("score", None):
@@ -401,7 +402,8 @@ class Widening(scores.Score):
     def project_query(self, query):
         return query.astype(self.dtype)
 
-    project_key = project_query
+    def project_key(self, key):
+        return self.project_query(key)
 
 
 @pytest.mark.parametrize("t", [2, 40])
@@ -423,7 +425,8 @@ def test_more_than_its_arrays_hold_is_refused():
     q, k, v, _ = arrays()
     many = [modifiers.soft_cap(4.0)] * 17
     deep = scores.mlp.init(jax.random.key(0), 16, hidden_sizes=(4,) * 12)
-    for options in ({"modifiers": many}, {"score": deep}):
+    cases: list[dict[str, Any]] = [{"modifiers": many}, {"score": deep}]
+    for options in cases:
         with pytest.raises(NotImplementedError, match="at most 16|does not know"):
             attention(q, k, v, implementation="native", **options)
         assert attention(q, k, v, **options).shape == (*q.shape[:3], v.shape[-1])
@@ -435,13 +438,13 @@ def test_a_perceptron_shows_a_nan(activation):
     score = scores.mlp.init(
         jax.random.key(0), 16, hidden_sizes=(8,), activation=activation
     )
-    outputs = [
+    found, wanted = (
         attention(q.at[0, 5].set(jnp.nan), k, v, score=score, implementation=name)
         for name in ("native", "reference")
-    ]
-    assert jnp.isnan(outputs[1][0, 5]).all()
-    np.testing.assert_array_equal(*(jnp.isnan(x) for x in outputs))
-    np.testing.assert_allclose(*outputs, atol=1e-5)
+    )
+    assert jnp.isnan(wanted[0, 5]).all()
+    np.testing.assert_array_equal(jnp.isnan(found), jnp.isnan(wanted))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -509,6 +512,7 @@ def test_arrays_are_read_where_they_lie(t, mask, backward):
         return pull(output)
 
     program = jax.jit(run).lower(q, k, v, mask, 4096 - t).compile().as_text()
+    assert program is not None
     entry = program[program.index("\nENTRY") :]
     made = re.findall(r"= f32\[1,4096,4,64\]\S* ([\w-]+)\(", entry)
     assert "parameter" in made

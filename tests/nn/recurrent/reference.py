@@ -77,6 +77,7 @@ def embed(embedding, tokens):
 def encode(encoder, tokens, xp):
     """The states ``[S, features]``, and the last outputs of the directions."""
     x = embed(encoder.embedding, tokens)
+    found = []
     for layer in encoder.layers:
         directions = (
             [layer.forward, layer.backward] if hasattr(layer, "forward") else [layer]

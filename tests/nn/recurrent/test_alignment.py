@@ -139,6 +139,7 @@ def test_a_mask_of_a_call_joins_the_own():
     query, states = data()
     found = alignment.with_stats(query, states, mask=masks.causal(), top_k="all")
     seen = masks.causal() & masks.sliding_window(1, 1)
+    assert found.weights is not None
     np.testing.assert_array_equal(found.weights[0, 0] > 0, seen.to_dense(T, S))
 
 

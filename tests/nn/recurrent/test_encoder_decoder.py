@@ -1,6 +1,7 @@
 """Recurrent decoders against the equations of their papers, step by step."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -16,7 +17,7 @@ from tests.nn.recurrent.test_layers import drawn, log_softmax, with_nan
 
 B, S, T, F, H, V, W = 2, 5, 3, 7, 10, 13, 11
 LENGTHS = np.array([2, S])
-SIZES = dict(features=F, hidden_size=H)
+SIZES: dict[str, Any] = dict(features=F, hidden_size=H)
 SOURCE = np.array([[3, 7, 0, 12, 5], [9, 1, 4, 4, 11]], np.int32)
 TARGET = np.array([[2, 8, 1], [5, 0, 10]], np.int32)
 
@@ -43,7 +44,8 @@ def predictive(score, **options):
 
 def plain_readout():
     model = bahdanau()
-    model.decoder.readout = nn.Readout(3 * H + F, W, rngs=nnx.Rngs(1))
+    decoder: Any = model.decoder
+    decoder.readout = nn.Readout(3 * H + F, W, rngs=nnx.Rngs(1))
     return model
 
 
@@ -129,6 +131,8 @@ def test_equations_of_the_papers(name):
         )
         np.testing.assert_allclose(logits[b], wanted, rtol=1e-5, atol=2e-5)
         if attends:
+            assert weights is not None
+            assert rows is not None
             assert weights.shape == (B, T, S)
             np.testing.assert_allclose(weights[b, :, :n], rows, atol=1e-5)
             np.testing.assert_array_equal(weights[b, :, n:], 0)

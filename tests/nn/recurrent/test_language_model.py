@@ -1,6 +1,7 @@
 """The recurrent language model: causality, caches, packed documents."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +90,9 @@ def test_nothing_comes_from_the_future(name):
             return self.x
 
     def logits(x, t):
+        given: Any = Given(x)
         other = nn.RecurrentLanguageModel(
-            Given(x), list(model.layers), model.head,
+            given, list(model.layers), model.head,
             attention=model.attention, combine=model.combine,
         )  # fmt: skip
         return (other(TOKENS)[:, t] ** 2).sum()

@@ -1,6 +1,7 @@
 """Cells, layers in both directions, packed documents, padding, the encoder."""
 
 import itertools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,8 @@ def test_gru_is_the_one_of_flax():
     other.dense_i.kernel[...] = cell.input.kernel[...]
     # Flax has no bias in the term that the reset gate multiplies.
     cell.bias[...] = jnp.zeros(H)
+    assert other.dense_i.bias is not None
+    assert cell.input.bias is not None
     other.dense_i.bias[...] = cell.input.bias[...]
     other.dense_h.kernel[...] = cell.recurrent[...]
     mine = theirs = inputs(1, B, H)
@@ -84,6 +87,8 @@ def test_lstm_is_the_one_of_flax():
     cell = cell_of(nn.LSTM)
     other = nnx.OptimizedLSTMCell(F, H, rngs=nnx.Rngs(1))
     other.dense_i.kernel[...] = cell.input.kernel[...]
+    assert other.dense_h.bias is not None
+    assert cell.input.bias is not None
     other.dense_h.bias[...] = cell.input.bias[...]
     other.dense_h.kernel[...] = cell.recurrent[...]
     mine = nn.LSTMState(inputs(1, B, H), inputs(7, B, H))
@@ -100,6 +105,7 @@ def test_start_and_forget_bias():
     cell = nn.LSTM(F, H, rngs=nnx.Rngs(0))
     bias = np.zeros(4 * H)
     bias[H : 2 * H] = 1
+    assert cell.input.bias is not None
     np.testing.assert_array_equal(cell.input.bias[...], bias)
     for x in jax.tree.leaves(cell.start(B)):
         np.testing.assert_array_equal(x, np.zeros((B, H)))
@@ -297,8 +303,8 @@ def test_errors():
         nn.Bidirectional(layer, layer)
     with pytest.raises(ValueError, match="cells: expected at least one"):
         nn.StackedCells([])
-    with pytest.raises(ValueError, match="cells: expected in_features=.*, got 5"):
-        nn.StackedCells([layer.cell, layer.cell])
+    with pytest.raises(ValueError, match="cells: one takes 5 features from a cell of"):
+        nn.StackedCells([cast(Any, layer.cell)] * 2)
     with pytest.raises(ValueError, match="layers: expected at least one"):
         nn.RecurrentEncoder(nn.Embedding(V, F, rngs=nnx.Rngs(0)), [])
 

@@ -275,7 +275,7 @@ class PredictiveAlignment(Alignment):
         self.hidden = projection(features, hidden_size, **types)
         self.place = projection(hidden_size, 1, None, **types)
 
-    def center(self, query: Array, lengths: Array) -> Array:
+    def center(self, query: Array, lengths: ArrayLike) -> Array:
         """Centers p ``[B, T]`` of queries ``[B, T, *]`` and source lengths ``[B]``."""
         x = self.place(jnp.tanh(self.hidden(query)))[..., 0]
         x = jax.nn.sigmoid(x.astype(accumulation_dtype(x.dtype)))

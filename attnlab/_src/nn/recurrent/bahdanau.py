@@ -19,7 +19,7 @@ from attnlab._src.nn.recurrent.decoders import (
 from attnlab._src.nn.recurrent.layers import AnyCell
 from attnlab._src.nn.recurrent.readouts import MaxoutReadout
 from attnlab._src.scores.pairwise import Additive
-from attnlab._src.types import Array, PyTree
+from attnlab._src.types import Array, ArrayLike, PyTree
 
 
 class BahdanauDecoder(AttentiveDecoder):
@@ -131,7 +131,7 @@ class BahdanauDecoder(AttentiveDecoder):
         )
 
     def _read(
-        self, tokens: Array, state: RecurrentState
+        self, tokens: ArrayLike, state: RecurrentState
     ) -> tuple[Array, Array, RecurrentState]:
         embedded = self.embedding(tokens)
         gates = self.cell.project(embedded.swapaxes(0, 1))

@@ -11,7 +11,7 @@ from attnlab._src.nn.projection import projection
 from attnlab._src.nn.recurrent.cells import GRU
 from attnlab._src.nn.recurrent.layers import AnyCell, Encoded, run_cell
 from attnlab._src.nn.recurrent.readouts import MaxoutReadout
-from attnlab._src.types import Array, PyTree
+from attnlab._src.types import Array, ArrayLike, PyTree
 
 
 class Memory(NamedTuple):
@@ -62,7 +62,7 @@ class RecurrentDecoder(nnx.Module):
         fits("first", "out_features", first.out_features, cell.state_size)
         self.embedding, self.cell, self.first = embedding, cell, first
 
-    def __call__(self, tokens: Array, encoded: Encoded) -> Array:
+    def __call__(self, tokens: ArrayLike, encoded: Encoded) -> Array:
         """Logits of the tokens that follow each token.
 
         Args:
@@ -79,7 +79,7 @@ class RecurrentDecoder(nnx.Module):
         raise NotImplementedError
 
     def decode(
-        self, tokens: Array, state: RecurrentState
+        self, tokens: ArrayLike, state: RecurrentState
     ) -> tuple[Array, RecurrentState]:
         """Reads the next tokens, one or several.
 
@@ -94,7 +94,7 @@ class RecurrentDecoder(nnx.Module):
         return logits, state
 
     def _read(
-        self, tokens: Array, state: RecurrentState
+        self, tokens: ArrayLike, state: RecurrentState
     ) -> tuple[Array, Array | None, RecurrentState]:
         """Logits, queries ``[B, T, features]`` of the attention, and the next state."""
         raise NotImplementedError
@@ -184,7 +184,7 @@ class PlainDecoder(RecurrentDecoder):
         return self._begin(summary, summary)
 
     def _read(
-        self, tokens: Array, state: RecurrentState
+        self, tokens: ArrayLike, state: RecurrentState
     ) -> tuple[Array, None, RecurrentState]:
         embedded = self.embedding(tokens)
         summary = state.source
@@ -231,7 +231,7 @@ class AttentiveDecoder(RecurrentDecoder):
             key_positions=memory.positions,
         )
 
-    def with_weights(self, tokens: Array, encoded: Encoded) -> tuple[Array, Array]:
+    def with_weights(self, tokens: ArrayLike, encoded: Encoded) -> tuple[Array, Array]:
         """As a call, but also returns the attention weights of every step.
 
         For the weights of a translation, pass its decoded tokens.
@@ -251,7 +251,7 @@ class AttentiveDecoder(RecurrentDecoder):
         return logits, weights.mean(1)
 
 
-def following(state: RecurrentState, tokens: Array) -> Array:
+def following(state: RecurrentState, tokens: ArrayLike) -> Array:
     """``[B, T]``: the positions of the next tokens."""
     return state.position[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
 

@@ -163,8 +163,8 @@ class RecurrentEncoderDecoder(nnx.Module):
 
     def __call__(
         self,
-        source: Array,
-        target: Array,
+        source: ArrayLike,
+        target: ArrayLike,
         *,
         source_lengths: ArrayLike | None = None,
     ) -> Array:
@@ -181,21 +181,21 @@ class RecurrentEncoderDecoder(nnx.Module):
         return self.decoder(target, self.encoder(source, lengths=source_lengths))
 
     def start(
-        self, source: Array, *, source_lengths: ArrayLike | None = None
+        self, source: ArrayLike, *, source_lengths: ArrayLike | None = None
     ) -> RecurrentState:
         """The state before the first target token, for :meth:`decode`."""
         return self.decoder.start(self.encoder(source, lengths=source_lengths))
 
     def decode(
-        self, tokens: Array, state: RecurrentState
+        self, tokens: ArrayLike, state: RecurrentState
     ) -> tuple[Array, RecurrentState]:
         """The next target tokens; see :meth:`RecurrentDecoder.decode`."""
         return self.decoder.decode(tokens, state)
 
     def with_weights(
         self,
-        source: Array,
-        target: Array,
+        source: ArrayLike,
+        target: ArrayLike,
         *,
         source_lengths: ArrayLike | None = None,
     ) -> tuple[Array, Array]:

@@ -152,7 +152,7 @@ class RecurrentLanguageModel(nnx.Module):
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: ArrayLike,
         *,
         lengths: ArrayLike | None = None,
         documents: ArrayLike | None = None,
@@ -206,7 +206,7 @@ class RecurrentLanguageModel(nnx.Module):
         return RecurrentLanguageModelState(cells, cache)
 
     def decode(
-        self, tokens: Array, state: RecurrentLanguageModelState
+        self, tokens: ArrayLike, state: RecurrentLanguageModelState
     ) -> tuple[Array, RecurrentLanguageModelState]:
         """Reads the next tokens, one or several.
 
@@ -244,7 +244,7 @@ class RecurrentLanguageModel(nnx.Module):
         return logits, RecurrentLanguageModelState(cells, cache)
 
     def _states(
-        self, tokens: Array, states: Sequence[PyTree] | None, **seen: Any
+        self, tokens: ArrayLike, states: Sequence[PyTree] | None, **seen: Any
     ) -> tuple[Array, tuple[PyTree, ...]]:
         x = self.embedding(tokens)
         before = [None] * len(self.layers) if states is None else states

@@ -241,7 +241,7 @@ class RecurrentEncoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: ArrayLike,
         *,
         lengths: ArrayLike | None = None,
         documents: ArrayLike | None = None,

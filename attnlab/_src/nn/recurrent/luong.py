@@ -19,7 +19,7 @@ from attnlab._src.nn.recurrent.decoders import (
 )
 from attnlab._src.nn.recurrent.layers import AnyCell, Encoded, run_cell
 from attnlab._src.scores.inner import Bilinear
-from attnlab._src.types import Array, PyTree, Score, promoted
+from attnlab._src.types import Array, ArrayLike, PyTree, Score, promoted
 
 
 class LuongDecoder(AttentiveDecoder):
@@ -132,7 +132,7 @@ class LuongDecoder(AttentiveDecoder):
         return state._replace(said=jnp.zeros(shape, encoded.states.dtype))
 
     def _read(
-        self, tokens: Array, state: RecurrentState
+        self, tokens: ArrayLike, state: RecurrentState
     ) -> tuple[Array, Array, RecurrentState]:
         gates = self.cell.project(self.embedding(tokens).swapaxes(0, 1))
         positions = following(state, tokens)
