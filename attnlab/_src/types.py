@@ -336,6 +336,8 @@ class Implementation:
     exportable: ClassVar[bool] = True
     #: Whether a program for several platforms can hold it.
     shares_program: ClassVar[bool] = True
+    #: Whether XLA can divide its arrays among devices by itself, as it does on TPUs.
+    partitionable: ClassVar[bool] = True
     #: Letters of the axes that may be symbolic (``jax.export``): a plan of blocks needs
     #: lengths that are known.
     symbolic: ClassVar[str] = ""

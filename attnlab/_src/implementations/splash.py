@@ -21,6 +21,7 @@ class Splash(Implementation):
     name = "splash"
     differentiable = True
     platforms = ("tpu",)
+    partitionable = False
 
     #: As ``pallas_call`` takes it: to run elsewhere, slowly.
     interpret: ClassVar[bool] = False

@@ -20,6 +20,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from attnlab._src.implementations import IMPLEMENTATIONS
 from attnlab._src.implementations.deferred import apply_deferred
 from attnlab._src.ops.choice import choose, default_platform
+from attnlab._src.ops.partition import (
+    divided,
+    divided_as_placed,
+    needs_devices,
+    spans_devices,
+)
 from attnlab._src.types import Array, AttentionInputs
 
 
@@ -29,21 +35,22 @@ class Asked:
 
     Attributes:
         implementation: a name; None: the automatic choice.
+        place: of the query, see ``Settings``.
         precision: of matrix products that name none.
         x64: whether 64-bit types exist.
     """
 
     implementation: str | None
+    place: NamedSharding | None
     precision: str | None
     x64: bool
 
     @classmethod
-    def now(cls, implementation: str | None) -> "Asked":
+    def now(cls, implementation: str | None, place: NamedSharding | None) -> "Asked":
         """With the settings of JAX that hold now."""
         config: Any = jax.config
-        return cls(
-            implementation, config.jax_default_matmul_precision, config.jax_enable_x64
-        )
+        precision = config.jax_default_matmul_precision
+        return cls(implementation, place, precision, config.jax_enable_x64)
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -137,14 +144,28 @@ def _of_scaled(inputs: AttentionInputs, found: AttentionInputs) -> AttentionInpu
 
 
 def _lower(
-    ctx: Any, *values: Any, asked: Asked, wanted: Any, structure: Any
+    ctx: Any, *values: Any, asked: Asked, wanted: Any, structure: Any, devices: Any
 ) -> Sequence[Any]:
+    module = ctx.module_context
+    exported = module.lowering_parameters.for_export
+    platforms = ctx.platforms or module.platforms
+    by_xla = spans_devices(module.axis_context) and not exported
+    if by_xla:
+        run = functools.partial(
+            attention_p.bind, asked=asked, wanted=wanted, devices=devices
+        )
+        work = run, structure, ctx.avals_in, wanted
+        # A TPU's compiler knows no custom partitioning.
+        if "tpu" not in platforms:
+            return mlir.lower_fun(divided(*work))(ctx, *values)
+        if asked.place is not None:
+            return mlir.lower_fun(divided_as_placed(*work, asked.place))(ctx, *values)
     inputs: Any = jax.tree.unflatten(structure, ctx.avals_in)[0]
-    exported = ctx.module_context.lowering_parameters.for_export
-    platforms = ctx.platforms or ctx.module_context.platforms
     shared, passes = len(platforms) > 1, {}
     for platform in platforms:
-        chosen = choose(inputs, asked.implementation, platform, exported, shared)
+        chosen = choose(
+            inputs, asked.implementation, platform, exported, shared, by_xla
+        )
         passes[platform] = functools.partial(
             compute, name=chosen.name, wanted=wanted, structure=structure
         )
@@ -165,7 +186,7 @@ def _lower(
 mlir.register_lowering(attention_p, _lower)
 
 
-@functools.partial(jax.jit, static_argnames=("asked", "wanted", "structure"))
+@functools.partial(jax.jit, static_argnames=("asked", "wanted", "structure", "devices"))
 def _bind(*leaves: Array, **static: Any) -> list[Array]:
     return attention_p.bind(*leaves, **static)
 
@@ -182,4 +203,10 @@ def one_pass(
     asked: Asked, wanted: tuple[bool, ...] | None, *arguments: Any
 ) -> list[Array]:
     leaves, structure = jax.tree.flatten(arguments)
-    return attention_p.bind(*leaves, asked=asked, wanted=wanted, structure=structure)
+    return attention_p.bind(
+        *leaves,
+        asked=asked,
+        wanted=wanted,
+        structure=structure,
+        devices=needs_devices(),
+    )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from attnlab._src import arguments
 from attnlab._src.implementations.tile import precision_name
@@ -66,6 +67,7 @@ class Settings:
         top_k: None, no weights; "all" of them; or how many of each query.
         shared_dropout: whether all examples and heads have one dropout pattern, as of
             Flax's ``broadcast_dropout``.
+        place: of the query, ``[B, T, N]``, on a mesh with explicit axes; None: unknown.
     """
 
     dropout_rate: float = 0.0
@@ -74,6 +76,7 @@ class Settings:
     stats: bool = False
     top_k: int | str | None = None
     shared_dropout: bool = False
+    place: NamedSharding | None = None
 
     def but(self, **changes: Any) -> "Settings":
         """The same with some of them changed."""

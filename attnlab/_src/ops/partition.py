@@ -1,0 +1,388 @@
+"""A pass over several devices: each computes its share of examples, heads and queries.
+
+Where a program is compiled for several devices (``jit`` with shardings), XLA cannot
+look into a kernel: it would gather every array, and every device would compute all.
+Here it is told which axes of the arrays belong together (a Shardy rule), and what a
+device computes of its shares: the same pass of fewer examples, heads or queries. Only
+gradients of what several devices share are summed.
+
+References:
+    https://openxla.org/shardy/overview
+    ``jax.experimental.custom_partitioning``
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from attnlab._src.implementations.tile import modifiers_read_head
+from attnlab._src.ops.folding import mask_reads_head
+from attnlab._src.types import Array, AttentionInputs, Sizes
+
+
+class Factors(tuple[str | None, ...]):
+    """By axis of an array what runs along it.
+
+    Examples "b", queries "t", keys "s", query heads "n", key heads "k"; None: anything
+    else, which every device has whole.
+    """
+
+
+def spans_devices(axis_context: Any) -> bool:
+    """Whether a program is for several devices, and XLA divides the arrays.
+
+    Args:
+        axis_context: of the module that is lowered. Inside a ``shard_map`` over all
+            axes of the mesh each device has its share already.
+    """
+    manual = getattr(axis_context, "manual_axes", None)
+    if manual is not None:
+        return set(manual) != set(axis_context.mesh.axis_names)
+    return (getattr(axis_context, "num_devices", None) or 1) > 1
+
+
+@functools.cache
+def needs_devices() -> Any:
+    """A program that JAX lowers only when it knows the devices, as a parameter.
+
+    JAX looks for such programs in the parameters of a primitive, too; this one is never
+    run.
+    """
+    same = custom_partitioning(lambda x: x)
+    same.def_partition(partition=None, sharding_rule="i -> i")
+    with jax.ensure_compile_time_eval():
+        return jax.make_jaxpr(same)(jax.ShapeDtypeStruct((1,), jnp.float32))
+
+
+def divided(
+    run: Callable[..., Sequence[Array]],
+    structure: Any,
+    avals: Sequence[Any],
+    wanted: Any,
+) -> Callable[..., Sequence[Array]]:
+    """A pass whose arrays XLA may divide among devices.
+
+    Args:
+        run: ``run(*leaves, structure=)``: the pass itself.
+        structure: of the arguments, as of ``attention_p``.
+        avals: of its leaves.
+        wanted: as of ``attention_p``.
+    """
+    work = Work.of(structure, avals, wanted)
+    rule, options = _rule(work)
+
+    def partition(_: Any, given: Sequence[Any], __: Any) -> Any:
+        mesh, places = _places(given[0].sharding, work.sizes)
+        share = _share(mesh, places, work)
+
+        def shardings(side: Sequence[Factors]) -> list[NamedSharding]:
+            return [NamedSharding(mesh, share.spec(factors)) for factors in side]
+
+        local = work.local(run, share)
+        return mesh, local, shardings(work.results), tuple(shardings(work.arguments))
+
+    @custom_partitioning
+    def call(*leaves: Array) -> Sequence[Array]:
+        return run(*leaves, structure=structure)
+
+    # Axes of the user's mesh may be split between two axes of an array: where things
+    # lie is read from the devices, not from names of axes.
+    call.def_partition(
+        partition=partition, sharding_rule=rule, decode_shardings=False, **options
+    )
+    return call
+
+
+def divided_as_placed(
+    run: Callable[..., Sequence[Array]],
+    structure: Any,
+    avals: Sequence[Any],
+    wanted: Any,
+    place: NamedSharding,
+) -> Callable[..., Sequence[Array]]:
+    """As :func:`divided`, where it is known how the query is divided.
+
+    Args:
+        run: as above.
+        structure: as above.
+        avals: as above.
+        wanted: as above.
+        place: of the query, ``[B, T, N]``.
+    """
+    work = Work.of(structure, avals, wanted)
+    share = _share(place.mesh, [*map(_names, place.spec)], work)
+    return jax.shard_map(
+        work.local(run, share),
+        mesh=avals[0].sharding.mesh,
+        in_specs=tuple(map(share.spec, work.arguments)),
+        out_specs=[*map(share.spec, work.results)],
+        check_vma=False,
+    )
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A pass of all devices.
+
+    Attributes:
+        structure: of its arguments.
+        avals: of their leaves.
+        sizes: of the axes.
+        arguments: by leaf, what runs along its axes.
+        results: likewise.
+        heads_are_whole: whether every device must have all heads.
+        is_forward: whether it is the forward pass.
+    """
+
+    structure: Any
+    avals: Sequence[Any]
+    sizes: Sizes
+    arguments: list[Factors]
+    results: list[Factors]
+    heads_are_whole: bool
+    is_forward: bool
+
+    @classmethod
+    def of(cls, structure: Any, avals: Sequence[Any], wanted: Any) -> "Work":
+        """The pass of an equation of ``attention_p``."""
+        inputs, *others = jax.tree.unflatten(structure, avals)
+        sides = _factors(inputs, others, wanted)
+        whole = _reads_head(inputs)
+        return cls(structure, avals, inputs.sizes, *sides, whole, wanted is None)
+
+    def local(
+        self, run: Callable[..., Sequence[Array]], share: "Share"
+    ) -> Callable[..., list[Array]]:
+        """What one device computes of its shares of the arrays."""
+        structure = self.structure
+        if share.axes["t"]:
+            structure = _of_part(structure, self.avals)
+
+        def call(*leaves: Array) -> list[Array]:
+            own = map(share.own_head, leaves, self.arguments)
+            found = run(*own, structure=structure)
+            # Each device has its own results, but a part of the sum of a gradient.
+            if self.is_forward:
+                return [*found]
+            return [*map(share.summed, found, self.results)]
+
+        return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What a device has of the examples, queries and heads.
+
+    Attributes:
+        axes: by factor the axes of the mesh that divide it.
+        heads: K, key heads of all devices.
+        group: query heads of a key head.
+        parts: into how many the query heads are divided.
+    """
+
+    axes: dict[str, tuple[str, ...]]
+    heads: int
+    group: int
+    parts: int
+
+    def spec(self, factors: Factors) -> PartitionSpec:
+        """How an array is divided."""
+        return PartitionSpec(*(self.axes.get(f or "") or None for f in factors))
+
+    @property
+    def takes_one(self) -> bool:
+        """Whether each device has all key heads and uses one of them."""
+        return 1 < self.heads < self.parts and not self.axes["k"]
+
+    def own_head(self, x: Array, factors: Factors) -> Array:
+        """Of all key heads the one that this device's query heads use."""
+        if "k" not in factors or not self.takes_one:
+            return x
+        return lax.dynamic_slice_in_dim(x, self._head(), 1, factors.index("k"))
+
+    def summed(self, gradient: Array, factors: Factors) -> Array:
+        """Over the devices that share what it is the gradient of."""
+        if "k" in factors and self.takes_one:
+            axis = factors.index("k")
+            shape = (*gradient.shape[:axis], self.heads, *gradient.shape[axis + 1 :])
+            zeros = jnp.zeros(shape, gradient.dtype)
+            gradient = lax.dynamic_update_slice_in_dim(
+                zeros, gradient, self._head(), axis
+            )
+        own = {axis for factor in factors for axis in self.axes.get(factor or "", ())}
+        every = (*self.axes["b"], *self.axes["t"], *self.axes["n"])
+        axes = [axis for axis in every if axis not in own]
+        return lax.psum(gradient, axes) if axes else gradient
+
+    def _head(self) -> Array:
+        first = lax.axis_index(self.axes["n"]) * (self.heads * self.group // self.parts)
+        return first // self.group
+
+
+def _reads_head(inputs: AttentionInputs) -> bool:
+    """Whether something asks for the number of a head, which a share does not know."""
+    return (
+        inputs.mask.head_count > 1
+        or mask_reads_head(inputs.mask, inputs.mask_operands)
+        or modifiers_read_head(inputs)
+    )
+
+
+def _factors(
+    inputs: Any, others: Sequence[Any], wanted: Any
+) -> tuple[list[Factors], list[Factors]]:
+    """What runs along each axis of arguments and results."""
+
+    def operand(x: Any, axes: Sequence[str] = ("b", "n", "t", "s")) -> Factors:
+        """An axis of size 1 serves all of its kind."""
+        named = [f if n > 1 else None for f, n in zip(axes, x.shape, strict=False)]
+        return Factors([*named, *[None] * (x.ndim - len(named))])
+
+    named = dataclasses.replace(
+        inputs,
+        query=operand(inputs.query, ("b", "t", "n")),
+        key=operand(inputs.key, ("b", "s", "k")),
+        value=operand(inputs.value, ("b", "s", "k")),
+        living=tuple(
+            None if x is None else operand(x, axes)
+            for x, axes in zip(inputs.living, ("bnt", "bks"), strict=True)
+        ),
+        **{
+            name: jax.tree.map(operand, getattr(inputs, name))
+            for name in (
+                "pair_params",
+                "modifier_operands",
+                "mask_operands",
+                "query_positions",
+                "key_positions",
+                "dropout_words",
+                "head_scale",
+            )
+        },
+    )
+    rows = [None if x is None else operand(x, ("b", "t", "n")) for x in others]
+    arguments = jax.tree.leaves((named, *rows))
+    if wanted is not None:
+        return arguments, [*itertools.compress(arguments, wanted)]
+    output = operand(inputs.query, ("b", "t", "n"))
+    return arguments, [output, Factors(output[:3])]
+
+
+def _rule(work: Work) -> tuple[str, dict[str, Any]]:
+    """A Shardy rule as text, and what ``def_partition`` takes beside it."""
+    sizes = work.sizes
+    count = itertools.count()
+    # Query head n of key head k is (k g); a factor of size 1 is not allowed.
+    grouped = 1 < sizes.K < sizes.N
+    names = {"n": "(k g)" if grouped else "n", "k": "k" if grouped else "n"}
+
+    def text(factors: Factors) -> str:
+        return " ".join(names.get(f or "", f) or f"u{next(count)}" for f in factors)
+
+    left, right = (
+        ", ".join(map(text, side)) for side in (work.arguments, work.results)
+    )
+    order = dict.fromkeys(re.findall(r"\w+", f"{left} {right}"))
+    divided = ("b", "t") if work.heads_are_whole else ("b", "t", "n", "k", "g")
+    options: dict[str, Any] = {"g": sizes.N // sizes.K} if grouped else {}
+    whole = tuple(factor for factor in order if factor not in divided)
+    return f"{left} -> {right}", {"need_replication_factors": whole, **options}
+
+
+def _places(sharding: Any, sizes: Sizes) -> tuple[Mesh, list[tuple[str, ...]]]:
+    """Which part of the query lies on which device.
+
+    Args:
+        sharding: of the query.
+        sizes: of the axes.
+
+    Returns:
+        A mesh of all devices in their order, and the axes of it that divide examples,
+        queries and heads, major axes first.
+    """
+    shape = (sizes.B, sizes.T, sizes.N, sizes.P)
+    parts = sharding.devices_indices_map(shape)
+    devices = np.array([*parts])
+    starts = np.array([[s.start or 0 for s in index[:3]] for index in parts.values()])
+    # Part 0, 1, ... of each axis, instead of where it begins.
+    columns = [np.unique(column, return_inverse=True)[1] for column in starts.T]
+    for radices in sorted(set(itertools.permutations(_primes(devices.size)))):
+        digits = np.stack(np.unravel_index(np.arange(devices.size), radices), -1)
+        found = [_digits_of(column, digits, radices) for column in columns]
+        if None not in found:
+            names = [f"d{i}" for i in range(len(radices))]
+            mesh = Mesh(devices.reshape(radices), names)
+            return mesh, [tuple(names[i] for i in each or ()) for each in found]
+    # Devices in no regular order: each has everything.
+    return Mesh(devices, ("d0",)), [(), (), ()]
+
+
+def _digits_of(
+    column: np.ndarray, digits: np.ndarray, radices: Sequence[int]
+) -> list[int] | None:
+    """The digits of a device's number that make its part's number; None: none do."""
+    steps = {}
+    for i in range(len(radices)):
+        first = (digits[:, i] == 1) & (np.delete(digits, i, 1) == 0).all(1)
+        if step := int(column[first][0]):
+            steps[i] = step
+    order = sorted(steps, key=lambda i: -steps[i])
+    made = np.zeros_like(column)
+    for i in order:
+        made = made * radices[i] + digits[:, i]
+    return order if (made == column).all() else None
+
+
+def _primes(number: int) -> tuple[int, ...]:
+    for divisor in range(2, number + 1):
+        if number % divisor == 0:
+            return (divisor, *_primes(number // divisor))
+    return ()
+
+
+def _share(mesh: Any, places: Sequence[tuple[str, ...]], work: Work) -> Share:
+    """What each device computes, given the axes that divide the query."""
+    (b, t, n), sizes = places, work.sizes
+
+    def parts(axes: Sequence[str]) -> int:
+        return math.prod(mesh.shape[axis] for axis in axes)
+
+    b = b if sizes.B % parts(b) == 0 else ()
+    t = t if sizes.T % parts(t) == 0 else ()
+    n = () if work.heads_are_whole or sizes.N % parts(n) else n
+    # Key heads are divided as query heads are, as far as there are enough.
+    k = next(
+        k for i in range(len(n), -1, -1) for k in [n[:i]] if not sizes.K % parts(k)
+    )
+    if parts(k) < parts(n) and sizes.K not in (1, parts(k)):
+        k = ()
+        n = n if parts(n) % sizes.K == 0 else ()
+    axes = {"b": b, "t": t, "n": n, "k": () if sizes.K == 1 else k}
+    return Share(axes, sizes.K, sizes.N // sizes.K, parts(n))
+
+
+def _of_part(structure: Any, leaves: Sequence[Any]) -> Any:
+    """The structure of arguments whose queries are a part of the sequence.
+
+    Their positions are no longer slot numbers, but slot numbers and an offset.
+    """
+    inputs, *others = jax.tree.unflatten(structure, leaves)
+    queries, keys = inputs.position_kinds
+    kinds = "offset" if queries == "index" else queries, keys
+    inputs = dataclasses.replace(inputs, position_kinds=kinds)
+    return jax.tree.structure((inputs, *others))
