@@ -39,16 +39,24 @@ class Factors(tuple[str | None, ...]):
     """
 
 
+def is_divided(axis_context: Any) -> bool:
+    """Whether each device has its share of the arrays, as inside a ``shard_map``.
+
+    Args:
+        axis_context: of the module that is lowered.
+    """
+    manual = getattr(axis_context, "manual_axes", None)
+    return manual is not None and set(manual) == set(axis_context.mesh.axis_names)
+
+
 def spans_devices(axis_context: Any) -> bool:
     """Whether a program is for several devices, and XLA divides the arrays.
 
     Args:
-        axis_context: of the module that is lowered. Inside a ``shard_map`` over all
-            axes of the mesh each device has its share already.
+        axis_context: of the module that is lowered.
     """
-    manual = getattr(axis_context, "manual_axes", None)
-    if manual is not None:
-        return set(manual) != set(axis_context.mesh.axis_names)
+    if hasattr(axis_context, "manual_axes"):
+        return not is_divided(axis_context)
     return (getattr(axis_context, "num_devices", None) or 1) > 1
 
 

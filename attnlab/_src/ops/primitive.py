@@ -23,6 +23,7 @@ from attnlab._src.ops.choice import choose, default_platform
 from attnlab._src.ops.partition import (
     divided,
     divided_as_placed,
+    is_divided,
     needs_devices,
     spans_devices,
 )
@@ -60,17 +61,24 @@ class Asked:
 
 
 @contextlib.contextmanager
-def _some_tpu(platforms: Sequence[str]) -> Iterator[None]:
-    """Kernels for a TPU ask for its kind: where none is here, an old one serves."""
+def _mesh_for(platforms: Sequence[str], is_share: bool) -> Iterator[None]:
+    """The mesh under which a pass is traced.
+
+    Kernels for TPU ask for the generation: a TPU v4 is assumed where none is known.
+
+    Args:
+        platforms: which the program is for.
+        is_share: whether each device has its share of the arrays already: then there is
+            no axis that anything could be divided along.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    known = mesh.abstract_device is not None or default_platform() == "tpu"
-    if "tpu" not in platforms or known:
-        yield
-        return
-    device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
-    made = jax.sharding.AbstractMesh(
-        mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
-    )
+    device = mesh.abstract_device
+    if "tpu" in platforms and device is None and default_platform() != "tpu":
+        device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
+    axes = mesh.axis_sizes, mesh.axis_names, mesh.axis_types
+    if is_share:
+        axes = (), (), ()
+    made = jax.sharding.AbstractMesh(*axes, abstract_device=device)
     with jax.sharding.use_abstract_mesh(made):
         yield
 
@@ -174,12 +182,15 @@ def _lower(
     others = {p: x for p, x in passes.items() if x.keywords != call.keywords}
     if others:
         call = functools.partial(lax.platform_dependent, default=call, **others)
+    is_share = is_divided(module.axis_context)
     # On a device nothing varies: implementations need not care for shard_map.
     avals = [
-        jax.core.ShapedArray(x.shape, x.dtype, x.weak_type, sharding=x.sharding)
+        jax.core.ShapedArray(
+            x.shape, x.dtype, x.weak_type, sharding=None if is_share else x.sharding
+        )
         for x in ctx.avals_in
     ]
-    with asked.settings(), _some_tpu(platforms):
+    with asked.settings(), _mesh_for(platforms, is_share):
         return mlir.lower_fun(call)(ctx.replace(avals_in=avals), *values)
 
 
