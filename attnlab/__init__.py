@@ -48,8 +48,8 @@ __all__ = [
 ]
 
 
-# Each name is imported on first use: JAX and Flax take a while to import, and the
-# command line must answer before they have.
+# Each name is imported on first use: importing JAX and Flax takes a while, and the
+# command line must not wait for it.
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"attnlab.{name}")

@@ -1,4 +1,4 @@
-"""``python -m attnlab.build``: builds the kernel for CPUs, or builds it again."""
+"""``python -m attnlab.build``: compiles the kernel for CPUs, or compiles it again."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Who may attend to whom: lazy masks, their algebra, and the plans they yield."""
+"""Masks: which query may attend to which key, how masks combine, and their plans."""
 
 from attnlab._src.masks.base import Mask as Mask
 from attnlab._src.masks.base import as_mask as as_mask

@@ -1,4 +1,4 @@
-"""What is done to the logits, in the order given, before the mask."""
+"""Modifiers: changes of the logits, in the order given, before the mask."""
 
 from attnlab._src.modifiers.bias import bias as bias
 from attnlab._src.modifiers.bias import soft_cap as soft_cap

@@ -1,6 +1,6 @@
-"""What similarity is: pure functions of a query and a key, with their parameters.
+"""Scores: similarities of a query and a key, as pure functions with parameters.
 
-Each score is a class: call it with its parameters, or make it by its ``init``.
+Each score is a class: call it with its parameters, or let its ``init`` draw them.
 """
 
 from attnlab._src.scores.cost import ScoreCost as ScoreCost

@@ -1,4 +1,4 @@
-"""What the scripts share: options, writing results, a chart of lines."""
+"""Shared by the scripts: options, writing results, line charts."""
 
 import argparse
 import datetime as dt
@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-#: By label, points from left to right.
+#: Points ``(x, y)`` of each line, in order of x, by label.
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
-#: More lines than this, and a legend among them would hide some.
+#: With more lines than this the legend stands beside the panels, not inside them.
 CROWDED = 5
 
 
@@ -39,7 +39,7 @@ def parser(description: str, results: Path = RESULTS) -> argparse.ArgumentParser
 
 
 def command(name: str, arguments: Sequence[str]) -> str:
-    """The command that reproduces these results, without output paths."""
+    """The command that reproduces these results, without ``--out``."""
     kept, rest = [], iter(arguments)
     for argument in rest:
         if argument == "--out":
@@ -73,9 +73,9 @@ def side_by_side(titles: Iterable[str], width: float, height: float) -> tuple[An
     """A figure of panels in a row, and their axes.
 
     Args:
-        titles: one a panel.
+        titles: the title of each panel.
         width: of a panel, in inches.
-        height: likewise.
+        height: of a panel, in inches.
     """
     named = list(titles)
     figure, axes = plt.subplots(
@@ -95,13 +95,13 @@ def side_by_side(titles: Iterable[str], width: float, height: float) -> tuple[An
 def lines(
     panels: Mapping[str, Series], across: str, *, marker: str = "o", log: str = ""
 ) -> Any:
-    """A figure of points joined by lines, one panel a quantity.
+    """A figure of points joined by lines, with a panel for each quantity.
 
     Args:
-        panels: by title.
-        across: what the horizontal axis shows.
-        marker: of the points; empty: none.
-        log: axes that are logarithmic: ``x``, ``y``, ``xy``.
+        panels: the lines of each panel, by title.
+        across: label of the horizontal axis.
+        marker: Matplotlib's marker of the points; empty: none.
+        log: the logarithmic axes: ``x``, ``y``, or ``xy``.
     """
     figure, axes = side_by_side(panels, 5, 4)
     names = {tuple(series) for series in panels.values()}
@@ -137,7 +137,7 @@ def lines(
 def save_lines(
     folder: Path, name: str, panels: Mapping[str, Series], across: str
 ) -> None:
-    """Draws :func:`lines` on logarithmic axes, with the machine below."""
+    """Saves :func:`lines` with logarithmic axes and the machine as a caption."""
     figure = lines(panels, across, log="xy")
     figure.supxlabel(caption(), fontsize=8, color="0.35")
     save(figure, folder, name, kinds=("svg",))

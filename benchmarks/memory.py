@@ -1,7 +1,7 @@
-"""How much memory does attention need beside its inputs and outputs?
+"""How much memory does attention need besides its inputs and outputs?
 
-Peak temporaries as the compiler tells them, forward and forward with backward, beside
-the size of the tensor that a naive program would hold. Nothing is run.
+Peak temporary memory, according to the compiler, of the forward pass and of forward and
+backward together, compared with the largest tensor of a naive program. Nothing is run.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from benchmarks.common import parser, write
 
 
 class Problem(NamedTuple):
-    """A name, the arguments, and what a naive program would hold, in floats."""
+    """A name, the arguments, and the floats in a naive program's largest tensor."""
 
     name: str
     length: int
@@ -62,7 +62,7 @@ def temporary_bytes(problem: Problem, implementation: str, backward: bool) -> in
     lowered = jax.jit(both if backward else forward).lower(*arguments)
     analysis = lowered.compile().memory_analysis()
     if analysis is None:
-        raise SystemExit("this backend does not tell what a program holds")
+        raise SystemExit("this backend does not report the memory of a program")
     return int(analysis.temp_size_in_bytes)
 
 

@@ -1,4 +1,4 @@
-"""What a call costs before attention begins, and once: compiling, a file, dropout."""
+"""Overheads: of a call, of compiling, of the package's libraries, of dropout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from attnlab._src.bench.contenders import Prepared, attending, compile_call
 from attnlab._src.bench.timing import Repeats, interleave, summarise
 from benchmarks.problems import OURS
 
-#: A value, or why there is none.
+#: By name: a number, or the reason why there is none.
 Values = dict[str, float | str]
 
 
@@ -31,7 +31,7 @@ def _trivial(query: Any, key: Any, value: Any, score: Any, mask: Any) -> jax.Arr
 
 
 def _prepared(spec: Spec, backward: bool) -> tuple[dict[str, Prepared], dict[str, str]]:
-    """Each of ours and a trivial program, compiled; and why others are not there."""
+    """Attnlab's kernels and a trivial program, compiled; and reasons for refusals."""
     arguments = _arguments(spec)
     above = arguments[0] if backward else None
     ready, reasons = {"trivial": compile_call(_trivial, arguments, above)}, {}
@@ -50,7 +50,7 @@ def _beyond_trivial(seconds: dict[str, float], scale: float) -> Values:
 
 
 def call_overhead(quick: bool) -> Values:
-    """Microseconds of a tiny compiled call beyond a trivial compiled one."""
+    """Microseconds by which a tiny compiled call exceeds a trivial compiled one."""
     calls = 200
     ready, reasons = _prepared(Spec(length=8, heads=1, head_size=8), backward=False)
 
@@ -68,7 +68,10 @@ def call_overhead(quick: bool) -> Values:
 
 
 def compile_time(quick: bool) -> Values:
-    """Seconds to trace and compile, forward and backward, beyond a trivial program."""
+    """Seconds of tracing and compiling beyond those of a trivial program.
+
+    Each program is forward and backward.
+    """
     samples: dict[str, list[float]] = {}
     reasons: dict[str, str] = {}
     for _ in range(1 if quick else 5):
@@ -81,7 +84,7 @@ def compile_time(quick: bool) -> Values:
 
 
 def built_files(quick: bool) -> Values:
-    """Kilobytes of each library that was built into the package."""
+    """Kilobytes of each compiled library in the package."""
     room = Path(attnlab.__file__).parent
     found = [p for kind in ("so", "dylib", "pyd") for p in room.rglob(f"*.{kind}")]
     if not found:
@@ -90,7 +93,7 @@ def built_files(quick: bool) -> Values:
 
 
 def dropout(quick: bool) -> Values:
-    """Milliseconds of causal attention, forward and backward, and with dropout 0.1."""
+    """Milliseconds of causal attention, forward and backward, dropout 0 and 0.1."""
     *arrays, score, mask = _arguments(Spec(length=512 if quick else 4096))
 
     def prepare(implementation: str, rate: float) -> Prepared:
@@ -121,7 +124,7 @@ def dropout(quick: bool) -> Values:
     return {**{n: 1e3 * t.median for n, t in timings.items()}, **reasons}
 
 
-#: By name for ``--only``: what is measured, and its unit.
+#: By name for ``--only``: the function that measures, and its unit.
 OVERHEADS: dict[str, tuple[Callable[[bool], Values], str]] = {
     "call-overhead": (call_overhead, "us"),
     "compile-time": (compile_time, "s"),

@@ -1,8 +1,8 @@
-"""How fast is attnlab beside every other library installed here?
+"""How fast is attnlab, compared with the other libraries that are installed?
 
-Each line of `benchmarks/problems.py` is one interleaved run; every contender is checked
-against the reference first. Then comes what a call costs beyond the arithmetic
-(`benchmarks/overheads.py`). After each line the results are on disk.
+The contenders of each line of `benchmarks/problems.py` are checked against the
+reference, then timed in turns. After these lines, `benchmarks/overheads.py` measures
+overheads. The results are written after each line.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from benchmarks.problems import OURS, PROBLEMS, Problem, small
 
 Record = dict[str, Any]
 
-#: Every pair of the longest line, 16,384 with 8 heads: the timed programs themselves
-#: are checked, the reference taking a share of the queries at a time.
+#: Enough for every pair of the longest line, 16,384 with 8 heads, so that the timed
+#: programs themselves are checked; the reference takes some of the queries at a time.
 CHECKED_BYTES = 64 << 30
 FORMAT = 2
 
@@ -52,7 +52,7 @@ def measure(
     report: Callable[[str], None],
     peaks_size: int = 2048,
 ) -> Record:
-    """One line of the table as JSON has it."""
+    """One line of the table, as JSON."""
     report("peaks of this machine")
     peaks = measure_peaks((problem.spec.dtype,), peaks_size)
     reads = measure_read_rate() if "read" in problem.others else None
@@ -70,7 +70,7 @@ def measure(
 
 
 def identity(problem: Problem) -> Record:
-    """What must be the same for a result to be kept."""
+    """Results of an earlier run are kept only if all of this is the same."""
     return {
         "name": problem.name,
         "direction": problem.direction,
@@ -95,12 +95,12 @@ def row_record(row: Row, problem: Problem, peaks: Peaks, reads: float | None) ->
 def kept(
     content: Record, problems: Iterable[Problem], again: Iterable[str]
 ) -> dict[str, Record]:
-    """Records of an earlier run that still answer their question, by name.
+    """Records of an earlier run that are still valid, by name.
 
     Args:
-        content: of its file.
-        problems: the lines as they are now.
-        again: names to be measured again in any case.
+        content: of the earlier run's file.
+        problems: the present lines.
+        again: names to measure again in any case.
     """
     if any(content.get(name) != value for name, value in surroundings().items()):
         return {}
@@ -115,12 +115,12 @@ def kept(
 
 
 def surroundings() -> Record:
-    """What lines of one file have in common."""
+    """What all lines of one file share."""
     return {"format": FORMAT, "machine": machine_line(), "versions": versions()}
 
 
 def times(record: Record) -> dict[str, float]:
-    """Median seconds of those who passed."""
+    """Median seconds of the contenders that passed the check."""
     return {
         row["contender"]: row["timing"]["median"]
         for row in record.get("rows", ())
@@ -129,7 +129,7 @@ def times(record: Record) -> dict[str, float]:
 
 
 def yardstick(record: Record) -> float | None:
-    """Our own time: of the first of ours that passed."""
+    """The time of the first of ``OURS`` that passed; None if none did."""
     found = times(record)
     return next((found[name] for name in OURS if name in found), None)
 
@@ -151,7 +151,7 @@ def _share(row: Record) -> str:
 
 
 def table(records: Iterable[Record]) -> Table:
-    """For the terminal: each contender's time, and its ratio to ours."""
+    """For the terminal: each contender's time, and its ratio to attnlab's."""
     made = Table(title=caption(), title_justify="left", pad_edge=False)
     for name in ("problem", "runs on"):
         made.add_column(name, no_wrap=True)
@@ -185,7 +185,7 @@ def table(records: Iterable[Record]) -> Table:
 
 
 def markdown(records: Iterable[Record]) -> str:
-    """For the README: milliseconds, and in brackets how many times ours."""
+    """A table in Markdown: milliseconds, in brackets the ratio to attnlab's."""
     lines = [r for r in records if times(r)]
     names = [n for n in OURS if any(n in times(r) for r in lines)]
     for record in lines:
@@ -204,7 +204,7 @@ def markdown(records: Iterable[Record]) -> str:
 
 
 def chart(folder: Path, records: Iterable[Record]) -> None:
-    """How many times as long as ours the others take, a line each."""
+    """A chart of each contender's time over attnlab's, a row for each line."""
     from attnlab._src.bench.charts import colour, plain_log, plt, save
 
     lines = [r for r in records if yardstick(r) and len(times(r)) > 1]
@@ -237,7 +237,7 @@ def chart(folder: Path, records: Iterable[Record]) -> None:
 
 
 def overhead(name: str, quick: bool) -> Record:
-    """One of what a call costs beyond the arithmetic, as JSON has it."""
+    """One of ``OVERHEADS``, measured, as JSON."""
     function, unit = OVERHEADS[name]
     values = function(quick)
     return {
@@ -250,7 +250,7 @@ def overhead(name: str, quick: bool) -> Record:
 
 
 def summary(record: Record) -> str:
-    """A line for those who wait."""
+    """A line for the terminal."""
     found = [f"{name} {milliseconds(s)} ms" for name, s in times(record).items()]
     found += [
         f"{name} {value:,.3g} {record['unit']}"
@@ -276,7 +276,9 @@ def arguments() -> argparse.Namespace:
     options.add_argument(
         "--resume", action="store_true", help="measure only what the file lacks"
     )
-    options.add_argument("--repeats", type=int, default=5, help="at least (5)")
+    options.add_argument(
+        "--repeats", type=int, default=5, help="timed calls of each, at least (5)"
+    )
     return options.parse_args()
 
 
@@ -297,7 +299,7 @@ def main() -> None:
     if old and (given.only or given.resume):
         done = kept(old, problems.values(), () if given.resume else wanted)
         if not done:
-            print(f"{path} has nothing to keep: other lines, versions or machine")
+            print(f"{path} has nothing to keep: its lines, versions or machine differ")
     missing = [name for name in wanted if name not in done]
     console = Console(width=None if Console().is_terminal else 140)
     least = given.repeats
@@ -328,7 +330,7 @@ def main() -> None:
                     ),
                 )
                 content = {
-                    # Of the whole file: --only and --resume fill it in parts.
+                    # The command for the whole file, without --only and --resume.
                     "command": command("peers", ["--quick"] if given.quick else []),
                     "format": FORMAT,
                     "quick": given.quick,

@@ -1,9 +1,9 @@
-"""How far off are outputs and gradients of 16-bit inputs?
+"""How large are the errors of outputs and gradients for 16-bit inputs?
 
-Root mean square errors over that of the exact values, which the reference computes in
-float64 from the same inputs; "stored" are those values themselves, in the type of
-the inputs. Logits have a standard deviation of 9: most weights are close to 0 or 1.
-Products have JAX's own setting of the precision.
+Errors are root mean squares, relative to that of the exact values, which the reference
+computes in float64 from the same inputs. The line "stored" is the error of the exact
+values rounded to the dtype of the inputs. Logits have a standard deviation of 9, so
+most weights are close to 0 or 1. Matrix products have JAX's default precision.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ def arrays(length: int, head_size: int, dtype: Any) -> list[np.ndarray]:
 
 
 def both_passes(attend: Callable[..., jax.Array], given: list[Any]) -> list[Any]:
-    """What ``WHAT`` names."""
+    """The output, and the gradients of query, key and value: see ``WHAT``."""
     output, pull = jax.vjp(attend, *given[:3])
     return [output, *pull(given[3])]
 
@@ -39,7 +39,7 @@ def ours(name: str) -> Callable[..., jax.Array]:
 
 
 def errors(found: list[Any], exact: list[Any]) -> list[float]:
-    """Root mean square of each error, over that of the exact values."""
+    """Root mean square error of each array over the root mean square of ``exact``."""
 
     def one(x: Any, y: Any) -> float:
         x, y = (np.asarray(a, np.float64) for a in (x, y))
@@ -49,9 +49,9 @@ def errors(found: list[Any], exact: list[Any]) -> list[float]:
 
 
 def rows(length: int) -> Iterator[dict[str, Any]]:
-    """Each type, head size and contender, with the errors of what ``WHAT`` names."""
+    """For each dtype, head size and contender the errors that ``WHAT`` names."""
     contenders = {name: ours(name) for name in ("reference", "tiled", "native")}
-    # Not jitted: XLA for CPUs refuses the products that it asks for first in float16.
+    # Not jitted: XLA for CPUs refuses the float16 products that it would contain.
     contenders["jax.nn"] = jax.nn.dot_product_attention
     for dtype in DTYPES:
         for head_size in HEAD_SIZES:

@@ -1,4 +1,4 @@
-"""The table of what ``benchmarks.peers`` compares: a line each, and who is compared."""
+"""The problems of ``benchmarks.peers``, and the contenders of each."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -8,19 +8,20 @@ from attnlab._src.bench.contenders import Contender, Implementation
 from attnlab._src.bench.peers import PEERS
 from attnlab._src.bench.yardsticks import YARDSTICKS
 
-#: attnlab's own, in every line; the first that runs is what the others are held to.
+#: attnlab's kernels, in every line. Other times are divided by that of the first that
+#: runs.
 OURS = ("native", "tiled")
 
 
 class Problem(NamedTuple):
-    """One line.
+    """One line of the table.
 
     Attributes:
         name: for ``--only``.
-        group: of lines that belong together, for ``--only``, too.
-        spec: the problem.
+        group: name of a group of lines, for ``--only``.
+        spec: pattern, score, sizes and dtype.
         direction: "forward", or "both": forward and backward together.
-        others: names of ``PEERS`` and ``YARDSTICKS`` beside our own.
+        others: the contenders from ``PEERS`` and ``YARDSTICKS``.
     """
 
     name: str
@@ -48,7 +49,7 @@ _BF16 = {"dtype": "bfloat16"}
 _ADDITIVE = {"score": "additive", "heads": 1, "key_heads": 1}
 _LIBRARIES = "torch jax.nn flax.nnx"
 
-# float32, B=1, N=K=8 and H=64 unless said; "-both": forward and backward together.
+# float32, B=1, N=K=8 and H=64 by default; "-both": forward and backward together.
 PROBLEMS = (
     _line("dense-2048", "forward", "torch", "full", 2048),
     _line("dense-8192", "forward", "torch", "full", 8192),
@@ -57,8 +58,8 @@ PROBLEMS = (
     _line("window-16384", "forward", "flex", "window", 16384),
     _line("causal-window-8192", "forward", "flex", "causal_window", 8192),
     _line("short-128", "forward", "torch jax.nn", "full", 128),
-    # One query that sees all keys: of 2 and of 8 heads, and of 8 heads more than caches
-    # hold.
+    # One query that sees all keys, of 2 and of 8 key heads; in the last line keys and
+    # values are larger than the processor's caches.
     *(
         _line(
             name,
@@ -89,7 +90,7 @@ PROBLEMS = (
     _line("big-bird-8192", "sparse", "flex", "big_bird", 8192),
     _line("additive-2048", "additive", "naive", "full", 2048, **_ADDITIVE),
     _line("additive-2048-both", "additive", "naive", "full", 2048, **_ADDITIVE),
-    # A step of a recurrent decoder: one query each of 64 sentences.
+    # A step of a recurrent decoder: one query for each of 64 sentences.
     _line(
         "additive-step-both",
         "additive",
@@ -108,6 +109,6 @@ PROBLEMS = (
 
 
 def small(problem: Problem) -> Problem:
-    """The same at a sixteenth of the length, from 128 on: seconds, for a look."""
+    """The same at a sixteenth of the length, at least 128, for ``--quick``."""
     spec = problem.spec
     return problem._replace(spec=replace(spec, length=max(spec.length // 16, 128)))

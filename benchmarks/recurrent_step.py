@@ -1,10 +1,10 @@
-"""How long does a training step of a recurrent translator take, beside PyTorch?
+"""How long does a training step of a recurrent translator take, compared with PyTorch?
 
-A bidirectional GRU reads French verses, a GRU with additive attention says their
-English translations: forward, loss, backward, clipping and Adam. Ours is a step as the
-studies train, the batch divided among processor cores; PyTorch's is the same model as
-its users write it, `nn.GRU` and `nn.GRUCell`, packed sequences. Both start from the
-same weights, and their losses must agree before anybody is timed.
+A bidirectional GRU encodes French verses, a GRU with additive attention decodes English
+translations. A step is forward, loss, backward, clipping and Adam. attnlab's is the
+step of the studies, with the batch divided among processor cores; PyTorch's is the same
+model with `nn.GRU`, `nn.GRUCell` and packed sequences. Both start from the same
+weights, and only contenders whose losses agree are timed.
 """
 
 import functools
@@ -35,7 +35,7 @@ RATE, SMOOTHING, CLIP = 3e-4, 0.1, 1.0
 
 
 class Sizes(NamedTuple):
-    """Of the model and its batch."""
+    """Sizes of the model and its batch."""
 
     batch: int = 64
     length: int = 48
@@ -166,7 +166,7 @@ def torch_model(sizes: Sizes, source: nn.RecurrentEncoderDecoder) -> Any:
 
 
 def torch_step(model: Any, batch: Batch) -> Callable[[], Any]:
-    """As :func:`attnlab_step`."""
+    """See :func:`attnlab_step`."""
     import torch
 
     optimiser = torch.optim.Adam(
@@ -208,10 +208,12 @@ def make_batch(sizes: Sizes) -> tuple[Batch, int]:
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--repeats", type=int, default=9, help="at least (9)")
+    options.add_argument(
+        "--repeats", type=int, default=9, help="timed steps of each, at least (9)"
+    )
     given = options.parse_args()
     sizes = Sizes(batch=8, length=16, pieces=1000) if given.quick else Sizes()
-    # Each has the same share of the batch.
+    # Each device has the same share of the batch.
     devices = math.gcd(cores(), sizes.batch)
     ask_for_devices(devices)
     batch, vocabulary = make_batch(sizes)

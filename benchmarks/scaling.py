@@ -1,7 +1,7 @@
-"""What do time and memory for each token do as sequences grow?
+"""How do time and memory per token change with the length and with the density?
 
-For a window of +-256 they stay level; for causal attention they grow with the length.
-In between, at one length, windows of growing width: time against density.
+For a window of +-256 both are constant; for causal attention the time grows with the
+length. At one length, windows of growing width show time against density.
 """
 
 from collections.abc import Iterator
@@ -118,7 +118,7 @@ def main() -> None:
             f"{forward:8.2f}, forward+backward {both:8.2f} microseconds a token",
             flush=True,
         )
-        # Kept after each: a long run that is stopped loses nothing.
+        # Written after each row, so that an interrupted run keeps its results.
         write(given.out, "scaling", {"rows": rows})
     chart(given.out, rows)
 

@@ -1,9 +1,9 @@
-"""How many cycles do the TPU kernels take, beside those of JAX's splash attention?
+"""How many cycles do the TPU kernels take, compared with JAX's splash attention?
 
-Their static schedules, as the TPU's own compiler tells them, with no TPU (``pip
-install -e ".[tpu-aot]"``): estimates, for ratios. bfloat16, each kernel at its best
-sizes of blocks, searched between the same bounds. What was compiled is kept, so that a
-second call goes on where the first was stopped.
+Cycles are the estimates of the TPU's own compiler, which needs no TPU (``pip install -e
+".[tpu-aot]"``): use them for ratios. Inputs are bfloat16, each kernel has its best
+block sizes, and both searches have the same limits. Compiled programs are cached, so
+that an interrupted run continues where it was stopped.
 """
 
 import argparse
@@ -51,14 +51,14 @@ def spec_of(head_size: int, **changes: Any) -> Spec:
 
 
 class Way(NamedTuple):
-    """How splash computes: its blocks, and whether its backward pass is fused."""
+    """Options of splash attention: block sizes, and whether backward is one kernel."""
 
     blocks: Blocks
     fused: bool
 
 
 def by_splash(spec: Spec, of: str, target: str, way: Way) -> float | None:
-    """Cycles of a pair of a full block."""
+    """Cycles per pair of a full block of splash attention; None: unknown."""
     found = splash_per_block(
         spec, way.blocks, of, target, masked=False, fused=way.fused
     )
@@ -66,7 +66,7 @@ def by_splash(spec: Spec, of: str, target: str, way: Way) -> float | None:
 
 
 def near(way: Way) -> list[Way]:
-    """Splash's other ways next to one of them."""
+    """The options to try next to those of ``way``."""
     found = [way._replace(blocks=b) for b in tune.near(way.blocks)]
     return [*found, way._replace(fused=False)]
 
@@ -74,7 +74,7 @@ def near(way: Way) -> list[Way]:
 def rows(
     targets: list[str], head_sizes: list[int], quick: bool
 ) -> Iterator[dict[str, Any]]:
-    """Of each TPU, head size and pass: full blocks, then what masks add."""
+    """For each TPU, head size and pass: cycles of full blocks, then with masks."""
     start = LEAST if quick else MOST
     for target in targets:
         for head_size in head_sizes:
@@ -93,7 +93,7 @@ def rows(
                     f"{label}, splash",
                 )
                 if ours is None:
-                    print(f"{label}: the compiler tells no cycles")
+                    print(f"{label}: the compiler gives no cycles")
                     continue
                 yield {
                     "target": target,
@@ -116,7 +116,7 @@ def cheapest(
     near: Callable[[Any], list[Any]],
     label: str,
 ) -> tuple[Any, float] | None:
-    """The best way, searched beside a progress bar."""
+    """The cheapest options and their cost, searched with a progress bar."""
     tried = search(measure, start, near, at_once=cores())
     console = Console(stderr=True)
     return best_of(track(tried, label, console=console, transient=True))
@@ -130,7 +130,7 @@ def masked(
     ours: tuple[Blocks, float],
     splash: tuple[Way, float] | None,
 ) -> dict[str, Any]:
-    """What a block that the mask cuts costs beside a full one, and the whole."""
+    """Cycles of partial blocks over full ones, and of the whole over splash's."""
     spec = dataclasses.replace(spec, pattern=pattern)
     blocks, each = ours
     full = each * blocks.q * blocks.k
@@ -143,7 +143,7 @@ def masked(
     if peer is None:
         return found
     counts = live(spec, target, blocks)
-    # It masks every block.
+    # Splash attention evaluates such a mask in every block.
     whole = peer * sum(live(spec, target, sizes))
     return {
         **found,
@@ -153,7 +153,7 @@ def masked(
 
 
 def live(spec: Spec, target: str, blocks: Blocks) -> tuple[int, int]:
-    """Full and partial blocks."""
+    """Numbers of full and of partial blocks."""
     shapes, options = problem(spec)
     with on(target), sized(blocks) as ours:
         told = cost(*shapes, **options, implementation=ours.name, platform="tpu")
@@ -161,7 +161,7 @@ def live(spec: Spec, target: str, blocks: Blocks) -> tuple[int, int]:
 
 
 def additive(target: str, of: str) -> dict[str, Any] | None:
-    """Cycles of the additive score beside what its tanh needs at least."""
+    """Cycles of the additive score over the least that its tanh needs."""
     spec, blocks = spec_of(64, score="additive"), Blocks(512, 256, 256)
     found = per_block(spec, blocks, of, target, masked=False).cycles
     if found is None:
@@ -190,7 +190,7 @@ def main() -> None:
 
 
 def study_all(given: argparse.Namespace) -> None:
-    """Says and writes each row as it comes."""
+    """Prints and writes each row when it is done."""
     inner, hidden = [], []
     for each in rows(given.target, given.head_size, given.quick):
         inner.append(each)

@@ -1,15 +1,18 @@
-"""Do the TPU kernels still compile as well as they did?
+"""Do the TPU kernels still compile to programs as fast as before?
 
-Compiles a set of kernels for every generation of TPUs, with the TPU's own compiler and
-no TPU (``pip install "attnlab[tpu-aot]"``), and holds cycles, spills and vector memory
-to the file beside the other results: 3 % more of any of them is a failure. XLA decides
-where a kernel's arrays lie, from what is around it: a kernel reads and writes them
-faster in vector memory. So another program around the same kernel may change cycles and
-memory; its spills stay. The file has figures for each version of JAX and of the
-compiler; a version that it does not have yet is held to the newest that it has.
+Compiles a set of kernels for every TPU generation, with the TPU's own compiler, which
+needs no TPU (``pip install "attnlab[tpu-aot]"``), and compares cycles, spills and
+vector memory with the committed ``results/tpu_baseline.json``. It fails if one of them
+grew by more than 3 %.
+
+XLA decides from the surrounding program whether a kernel's arrays are in vector memory,
+where the kernel reads and writes them faster. So a change of the program around a
+kernel may change its cycles and memory, but not its spills. The file has figures for
+each version of JAX and of the compiler; a new version is compared with the newest in
+the file.
 
     python -m benchmarks.tpu_baseline            compares
-    python -m benchmarks.tpu_baseline --write    shows what changed, and writes it down
+    python -m benchmarks.tpu_baseline --write    prints the changes and updates the file
 """
 
 import argparse
@@ -33,14 +36,14 @@ from attnlab._src.bench.targets import TARGETS, CompilerMissing, Study, study
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 
 FILE = Path(__file__).parent / "results" / "tpu_baseline.json"
-#: What may be more, and by how much of it.
+#: The figures that are compared, and the share by which they may grow.
 NUMBERS, TOLERANCE = ("cycles", "spills", "memory"), 0.03
 BLOCKS = Blocks(512, 512, 256)
 
 
 _SMALL = Spec(dtype="bfloat16", length=1024, heads=1, key_heads=1, head_size=128)
 
-#: By name: pass and problem.
+#: Pass and problem of each kernel, by name.
 KERNELS = {
     "forward full": ("forward", _SMALL),
     "forward full 64": ("forward", replace(_SMALL, head_size=64)),
@@ -63,13 +66,13 @@ def compiled(name: str, target: str, cache: Path | None = None) -> Study:
     def attend(*arrays: jax.Array) -> jax.Array:
         return attention(*arrays, **options, implementation=ours.name)
 
-    # Whatever JAX is set to: as a training job has it.
+    # Not the precision that JAX is set to here, but the default of a training job.
     with sized(BLOCKS) as ours, jax.default_matmul_precision("default"):
         return study(the_pass(attend, of), *shapes, target=target, cache=cache)
 
 
 def numbers(found: Study) -> dict[str, dict[str, int | None]]:
-    """What is held, by kernel of ours."""
+    """The figures that are compared, for each of attnlab's kernels."""
     return {
         kernel.name.split(".")[0]: {n: getattr(kernel, n) for n in NUMBERS}
         for kernel in found.kernels
@@ -80,7 +83,7 @@ def numbers(found: Study) -> dict[str, dict[str, int | None]]:
 def differences(
     before: Any, now: Any, path: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Every number that is not what it was, with where it stands."""
+    """The path, old value and new value of every number that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             there = f"{path}: {key}" if path else key
@@ -90,30 +93,30 @@ def differences(
 
 
 def compilers() -> str:
-    """Versions of what lowers and compiles."""
+    """Versions of JAX, which lowers, and of libtpu, which compiles."""
     return ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
 
 
 def held() -> dict[str, Any]:
-    """The file: by versions of the compilers, by target, by kernel; oldest first."""
+    """The file's figures by compiler versions (oldest first), target and kernel."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
 def worse(before: Any, now: Any) -> bool:
-    """Whether a number grew by more than is tolerated, or is there no more."""
+    """Whether a number grew by more than ``TOLERANCE``, or is missing now."""
     if before is None:
         return False
     return not isinstance(now, int) or now > before * (1 + TOLERANCE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compares, or writes.
+    """Compares, and with ``--write`` updates the file.
 
     Returns:
-        0; 1 where something got worse.
+        0; without ``--write`` 1 if something got worse.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write the file anew")
+    parser.add_argument("--write", action="store_true", help="update the file")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     given = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
@@ -132,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if by != ours:
         console.print(
             f"The file has no figures of {ours}: these are compared with those of "
-            f"{by}, and differences may be the compilers'",
+            f"{by}: differences may come from the compilers",
             highlight=False,
         )
     known = {target: content.get(by, {}).get(target) for target in given.target}

@@ -1,9 +1,9 @@
-"""How long does a whole training step take, beside the same model in PyTorch?
+"""How long does a training step of a Transformer take, compared with PyTorch?
 
-A decoder-only Transformer on text, bytes as tokens, every layer causal with a window of
-256: forward, loss, backward and AdamW, with `attnlab.nn` and with PyTorch's
-scaled_dot_product_attention, to which a window is a boolean mask. All start from the
-same weights, and their losses must agree before anybody is timed.
+A decoder-only Transformer on text, with bytes as tokens; every layer is causal with a
+window of 256. A step is forward, loss, backward and AdamW, with `attnlab.nn` or with
+PyTorch's scaled_dot_product_attention, which gets the window as a boolean mask. All
+start from the same weights, and only contenders whose losses agree are timed.
 """
 
 import functools
@@ -29,13 +29,14 @@ from benchmarks.common import caption, parser, write
 from benchmarks.problems import OURS
 
 RATE, DECAY = 3e-4, 0.01
-#: Of the losses: before the first update all differ by rounding alone; an update turns
-#: a gradient that is nothing but rounding into a step of full size.
+#: Relative differences of the losses that are allowed, by step. Before the first update
+#: losses differ by rounding alone. Adam turns even a gradient that is only rounding
+#: error into a step of full size, so later losses differ by more.
 ALLOWED = (2e-6, 2e-5, 2e-5)
 
 
 class Sizes(NamedTuple):
-    """Of the model and its batch."""
+    """Sizes of the model and its batch."""
 
     batch: int = 1
     length: int = 2048
@@ -166,7 +167,7 @@ def torch_model(sizes: Sizes) -> Any:
 
 
 def torch_step(sizes: Sizes, tokens: np.ndarray, compiled: bool) -> Step:
-    """As :func:`attnlab_step`."""
+    """See :func:`attnlab_step`."""
     import torch
 
     model = torch_model(sizes)
@@ -188,14 +189,14 @@ def torch_step(sizes: Sizes, tokens: np.ndarray, compiled: bool) -> Step:
 
 
 def parameter_counts(sizes: Sizes) -> tuple[int, int]:
-    """Ours and PyTorch's."""
+    """Numbers of parameters of attnlab's model and of PyTorch's."""
     ours = jax.tree.leaves(nnx.state(make_model(sizes), nnx.Param))
     theirs = torch_model(sizes).parameters()
     return sum(x.size for x in ours), sum(p.numel() for p in theirs)
 
 
 def disagreement(losses: list[float], expected: list[float]) -> str | None:
-    """Where losses differ by more than rounding; None if nowhere."""
+    """The first step whose loss differs by more than is allowed, in words, or None."""
     for step, (found, wanted, allowed) in enumerate(
         zip(losses, expected, ALLOWED, strict=True)
     ):
@@ -205,7 +206,7 @@ def disagreement(losses: list[float], expected: list[float]) -> str | None:
 
 
 def contenders(sizes: Sizes, documents: list[bytes]) -> dict[str, str | None]:
-    """By name why each does not take part; None if it does."""
+    """By name: why the contender is left out; None if it takes part."""
     head_size = sizes.features // sizes.heads
     spec = Spec("causal_window", length=sizes.length, head_size=head_size)
     case = build(spec, documents)
@@ -217,7 +218,9 @@ def contenders(sizes: Sizes, documents: list[bytes]) -> dict[str, str | None]:
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--repeats", type=int, default=9, help="at least (9)")
+    options.add_argument(
+        "--repeats", type=int, default=9, help="timed steps of each, at least (9)"
+    )
     given = options.parse_args()
     sizes = Sizes(length=512, layers=2) if given.quick else Sizes()
     documents = load_documents()
@@ -251,14 +254,14 @@ def main() -> None:
     if any(name.startswith("torch") for name in steps):
         ours, theirs = parameter_counts(sizes)
         if ours != theirs:
-            raise SystemExit(f"{ours:,} parameters, but PyTorch's model {theirs:,}")
+            raise SystemExit(f"{ours:,} parameters, but PyTorch's model has {theirs:,}")
         content["parameters"] = ours
     show(content, sizes.batch * sizes.length)
     write(given.out, "training_step", content)
 
 
 def show(content: dict[str, Any], tokens: int) -> None:
-    """A table for the terminal; ``tokens`` are those of a step."""
+    """Prints a table; ``tokens`` is the number of tokens of a step."""
     numbers = ", ".join(f"{name} {n}" for name, n in content["sizes"].items())
     made = Table(title=f"{numbers}\n{caption()}", title_justify="left")
     made.add_column("runs on")

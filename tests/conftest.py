@@ -9,21 +9,21 @@ import subprocess
 import sys
 import tempfile
 
-#: Compilation dominates, so LLVM's optimisations are left out. XLA's own passes, which
-#: decide what is fused and what is held in memory, run all the same. A program is not
-#: split into parts that several threads compile: each part costs time of its own.
+#: Compilation takes most of the time, so LLVM's optimisations are switched off. XLA's
+#: own passes, which decide about fusion and memory, still run. Programs are not split
+#: into parts for several threads, because each part takes extra time.
 _QUICK = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
 )
-#: shard_map needs devices; the tests of sharding want at least four.
+#: The tests of sharding need at least four devices.
 _NEEDED = ("--xla_force_host_platform_device_count=4",)
 
 
 def _known(flags):
-    """Those flags that this XLA knows: it ends a process that names another one."""
+    """The flags that this XLA knows; an unknown flag ends the process."""
     code = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.devices()"
 
     def fine(flags):
@@ -36,15 +36,17 @@ def _known(flags):
 
 
 if "ATTNLAB_TESTS" not in os.environ:
-    # In the process that the others are started from; they inherit what it finds.
+    # The main process; the worker processes inherit its environment.
     if "jax" in sys.modules:
-        raise RuntimeError("tests/conftest.py must set XLA_FLAGS before jax comes")
+        raise RuntimeError(
+            "tests/conftest.py must set XLA_FLAGS before jax is imported"
+        )
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([given, *_known(_QUICK), *_NEEDED])
     os.environ["ATTNLAB_TESTS"] = tempfile.mkdtemp(prefix="attnlab-tests-")
-#: Where the processes of one run share what they compile, and tell how much it was.
+#: Folder in which the processes of one run share compiled programs and their counts.
 SHARED = os.environ["ATTNLAB_TESTS"]
-# Where the TPU's compiler is installed, JAX would look for a TPU, loudly.
+# If libtpu is installed, JAX would look for a TPU and print warnings.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis  # noqa: E402
@@ -57,17 +59,17 @@ from attnlab._src.implementations.tiled import Tiled  # noqa: E402
 from attnlab._src.ops.primitive import compute  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-if jax.config.jax_compilation_cache_dir is None:  # several runs may share one, too
+if jax.config.jax_compilation_cache_dir is None:  # unless the user gives one
     jax.config.update("jax_compilation_cache_dir", os.path.join(SHARED, "programs"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-# What careful users set: nothing is broadcast or promoted that nobody asked for.
+# Implicit promotion of ranks and dtypes is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_legacy_prng_key", "error")
 
-# JAX makes an MLIR context for each program that it lowers, which takes longer than to
-# lower a small one. Here the programs of one module of tests share it. The function is
-# private: a JAX that has none of this name works as it does by itself.
+# JAX makes an MLIR context for each program that it lowers, which takes longer than
+# lowering a small program. Here the programs of one test module share a context. The
+# function is private: where it does not exist, nothing is changed.
 _mlir = sys.modules.get("jax._src.interpreters.mlir")
 if hasattr(_mlir, "make_ir_context"):
     _mlir.make_ir_context = functools.cache(_mlir.make_ir_context)
@@ -83,7 +85,7 @@ hypothesis.settings.load_profile("attnlab")
 
 
 def loosely(function):
-    """A function of another library, which promotes as JAX does by default."""
+    """Wraps a function of another library to run with JAX's default promotion."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):
@@ -95,23 +97,23 @@ def loosely(function):
 
 @pytest.fixture
 def loose():
-    """For tests that run modules of another library in types that these promote."""
+    """JAX's default promotion, for tests that run other libraries."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 
 
 def verb():
-    """The module of the verb; the function of the same name hides it."""
+    """The module ``ops.attention``, which the function ``attention`` hides."""
     return sys.modules["attnlab._src.ops.attention"]
 
 
 def forget():
-    """Lets what was traced before be traced again."""
+    """Clears JAX's caches of traces, so that calls are traced again."""
     verb().run_attention.clear_cache()
     compute.clear_cache()
 
 
-#: Of this process: programs asked for, and how many of these were compiled before.
+#: Counts of this process: programs, and those found in the compilation cache.
 PROGRAMS = {"asked": 0, "shared": 0}
 
 
@@ -128,7 +130,7 @@ jax.monitoring.register_event_listener(_count_shared)
 
 
 def pytest_collection_finish():
-    # What was imported stays: nothing in it need be looked at, again and again.
+    # Imported objects stay alive: exclude them from garbage collection.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
@@ -156,8 +158,8 @@ def pytest_unconfigure(config):
         shutil.rmtree(SHARED, ignore_errors=True)
 
 
-#: Compiled programs are kept for the next module while they take less than this:
-#: mappings of memory, of which Linux allows 65,530, and bytes.
+#: Compiled programs are kept for the next module below these limits: memory mappings,
+#: of which Linux allows 65,530, and bytes.
 _MOST_MAPPINGS, _MOST_BYTES = 30_000, 3 * 2**30
 
 
@@ -178,7 +180,7 @@ def leave_few_programs():
 
 @pytest.fixture
 def tile(monkeypatch):
-    """``tile(q, k, chunk)``: forces the tiles, so that tiny inputs have many."""
+    """``tile(q, k, chunk)`` sets tile sizes, so that small inputs have many tiles."""
     walk = sys.modules["attnlab._src.implementations.schedule"]
     prepare = sys.modules["attnlab._src.ops.prepare"]
 

@@ -1,7 +1,7 @@
-"""What conformance ranges over: list a thing here once, and it is tested with all.
+"""The grid of the conformance tests: what is listed here is tested in combination.
 
-A builder takes a ``Setting`` (sizes and a NumPy generator) and returns the thing with
-float32 arrays; tests cast them to the type that they want.
+A builder takes a ``Setting`` (sizes and a NumPy generator) and returns a score, mask or
+modifier with float32 arrays; tests cast them to the dtype of the cell.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from attnlab import Modifier, Score, masks, modifiers, scores
 from attnlab._src.implementations.native import load
 from attnlab._src.types import Operand, pytree
 
-#: For tests over implementations: where its library is not there, it is skipped.
+#: A parameter for tests over implementations; skipped if the library is missing.
 NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(load.why_not() is not None, reason="not built")
 )
@@ -107,7 +107,7 @@ def _mlp(s: Setting) -> Score:
     )
 
 
-#: Scores that take a query of another size than the key.
+#: Scores whose query and key sizes differ in the tests.
 PROJECTING = frozenset({"bilinear", "additive", "mlp"})
 
 SCORES: dict[str, Callable[[Setting], Score]] = {
@@ -233,10 +233,10 @@ POSITIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "explicit": _explicit,
 }
 
-#: Of the softmax: (sinks, dropout rate).
+#: Options of the softmax: (sinks, dropout rate).
 SOFTMAX = {"plain": (False, 0.0), "sinks": (True, 0.0), "dropout": (False, 0.3)}
 
-#: Tiles of queries and keys, and keys in a chunk.
+#: Sizes for the fixture ``tile``: queries, keys, keys in a chunk.
 TILES = {"chunks": (8, 4, 8), "blocks": (8, 4, None), "whole": (64, 64, None)}
 
 FACTORS: dict[str, tuple[str, ...]] = {
@@ -256,7 +256,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
 
 
 class Cell(NamedTuple):
-    """One choice of everything."""
+    """One level of each factor."""
 
     score: str
     mask: str
@@ -279,10 +279,11 @@ def pairs_of(cell: tuple[str | None, ...]) -> Iterator[tuple]:
 
 
 def covering() -> list[Cell]:
-    """Cells in which every pair of levels of every two factors occurs; deterministic.
+    """A pairwise covering array: every two levels of two factors occur in some cell.
 
-    Greedy: start each cell from a pair that is still open, then give each further
-    factor the level that closes most open pairs, the least used of them.
+    Built greedily and deterministically: each cell starts with a pair that does not
+    occur yet; each further factor gets the level that adds most new pairs, and of equal
+    ones the least used.
     """
     levels = list(FACTORS.values())
     open_pairs = {
@@ -320,10 +321,10 @@ def covering() -> list[Cell]:
 
 
 def quick(cells: list[Cell], also: tuple[str, ...] = ()) -> list[Any]:
-    """The cells as parameters; slow are all but a few in which every level occurs.
+    """The cells as parameters, marked slow except for a few that have every level.
 
     Args:
-        cells: of the grid.
+        cells: cells of the grid.
         also: names of further cells that are not slow.
     """
     chosen = [cell for cell in cells if str(cell) in also]
@@ -341,7 +342,7 @@ def quick(cells: list[Cell], also: tuple[str, ...] = ()) -> list[Any]:
 
 
 def _parameter(values: Iterable[Any], slow: bool) -> Any:
-    """One of parameters, some of which may be of ``pytest.param`` already."""
+    """Joins values, which may be ``pytest.param``, into one ``pytest.param``."""
     marks, plain = [pytest.mark.slow] * slow, []
     for value in values:
         of_pytest = hasattr(value, "marks")
@@ -351,10 +352,9 @@ def _parameter(values: Iterable[Any], slow: bool) -> Any:
 
 
 def few(choices: Iterable[Any], *kept: Any) -> list[Any]:
-    """Choices as parameters; all but the kept ones are slow.
+    """Choices as parameters; all except ``kept`` are marked slow.
 
-    A plain tuple is a choice of several parameters; one of ``pytest.param``, which is a
-    tuple of its own kind, is not.
+    A plain tuple is a choice for several parameters, ``pytest.param`` a single choice.
     """
     choices = [*choices]
     assert all(choice in choices for choice in kept), kept
@@ -367,9 +367,10 @@ def few(choices: Iterable[Any], *kept: Any) -> list[Any]:
 
 
 def in_turn(*axes: Iterable[Any]) -> list[Any]:
-    """The product of axes as parameters; each choice of each axis is not slow once.
+    """The product of axes as parameters; only some combinations are not marked slow.
 
-    The longest axis is gone through once; the others go along with it, over and over.
+    These are a ``zip`` of the axes, with the shorter ones repeated, so that each choice
+    of each axis occurs.
     """
     axes = tuple([*axis] for axis in axes)
     most = max(map(len, axes))
@@ -382,7 +383,7 @@ def in_turn(*axes: Iterable[Any]) -> list[Any]:
 
 
 def sampled(count: int, seed: int = 0) -> list[Cell]:
-    """Cells drawn from the whole grid."""
+    """Cells drawn at random from the whole grid."""
     rng = random.Random(seed)
     return [
         Cell(*(rng.choice(levels) for levels in FACTORS.values())) for _ in range(count)
@@ -390,7 +391,7 @@ def sampled(count: int, seed: int = 0) -> list[Cell]:
 
 
 class Problem(NamedTuple):
-    """A cell made concrete: what is differentiated, and what is not."""
+    """The inputs of a cell: ``data`` is differentiated, ``fixed`` is not."""
 
     data: dict[str, Any]
     fixed: dict[str, Any]
@@ -399,7 +400,7 @@ class Problem(NamedTuple):
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Floating leaves as ``dtype``; the others as they are."""
+    """Casts floating leaves to ``dtype``; other leaves are unchanged."""
 
     def one(x: Any) -> Any:
         if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating):
@@ -410,7 +411,7 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 
 def build(cell: Cell, seed: int = 0) -> Problem:
-    """Inputs in the type of the cell; parameters in float32 (float64 for float64)."""
+    """Inputs in the dtype of the cell; parameters in float32 (float64 for float64)."""
     heads, (t, s) = HEADS[cell.heads], LENGTHS[cell.lengths]
     n, k, h, d = heads
     q = h + 4 if cell.score in PROJECTING else h

@@ -1,4 +1,4 @@
-"""Checks that many arguments share."""
+"""Checks of arguments that many functions share."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from flax import nnx
 from attnlab import attention, dot_product_attention, explain, masks, nn
 from attnlab._src.arguments import integers
 
-#: The least and the greatest integers that fit, and those beside them.
+#: The least and the greatest int32.
 LEAST, MOST = -(2**31), 2**31 - 1
 X = jnp.ones((1, 4, 2, 8))
 CELL = nn.Recurrent(nn.GRU(2, 2, rngs=nnx.Rngs(0)))
 
-#: Where integers enter: the argument that an error names, and the call.
+#: Calls that take integers, and the argument that their error must name.
 ENTRANCES = {
     "documents": (
         "query_ids",
@@ -130,6 +130,7 @@ def test_an_offset_leaves_room_for_the_queries(kind):
         with pytest.raises(ValueError, match=message):
             explain(X, X, X, query_offset=kind(offset))
 
-    refused(-1, "query_offset: expected positions of at least 0, got -1; slots that")
+    message = "query_offset: expected positions of at least 0, got -1; for slots that"
+    refused(-1, message)
     refused(MOST - 2, rf"query_offset: expected at most {MOST - 3} for 4 queries, got")
     explain(X, X, X, query_offset=kind(MOST - 3))

@@ -1,9 +1,9 @@
 """Law 1: an implementation never changes the mathematics.
 
-Every implementation is held to the reference, output, log-sum-exp and every gradient,
-over a pairwise covering array of the grid. Tolerances follow from float64: the error
-may be at most twice the one that the reference itself makes in the same types, and
-rounding.
+Every implementation is compared with the reference (output, log-sum-exp and every
+gradient) over a pairwise covering array of the grid. The exact result is the reference
+in float64. An error may be at most twice the error of the reference in the same dtypes,
+plus rounding.
 """
 
 import concurrent.futures
@@ -24,10 +24,10 @@ from tests import grid
 CELLS = grid.covering()
 SAMPLES = grid.sampled(int(os.environ.get("ATTNLAB_SAMPLES", "4")))
 
-#: What the native kernel does not know, by design: a user's functions, and float64.
+#: Levels that the native kernel refuses by design: a user's functions, and float64.
 NATIVE_REFUSES = {"own", "stacked", "float64"}
 
-#: Adapters of other libraries: asked, without log-sum-exp, where they do not refuse.
+#: Adapters of other libraries, tested without log-sum-exp on the cells that they take.
 ADAPTERS = ("jax_nn",)
 
 
@@ -77,28 +77,29 @@ def once():
 
 
 def instructions():
-    """Every set of instructions that this processor has."""
+    """Selects each instruction set of this processor in turn."""
     for isa in load.load().isas:
         with load.instructions(isa):
             yield isa
 
 
 def conform(cell, tile, monkeypatch, ours):
-    """Compiles each evaluation once, side by side, and compares.
+    """Compiles each evaluation once, in parallel, and compares the results.
 
     Args:
-        cell: of the grid.
+        cell: cell of the grid.
         tile: the fixture.
         monkeypatch: the fixture.
-        ours: for each implementation, what iterates over settings under which it runs.
+        ours: by implementation, a generator function that selects each setting under
+            which the implementation is run.
     """
     problem = grid.build(cell)
     is_exact = cell.dtype == "float64"
     tile(*grid.TILES[cell.tiles])
     jobs = {}
     with monkeypatch.context() as patch:
-        # The specification needs no care for dead slots: nothing here is NaN. And
-        # finding them is half of what compiles: a third of the cells do.
+        # Nothing here is NaN, so dead slots need no treatment. Finding them is half of
+        # the compile time, so only a third of the cells do it.
         module = sys.modules["attnlab._src.ops.prepare"]
         if cell.tiles != "chunks":
             patch.setattr(module, "alive", lambda *args: (None, None))
@@ -114,8 +115,8 @@ def conform(cell, tile, monkeypatch, ours):
         if not is_exact:
             jobs["reference"] = lower("reference", problem, x64=False)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        # A 16-bit projection is rounded by who stores it; XLA would leave that out
-        # where it can, and make the reference more exact than its own types.
+        # Stored 16-bit projections are rounded. XLA would skip the rounding where it
+        # can, and make the reference more exact than its dtypes.
         options = {"xla_allow_excess_precision": False}
         made = pool.map(lambda job: job.lowered.compile(options), jobs.values())
         made = dict(zip(jobs, made, strict=True))
@@ -136,7 +137,7 @@ def conform(cell, tile, monkeypatch, ours):
     for name in ADAPTERS:
         if name not in jobs:
             continue
-        # Without log-sum-exp: the same gradients, nothing coming in through it.
+        # Adapters have no log-sum-exp: compare gradients with a zero cotangent for it.
 
         def silent(job):
             data, fixed, (d_output, d_lse) = job.args
@@ -158,12 +159,12 @@ def test_every_pair_of_levels_occurs():
 
 
 def every(cell):
-    """The implementations that take a cell, and the settings of each."""
+    """The implementations that support a cell, with the settings of each."""
     refused = load.why_not() or NATIVE_REFUSES & set(cell)
     return {"tiled": once, **({} if refused else {"native": instructions})}
 
 
-#: Those that the mutants are for.
+#: Cells that tests/mutants names.
 PLAIN = (
     "scaled_dot-not-bias_keys-grouped-float64-index-sinks-square-chunks",
     "bilinear-causal-bias_keys-grouped-float32-index-dropout-wide-whole",

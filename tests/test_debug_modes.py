@@ -1,4 +1,4 @@
-"""JAX's own checks, switched on: of its programs, of NaN, of tracers that leak."""
+"""JAX's debug modes: checks of jaxprs, of NaN, and of leaked tracers."""
 
 import itertools
 
@@ -19,7 +19,7 @@ MODES = {
 }
 RNG = np.random.default_rng(0)
 QUERY, KEY, VALUE = (RNG.normal(size=(2, 6, 2, 4)).astype("f") for _ in range(3))
-#: The last query of one example sees nothing.
+#: The last query of one example may attend to no key.
 LENGTHS = np.array([6, 5])
 
 

@@ -1,4 +1,4 @@
-"""Edges where a fast path, a shortcut or a fold could go wrong."""
+"""Edge cases of fast paths, shortcuts and folding."""
 
 import functools
 import itertools
@@ -151,7 +151,10 @@ def test_a_bias_of_the_lowest_float_is_no_hiding(implementation):
     ),
 )
 def test_what_is_no_number_shows(t, implementation, monkeypatch):
-    """Where it is seen, and only there; it is never taken for a query without keys."""
+    """NaN and infinity show where they are seen, and only there.
+
+    Such a query is never taken for one without visible keys.
+    """
     interpreted.register(monkeypatch)
     q, k, v = arrays(t, 40)
     options = {"mask": masks.causal(), "query_offset": 40 - t}
@@ -246,7 +249,7 @@ def test_gradients_of_sinks_where_a_query_sees_nothing(sink):
 
     found = jax.grad(loss, (0, 1))(q, jnp.full(2, sink))
     np.testing.assert_array_equal(found[0][:, 3], 0)
-    # Of the query that sees nothing the log-sum-exp is the sink itself.
+    # The log-sum-exp of a query without visible keys is the sink itself.
     d_q, d_sinks = jax.grad(functools.partial(loss, queries=3), (0, 1))(
         q, jnp.full(2, sink)
     )
@@ -264,7 +267,7 @@ def test_keys_that_minus_infinity_hides_are_none_of_the_greatest():
 
 @pytree
 class WideProjection(Score):
-    """Projects by a float32 matrix whatever the inputs are."""
+    """Projects by a float32 matrix, whatever the dtype of the inputs."""
 
     weight: jax.Array
 
@@ -306,7 +309,7 @@ def test_wide_layers_of_a_perceptron_are_never_held_for_all_pairs():
         return attention(q, q, q, score=score, implementation="tiled").sum()
 
     program = jax.jit(jax.grad(loss)).lower(score, x).compile()
-    # One float for each pair and unit would be 268 MB.
+    # One float for each pair and hidden unit would take 268 MB.
     assert program.memory_analysis().temp_size_in_bytes < 8e6
 
 
@@ -331,7 +334,7 @@ def test_numpy_array_on_the_left_of_a_mask():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_infinities_that_nobody_asked_for_are_not_seen(implementation):
-    """A query that sees nothing has a log-sum-exp of -inf, and an output of 0."""
+    """A query without visible keys has log-sum-exp -inf and output 0."""
     mask = masks.lengths(*[np.array([0, 2])] * 2)
     x = jnp.ones((2, 4, 2, 8))
 
@@ -354,7 +357,7 @@ def test_infinities_that_were_asked_for_are_named():
 
 @pytree
 class Everything(Mask):
-    """A user's own, all of whose blocks are full."""
+    """A user's mask whose blocks are all full."""
 
     def visible(self, tile, operands):
         return tile.query_positions >= tile.key_positions * 0
@@ -368,8 +371,8 @@ def even_sum(t, s):
     return (t + s) % 2 == 0
 
 
-#: Plans with no full, no partial or no live block, of masks that kernels do and do not
-#: know.
+#: Masks whose plans have no full, no partial or no live block; kernels support only
+#: some of them.
 EMPTY = {
     "no partial block": masks.predicate(even_sum) | masks.sliding_window(512, 512),
     "no partial block of a chunk": masks.predicate(even_sum) | masks.chunked(1024),

@@ -1,7 +1,7 @@
-"""Names that JAX does not promise to keep: each that is used, and what is asked of it.
+"""Tests of the names that attnlab uses from JAX modules without promised stability.
 
-A release that changes one is noticed here first. Nothing private (``jax._src``, a name
-with an underscore) is used at all.
+They show first what a new release of JAX breaks. attnlab uses no private names
+(``jax._src``, or names with an underscore).
 """
 
 import ast
@@ -17,7 +17,7 @@ from jax.interpreters import ad, batching, mlir
 import attnlab
 
 ROOT = pathlib.Path(attnlab.__file__).parent.parent
-#: Modules of which every name that is used must be in ``CHECKS``.
+#: Every name that attnlab uses from these modules must be in ``CHECKS``.
 UNSTABLE = (
     "jax.core",
     "jax.experimental.custom_partitioning",
@@ -27,7 +27,7 @@ UNSTABLE = (
 
 
 def double(x):
-    """``2 * x`` as a primitive of its own, by all the names that make one."""
+    """``2 * x`` as a new primitive, made with all the names under test."""
     primitive = jax.extend.core.Primitive("double")
     primitive.def_impl(lambda x: x + x)
     primitive.def_abstract_eval(lambda x: x)
@@ -59,7 +59,7 @@ def double(x):
 
 
 def of_a_primitive():
-    """A primitive is batched, differentiated, transposed and lowered by our rules."""
+    """A primitive follows the given rules of batching, derivative and lowering."""
     x = jnp.arange(3.0)
     run = jax.jit(jax.vmap(jax.grad(lambda x: double(x) * 2)))
     assert run(x).tolist() == [4, 4, 4]
@@ -67,7 +67,7 @@ def of_a_primitive():
 
 
 def defvectorized():
-    """A primitive that works element by element needs no batching rule of its own."""
+    """An elementwise primitive needs no batching rule of its own."""
     primitive = jax.extend.core.Primitive("same")
     primitive.def_impl(lambda x: x)
     primitive.def_abstract_eval(lambda x: x)
@@ -76,7 +76,7 @@ def defvectorized():
 
 
 def tracer():
-    """What is traced is told from what has a value."""
+    """Tracers are distinguished from concrete arrays."""
     found = []
     jax.jit(lambda x: found.append(isinstance(x, jax.core.Tracer)) or x)(1.0)
     assert found == [True]
@@ -84,7 +84,7 @@ def tracer():
 
 
 def backends():
-    """The platforms that are there, by their names."""
+    """The available platforms are known by name."""
     assert "cpu" in jax.extend.backend.backends()
 
 
@@ -129,7 +129,7 @@ CHECKS = {
 
 
 def names_of(path):
-    """The dotted names of JAX and Flax that a file uses, imports resolved."""
+    """The dotted names of JAX and Flax in a file, with imports resolved."""
     tree = ast.parse(path.read_text())
     roots = {"jax": "jax"}
     for node in ast.walk(tree):
@@ -163,7 +163,7 @@ def test_every_name_is_listed():
     private = {n for n in used if any(part.startswith("_") for part in n.split("."))}
     assert private - {"jax.__version__"} == set()
     unstable = {n for n in used if n.startswith(UNSTABLE)}
-    # Only whole names: a module on the way to one is none.
+    # Only complete names, not the modules on the way to them.
     known = {n for n in unstable if any(c.startswith(f"{n}.") for c in CHECKS)}
     tails = {c for n in unstable for c in CHECKS if n == c or n.startswith(f"{c}.")}
     assert unstable - known - tails == set()

@@ -1,6 +1,6 @@
-"""Laws of the design, in order.
+"""The laws of the design (attnlab/README.md), in order.
 
-Law 1 is ``test_conformance.py``, law 17 is ``test_not_finite.py``.
+Law 1 is tested in ``test_conformance.py``, law 17 in ``test_not_finite.py``.
 """
 
 import functools
@@ -48,7 +48,7 @@ def like(x, seed=1):
 
 
 def with_gradients(**options):
-    """Jitted (q, k, v, score, mask, ...) -> (output, lse), gradients of everything."""
+    """Jitted: (differentiated, other arguments) -> (output, lse), all gradients."""
 
     def run(data, traced):
         def forward(data):
@@ -61,7 +61,7 @@ def with_gradients(**options):
 
 
 def close(found, wanted, factor=1.0):
-    """Equal but for float32 rounding of sums of some dozen terms."""
+    """Equal up to float32 rounding of sums of some dozen terms."""
 
     def one(x, y):
         x, y = np.asarray(x), np.asarray(y)
@@ -126,7 +126,7 @@ def test_2_empty_rows(name, implementation, tile):
     for gradient in gradients.values():
         assert np.isfinite(gradient).all()
     if name == "nothing":
-        # All that remains of lse is the sink.
+        # lse is the sink alone.
         np.testing.assert_allclose(
             gradients["sinks"], like(lse, 1).sum((0, 1)), rtol=1e-5, atol=1e-5
         )
@@ -150,7 +150,7 @@ def test_2_empty_rows_of_the_adapter():
 
 
 def _poison_case(name):
-    """(T, S), mask, further options."""
+    """(T, S), the mask, and further options of the call."""
     rng = np.random.default_rng(4)
     if name == "padding":
         own = masks.lengths(query=np.array([9, T]), key=np.array([5, 11]))
@@ -189,11 +189,11 @@ def dense_of(mask, t, s):
 
 
 def _dead(mask, t, s, options):
-    """Boolean ``[B, T, N]`` and ``[B, S, K]``: slots that see, or are seen by, none."""
+    """Boolean ``[B, T, N]`` and ``[B, S, K]``: dead queries and dead keys."""
     queries, keys = np.arange(t) + options.get("query_offset", 0), np.arange(s)
     queries = np.broadcast_to(options.get("query_positions", queries), (B, t))
     keys = np.broadcast_to(options.get("key_positions", keys), (B, s))
-    if options:  # structural masks only: ask a larger dense array at the positions
+    if options:  # structural masks only: index a larger dense mask by position
         dense = dense_of(masks.as_mask(mask), 32, 32)
         visible = dense[queries[:, :, None], keys[:, None, :]][:, None]
     else:
@@ -230,7 +230,7 @@ POISON = [
     "heads",
     "dense",
 ]
-#: Every case, with a score that has parameters and with one that has none in turn.
+#: Every case, alternately with a score that has parameters and with one that has none.
 TURNS = [(case, ("additive", "default")[i % 2]) for i, case in enumerate(POISON)]
 POISON_CELLS = few(
     [
@@ -293,7 +293,7 @@ POSITIONAL = dict(
 )
 
 
-#: The names in turn, and what the mutants are for.
+#: Names and implementations in turn, and the cells that tests/mutants names.
 SOME_POSITIONAL = few(
     itertools.product(POSITIONAL, BOTH),
     ("causal", "reference"),
@@ -343,7 +343,7 @@ def test_4_permuted_keys(name, implementation, tile):
     found = call(q, *moved, key_positions=order)
     wanted = call(q, k, v)
     close(found, wanted)
-    # And the order matters, if it is not told.
+    # Without key_positions the result differs.
     other = call(q, *moved)
     assert np.abs(other[0] - wanted[0]).max() > 0.1
 
@@ -529,8 +529,8 @@ def test_7_dropout_rate_and_independence():
     deviation = np.sqrt(RATE * (1 - RATE) / survives.size)
     assert abs(survives.mean() - (1 - RATE)) < 4 * deviation
     np.testing.assert_allclose(weights[survives], 1 / 64 / (1 - RATE), rtol=1e-5)
-    # Every row and column, every example and head has a pattern of its own, and two of
-    # them agree as often as chance has it.
+    # Every row, column, example and head has its own pattern, and two of them agree
+    # only as often as random ones.
     flat = survives.reshape(B * N, -1)
     agreement = (1 - RATE) ** 2 + RATE**2
     for a, b in itertools.combinations(range(B * N), 2):
@@ -586,7 +586,7 @@ def test_7_another_key_of_any_generator_is_another_pattern(generator):
     for axis, count in ((1, t), (2, s)):
         deviation = by_row.mean(axis).std() / np.sqrt(RATE * (1 - RATE) / count)
         assert 0.8 < deviation < 1.2
-    # Any two agree as often as chance has it.
+    # Any two agree only as often as random ones.
     agreement = (1 - RATE) ** 2 + RATE**2
     for a, b in itertools.combinations(patterns, 2):
         assert abs((a == b).mean() - agreement) < 0.07
@@ -657,7 +657,7 @@ def test_8_resampling_does_not_trace_again():
 
 @pytest.fixture
 def traced(monkeypatch):
-    """A list that grows by one whenever the verb is traced."""
+    """A list that grows by one whenever ``attention`` is traced."""
     found = []
     prepare = verb().prepare
 
@@ -758,7 +758,7 @@ def test_9_new_data_never_recompiles(name, traced):
 
 
 def test_9_another_structure_does_recompile(traced):
-    """The counter counts."""
+    """The counter of the other tests notices a recompilation."""
     q, k, v = arrays()
     attention(q, k, v, mask=masks.sliding_window(3, 0))
     before = len(traced)
@@ -852,7 +852,7 @@ def test_11_a_predicate_never_refines():
 
 @pytest.mark.slow
 def test_11_capacity_of_traced_plans():
-    """Intervals a row follow from the structure, not from the length."""
+    """The number of intervals in a row does not depend on the length."""
 
     def capacities(make, length):
         mask = make(length)
@@ -993,7 +993,7 @@ def _subjaxprs(jaxpr):
 
 
 def _mapped_bounds(jaxpr):
-    """For each loop, whether its bound is mapped: then it runs while any goes on."""
+    """For each loop of a jaxpr, whether its bound depends on a mapped axis."""
     loops = [e for e in _subjaxprs(jaxpr.jaxpr) if e.primitive.name == "while"]
     return [e.params["cond_jaxpr"].out_avals[0].shape != () for e in loops]
 
@@ -1005,7 +1005,7 @@ def test_12_a_mapped_bound_is_noticed():
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_12_skipping_is_alive_under_vmap(gradient, tile):
-    """A mapped loop bound makes every example run as long as the longest."""
+    """No loop bound is mapped: all examples would run as long as the longest."""
     tile(4, 4)
     floats, ids = _vmap_data(VMAP_PARTS)
     fn = jax.grad(_loss) if gradient else _loss
@@ -1143,7 +1143,7 @@ def test_12_shard_map(axis, implementation):
     ("axis", "implementation"), in_turn(["batch", "heads", "queries"], BOTH)
 )
 def test_12_explicit_axes(axis, implementation):
-    """Where arrays tell in their types how they lie, results lie as the queries do."""
+    """With explicit mesh axes, results are sharded like the queries."""
     q, k, v = arrays(t=16, s=16, n=4, k=2)
     spec = dict(batch=Spec("x"), heads=Spec(None, None, "x"), queries=Spec(None, "x"))
     lengths = np.array([3, 16])
@@ -1179,7 +1179,7 @@ def test_12_no_tracer_leaks():
     ids = np.sort(np.random.default_rng(0).integers(0, 3, (B, S)))
     forget()
     gc.collect()
-    gc.freeze()  # the search for leaks goes through all there is else
+    gc.freeze()  # otherwise the search for leaks goes through all objects
     with jax.checking_leaks():
 
         def loss(q, ids):
@@ -1331,9 +1331,9 @@ def test_13_memory_grows_with_the_length_not_its_square(name, gradient):
     short, long = (
         _temporary(length, gradient, **MEMORY[name]) for length in (8192, 32768)
     )
-    # Tiles cost the same at both; what depends on the length has at most 1,536 bytes a
-    # token (q, k, v, output and their gradients have 128 each). [T, S] booleans alone
-    # would have 32,768 bytes a token.
+    # Tiles take the same memory at both lengths. What grows with the length is at most
+    # 1,536 bytes per token (q, k, v, output and their gradients have 128 each);
+    # booleans [T, S] alone would be 32,768 bytes per token.
     assert (long - short) / (32768 - 8192) < 1536
     assert long < 32768 * 32768 / 8
 

@@ -1,4 +1,4 @@
-"""Who may import whom: imports point down only."""
+"""Which modules may import which: only those of lower layers."""
 
 import ast
 import graphlib
@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PUBLIC = ROOT / "attnlab"
 PACKAGE = PUBLIC / "_src"
 
-#: Single files at the bottom, for all.
+#: Single files of the lowest layer, which all may import.
 BASE = {
     "arguments",
     "dtypes",
@@ -23,7 +23,7 @@ BASE = {
     "varying",
 }
 
-#: For each room, the rooms that it may import besides itself.
+#: For each package of ``attnlab._src`` the others that it may import.
 MAY_IMPORT = {
     "pytrees": set(),
     "arguments": set(),
@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "command": {"bench"},
     "bench": BASE | {"scores", "modifiers", "masks", "implementations", "ops"},
 }
-#: What implementations share; each other one stands alone.
+#: Files that implementations share; implementations do not import each other.
 SHARED = {"deferred", "measured", "schedule", "tile"}
 
 
@@ -53,7 +53,7 @@ def modules():
 
 
 def imported(path):
-    """The private modules that a file imports, in functions too: tuples of names."""
+    """The private modules that a file imports, also in functions; tuples of names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
             "attnlab._src"
@@ -82,7 +82,7 @@ def test_imports_point_down(path):
 
 
 def test_no_circle_of_files():
-    """Imports within functions count, too: they hide a circle, and do not mend it."""
+    """Imports within functions count, too: they hide a cycle without removing it."""
     names = {
         path.relative_to(PACKAGE).with_suffix("").parts: path for path in modules()
     }

@@ -1,4 +1,4 @@
-"""The list of mutants does not rot: running them is for ``python -m tests.mutants``."""
+"""The mutants still apply to the code; ``python -m tests.mutants`` runs them."""
 
 import re
 

@@ -1,7 +1,7 @@
-"""Law 17: what is not finite reaches only those queries that see it, and their keys.
+"""Law 17: NaN and infinity reach only the queries that see them, and their keys.
 
-Every implementation is held to the formula: where documents lie side by side in one
-tile, no number of one reaches another, nor any gradient of it.
+Documents lie side by side in one tile; a number that is not finite in one document must
+not reach the outputs or gradients of another, in any implementation.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from tests.grid import NATIVE, few
 from tests.implementations import interpreted
 
 B, S, N, K, H, D = 2, 70, 4, 2, 8, 6
-#: Documents, some shorter than any block; full tiles and partial ones.
+#: Documents, some shorter than a block, so that tiles are full or partial.
 IDS = np.repeat(np.arange(4), [9, 23, 33, 5])[None].repeat(B, 0).astype(np.int32)
 RNG = np.random.default_rng(0)
 SCORES = {
@@ -26,7 +26,7 @@ SCORES = {
         jax.random.key(1), H, hidden_sizes=(6, 3), activation=jnp.tanh
     ),
 }
-#: Where the numbers are: array, example, slot; and what they are.
+#: The place of the number (array, example, slot), and the number.
 SPOILT = {
     "query": ("query", 1, -12, np.nan),
     "key": ("key", 1, 60, np.nan),
@@ -66,8 +66,8 @@ CASES = {
 
 
 IMPLEMENTATIONS = ("reference", "tiled", NATIVE, interpreted.NAME)
-#: Many queries and few, which kernels treat apart; the other cases differ only in what
-#: is computed of a pair.
+#: Kernels have separate code for many and for few queries; the other cases differ only
+#: in what is computed for a pair.
 KEPT = [
     *itertools.product(["product"], ["reference", "tiled", NATIVE]),
     *itertools.product(["few"], ["tiled", NATIVE]),
@@ -106,7 +106,7 @@ def test_only_those_who_see_it(name, implementation, monkeypatch, tile):
             )[:2]
 
         (output, lse), pull = jax.vjp(forward, query, key, value)
-        # What follows a lost output is lost, too.
+        # The cotangent of an output that is not finite is not finite either.
         lost = jnp.where(jnp.isfinite(output), cotangent, jnp.nan)
         return output, lse, *pull((lost, jnp.zeros_like(lse)))
 
@@ -119,7 +119,7 @@ def test_only_those_who_see_it(name, implementation, monkeypatch, tile):
     visible = (at[S - t :, None] >= at) & (IDS[0, -t:, None] == IDS[0])
     for array, example, slot, number in SPOILT.values():
         if implementation == "reference" and array == "cotangent":
-            continue  # autodiff multiplies it by the zeros of hidden pairs
+            continue  # autodiff multiplies NaN by the zeros of hidden pairs
         spoilt = {name: x.copy() for name, x in data.items()}
         spoilt[array][example, slot, 1, 2] = number
         output, lse, d_query, d_key, d_value = floats(run(**spoilt))
@@ -146,6 +146,6 @@ def test_only_those_who_see_it(name, implementation, monkeypatch, tile):
                 found[kept], before[kept], atol=2e-5, rtol=2e-5, err_msg=told
             )
             if dropped and what == "d_value":
-                continue  # a weight that is dropped passes nothing
+                continue  # dropped weights have zero gradients
             shown = found if found.ndim == 3 else found.sum(-1)
             assert not np.isfinite(shown[gone]).any(), told

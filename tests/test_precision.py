@@ -1,4 +1,4 @@
-"""Inputs of 16 bits against the formula in float64: only storing them rounds."""
+"""16-bit inputs, compared with the formula in float64."""
 
 import functools
 
@@ -17,15 +17,17 @@ EVERYONE = ("reference", "tiled", NATIVE, interpreted.NAME)
 
 @pytest.fixture(autouse=True)
 def as_users_do(monkeypatch):
-    """At JAX's own precision, where 16-bit inputs may be multiplied as such."""
+    """JAX's default precision, which lets kernels multiply 16-bit inputs directly."""
     interpreted.register(monkeypatch)
     with jax.default_matmul_precision("default"):
         yield
 
 
 def exact(q, k, v, d_output, scale):
-    """Output, gradients of query, key and value, those of the scale before they are
-    summed ``[B, N, T, S]``, and log-sum-exp.
+    """Exact results in float64.
+
+    Output, gradients of query, key and value, the terms ``[B, N, T, S]`` of the
+    gradient of the scale, and log-sum-exp.
     """
     q, k, v, d_output = (np.asarray(x, np.float64) for x in (q, k, v, d_output))
     factor = np.broadcast_to(scale, q.shape[2]).astype(np.float64)[:, None, None]
@@ -44,7 +46,7 @@ def exact(q, k, v, d_output, scale):
 
 @functools.cache
 def problem(dtype, head_size):
-    """Inputs, exact results, and the errors of ``jax.nn`` and of storing those."""
+    """Inputs, exact results, the errors of ``jax.nn`` and of rounding exact results."""
     given = arrays(128, head_size, jnp.dtype(dtype))
     wanted = exact(*given, head_size**-0.5)[:4]
     given = [jnp.asarray(x) for x in given]
@@ -70,7 +72,7 @@ def test_no_less_accurate_than_jax_nn(dtype, head_size, implementation):
     ours = jax.jit(functools.partial(attention, implementation=implementation))
     found = errors(both_passes(ours, given), wanted)
     # These may round weights to 16 bits, as jax.nn does. Their gradients also use an
-    # output that was computed so: one rounding more.
+    # output computed from such weights: one more rounding.
     kernels = dtype == "bfloat16" and implementation in ("native", interpreted.NAME)
     limits = np.hypot(theirs, stored) if kernels else theirs
     assert (found <= np.array(limits)).all(), (found, theirs)
@@ -78,7 +80,7 @@ def test_no_less_accurate_than_jax_nn(dtype, head_size, implementation):
 
 @pytest.mark.parametrize(("length", "implementation"), in_turn([3, 40], EVERYONE))
 def test_a_learned_scale_is_never_applied_in_16_bits(length, implementation):
-    """In float16 these queries, scaled, would be infinite."""
+    """Scaled queries would be infinite in float16."""
     narrow = implementation == interpreted.NAME
     dtype = jnp.bfloat16 if narrow else jnp.float16
     random = np.random.default_rng(1)
@@ -100,7 +102,7 @@ def test_a_learned_scale_is_never_applied_in_16_bits(length, implementation):
     *found, d_scale = both(*given, scale)
     eps = float(jnp.finfo(dtype).eps)
     assert max(errors(found, wanted)) <= eps
-    # Terms may be rounded; of their sum not more than that is off.
+    # Terms may be rounded; the error of their sum must not be larger than that.
     assert d_scale.dtype == jnp.float32
     off = np.abs(d_scale - terms.sum((0, 2, 3)))
     assert (off <= eps * np.abs(terms).sum((0, 2, 3))).all()
@@ -121,7 +123,7 @@ def test_unit_vectors_are_not_rounded(implementation):
             q, k, v, score=score, implementation=implementation
         ).lse
 
-    # Rounding each number of a vector and each sum of a product, in float32.
+    # Rounding of each element and of each sum of products, in float32.
     limit = 10 * (64 + 8) * 2.0**-24
     for projected in (False, True):
         found = lse(q, k, v, projected)

@@ -1,4 +1,4 @@
-"""Classes that are pytrees: what is data, what is structure, and who is who."""
+"""Classes that are pytrees: data, structure, equality and hashes."""
 
 import copy
 import functools
@@ -51,13 +51,13 @@ def test_data_and_structure():
     ],
 )
 def test_classes_of_equal_fields_have_different_structures(one, other):
-    """Or a compiled call of the one is taken for a call of the other."""
+    """Otherwise a compiled call of one would be reused for the other."""
     assert jax.tree.structure(one) != jax.tree.structure(other)
     assert jax.tree.structure([one]) != jax.tree.structure([other])
 
 
 def test_many_scores_of_equal_fields():
-    """Programs are found by hashes, so that only many show a wrong equality."""
+    """Compiled programs are found by hash, so only many classes show wrong equality."""
     x = jax.random.normal(jax.random.key(0), (1, 3, 1, 4))
 
     def made(i):
@@ -102,7 +102,7 @@ SOME = [
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickled])
 def test_copies_are_the_same(way):
-    """Their functions, too: an implementation knows an activation by identity."""
+    """Also their functions: implementations recognise an activation by identity."""
     for one in SOME:
         other = way(one)
         assert jax.tree.structure(other) == jax.tree.structure(one)
@@ -118,7 +118,7 @@ def test_functions_are_pickled_by_name():
     again = pickled(scores.mlp.init(RNG, 4, hidden_sizes=(2,), activation=leaky))
     assert again.activation.func is jax.nn.leaky_relu
     assert again.activation.keywords == {"negative_slope": 0.3}
-    # Where they are public, whatever their home is called in this version of JAX.
+    # By their public names, which do not depend on the version of JAX.
     mlp = scores.mlp.init(RNG, 4, hidden_sizes=(2,))
     assert b"jax._src.nn" not in pickle.dumps(mlp)
     nameless = jax.jit(lambda x: x)
@@ -142,7 +142,7 @@ class AroundADictionary(Score):
 
 
 def test_equality_and_hashes_go_by_the_arrays_held():
-    """Who an array is, never what it holds: that may be on a device, or traced."""
+    """Arrays are compared by identity, as their values may be on a device or traced."""
     table = jnp.ones((2, 2))
     for one in (*SOME, masks.dense(table > 0), AroundADictionary({"a": table, "b": 1})):
         leaves, structure = jax.tree.flatten(one)

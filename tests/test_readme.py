@@ -1,4 +1,4 @@
-"""What the README and the documentation show runs: blocks in order, and examples."""
+"""The code blocks of README.md and docs/ run, and so do the examples."""
 
 import pathlib
 import re
@@ -29,7 +29,7 @@ def test_blocks_run(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_examples_run(path, loose):
-    """Under the defaults of JAX, as users have them, and from the public surface."""
+    """Examples run with JAX's default promotion and use no private module."""
     private = re.findall(r"attnlab\._\w+", path.read_text())
     assert not private
     runpy.run_path(str(path), run_name="__main__")

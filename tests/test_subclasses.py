@@ -1,7 +1,7 @@
-"""Law 15 over everything public: a subclass that overrides a method is not its base.
+"""Law 15: a subclass that overrides a method is never treated like its base.
 
-Each class is derived from, one method is overridden, and the result must be what the
-method says, or a refusal with a reason; never what the base would have done.
+For each public class, a subclass overrides one method. The result must be that of the
+new method, or a refusal with a reason, never that of the base class.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Q, K, V = (SIZES.normal(2, 17, heads, 8) for heads in (SIZES.N, SIZES.K, SIZES.K
 
 
 def derived(x, **methods):
-    """The same object as an instance of a subclass with other methods."""
+    """The same object as an instance of a subclass with ``methods``."""
     kind = type(x)
     made = grid.pytree(type(f"Own{kind.__name__}", (kind,), methods))
     return made(**{f.name: getattr(x, f.name) for f in dataclasses.fields(x)})
@@ -100,14 +100,14 @@ def test_modifiers(name, implementation):
 
 
 class Turning(nn.Rotary):
-    """Turns everything by one position more."""
+    """Rotates twice as large vectors, so that logits are four times as large."""
 
     def rotate(self, x, positions):
         return super().rotate(2 * x, positions)
 
 
 class Gentle(nn.PreNorm):
-    """Halves what its layer adds."""
+    """Halves the output of its layer."""
 
     def __call__(self, x, layer):
         return super().__call__(x, lambda y: layer(y) / 2)
@@ -119,7 +119,7 @@ class Scaled(nn.FeedForward):
 
 
 class Doubled(nn.MultiHeadAttention):
-    """Sees its queries twice as large, wherever it is used."""
+    """Doubles its queries in every use."""
 
     def _attend(self, query, *others, **options):
         return super()._attend(2 * query, *others, **options)
@@ -132,7 +132,7 @@ TOKENS = np.arange(6)[None] % 5
 
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_of_standard_models(part):
-    """They count in the whole, in steps with caches, and in what is scanned."""
+    """Overridden parts are used on whole sequences, with caches, and in scans."""
     known = dict(position=nn.Rotary, residual=nn.PreNorm) | SMALL
     model, base = (
         nn.Decoder.standard(7, rngs=nnx.Rngs(0), **options)

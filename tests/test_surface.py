@@ -1,4 +1,4 @@
-"""The public surface: what ``__all__`` of each room says, each name documented."""
+"""The public modules: ``__all__`` is complete, and each name is documented."""
 
 import ast
 import importlib
@@ -12,7 +12,7 @@ import pytest
 
 import attnlab
 
-#: Every module that is not private. A command is none that one imports.
+#: Public modules that are commands, not for import; ``ROOMS`` are all others.
 COMMANDS = {"attnlab.bench.__main__", "attnlab.build"}
 ROOMS = [
     importlib.import_module(module.name)

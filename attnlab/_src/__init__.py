@@ -1,1 +1,1 @@
-"""The private engine; what is public lies one folder up."""
+"""The private modules; the public ones lie one folder up."""

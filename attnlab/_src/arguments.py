@@ -1,4 +1,4 @@
-"""Checks of arguments that many share: each names the argument and what would do."""
+"""Shared checks of arguments: an error names the argument and what is expected."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def dtype_of(name: str, x: Any) -> Any:
     kind = type(x)
     plain = kind.__module__ == "builtins"
     got = kind.__name__ if plain else f"{kind.__module__}.{kind.__name__}"
-    hint = "" if dtype is None else "; jnp.asarray makes one of it"
+    hint = "" if dtype is None else "; convert it with jnp.asarray"
     raise TypeError(f"{name}: expected an array of JAX's or NumPy's, got {got}{hint}")
 
 
@@ -44,12 +44,12 @@ def sizes(least: int = 1, **named: Any) -> None:
 
 
 def as_array(x: Any) -> Any:
-    """What has a shape and a type as it is; NumPy makes an array of anything else."""
+    """``x`` if it has a shape and a dtype, else ``np.asarray(x)``."""
     return x if hasattr(x, "dtype") and hasattr(x, "shape") else np.asarray(x)
 
 
 def real(name: str, x: Any) -> Any:
-    """A real number, or an array of them; NumPy makes one of lists and numbers.
+    """An array of real numbers; lists and numbers become NumPy arrays.
 
     Raises:
         TypeError: if it is something else: booleans, complex numbers, text, None.
@@ -62,14 +62,14 @@ def real(name: str, x: Any) -> Any:
     return array
 
 
-#: What 32 bits hold.
+#: The range of int32.
 _LEAST, _MOST = -(2**31), 2**31 - 1
 
 
 def integers(name: str, x: Any) -> Any:
-    """Integers as int32; NumPy makes an array of lists and numbers.
+    """Integers as an int32 array; lists and numbers become NumPy arrays.
 
-    What is traced in a wider type cannot be checked: it stops at the ends of int32.
+    Traced integers of a wider type cannot be checked; they are clipped to int32.
 
     Raises:
         TypeError: if it is something else.
@@ -81,9 +81,9 @@ def integers(name: str, x: Any) -> Any:
 
 
 def check_integers(name: str, x: Any) -> None:
-    """:func:`integers` of an array, or of its shape and type, left as it is."""
+    """The checks of :func:`integers`, for an array or for its shape and dtype."""
     dtype = dtype_of(name, x)
-    # Where no type of NumPy's is wide enough, it holds Python's own integers.
+    # NumPy holds integers beyond 64 bits as Python objects.
     huge = dtype == np.object_ and all(type(n) is int for n in x.flat)
     if not (huge or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name}: expected integers, got {dtype}")
@@ -99,7 +99,7 @@ def check_integers(name: str, x: Any) -> None:
 
 
 def check_kept(name: str, x: Any) -> None:
-    """An array that JAX holds as it is: without x64 mode, it wraps wide integers.
+    """Checks that JAX can hold an array: without x64 mode, it wraps wide integers.
 
     Raises:
         TypeError: if it is no array of numbers, of booleans or of keys.
@@ -120,7 +120,7 @@ def check_kept(name: str, x: Any) -> None:
         if not least <= number <= most:
             raise ValueError(
                 f"{name}: expected integers from {least} to {most} where JAX has no "
-                f"{dtype}, got {number}; set jax_enable_x64, or number them anew"
+                f"{dtype}, got {number}; set jax_enable_x64, or give smaller integers"
             )
 
 
@@ -130,7 +130,7 @@ def is_wide(dtype: Any) -> bool:
 
 
 def as_int32(x: Any) -> Any:
-    """An integer array as int32; what does not fit stops at the ends of int32."""
+    """An integer array as int32; numbers that do not fit are clipped."""
     if is_wide(x.dtype):
         least = 0 if jnp.issubdtype(x.dtype, jnp.unsignedinteger) else _LEAST
         x = x.clip(least, _MOST)
@@ -138,7 +138,7 @@ def as_int32(x: Any) -> Any:
 
 
 def values(x: Any) -> np.ndarray | None:
-    """The numbers of an array, where this process knows them; else None."""
+    """The values of an array as NumPy; None if it is traced or not addressable here."""
     known = isinstance(x, (np.ndarray, np.generic, jax.Array))
     if not known or isinstance(x, jax.core.Tracer):
         return None
@@ -148,12 +148,12 @@ def values(x: Any) -> np.ndarray | None:
 
 
 def floating(name: str, x: Any, hint: str = "; cast it with .astype") -> Any:
-    """A floating array; NumPy makes one of lists and numbers.
+    """A floating array; lists and numbers become NumPy arrays.
 
     Args:
         name: of the argument.
         x: what was given.
-        hint: what would do in place of an array of another type.
+        hint: how the error ends for an array of another type.
 
     Raises:
         TypeError: if it is something else.
@@ -165,12 +165,12 @@ def floating(name: str, x: Any, hint: str = "; cast it with .astype") -> Any:
 
 
 def prng_key(name: str, rng: Any, hint: str = "; jax.random.key makes one") -> None:
-    """One PRNG key, typed or not.
+    """Checks for one PRNG key, typed or not.
 
     Args:
         name: of the argument.
         rng: what was given.
-        hint: what would do in place of what is no array.
+        hint: how the error ends for anything that is no array.
 
     Raises:
         TypeError: if it is none.

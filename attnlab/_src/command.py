@@ -1,13 +1,14 @@
-"""The command ``attnlab``: nothing that takes a while is imported before it.
+"""Entry point of the command ``attnlab``.
 
-Importing JAX does; an interruption of that is reported in one line.
+It imports JAX, which takes a while, inside ``main``, so that an interruption (Ctrl-C)
+during the import is reported in one line.
 """
 
 import sys
 
 
 def main() -> int:
-    """As :func:`attnlab._src.bench.cli.main`."""
+    """Runs :func:`attnlab._src.bench.cli.main`; returns the exit status."""
     try:
         from attnlab._src.bench.cli import main
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Which type numbers are computed in, under every mode of promotion."""
+"""The types that numbers are computed in, under every mode of promotion."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ import numpy as np
 
 
 def promoted(*arrays: jax.Array) -> list[jax.Array]:
-    """The arrays in the type that JAX promotes them to, in strict mode, too."""
+    """The arrays in the type of JAX's standard promotion, in strict mode, too."""
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*arrays)
     return [x.astype(dtype) for x in arrays]
 
 
 def accumulation_dtype(*dtypes: Any) -> Any:
-    """What sums of these types are held in: float64 if one is that, else float32."""
+    """The type of sums of these types: float64 if one of them is, else float32."""
     return np.result_type(np.float32, *(d for d in dtypes if d == np.float64))

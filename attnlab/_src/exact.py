@@ -1,4 +1,4 @@
-"""Asks for exact classes and unchanged methods: a subclass is not its base."""
+"""Tests for exact classes and for inherited methods."""
 
 from typing import Any, TypeGuard, TypeVar
 

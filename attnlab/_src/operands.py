@@ -1,4 +1,4 @@
-"""The one place that cuts a tile of an operand, ``[B, N, T, S, *payload]``."""
+"""Cuts tiles of operands, ``[B, N, T, S, *payload]``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +39,6 @@ def cut(x: Array, place: Sequence[Any], sizes: tuple[int, int]) -> Array:
 
 
 def tile_shape(x: Any, sizes: tuple[int, int]) -> jax.ShapeDtypeStruct:
-    """Of a tile of those sizes, without its numbers."""
+    """The shape and dtype of a tile of those sizes."""
     shape = (1 if n == 1 else m for n, m in zip(x.shape[2:4], sizes, strict=True))
     return jax.ShapeDtypeStruct((*shape, *x.shape[4:]), x.dtype)

@@ -1,4 +1,4 @@
-"""Keys of any of JAX's generators as keys of one, which is the same everywhere."""
+"""PRNG keys of any generator as threefry keys, which every platform uses alike."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from attnlab._src.types import Array
 
 
 def as_threefry(rng: Array) -> Array:
-    """A key of JAX's default generator that follows from every word of ``rng``.
+    """A key of JAX's default generator, derived from every word of ``rng``.
 
-    What is drawn from it depends neither on the platform nor on ``vmap``, as it would
-    of "rbg" and "unsafe_rbg"; and two of its ``fold_in`` have nothing in common, while
-    those of "unsafe_rbg" differ from each other by the same words for every key.
+    Numbers drawn from it depend neither on the platform nor on ``vmap``; those of "rbg"
+    and "unsafe_rbg" do. Two ``fold_in`` of it are unrelated, while those of
+    "unsafe_rbg" differ from each other by the same words for every key.
 
     Args:
         rng: one PRNG key, typed or raw, of any generator.

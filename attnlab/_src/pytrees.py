@@ -24,9 +24,9 @@ def static(**kwargs: Any) -> Any:
 def pytree(cls: type[_T]) -> type[_T]:
     """Makes a class a frozen dataclass and a pytree; ``static()`` fields are structure.
 
-    Two instances are equal if they are of one class, hold the same arrays (the same
-    objects: numbers in them are not compared), and are equal in all else; ``hash``
-    agrees with that. A class may define ``__eq__`` itself.
+    Two instances are equal if they are of one class, hold the same array objects (the
+    numbers in them are not compared), and their other fields are equal; ``hash`` agrees
+    with that. A class may define ``__eq__`` itself.
 
     Example:
         >>> @pytree
@@ -60,8 +60,8 @@ def pytree(cls: type[_T]) -> type[_T]:
 
     if made.__reduce__ is object.__reduce__:
         made.__reduce__ = _reduce
-    # Not register_dataclass: with it, jax 0.10 calls the structures of two classes
-    # equal, and now and then runs what was compiled for the other one.
+    # Not register_dataclass: with it, jax 0.10 takes the structures of two classes for
+    # equal, and may run what was compiled for the other class.
     jax.tree_util.register_pytree_with_keys(made, with_keys, unflatten, flatten)
     return made
 
@@ -82,7 +82,7 @@ def _identity(x: Any) -> tuple[Any, ...]:
 
 
 def _known(x: Any) -> Any:
-    """A value that can be compared and hashed: an array's is who it is."""
+    """A value that can be compared and hashed: for an array, its type and id."""
     if isinstance(x, (np.ndarray, jax.Array)) or hasattr(x, "__jax_array__"):
         return type(x), id(x)
     if isinstance(x, dict):
@@ -101,10 +101,10 @@ def _remade(cls: type[_T], values: dict[str, Any]) -> _T:
 
 
 def by_name(x: Any) -> Any:
-    """What stands for a function object in copies and pickles; anything else: itself.
+    """A function object in a wrapper for copies and pickles; anything else as it is.
 
-    JAX's functions, ``jax.nn.relu`` for instance, are objects: a copy of one is another
-    function where functions are compared, and pickle refuses them.
+    JAX's functions, ``jax.nn.relu`` for instance, are objects: a copy of one does not
+    equal the original, and pickle refuses them.
     """
     if isinstance(x, functools.partial):
         return _ByName(x)
@@ -119,7 +119,7 @@ def itself(x: Any) -> Any:
 
 
 class _ByName:
-    """A function that copies share, and that a pickle finds by its name."""
+    """A function that copies share, and that pickles refer to by name."""
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
@@ -141,13 +141,13 @@ class _ByName:
         if isinstance(function, functools.partial):
             return _partial, (by_name(function.func), function.args, function.keywords)
         name = function.__qualname__
-        # Its public name, if it has one: that one stays.
+        # Its public name, if it has one: a private one may change.
         for module in ("jax.nn", "jax.numpy", function.__module__):
             if getattr(importlib.import_module(module), name, None) is function:
                 return _found, (module, name)
         raise pickle.PicklingError(
             f"{function!r} cannot be pickled: {function.__module__}.{name} is not that "
-            "function; one that a module defines under its own name can be"
+            "function; use one that its module defines under its own name"
         )
 
 
@@ -160,5 +160,5 @@ def _partial(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
 
 
 def skeleton(tree: _T) -> _T:
-    """The same tree, None for every leaf: hashable, the static half of an object."""
+    """The tree with None for every leaf: hashable, the structure of an object."""
     return jax.tree.map(lambda _: None, tree)

@@ -1,7 +1,7 @@
-"""An identity that only reverse mode may pass: forward mode is told what would do.
+"""An identity through which forward-mode differentiation raises a clear error.
 
-A function with a backward pass of its own carries no tangents along, and what JAX says
-of that speaks of what the caller cannot see.
+A function with a backward pass of its own has no forward mode, and JAX's error about it
+names internal functions that the caller does not know.
 """
 
 from typing import Any, NoReturn
@@ -11,8 +11,8 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
-#: The identity, and what it makes of tangents: reverse mode transposes that and never
-#: computes it.
+#: The identity, and its map of tangents, which reverse mode transposes and never
+#: computes.
 _same_p = jax.extend.core.Primitive("reverse_only")
 _tangent_p = jax.extend.core.Primitive("reverse_only_tangent")
 
@@ -49,8 +49,8 @@ def reverse_only(tree: Any, of: str) -> Any:
     """The same arrays, for a function that has no forward mode.
 
     Args:
-        tree: of arrays.
-        of: whose derivatives they are, and what would do: "attention needs ...".
+        tree: a pytree of arrays.
+        of: how the error goes on after "forward mode (...) of": "attention needs ...".
 
     Raises:
         NotImplementedError: where forward mode through them is computed.

@@ -1,14 +1,14 @@
-"""The records and protocols that every room shares.
+"""The records and protocols that all subpackages share.
 
 Axis letters, used in every docstring: ``B`` batch, ``T`` query length, ``S`` key and
 value length, ``N`` query heads, ``K`` key/value heads (``N % K == 0``), ``H`` head size
 of query and key, ``P`` projected head size (what the comparison sees), ``D`` head size
 of value and output.
 
-An **operand** is an array that a score, a modifier or a mask brings along. Whatever it
-was when the user gave it, inside it has the shape ``[B, N, T, S, *payload]`` in which
-each of the first four axes is full or 1. What an operand runs along is thus its shape,
-and any kernel can cut the tile it needs without knowing what the operand means.
+An **operand** is an array that belongs to a score, a modifier or a mask. Whatever shape
+the user gave, internally it is ``[B, N, T, S, *payload]``, in which each of the first
+four axes is full or 1. The shape thus says along which axes the operand varies, and any
+kernel can cut the tile it needs without knowing what the operand means.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ PyTree = Any
 
 
 class Operand(NamedTuple):
-    """An array as its owner hands it over, before it is brought to the common form.
+    """An array as a score, modifier or mask gives it, before it is normalised.
 
     Attributes:
         array: ``[*batch, N, T, S, *payload]``; each axis before the payload full or 1,
             batch axes may be missing.
-        payload: how many trailing axes belong to the meaning, not to the layout.
+        payload: how many trailing axes are not axes of the logits.
     """
 
     array: Any
@@ -47,11 +47,11 @@ class Operand(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Where a rectangle of logits lies.
+    """The positions and the head of a rectangle of logits.
 
     Attributes:
-        query_positions: ``[q, 1]`` int32, -1 for a slot that holds nothing.
-        key_positions: ``[1, k]`` int32, -1 for a slot that holds nothing.
+        query_positions: ``[q, 1]`` int32, -1 for an empty slot.
+        key_positions: ``[1, k]`` int32, -1 for an empty slot.
         head: scalar int32, the query head.
     """
 
@@ -61,11 +61,11 @@ class Tile(NamedTuple):
 
 
 class Score:
-    """What similarity is: project each side token by token, then compare pairs.
+    """A similarity: it projects each side token by token, then compares pairs.
 
     Subclass it, decorate with :func:`pytree`, and override what differs. Fields are
     arrays (parameters) unless declared ``static()``. Without a ``compare`` of its own a
-    score is an inner product of what it projects, and runs on every kernel.
+    score is the inner product of its projections, and runs on every kernel.
 
     Laws: ``project_*`` act on each token alone; ``compare`` reads nothing but its
     arguments (no closed-over arrays) and static fields: on the instance it is called
@@ -85,7 +85,7 @@ class Score:
 
     @property
     def floats_per_pair(self) -> int | None:
-        """Floats that ``compare`` holds at once for each pair: sizes tiles. None: P."""
+        """Floats that ``compare`` holds for each pair; it limits tiles. None: P."""
         return None
 
     def project_query(self, query: Array) -> Array:
@@ -97,11 +97,11 @@ class Score:
         return key
 
     def pair_params(self) -> PyTree:
-        """Arrays that ``compare`` needs; each leaf leads with N or 1."""
+        """Arrays that ``compare`` needs; the first axis of each leaf is N or 1."""
         return ()
 
     def compare(self, params: PyTree, query: Array, key: Array) -> Array:
-        """``[q, P], [k, P] -> [q, k]``; ``params`` has lost its leading head axis."""
+        """``[q, P], [k, P] -> [q, k]``; ``params`` of one head, without its axis."""
         raise NotImplementedError("an inner-product score has no compare of its own")
 
     @property
@@ -110,10 +110,10 @@ class Score:
         return inherits(self, Score, "compare")
 
     def without_scale(self, head_size: int) -> tuple["Score", float | Array]:
-        """Of inner products: the same but for a factor of the logits, and the factor.
+        """For inner products: the score without a factor of its logits, and the factor.
 
-        It is applied in the accumulation type. A float is structure; an array, a scalar
-        or ``[N]``, is data.
+        Kernels multiply logits by it in the accumulation type. A float is structure; an
+        array, a scalar or ``[N]``, is data.
         """
         return self, 1.0
 
@@ -135,7 +135,7 @@ class Score:
 
 
 class Modifier:
-    """What is done to the logits after the score and before the mask.
+    """A function of the logits, applied after the score and before the mask.
 
     Subclass it and decorate with :func:`pytree`. ``apply`` must work on tiles of any
     size, reading arrays only through its operands.
@@ -153,7 +153,7 @@ class Modifier:
 
         Args:
             logits: ``[q, k]``.
-            tile: where they lie.
+            tile: their positions and head.
             operands: each ``[q or 1, k or 1, *payload]``.
         """
         raise NotImplementedError("a modifier needs an apply of its own")
@@ -161,6 +161,8 @@ class Modifier:
 
 class Intervals(NamedTuple):
     """Half-open intervals of block numbers, ascending and disjoint in the last axis.
+
+    Bp is B or 1, Np is N or 1: where it is 1, all examples or heads share them.
 
     Attributes:
         lo: ``[Bp, Np, rows, m]`` int, first block.
@@ -191,7 +193,7 @@ class Live(NamedTuple):
 
 @pytree
 class Plan:
-    """The blocks that a mask leaves alive. NumPy where the structure alone decides.
+    """The blocks that a mask leaves alive; NumPy where the structure alone decides.
 
     Attributes:
         rows: for each block of queries, the live blocks of keys.
@@ -223,28 +225,31 @@ class AttentionInputs:
         query: ``[B, T, N, P]``, projected.
         key: ``[B, S, K, P]``, projected.
         value: ``[B, S, K, D]``.
-        pair_params: the score's, as operands ``[1, N or 1, 1, 1, *payload]``; ``[B,
-            ...]`` where an axis was mapped.
+        pair_params: the score's parameters, as operands ``[1, N or 1, 1, 1,
+            *payload]``; ``[B, ...]`` where ``vmap`` maps over them.
         modifier_operands: a tuple of operands for each modifier.
-        mask_operands: the mask's operands, nested as its combinations are.
-        query_positions: ``[B or 1, 1, T, 1]`` int32; N where the mask reads the head.
+        mask_operands: the mask's operands, nested like the parts of the mask.
+        query_positions: ``[B or 1, 1, T, 1]`` int32; ``[B or 1, N, T, 1]`` where the
+            mask reads the head.
         key_positions: ``[B or 1, 1, 1, S]`` int32.
-        dropout_words: None, or two uint32 operands: one word a row, one a column.
-        living: queries ``[B or 1, N or 1, T]`` and keys ``[B or 1, K or 1, S]`` that
-            see or are seen; the others may hold NaN. None: every slot is live.
-        head_scale: None, or an operand ``[B or 1, N or 1, 1, 1]`` in the accumulation
-            type: what inner products are multiplied by, too, where it is data.
-        score: skeleton.
-        modifiers: skeletons.
-        mask: skeleton.
+        dropout_words: None, or two uint32 operands: a word for each query of each head,
+            and one for each key.
+        living: which queries see a key, ``[B or 1, N or 1, T]``, and which keys are
+            seen, ``[B or 1, K or 1, S]``; the other slots may hold NaN. None: every
+            slot is live.
+        head_scale: None, or a second factor of inner products, which is data: an
+            operand ``[B or 1, N or 1, 1, 1]`` in the accumulation type.
+        score: the score without its arrays (a skeleton).
+        modifiers: the modifiers without their arrays.
+        mask: the mask without its arrays.
         dropout_rate: in [0, 1).
         precision: of matrix products.
         needs_lse: whether the caller reads (and may differentiate) log-sum-exp.
         position_kinds: where the positions of queries and of keys come from. "index":
             they are slot numbers, known when compiling; "offset" (queries only): slot
-            numbers and an offset, which is the first position; "given": one by one.
-        logit_scale: what inner products, not queries, are multiplied by: queries of 16
-            bits would be rounded.
+            numbers plus an offset, the position of slot 0; "given": one by one.
+        logit_scale: a constant factor of inner products. It must not multiply queries
+            of 16 bits: that would round them.
     """
 
     query: Array
@@ -277,7 +282,7 @@ class AttentionInputs:
         )
 
     def gradients(self, **found: PyTree) -> list[Array | None]:
-        """What ``backward`` returns: gradients by field, None for all others."""
+        """The list that ``backward`` returns: gradients by field; others are None."""
         bare: Any = skeleton(self)
         bare = dataclasses.replace(bare, **found)
         return jax.tree.structure(self).flatten_up_to(bare)
@@ -330,18 +335,18 @@ class Implementation:
     name: ClassVar[str]
     #: True: JAX differentiates ``forward``, and there is no ``backward``.
     differentiable: ClassVar[bool] = False
-    #: As lowering names platforms ("cpu", "cuda", "rocm", "tpu"); None: everywhere.
+    #: Where it runs, as lowering names it ("cpu", "cuda", "rocm", "tpu"); None: all.
     platforms: ClassVar[tuple[str, ...] | None] = None
     #: Whether a program that is exported (``jax.export``) can hold it.
     exportable: ClassVar[bool] = True
     #: Whether a program for several platforms can hold it.
     shares_program: ClassVar[bool] = True
-    #: Whether XLA can divide its arrays among devices by itself, as it does on TPUs.
+    #: Whether XLA can partition it by itself where it must (programs for several TPUs).
     partitionable: ClassVar[bool] = True
-    #: Letters of the axes that may be symbolic (``jax.export``): a plan of blocks needs
-    #: lengths that are known.
+    #: Letters of the axes whose sizes may be symbolic (``jax.export``); a plan needs
+    #: known lengths.
     symbolic: ClassVar[str] = ""
-    #: Whether it applies ``living`` itself; otherwise dead slots are zeroed before.
+    #: Whether it applies ``living`` itself; otherwise dead slots are zeroed beforehand.
     reads_raw: ClassVar[bool] = False
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
@@ -349,7 +354,7 @@ class Implementation:
         return ()
 
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
-        """Queries and keys in a block; without a plan, all. Arrays may be shapes."""
+        """Queries and keys in a block, by default all. Arrays may be shapes."""
         return max(inputs.sizes.T, 1), max(inputs.sizes.S, 1)
 
     def blocks_executed(self, plan: Plan) -> Any:
@@ -360,9 +365,10 @@ class Implementation:
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``.
 
-        In the accumulation type; of a query that sees nothing 0 and -inf. Unless it is
-        ``differentiable``, it and ``backward`` are traced when a program is lowered,
-        once for all calls alike, and see no manual mesh axes.
+        Both are in the accumulation type; a query that sees nothing has 0 and -inf.
+        Unless the implementation is ``differentiable``, ``forward`` and ``backward``
+        are traced when a program is lowered, once for all equal calls, and see no
+        manual mesh axes.
         """
         raise NotImplementedError
 
@@ -377,9 +383,9 @@ class Implementation:
     ) -> list[Array | None]:
         """Gradients of the leaves of ``inputs``, None where ``wanted`` is False.
 
-        Each in the type of its leaf or in the accumulation type. That of the query is
-        with respect to ``head_scale * query``, in the accumulation type where there is
-        a ``head_scale``, whose gradient follows from it and is never asked for.
-        ``d_lse``: None where ``lse`` is not differentiated.
+        Each is in the type of its leaf or in the accumulation type. The gradient of the
+        query is that of ``head_scale * query``, in the accumulation type where there is
+        a ``head_scale``; the gradient of ``head_scale`` follows from it and is never
+        asked for. ``d_lse`` is None where ``lse`` is not differentiated.
         """
         raise NotImplementedError

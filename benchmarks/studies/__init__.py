@@ -1,10 +1,10 @@
-"""Studies: a claim, models trained to test it, and one page with the answer.
+"""Studies: each trains models to test a claim, and writes one page with the answer.
 
 ``python -m benchmarks.studies NAME`` runs one. Each study has a folder: ``study.py``
-trains and measures, ``page.md`` is the page, with a field for each number.
-``machinery`` is what all studies share: runs that can be resumed, data, models, pages.
-``registry.py`` names the studies. A study is a function of a ``Context`` that returns a
-``Page``; it trains ``Run`` objects:
+trains and measures, ``page.md`` is the template of its page, with a field for each
+number. ``machinery`` has the code that studies share: resumable runs, data, models,
+pages. ``registry.py`` lists the studies. A study is a function of a ``Context`` that
+returns a ``Page``; it trains ``Run`` objects:
 
     def study(context: Context) -> Page:
         corpus = context.corpus(pieces=4000)
@@ -28,11 +28,11 @@ trains and measures, ``page.md`` is the page, with a field for each number.
         ...
         return Page(Path(__file__).with_name("page.md"), {"loss": ...}, ...)
 
-Everything that decides a result is in ``config`` or in ``Run`` itself; a step is a
-pure function of the state and of the step's number. So a run that was killed goes on,
-with ``--resume``, bit for bit as if it had not been.
+Everything that affects a result is in ``Run.config`` or in ``Run`` itself, and a step
+is a pure function of the state and the step's number. So a run that was killed and is
+continued with ``--resume`` gives bit for bit the same results.
 
-What it leaves in ``DIR``: ``NAME.md``, ``NAME.json``, ``NAME-*.svg``, and for each run
-``runs/NAME/RUN/`` with ``config.json``, ``log.jsonl``, ``summary.json`` and
+A study writes into ``--out DIR``: ``NAME.md``, ``NAME.json``, ``NAME-*.svg``, and for
+each run ``runs/NAME/RUN/`` with ``config.json``, ``log.jsonl``, ``summary.json`` and
 ``checkpoints/``.
 """

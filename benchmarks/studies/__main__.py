@@ -1,4 +1,4 @@
-"""Trains models to test a claim, and writes one page with the answer."""
+"""Trains models to test a claim about attention, and writes a page with the answer."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ except ModuleNotFoundError as missing:
     )
 
 RESULTS = ROOT / "benchmarks" / "studies" / "results"
-#: What the quick forms found, committed; they write into ``quick``, which is not.
+#: Committed results of the quick forms; a run of them writes into ``quick`` instead.
 EXPECTED = RESULTS / "expected"
 
 
@@ -56,56 +56,56 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     options.add_argument(
         "--resume",
         action="store_true",
-        help="go on with runs that were stopped, and do not repeat those that are done",
+        help="continue interrupted runs, and do not repeat finished ones",
     )
     options.add_argument(
         "--check",
         action="store_true",
-        help="run the quick form, and compare its losses with the committed ones",
+        help="run the quick form, and compare its numbers with the committed ones",
     )
     options.add_argument(
         "--only",
         nargs="+",
         default=[],
         metavar="RUN",
-        help="train only these runs (or groups of runs); others are read where done",
+        help="train only these runs or groups; other finished runs are read",
     )
     options.add_argument(
         "--pairs",
         type=Path,
         metavar="FILE.tsv",
-        help="your own sentence pairs, source, tab, target (French verses and their "
-        "English translations, fetched once)",
+        help="your own sentence pairs: source, tab, target (default: French verses "
+        "and their English translations, downloaded once)",
     )
     options.add_argument(
         "--text",
         type=text_folder,
         metavar="FOLDER",
-        help="your own .txt files, a long document each (the State of the Union "
-        "addresses, fetched once)",
+        help="your own .txt files, a long document each (default: the State of the "
+        "Union addresses, downloaded once)",
     )
     options.add_argument(
         "--devices",
         type=whole,
         default=min(cores(), 8),
         metavar="N",
-        help="parts that the processor is divided into, each with its share of every "
-        "batch (one for each core, up to 8)",
+        help="devices that the CPU is divided into; each gets its share of every batch "
+        "(default: one for each core, up to 8)",
     )
     read = options.parse_args(given)
     if read.check and (read.only or read.pairs or read.text):
         options.error(
-            "argument --check: expected no --only, --pairs or --text: what is "
-            "committed is of all runs, on the texts that are fetched"
+            "argument --check: expected no --only, --pairs or --text: the committed "
+            "numbers are those of all runs, on the downloaded texts"
         )
     return read
 
 
 def check(given: argparse.Namespace, console: Console) -> None:
-    """Runs the quick form elsewhere, and compares.
+    """Runs the quick form in a temporary folder, and compares its numbers.
 
     Raises:
-        StudyError: if a number is not the committed one.
+        StudyError: if a number differs from the committed one.
     """
     name = f"{given.study}.json"
     old = committed(EXPECTED / name)
@@ -116,15 +116,19 @@ def check(given: argparse.Namespace, console: Console) -> None:
         new = committed(Path(folder) / "quick" / name)
     found = differences(old, new)
     if found:
-        raise StudyError(f"--check: not as committed: {'; '.join(found)}")
-    console.print(f"{given.study}: as committed, within {TOLERANCE:.1%}")
+        raise StudyError(
+            f"--check: differs from the committed results: {'; '.join(found)}"
+        )
+    console.print(
+        f"{given.study}: equal to the committed results within {TOLERANCE:.1%}"
+    )
 
 
 def run(given: argparse.Namespace, console: Console) -> None:
     ask_for_devices(given.devices)
     context = Context(
         name=given.study,
-        # Tiny results never stand in the place of true ones.
+        # Quick results never overwrite full ones.
         out=given.out / "quick" if given.quick else given.out,
         mesh=make_mesh(given.devices),
         console=console,
@@ -137,7 +141,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     page = STUDIES[given.study](context)
     context.expect_only()
     if page is None:
-        context.say("no page yet: runs are missing that --only left out")
+        context.say("no page yet: runs that --only left out are missing")
         return
     path = write_page(
         context.out,
@@ -154,7 +158,7 @@ def main(given: Sequence[str]) -> int:
     """Returns the exit status."""
     options = arguments(given)
     console, messages = Console(), Console(stderr=True)
-    nothing_kept = "interrupted: of a check nothing is kept"
+    nothing_kept = "interrupted: a check keeps no results"
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         messages.print(f"warning: {message}", style="yellow", soft_wrap=True)
@@ -167,7 +171,7 @@ def main(given: Sequence[str]) -> int:
         messages.print(str(said), style="yellow", soft_wrap=True)
         return 128 + error.signal
     except KeyboardInterrupt:
-        said = f"interrupted; go on with: {resuming()}"
+        said = f"interrupted; continue with: {resuming()}"
         messages.print(nothing_kept if options.check else said, style="yellow")
         return 130
     except (StudyError, TextUnavailable, OSError) as error:

@@ -14,7 +14,7 @@ from benchmarks.studies.recall.study import study as recall
 from benchmarks.studies.scores.study import study as scores
 from benchmarks.studies.translate.study import study as translate
 
-#: A study returns its page; None where ``--only`` left out runs that it needs.
+#: A study returns its page, or None if ``--only`` left out runs that it needs.
 Study = Callable[[Context], Page | None]
 
 STUDIES: dict[str, Study] = {

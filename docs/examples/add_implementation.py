@@ -1,7 +1,7 @@
 """An implementation of your own: another way to compute the same mathematics.
 
-This one is a few lines of dense XLA. It takes inner products under a mask, says why it
-refuses all else, and has a backward pass of its own.
+This one is a few lines of dense XLA. It computes inner products under a mask, gives its
+reasons for refusing other inputs, and has its own backward pass.
 """
 
 import jax
@@ -11,7 +11,7 @@ from attnlab import attention, extend, masks
 
 
 class Dense(extend.Implementation):
-    """softmax(q k) v with all of it in memory."""
+    """softmax(q k) v, with all weights in memory."""
 
     name = "dense"
 
@@ -19,13 +19,15 @@ class Dense(extend.Implementation):
         """Every reason why it cannot take the inputs, in words."""
         reasons = []
         if not inputs.score.is_inner_product:
-            reasons.append("it knows inner products only")
+            reasons.append("it computes inner-product scores only")
         if inputs.modifiers:
-            reasons.append("it knows no modifiers")
+            reasons.append("it computes no modifiers")
         if inputs.dropout_rate > 0:
             reasons.append("it has no dropout")
         if inputs.head_scale is not None:
-            reasons.append("it takes one scale for all heads, known when compiling")
+            reasons.append(
+                "it needs a scale that is a constant, the same for all heads"
+            )
         return tuple(reasons)
 
     def forward(self, inputs):
@@ -63,7 +65,7 @@ class Dense(extend.Implementation):
 
 def main() -> None:
     print(extend.check(Dense()))
-    extend.register(Dense())  # with priority=5 the automatic choice would take it, too
+    extend.register(Dense())  # priority=5 would let the automatic choice take it
     x = jax.random.normal(jax.random.key(0), (1, 16, 2, 8))
     found = attention(x, x, x, mask=masks.causal(), implementation="dense")
     print("differs by", abs(found - attention(x, x, x, mask=masks.causal())).max())

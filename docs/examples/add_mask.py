@@ -1,8 +1,8 @@
-"""A mask of your own, which tells the blocks that it hides.
+"""A mask of your own, with bounds of its visible blocks.
 
-``visible`` says which pairs may attend, from their positions. ``bounds`` says the same
-of whole blocks, so that hidden blocks cost nothing; without it the mask is right, and
-every block is computed. A rule that needs no ``bounds`` needs no class either:
+``visible`` says which pairs may attend, from their positions. ``bounds`` says it for
+whole blocks, so that kernels skip hidden blocks; without ``bounds`` the results are the
+same, but every block is computed. A rule without ``bounds`` needs no class: use
 ``masks.predicate``.
 """
 
@@ -13,10 +13,10 @@ from attnlab import extend, masks
 
 @extend.pytree
 class FromGroup(extend.Mask):
-    """Each query sees all keys from the first of its group of ``size`` positions on.
+    """Each query sees the keys from the start of its group of ``size`` positions on.
 
     Attributes:
-        size: positions in a group; structure, so another size compiles again.
+        size: positions in a group; static, so another size recompiles.
     """
 
     size: int = extend.static()
@@ -26,10 +26,11 @@ class FromGroup(extend.Mask):
         return tile.key_positions >= tile.query_positions // self.size * self.size
 
     def bounds(self, rows, cols, operands):
-        """Blocks of ``cols`` that may be visible, and those that surely are.
+        """Blocks of ``cols`` with some visible pair, and those with no hidden one.
 
-        ``rows`` are blocks of queries, or of keys when the transpose is planned.
-        ``rows_lo`` and ``rows_hi`` are the least and the greatest position in each.
+        ``rows`` are blocks of queries or, for the gradients of keys and values, of
+        keys. ``rows_lo`` and ``rows_hi`` are the least and the greatest position in
+        each.
         """
         lo, hi = rows.rows_lo, rows.rows_hi
         if rows.side == "query":

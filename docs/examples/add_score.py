@@ -1,7 +1,7 @@
 """A score of your own: similarity falls with the distance of two vectors.
 
-It has a parameter for each head, learns, and runs on every implementation with every
-mask, tile by tile: ``[T, S, hidden]`` is never in memory.
+It has a learned parameter for each head, and works with every mask. Kernels evaluate it
+tile by tile: the array of differences, ``[T, S, H]``, is never in memory as a whole.
 """
 
 from typing import Any
@@ -23,11 +23,11 @@ class Distance(extend.Score):
     weight: Any
 
     def pair_params(self):
-        """What ``compare`` needs: leaves that lead with the heads."""
+        """The arrays that ``compare`` needs; the first axis is N or 1."""
         return self.weight
 
     def compare(self, params, query, key):
-        """``[q, P], [k, P] -> [q, k]``; ``params`` is that of one head."""
+        """``[q, P], [k, P] -> [q, k]``; ``params`` is the weight of one head."""
         return -params * jnp.abs(query[:, None, :] - key[None, :, :]).sum(-1)
 
 

@@ -1,6 +1,6 @@
-"""A small decoder that writes: greedily, by sampling, and by beam search.
+"""Decoding with a small model: greedy, by sampling, and by beam search.
 
-The caches are pytrees; the step is compiled once for a shape.
+The caches are pytrees; the step is compiled once for each shape.
 """
 
 import jax

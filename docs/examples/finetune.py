@@ -1,4 +1,4 @@
-"""Finetuning a small decoder with optax: predict the next number of a sequence."""
+"""Training a small decoder with optax to predict the next number of a sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ def batch(rng: jax.Array) -> jax.Array:
 
 
 def loss(model: nn.Decoder, tokens: jax.Array) -> jax.Array:
-    """Cross-entropy of each next token, nats."""
+    """Mean cross-entropy of the next token, in nats."""
     logits = model(tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
 @nnx.jit
 def step(model: nn.Decoder, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
-    """One update; the loss before it."""
+    """Makes one update, and returns the loss before it."""
     value, gradient = nnx.value_and_grad(loss)(model, tokens)
     optimizer.update(model, gradient)
     return value
@@ -45,7 +45,7 @@ def main() -> None:
         value = step(model, optimizer, batch(jax.random.key(i)))
         if i % 20 == 0:
             print(f"step {i}: {value:.3f} nats")
-    print(f"at last: {value:.3f} nats")
+    print(f"last step: {value:.3f} nats")
     assert value < 1.0
 
 

@@ -1,4 +1,4 @@
-"""Inputs that every test of the bench shares: small, fixed, fetched from nowhere."""
+"""Inputs that the tests of the bench share: small, fixed, not downloaded."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ import pytest
 from attnlab._src.bench.cases import Case, Spec
 from attnlab._src.bench.contenders import Implementation, Prepared
 
-#: Every size another prime, so that no axis can stand in for another.
+#: Sizes differ, so that swapped axes are noticed.
 SMALL = Spec(
     pattern="causal", batch=2, length=37, heads=3, key_heads=3, head_size=5, seed=7
 )
 
 
 class Wrong:
-    """A contender that answers, but not rightly."""
+    """A contender whose results are wrong."""
 
     name = "wrong"
 

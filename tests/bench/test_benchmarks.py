@@ -1,4 +1,4 @@
-"""The scripts' tables, what they keep, and those who are compared in them alone."""
+"""The benchmark scripts: tables, resuming, and contenders that only they have."""
 
 import contextlib
 import dataclasses
@@ -159,7 +159,7 @@ LINES = (
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    """Runs the script on two lines and no clock; returns what it measured and wrote."""
+    """Runs the script on two lines, untimed; returns what it measured and wrote."""
     monkeypatch.setattr(peers, "PROBLEMS", LINES)
     monkeypatch.setattr(peers, "OVERHEADS", {"call": (lambda quick: {"x": 1.5}, "us")})
     monkeypatch.setattr(peers, "load_documents", list)

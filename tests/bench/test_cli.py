@@ -29,7 +29,7 @@ PEAKS = Peaks({"float32": 1e9}, 1e9)
 
 @pytest.fixture
 def small_run(monkeypatch, tmp_path, text_folder):
-    """Runs ``attnlab bench`` on the groups it is given; returns code and JSON."""
+    """``start(*groups)`` runs ``attnlab bench``; returns the exit status and JSON."""
     monkeypatch.setattr(machine, "measure_peaks", lambda dtypes, size: PEAKS)
     out = tmp_path / "out"
 
@@ -129,7 +129,7 @@ def test_interrupted_run_keeps_its_rows(small_run, capsys):
 
 
 def interruption(capsys):
-    """The one sentence that an interruption leaves."""
+    """The one message of an interruption."""
     (said,) = (x for x in capsys.readouterr().err.splitlines() if "interrupted" in x)
     return said
 
@@ -236,7 +236,7 @@ def test_quantiles():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still but for what is added to it."""
+    """A clock that advances only by what tests add to it."""
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     return now
@@ -251,7 +251,7 @@ def test_a_call_that_settles_is_timed_behind_itself(clock):
 
     calls = {"a": lambda: call("a", 2.0), "b": lambda: call("b", 4.0)}
     found = interleave(calls, Repeats(2, 2, settle=8.0), warm=True)
-    # The first call, those that settle, and those that count: 1 + 4 + 4, 1 + 2 + 2.
+    # First call, calls that warm up, calls that count: 1 + 4 + 4, and 1 + 2 + 2.
     assert "".join(order) == "a" * 9 + "b" * 10 + "a" * 9
     assert found["a"] == summarise([2.0] * 8)
     assert found["b"] == summarise([4.0] * 4)

@@ -1,4 +1,4 @@
-"""The gate: right answers pass in every type, wrong ones get no time."""
+"""The gate: right results pass in every dtype, wrong ones are not timed."""
 
 import dataclasses
 
@@ -85,7 +85,8 @@ def test_every_cell_can_be_built(documents, pattern, score):
     case = build(spec, documents)
     assert case.query.shape == (2, 37, 3, 5)
     assert 0 < case.density <= 1
-    # Backward of an inner product is 2.5 times the forward, and comes on top of it.
+    # The backward pass of an inner product takes 2.5 times the FLOPs of the forward
+    # pass, in addition to it.
     if score == "scaled_dot":
         assert case.useful_flops(True) == pytest.approx(3.5 * case.useful_flops(False))
     assert (case.tanh_count(False) > 0) == (score in {"additive", "concat"})

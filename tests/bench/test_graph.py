@@ -1,4 +1,4 @@
-"""How far masks carry, against searching path by path."""
+"""Reach of masks, against a search for paths."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_distances(name, monkeypatch):
 
 def test_reach_of_a_causal_window():
     found = reach(masks.sliding_window(3, 0), 10)
-    # Nine positions back are three steps of three.
+    # The farthest position, nine back, is three steps of three away.
     assert found.layers == 3
     assert found.unreachable == 0.5
     counts = np.array([9 + 8 + 7, 6 + 5 + 4, 3 + 2 + 1])
@@ -59,7 +59,7 @@ def test_heads_count_together_and_the_first_example_counts():
 
 
 def test_spectral_gap():
-    # The walk on a complete graph with loops forgets at once.
+    # A walk on the complete graph with loops is mixed after one step.
     assert spectral_gap(np.ones((6, 6), bool)) == pytest.approx(1)
     assert spectral_gap(np.eye(6, dtype=bool)) == 0
     # A ring with loops: eigenvalues (1 + 2 cos(2 pi k / n)) / 3.
@@ -77,7 +77,7 @@ def test_reach_through_different_layers():
     np.testing.assert_array_equal(reach_through(MASKS_OF_TWO, 8), second @ first)
 
 
-#: Products that do not commute: the second layer reads what the first made.
+#: Masks that do not commute: the order of the layers matters.
 MASKS_OF_TWO = [
     masks.anchor([2], see_all=False) | masks.sliding_window(0, 0),
     masks.sliding_window(2, 0),
@@ -118,7 +118,7 @@ def test_expressions(text, expected):
         ("sliding_window(-1, 0)", "left: expected at least 0"),
         ("sliding_window()", "missing 2 required"),
         ("causal(", "is no expression"),
-        ("sliding_window(**{'left': 1})", "expected arguments, got"),
+        ("sliding_window(**{'left': 1})", "expected plain arguments, without"),
         ("anchor(1000000000000)", "expected less than"),
         ("random_blocks(1, 2, 4, 100000000000000000000)", "num_blocks"),
         ("", "is no expression"),

@@ -1,4 +1,4 @@
-"""The command that shows masks."""
+"""The command ``attnlab show``."""
 
 import json
 

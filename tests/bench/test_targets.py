@@ -1,4 +1,4 @@
-"""Programs for TPUs that are not here, compiled by the TPU's own compiler."""
+"""Programs for TPUs, compiled by the TPU's own compiler without a TPU."""
 
 import contextlib
 import dataclasses
@@ -48,7 +48,7 @@ def test_any_function_compiles(target, cache, monkeypatch):
         assert "no cycles" in found.why
     else:
         assert found.cycles > 0
-    # Once more, from the cache: no compiler is asked.
+    # The second call reads the cache and does not compile.
     monkeypatch.setattr(targets, "_compile", None)
     again = study(lambda a, b: jnp.tanh(a @ b), x, x, target=target, cache=cache)
     assert again == found
@@ -70,7 +70,7 @@ PYTREES = (
 
 
 def test_pytrees_reach_the_compiler_as_leaves():
-    """Which traces them as here: see ``deviceless.main``."""
+    """The exported program takes and returns leaves: see ``deviceless.main``."""
     program = targets.lowered(of_pytrees, PYTREES, "tpu:v5e")
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in program.in_avals]
     assert len(shapes) == len(jax.tree.leaves(PYTREES))
@@ -110,7 +110,7 @@ def test_kernels_compile_as_well_as_they_did(target, cache):
 @needs_compiler
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 192, 256])
 def test_every_head_size_compiles(head_size, cache):
-    """Both passes, on the least memory and on the newest."""
+    """Both passes compile, for the least memory (v4) and the newest TPU (tpu7x)."""
     shapes = [
         jax.ShapeDtypeStruct((1, 300, heads, size), jnp.float32)
         for heads, size in ((2, head_size), (1, head_size), (1, 64))
@@ -130,7 +130,7 @@ def test_every_head_size_compiles(head_size, cache):
 @pytest.mark.slow
 @needs_compiler
 def test_a_slower_kernel_is_noticed(cache, monkeypatch):
-    """The same kernel, made to do its work twice."""
+    """The kernel takes more cycles with small blocks."""
     name, target = "forward full", "tpu:v5e"
     before = figures()[target][name]
     monkeypatch.setattr(tpu_baseline, "BLOCKS", Blocks(128, 128, 128))
@@ -191,7 +191,7 @@ def test_too_much_memory_is_a_reason_and_no_crash(cache):
 @needs_compiler
 @pytest.mark.parametrize("number", [9, 15])
 def test_whom_the_system_stopped_is_asked_again(number, tmp_path, monkeypatch):
-    """No memory is left, or no time: without a profile there is an answer, not kept."""
+    """A killed compiler is run again without the profile; that result is not cached."""
     killed = [sys.executable, "-c", f"import signal; signal.raise_signal({number})"]
     before, asked = subprocess.run, []
 
@@ -211,8 +211,8 @@ def test_whom_the_system_stopped_is_asked_again(number, tmp_path, monkeypatch):
 @pytest.mark.slow
 @needs_compiler
 def test_an_interrupted_compiler_gave_no_answer(tmp_path, monkeypatch):
-    """Else it would be taken for one that cannot tell cycles, and be kept as such."""
-    # Where a shell began the tests in the background, this signal is ignored.
+    """Otherwise "no cycles" would be cached as its result."""
+    # Shells start background jobs with SIGINT ignored: restore its default.
     interrupt = "import signal as s; s.signal(s.SIGINT, s.SIG_DFL); s.raise_signal(2)"
     stopped = [sys.executable, "-c", interrupt]
     before = subprocess.run
@@ -280,9 +280,9 @@ def test_a_schedule_is_read(tmp_path):
 
 
 def told(cycles_of):
-    """A compiler that answers by the kernels that it is asked for.
+    """A fake ``study``: kernel ``name`` takes ``cycles_of[name](n)`` cycles.
 
-    ``cycles_of[name](n)``, of ``n * n`` pairs.
+    ``n * n`` is the number of query-key pairs.
     """
 
     def answer(fn, *shapes, target, cache=None):
@@ -299,7 +299,7 @@ def told(cycles_of):
 
 
 def test_cycles_follow_the_plan(monkeypatch):
-    """Each block costs what the difference of two problems says, so many there are."""
+    """Cycles are those of a block (from two problems) times the number of blocks."""
     blocks = Blocks(128, 128, 128)
 
     def cycles(length):
@@ -398,7 +398,7 @@ def test_the_best_blocks_become_a_table(monkeypatch, tmp_path, capsys):
             raise KeyboardInterrupt
         return cost(spec, *rest)
 
-    # What is known is kept, of other passes and where it is stopped.
+    # An interrupted search keeps its results and those of the file.
     content = {
         "v5e": {"256": {"forward": [128, 128, 128], "backward": [128, 128, 128]}}
     }
@@ -423,7 +423,8 @@ def test_the_best_sizes_are_searched():
     assert tune.best_of(found) == (Blocks(1024, 512, 256), 768.0)
     assert [blocks for blocks, _ in found] == asked
     assert len(set(asked)) == len(asked)
-    # Once something works, only near the cheapest; all keys at once is near, too.
+    # Once some sizes work, only neighbours of the cheapest are tried; all keys at once
+    # is a neighbour.
     assert {Blocks(512, 1024, 512), Blocks(1024, 2048, 2048)} < set(asked)
     assert all(blocks.k % blocks.chunk == 0 for blocks in asked)
     assert Blocks(512, 2048, 256) not in asked
@@ -487,7 +488,7 @@ def test_time_is_taken_of_the_sizes_asked_for(of, monkeypatch):
 
 
 def test_sizes_that_cannot_fit_have_no_time(monkeypatch):
-    """As we estimate it, before any compiler is asked."""
+    """By attnlab's own estimate, before anything is compiled."""
     made = interpreted.Interpreted()
     interpreted.register(monkeypatch, made)
     monkeypatch.setattr(static, "sized", lambda _: contextlib.nullcontext(made))
@@ -497,7 +498,7 @@ def test_sizes_that_cannot_fit_have_no_time(monkeypatch):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_products_that_a_pass_cannot_do_without(score):
-    """Those of values; and those of logits where they are inner products."""
+    """Products with values, and those of logits if they are inner products."""
     spec = Spec(dtype="bfloat16", score=score)
     logits = score not in ("additive", "concat", "mlp")
     one = 2**20 * spec.head_size / TARGETS["tpu:v5e"].multiplies
@@ -518,7 +519,7 @@ def test_short_sides_are_counted_in_the_blocks_that_they_get(monkeypatch):
 
 @pytest.mark.parametrize("of", ["forward", "backward"])
 def test_blocks_need_not_be_square(of, monkeypatch):
-    """A pair costs 3 cycles of ours, 4 of the other's, however pairs are cut."""
+    """Cycles per pair, 3 of attnlab and 4 of splash, do not depend on the blocks."""
     ours, splash = {
         "forward": ("attnlab_forward_bounded", "splash_mha_fwd"),
         "backward": ("attnlab_backward", "splash_mha_dq"),
@@ -571,7 +572,7 @@ def test_each_kernel_is_shown_at_its_best_blocks(monkeypatch, tmp_path, capsys):
             assert told_of["partial_over_full"] == pytest.approx(1)
             assert told_of["splash_partial_over_full"] == pytest.approx(1)
             assert 0.25 < told_of["ratio_to_splash"] < 0.35
-    pairs = 2 * 1024  # of additive scores: cycles a pair, pairs a cycle
+    pairs = 2 * 1024  # additive scores: 2 cycles per pair over 1/1024 per function call
     assert [row["over_bound"] for row in content["additive"]] == [
         pytest.approx(pairs / (1 + 64))
     ] * 2

@@ -1,4 +1,4 @@
-"""Fetching, checking and caching the text; packing it."""
+"""Downloading, checking, caching and packing the text."""
 
 import hashlib
 import io
@@ -26,7 +26,7 @@ def forbidden(wheel) -> bytes:
 
 
 def expect(monkeypatch, wheel):
-    """The addresses are this wheel."""
+    """Makes ``wheel`` the source of the addresses."""
     digest = hashlib.sha256(wheel).hexdigest()
     monkeypatch.setattr(text, "ADDRESSES", text.ADDRESSES._replace(sha256=digest))
 

@@ -1,4 +1,4 @@
-"""``extend.check`` and ``extend.register``: what passes, and what is told."""
+"""``extend.check`` and ``extend.register``: what passes, and what is reported."""
 
 import dataclasses
 from typing import Any
@@ -16,10 +16,10 @@ SMALL = dict(batch=1, query_length=9, key_length=11, num_heads=2, num_key_heads=
 
 @extend.pytree
 class Backwards(extend.Mask):
-    """Each query sees all keys from ``back`` positions before it on."""
+    """Each query sees all keys from ``back`` positions before its own on."""
 
     back: int = extend.static()
-    #: What ``bounds`` gets wrong.
+    #: Errors of ``bounds``, in positions.
     possible: int = extend.static(default=0)
     certain: int = extend.static(default=0)
 
@@ -43,7 +43,7 @@ class Backwards(extend.Mask):
 
 @extend.pytree
 class Ranked(extend.Score):
-    """Wrong: it compares each pair with the others of its tile."""
+    """Wrong: a logit depends on the other keys of its tile."""
 
     def compare(self, params, query, key):
         logits = query @ key.T
@@ -60,7 +60,7 @@ class Mixed(extend.Score):
 
 @extend.pytree
 class Tilted(extend.Modifier):
-    """Wrong: it counts positions from where its tile begins."""
+    """Wrong: it counts positions from the start of its tile."""
 
     def apply(self, logits, tile, *operands):
         return logits + jnp.arange(logits.shape[1], dtype=logits.dtype)
@@ -127,7 +127,7 @@ def test_an_implementation_that_is_wrong_is_told():
     class Right(type(IMPLEMENTATIONS["tiled"])):
         name = "scaled"
 
-    extend.check(Right(), **SMALL)  # of the same name: it must not be remembered
+    extend.check(Right(), **SMALL)  # same name as Scaled: it must not stay registered
     told = broken(Scaled())
     assert "full, float32" in told
     assert "gradient query: error" in told

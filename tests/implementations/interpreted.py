@@ -1,4 +1,4 @@
-"""The TPU kernels where no TPU is: interpreted, in blocks so small that many exist."""
+"""The TPU kernels in interpret mode, with blocks so small that inputs have many."""
 
 import sys
 
@@ -10,7 +10,7 @@ NAME = "pallas_tpu_interpreted"
 
 
 class Interpreted(PallasTpu):
-    """The same kernels, on any platform."""
+    """The TPU kernels, interpreted on any platform."""
 
     name = NAME
     platforms = None
@@ -20,11 +20,11 @@ class Interpreted(PallasTpu):
 
 
 def register(monkeypatch, made=None):
-    """Lets ``implementation=NAME`` find it."""
+    """Registers ``Interpreted`` as ``implementation=NAME`` for one test."""
     monkeypatch.setitem(IMPLEMENTATIONS, NAME, made or Interpreted())
 
 
 def one_row_segments(monkeypatch):
-    """As if memory held the gradients of one block of queries only."""
+    """Limits a segment of the backward pass to one block of queries."""
     module = sys.modules["attnlab._src.implementations.pallas_tpu.memory"]
     monkeypatch.setattr(module, "SEGMENT", 2**40)

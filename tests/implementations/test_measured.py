@@ -1,4 +1,4 @@
-"""Measurements that choices read."""
+"""The file of measured times, which ``explain`` and block sizes use."""
 
 import json
 
@@ -13,7 +13,7 @@ from attnlab._src.ops.explain import canonical
 from attnlab._src.ops.explain import crossover as quote
 
 RATES = [[2**19, 95.0], [2**18, 84.0], [0, 50.0]]
-#: A pair takes a nanosecond, in training three, and nothing else takes any time.
+#: Times in which a pair takes a nanosecond, three in training, and all else none.
 PAIRS = {
     name: {**dict.fromkeys(Fit._fields, 0.0), "pair": seconds}
     for name, seconds in (("forward", 1e-9), ("training", 3e-9))
@@ -23,7 +23,7 @@ X = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.float32)
 
 @pytest.fixture
 def given(tmp_path, monkeypatch):
-    """``given(fits=..., tile_rates=...)``: the measurements are these."""
+    """``given(fits=..., tile_rates=...)`` writes the file of measurements."""
     path = tmp_path / "measured.json"
     monkeypatch.setenv(VARIABLE, str(path))
 
@@ -60,13 +60,13 @@ def test_the_quote_follows_from_the_plan(given):
 def test_from_which_length_on(given):
     calls = {**PAIRS["forward"], "call": 1.0}
     given({"native": {"forward": PAIRS["forward"], "training": PAIRS["training"]}})
-    # Blocks of 128 queries: from 256 on a causal plan leaves some out.
-    assert "less from T = 256 on" in quoted(masks.causal(), "native")
+    # With blocks of 128, a causal plan leaves out some blocks from 256 on.
+    assert "faster from T = 256 on" in quoted(masks.causal(), "native")
     given({"native": {"forward": calls, "training": calls}})
     read.cache_clear()
     text = quoted(masks.causal(), "native")
     assert "about 100% forward, 100% training" in text
-    assert "less" not in text
+    assert "faster" not in text
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_what_nobody_can_tell(given, mask, x, options):
 def test_random_blocks_are_known_at_their_length(given):
     given({"tiled": PAIRS})
     text = quoted(masks.random_blocks(0, 2, 64, 16))
-    assert "of full attention's time about" in text
-    assert "less from" not in text
+    assert "of full attention's time: about" in text
+    assert "faster from" not in text
     seen = []
 
     def traced(query, mask):
@@ -105,18 +105,18 @@ def test_random_blocks_are_known_at_their_length(given):
 
 def test_the_last_run_of_lengths_counts(given):
     given({"native": PAIRS})
-    # Up to 128 a window alone; at 1,024 almost everything; then less and less.
+    # The mask is a window up to 128, almost full at 1,024, and sparser again beyond.
     mask = masks.sliding_window(8, 8) | masks.anchor(range(128, 1024))
     x = jax.ShapeDtypeStruct((1, 4096, 2, 64), jnp.float32)
-    assert "less from T = 2,048 on" in quoted(mask, "native", x=x)
-    assert "less" not in quoted(mask, "native", x=X)
+    assert "faster from T = 2,048 on" in quoted(mask, "native", x=x)
+    assert "faster" not in quoted(mask, "native", x=X)
 
 
 def test_what_nobody_measured(given):
     given({"tiled": PAIRS})
     assert quoted(masks.causal(), "native") is None
     text = str(explain(X, X, X, mask=masks.causal(), implementation="tiled"))
-    assert "of full attention's time about" in text
+    assert "of full attention's time: about" in text
 
 
 def test_tiles_follow_the_rates(given):
@@ -124,7 +124,7 @@ def test_tiles_follow_the_rates(given):
     *_, inputs = canonical(x, x, x, {"mask": masks.sliding_window(100, 100)})
     tiled = IMPLEMENTATIONS["tiled"]
     given(tile_rates=[[0, 1.0]])
-    # All are as fast: the smallest tile leaves most out.
+    # All tiles are equally fast: the smallest one computes the fewest pairs.
     assert tiled.block_sizes(inputs) == (256, 128)
     given(tile_rates=[[2**19, 1e6], [0, 1.0]])
     read.cache_clear()

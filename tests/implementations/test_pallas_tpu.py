@@ -1,4 +1,4 @@
-"""Law 1 for the TPU kernels, interpreted; what they are for runs nowhere here."""
+"""Law 1 for the TPU kernels, in interpret mode; no test runs on a TPU."""
 
 import functools
 import itertools
@@ -35,7 +35,7 @@ from tests.implementations import interpreted
 from tests.implementations.interpreted import NAME, Interpreted
 from tests.test_conformance import CELLS, conform, once
 
-#: What the kernels do not know, by design.
+#: Levels of the grid that the kernels refuse by design, and their reasons.
 REFUSED = {
     "own": "it does not know the score Distance",
     "t5": "RelativeTable is no function of one pair at a time",
@@ -45,7 +45,7 @@ REFUSED = {
     "float64": "it computes float32 and bfloat16, not float64",
 }
 TAKEN = [cell for cell in CELLS if not set(REFUSED) & set(cell)]
-#: Several blocks each way, the last ones incomplete.
+#: Several blocks of queries and of keys, the last ones incomplete.
 LENGTHS = {"wide": (70, 150), "tall": (150, 70), "square": (97, 97)}
 
 
@@ -54,7 +54,7 @@ def registered(monkeypatch):
     interpreted.register(monkeypatch)
 
 
-#: A product and a sum, plans of the host and of traced data, 16 bits.
+#: The cells that are not slow.
 SHORT = ("cosine-causal-bias-grouped_square-float32-offset_batch-plain-wide-chunks",)
 
 
@@ -95,13 +95,13 @@ def random(*shape, seed=0, scale=1.0, dtype=np.float32):
 
 
 def record(q, k, v, dropout_rate=0.0, **options):
-    """The canonical record of a call."""
+    """The ``AttentionInputs`` of a call."""
     args, settings = check(q, k, v, dropout_rate=dropout_rate, **options)
     return prepare(args, settings.but(stats=True))
 
 
 def both_passes(implementation, inputs, d_output, d_lse):
-    """Output, log-sum-exp, and the gradients of all that is learned."""
+    """Output, log-sum-exp, and the gradients of all floating inputs."""
     output, lse = implementation.forward(inputs)
     wanted = [jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(inputs)]
     found = implementation.backward(inputs, output, lse, d_output, d_lse, wanted)
@@ -109,9 +109,9 @@ def both_passes(implementation, inputs, d_output, d_lse):
 
 
 def equal(found, wanted):
-    """Equal but for the order in which float32 sums are taken.
+    """Equal up to the order of float32 sums.
 
-    What is added may be as large as the largest sum, and cancel in another.
+    Terms may be as large as the largest sum, and cancel in a smaller one.
     """
 
     def near(x, y):
@@ -165,7 +165,7 @@ def test_one_query_or_one_key(name, t, s):
 
 @pytree
 class Root(Modifier):
-    """A user's own, infinitely steep at 0: there lie the logits of padding."""
+    """A user's modifier with infinite slope at 0, where the logits of padding are."""
 
     def apply(self, logits, tile, *operands):
         return jnp.sign(logits) * jnp.sqrt(jnp.abs(logits))
@@ -173,7 +173,7 @@ class Root(Modifier):
 
 @pytree
 class Inverse(Modifier):
-    """A user's own, infinite at 0."""
+    """A user's modifier that is infinite at 0."""
 
     def apply(self, logits, tile, *operands):
         return 0.01 / logits
@@ -190,8 +190,8 @@ class Inverse(Modifier):
     ),
 )
 def test_padding_has_no_gradient_that_is_not_finite(shape, last):
-    """40 queries and keys lie in blocks of 64; gradients of arrays too."""
-    # Far from 0, where only padding is.
+    """40 queries and keys are padded to blocks of 64; gradients stay finite."""
+    # Logits far from 0, where only those of padding are.
     q, k, v = (0.5 + abs(random(1, 40, 2, 8, seed=n)) for n in range(3))
 
     def loss(q, k, v, array, name):
@@ -221,7 +221,7 @@ def test_a_slope_that_is_not_finite_counts_only_where_it_is_seen(name):
     assert all(np.isfinite(x).all() for x in gradients)
 
 
-#: For the interpreter that simulates memory: one of each way through the kernels.
+#: A case for each path through the kernels, for the interpreter that simulates memory.
 SIMULATED = {
     "full": {},
     "causal": dict(mask=masks.causal()),
@@ -256,7 +256,7 @@ def test_memory_is_read_only_where_it_was_written(name):
     grid.few(itertools.product([True, False], ["additive", "mlp"]), (True, "mlp")),
 )
 def test_parameters_of_scores_under_vmap(name, mapped):
-    """Mapped, or spread out because each example's gradient is wanted."""
+    """Mapped parameters, or shared ones, broadcast to get a gradient per example."""
     sizes = {"additive": {"hidden_size": 8}, "mlp": {"hidden_sizes": (8, 4)}}[name]
     init = getattr(scores, name).init
     make = jax.jit(lambda rng: init(rng, 4, num_heads=2, **sizes))
@@ -279,7 +279,7 @@ def test_parameters_of_scores_under_vmap(name, mapped):
 @pytest.mark.slow
 @pytest.mark.parametrize(("units", "kept"), [(17, 0), (18, 3), (19, 19)])
 def test_additive_scores_with_little_memory(units, kept, monkeypatch):
-    """Backward, the tanh of units that memory does not hold is computed again."""
+    """The backward pass recomputes the tanh of units that do not fit in memory."""
     rooms = []
 
     class Little(Backward):
@@ -303,7 +303,7 @@ def test_additive_scores_with_little_memory(units, kept, monkeypatch):
         found,
         wanted,
     )
-    # Beside the logits of a part and its sums.
+    # The first two arrays are for the logits of a part and its sums.
     assert [x.shape[0] // rooms[0][0].shape[0] for x in rooms[0][2:]] == [kept] * (
         kept > 0
     )
@@ -315,7 +315,7 @@ def test_large_logits_go_the_safe_way(scale, bounded):
     q, k = q * scale, k * scale
     score = scores.dot()
     wanted = attention_with_stats(q, k, v, score=score, implementation="reference")
-    # Without a running maximum, some of the large ones would be infinite.
+    # exp of the larger logits would overflow without a running maximum.
     assert (np.asarray(wanted.lse).max() < 60) == bounded
     found = attention_with_stats(q, k, v, score=score, implementation=NAME)
     np.testing.assert_allclose(found.output, wanted.output, rtol=1e-5, atol=1e-5)
@@ -326,7 +326,7 @@ def test_large_logits_go_the_safe_way(scale, bounded):
 
 
 def walk(steps, lead):
-    """Every step that a grid makes, in order."""
+    """(example, head, step) of every step of a grid, in order."""
     for example in range(lead[0]):
         for head in range(lead[1]):
             for place in np.ndindex(*(int(n) for n in steps.grid)):
@@ -348,7 +348,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize(("t", "s"), [(97, 130), (96, 128)])
 def test_the_steps_are_the_plan(name, segment, t, s):
-    """Each live block once, with its marks; sums start and end where they should."""
+    """Each live block occurs once; sums start and end at the right steps."""
     mask, size, group = PLANS[name], 32, 2
     plan = fit(mask.plan(t, s, block_size=size), (size, size))
     heads = plan.rows.full.lo.shape[1]
@@ -362,7 +362,7 @@ def test_the_steps_are_the_plan(name, segment, t, s):
             if step.first:
                 assert open_sums is None
                 open_sums = (head, int(step.segment), int(step.outer))
-            if open_sums is None:  # the list of another head is longer
+            if open_sums is None:  # padding, as the list of another head is longer
                 assert not step.active
                 continue
             assert open_sums == (head, int(step.segment), int(step.outer))
@@ -419,7 +419,7 @@ def test_a_traced_layout_with_more_blocks_of_keys_than_of_queries():
 
 @pytest.mark.slow
 def test_key_blocks_beyond_a_traced_layout_may_be_seen():
-    """Positions may be greater than there are keys; the backward pass goes by keys."""
+    """Key positions may exceed the number of keys, also in the backward pass."""
     q, k, v = (random(1, 64, 1, 8, seed=n) for n in range(3))
 
     def loss(layout, q, k, v, name):
@@ -500,7 +500,7 @@ def test_blocks_fit_the_memory():
 
 @pytest.mark.slow
 def test_what_the_kernels_declare_is_within_the_estimate(monkeypatch):
-    """Of vector memory: each block twice, and what they keep."""
+    """Vector memory: each block twice (double buffering), and scratch arrays."""
     declared = {}
 
     def tile(shape, dtype):
@@ -526,7 +526,7 @@ def test_what_the_kernels_declare_is_within_the_estimate(monkeypatch):
     ours, rng = IMPLEMENTATIONS["pallas_tpu"], jax.random.key(0)
 
     class Frugal(Backward):
-        """It does without what it could make use of."""
+        """A backward pass that uses no spare memory."""
 
         def __init__(self, *args):
             super().__init__(*args)
@@ -578,7 +578,7 @@ def test_what_the_kernels_declare_is_within_the_estimate(monkeypatch):
 
 
 def test_too_many_heads_of_one_key_head_are_refused():
-    """A word of a step has room for the numbers of 256."""
+    """The words of a step have 8 bits for the query head."""
     q, k, v = random(1, 40, 256, 4), *(random(1, 40, 1, 4, seed=n) for n in (1, 2))
 
     def loss(q, k, v, name):
@@ -599,7 +599,7 @@ def test_too_many_heads_of_one_key_head_are_refused():
 
 @pytest.mark.parametrize("name", grid.few(["dot", "additive", "mlp"], "dot"))
 def test_products_may_round_as_jax_says(name):
-    """By default bfloat16 is multiplied as bfloat16, on the matrix unit."""
+    """With default precision bfloat16 inputs are multiplied as bfloat16."""
     made = {
         "dot": scores.scaled_dot(),
         "additive": scores.additive.init(jax.random.key(0), 16, hidden_size=8),
@@ -641,7 +641,7 @@ def test_lists_that_scalar_memory_cannot_hold_are_refused():
     packed = masks.documents(np.zeros((64, 32768), np.int32))
     with pytest.raises(NotImplementedError, match="KiB of scalar memory"):
         explain(x, x, x, mask=packed, **ours)
-    # A structural mask has one list for all, and full attention none.
+    # A structural mask has one list for all examples, and full attention has none.
     explain(x, x, x, mask=masks.causal(), **ours)
 
 

@@ -1,4 +1,4 @@
-"""The TPU kernels as they are lowered, and from what: bounds, tables of blocks."""
+"""Lowering of the TPU kernels, bounds of their logits, tables of block sizes."""
 
 import json
 
@@ -24,7 +24,7 @@ X = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
 
 @pytest.mark.parametrize("name", SCORES)
 def test_x64_mode(name):
-    """Kernels know no int64, of which the counters of loops would be."""
+    """TPU kernels have no int64, the dtype of loop counters in x64 mode."""
 
     def attend(q, score):
         return attention(q, q, q, score=score, implementation="pallas_tpu")
@@ -41,7 +41,7 @@ def test_x64_mode(name):
 
 @pytree
 class Louder(SoftCap):
-    """A cap that exceeds itself."""
+    """A subclass whose logits exceed the cap."""
 
     def apply(self, logits, tile, *operands):
         return 100 * super().apply(logits, tile, *operands)

@@ -1,4 +1,4 @@
-"""The specification's own derivatives, against finite differences."""
+"""The derivatives of the reference, against finite differences."""
 
 import jax
 import jax.numpy as jnp

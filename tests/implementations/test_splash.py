@@ -1,4 +1,4 @@
-"""JAX's splash attention, interpreted, as a cross-check of what we say and compute."""
+"""JAX's splash attention, interpreted, as a cross-check of attnlab's results."""
 
 import functools
 

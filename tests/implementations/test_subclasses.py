@@ -1,4 +1,4 @@
-"""A subclass is not its base: what overrides something is asked, or refused by name."""
+"""Kernels call the overriding methods of subclasses, or refuse them by name."""
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ class EvenKeys(Full):
 
 @pytree
 class Turns(Full):
-    """Another half of the keys for each head."""
+    """Even keys for even heads, odd keys for odd heads."""
 
     def visible(self, tile, operands):
         return (tile.key_positions + tile.head) % 2 == 0
@@ -188,7 +188,7 @@ def test_scores_and_modifiers_that_do_something_else(name, monkeypatch):
     np.testing.assert_allclose(found, softmax(logits), atol=1e-5)
     interpreted.register(monkeypatch)
     refuse = {"native", "jax_nn", "splash"}
-    # It traces what a modifier does.
+    # The TPU kernels trace ``apply`` of any modifier.
     refuse |= {interpreted.NAME} if name != "bias" else set()
     refuse = {"jax_nn", "splash"} if name == "projection" else refuse
     reasons = explain(Q, K, V, **options, implementation="reference").passed_over

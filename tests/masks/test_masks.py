@@ -1,4 +1,4 @@
-"""What each mask means, written out as a loop over positions."""
+"""Each mask against its definition, written as a loop over positions."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Plans are sound against the dense mask, small, and NumPy where structure decides."""
+"""Plans agree with the dense mask, are small, and are NumPy for structural masks."""
 
 import functools
 import itertools
@@ -60,7 +60,7 @@ MASKS = _all()
 
 
 def dense(mask, t, s):
-    """``[B or 1, N or 1, T, S]``."""
+    """The dense mask ``[B or 1, N or 1, T, S]``."""
     made = np.asarray(jax.jit(lambda mask: mask.to_dense(t, s))(mask))
     return made.reshape((1,) * (4 - made.ndim) + made.shape)
 
@@ -74,7 +74,7 @@ def check(mask, wanted, block_q, block_k):
     """Dead blocks hide all, full blocks show all, no block is listed twice.
 
     Returns:
-        The number of blocks that are partial for no need.
+        The number of partial blocks that are in fact dead or full.
     """
     plan = mask.plan(*wanted.shape[2:], block_size=(block_q, block_k))
     assert (plan.block_q, plan.block_k) == (block_q, block_k)
@@ -174,7 +174,7 @@ def test_traced_plans_equal_those_of_the_host(name):
 
 @functools.cache
 def planned_at(name):
-    """Jitted: the plan of 13 queries from an offset on."""
+    """Jitted: ``plan(offset)`` of 13 queries."""
 
     @jax.jit
     def plan(offset):
@@ -193,7 +193,7 @@ def planned_at(name):
     "name", ["full", "causal", "window", "anchor", "chunked", "drawn"]
 )
 def test_offsets_are_sound(name, offset):
-    """The plan of a shifted query equals rows of the dense mask; below 0 is nothing."""
+    """Plans with an offset agree with rows of the dense mask; rows below 0 are dead."""
     mask, t, s, bq, bk = MASKS[name], 13, S, 4, 3
     large = np.asarray(mask.to_dense(40 if name == "drawn" else 64, s))
     large = large.reshape(large.shape[-2:])
@@ -220,7 +220,7 @@ def test_offsets_are_sound(name, offset):
 
 @functools.cache
 def planned_for(name):
-    """Jitted: the plan of queries and keys at given positions."""
+    """Jitted: ``plan(query positions, key positions)``."""
 
     @jax.jit
     def plan(queries, keys):
@@ -240,7 +240,7 @@ def planned_for(name):
 )
 @pytest.mark.parametrize("order", ["far", "permuted", "empty"])
 def test_given_positions_are_sound(name, order):
-    """Positions far apart, in any order, with empty slots; on both sides."""
+    """Query and key positions that are far apart, permuted, or empty."""
     rng = np.random.default_rng(0)
     full = np.asarray(MASKS[name].to_dense(36, 36)).reshape(36, 36)
     positions = np.arange(0, 36, 3)
@@ -269,7 +269,7 @@ def test_given_positions_are_sound(name, order):
 
 #: The greatest position.
 FAR = 2**31 - 1
-#: Masks, and what they show where positions are of 64 bits.
+#: Masks, and their rules for 64-bit positions, which do not overflow.
 RULES = (
     (masks.causal(), lambda t, s: s <= t),
     (masks.sliding_window(5, None), lambda t, s: s >= t - 5),
@@ -297,7 +297,7 @@ RULES = (
 
 
 def test_plans_of_far_positions_are_sound():
-    """To the greatest position; some keys stand near 0, some slots are empty."""
+    """Positions up to the greatest one; some keys are near 0, some slots empty."""
     mask = masks.per_head([mask for mask, _ in RULES])
 
     operands = planning.normalise_tree(mask.operands(12, 12), (), "mask")
@@ -367,7 +367,7 @@ def test_trees_of_masks_are_sound(problem):
     ],
 )
 def test_planning_a_million_positions(mask, most):
-    """O(T/b + S/b + intervals), in both orientations."""
+    """Planning takes O(T/b + S/b + intervals) memory, in both orientations."""
     planning._static_plan.cache_clear()
     tracemalloc.start()
     plan = mask.plan(2**20, block_size=512)
@@ -378,7 +378,7 @@ def test_planning_a_million_positions(mask, most):
         for intervals in live:
             assert intervals.lo.shape[:3] == (1, 1, 2048)
             assert intervals.lo.shape[3] <= most
-    # [T/b, S/b] booleans alone would be four million.
+    # Booleans [T/b, S/b] alone would take four million bytes.
     assert peak < 2**21
 
 
@@ -402,7 +402,7 @@ def test_block_sizes_are_checked():
 
 
 def test_layouts_of_one_shape_are_one_structure():
-    """Whatever blocks they list: they can be stacked, and mapped over."""
+    """Layouts that list different blocks can be stacked, and mapped by ``vmap``."""
     rng = np.random.default_rng(0)
     layouts = [rng.integers(-1, most, (6, 2)) for most in (1, 3, 6)]
     several = [masks.blocks(layout, 3) for layout in layouts]
@@ -421,7 +421,7 @@ def test_a_long_layout_is_built_and_planned_in_linear_memory():
     plan = masks.blocks(layout, 4).plan(4 * n, block_size=4)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # Booleans for all pairs of blocks alone would be 2**26.
+    # Booleans for all pairs of blocks alone would take 2**26 bytes.
     assert peak < 2**26
     assert plan.rows.partial.per_row().sum() == 0
     distinct = sum(len(set(row)) for row in layout.tolist())
@@ -430,7 +430,7 @@ def test_a_long_layout_is_built_and_planned_in_linear_memory():
 
 
 def test_a_key_block_that_many_see_joins_runs():
-    """What is between the last of those that there is room for is partial."""
+    """Runs beyond the capacity are joined; the blocks between them become partial."""
     layout = np.full((24, 1), 1)
     layout[::2] = 0
     mask = masks.blocks(layout, 2)
@@ -439,7 +439,7 @@ def test_a_key_block_that_many_see_joins_runs():
 
 @pytest.mark.parametrize(("hidden", "size"), in_turn([False, True], [4, 8, 3]))
 def test_a_traced_layout_has_the_plan_of_a_known_one(hidden, size):
-    """With more blocks of keys than of queries, too."""
+    """Also with more blocks of keys than of queries."""
     layout = np.array([[0, 3], [-1, 7]])
 
     def plan(layout):
@@ -510,7 +510,7 @@ def test_liveness_is_decided_in_the_grain_but_never_in_tiny_blocks(
 
 
 def test_a_block_that_holds_more_than_the_keys_is_partial_from_both_sides():
-    """A kernel that pads keys must hide them, whichever side it walks."""
+    """Kernels must hide padded keys, in both orientations of the plan."""
     plan = masks.full().plan(96, 130, block_size=32)
     rows, cols = plan.rows.full, plan.cols.full
     assert (rows.lo == 0).all()

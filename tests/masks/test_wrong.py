@@ -1,4 +1,4 @@
-"""Masks that are wrong: errors name the mask or the argument, and what would do."""
+"""Wrong masks: errors name the mask or argument, and what is expected."""
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ CASES = {
     "one mask for heads": (
         lambda: masks.per_head(CAUSAL),
         TypeError,
-        r"masks: expected a list, .* got causal\(\); a mask alone holds for all heads",
+        r"masks: expected a list, .* got causal\(\); a single mask holds for all heads",
     ),
     "one of one head for two": (
         use(masks.per_head([CAUSAL])),
@@ -201,7 +201,7 @@ CASES = {
     "three sizes of blocks": (
         lambda: CAUSAL.plan(8, block_size=(1, 2, 3)),
         ValueError,
-        r"block_size: expected an int, or two, .* got \(1, 2, 3\)",
+        r"block_size: expected an int, or two .* got \(1, 2, 3\)",
     ),
 }
 
@@ -214,7 +214,7 @@ def test_message(name):
 
 
 def reading(number):
-    """A mask, a score and a modifier that close over a number."""
+    """Options with a mask, a score or a modifier that closes over ``number``."""
 
     @pytree
     class Ours(Score):
@@ -241,7 +241,7 @@ def reading(number):
 @pytest.mark.parametrize("implementation", ["reference", None])
 @pytest.mark.parametrize("name", reading(0))
 def test_what_is_traced_must_be_an_operand(name, implementation):
-    """The program runs where that array is no more: it is refused by whoever runs."""
+    """A closed-over tracer is refused: the kernel is traced later, without it."""
 
     def run(number):
         for options in reading(number)[name]:
@@ -282,7 +282,7 @@ def test_a_rule_may_yield_one_truth_for_all():
 
 
 def test_two_keys_are_no_fault_of_a_mask():
-    """The tile that every mask is asked for has other sides than the arrays."""
+    """The trial tile of the checks has other sides than the arrays of the mask."""
     ids, key = np.array([0, 1, 1, 0]), X[:, :2]
     for shape in ((4, 2), (4, 1), (1, 2)):
         mask = masks.documents(ids, ids[:2]) & np.ones(shape, bool)

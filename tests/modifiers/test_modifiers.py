@@ -72,7 +72,8 @@ def test_alibi_slopes_of_the_paper():
     np.testing.assert_allclose(
         modifiers.alibi_slopes(16), [2 ** (-i / 2) for i in range(1, 17)], rtol=1e-6
     )
-    # Their code for other counts: 12 = the 8 above and every other of the 16.
+    # The paper's code for other counts: 12 heads get the 8 above and every other of the
+    # 16.
     between = [2 ** (-i / 2) for i in range(1, 9, 2)]
     np.testing.assert_allclose(
         modifiers.alibi_slopes(12), [2.0**-i for i in range(1, 9)] + between, rtol=1e-6
@@ -83,7 +84,7 @@ def test_alibi_slopes_of_the_paper():
 
 
 def t5_bucket(offset, bidirectional, count, far):
-    """As in the T5 code (mesh_tensorflow, ``_relative_position_bucket``)."""
+    """Bucket of an offset, as in mesh_tensorflow's ``_relative_position_bucket``."""
     result, n = 0, -offset
     if bidirectional:
         count //= 2

@@ -1,4 +1,4 @@
-"""Faults planted one at a time, and the tests that must notice them.
+"""Mutants: faults inserted one at a time, and the tests that must fail.
 
 ``python -m tests.mutants`` runs them: see ``__main__.py``.
 """

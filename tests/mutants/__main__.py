@@ -1,11 +1,11 @@
-"""Plants each fault in a copy of the repository and runs the tests that must notice it.
+"""Inserts each fault into a copy of the repository, and runs the tests that must fail.
 
     python -m tests.mutants [--list] [--only NAME ...]
 
-A mutant is killed if one of its tests fails. It is an error, and no kill, if its old
-text does not occur exactly once, if one of its tests does not pass without it, or if
-pytest comes to no result. The exit status is 0 if all are killed. An interrupted run
-tells what it knows.
+A mutant is killed if one of its tests fails. It counts as an error, not as killed, if
+its old text does not occur exactly once, if one of its tests does not pass without the
+fault, or if pytest gives no result. The exit status is 0 if all are killed. An
+interrupted run prints the results so far.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from tests.mutants import MUTANTS, Mutant
 from tests.mutants.mutant import ROOT
 
 _COPIED = ("attnlab", "tests", "benchmarks", "pyproject.toml", "README.md")
-#: Seconds after which a mutant's tests have come to no result.
+#: Time limit of a mutant's tests, in seconds.
 _LIMIT = 900
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.mutants", description=__doc__)
-    parser.add_argument("--list", action="store_true", help="say what they are")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument("--list", action="store_true", help="list the mutants")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these")
     asked = parser.parse_args(argv)
     names = [m.name for m in MUTANTS]
     if unknown := set(asked.only or ()) - set(names):
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _summed_up(chosen: Sequence[Mutant], found: dict[str, str]) -> int:
-    """A table, and the exit status."""
+    """Prints a table, and returns the exit status."""
     done = [m for m in chosen if m.name in found]
     _say("")
     for m in done:
@@ -77,7 +77,7 @@ def _summed_up(chosen: Sequence[Mutant], found: dict[str, str]) -> int:
 def _outcomes(
     chosen: Sequence[Mutant], copy: Path
 ) -> Iterator[tuple[Mutant, str, float]]:
-    """Each mutant, what became of it, and how many seconds it took."""
+    """Each mutant, its outcome, and the seconds that it took."""
     tests = sorted({test for m in chosen for test in m.tests})
     _say(f"{len(chosen)} mutants; first the {len(tests)} tests without them ...")
     passing = _passing(tests, copy)
@@ -103,7 +103,7 @@ def _outcome(m: Mutant, passing: Collection[str], copy: Path) -> str:
 
 
 def _passing(tests: Sequence[str], copy: Path) -> set[str]:
-    """Those tests that pass, all their cases: what is skipped does not."""
+    """The tests all of whose cases pass; skipped tests do not."""
     report = copy / "report.xml"
     done = _pytest(tests, copy, f"--junitxml={report}")
     said = done.stdout + done.stderr
@@ -126,9 +126,9 @@ def _passing(tests: Sequence[str], copy: Path) -> set[str]:
 def _pytest(
     tests: Sequence[str], copy: Path, *options: str, limit: float | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs tests on the copy, one after another."""
+    """Runs tests on the copy, in one process."""
     run = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    # A stale bytecode file may have the time and the size of what was written since.
+    # No bytecode: a stale file may have the time and size of a changed source.
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         [*run, *options, *tests],
@@ -142,7 +142,7 @@ def _pytest(
 
 
 def _copied(to: Path) -> Path:
-    """What the tests need of the repository; the checkout is never written to."""
+    """Copies what the tests need; the checkout itself is never changed."""
     to.mkdir()
     skipped = shutil.ignore_patterns("__pycache__", ".*")
     for name in _COPIED:

@@ -1,4 +1,4 @@
-"""Faults in implementations."""
+"""Mutants of implementations."""
 
 from tests.mutants.mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""Faults in masks and in planning."""
+"""Mutants of masks and planning."""
 
 from tests.mutants.mutant import Mutant
 

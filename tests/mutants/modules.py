@@ -1,4 +1,4 @@
-"""Faults in modules."""
+"""Mutants of modules."""
 
 from tests.mutants.mutant import Mutant
 

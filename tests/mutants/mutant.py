@@ -1,4 +1,4 @@
-"""What a mutant is."""
+"""The record of a mutant."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,12 +10,12 @@ class Mutant(NamedTuple):
     """A fault in one place.
 
     Attributes:
-        name: short, one of its own.
-        file: the file, from the folder ``attnlab/_src`` on.
-        old: text that occurs in it exactly once.
-        new: what takes its place.
-        fault: a sentence: what is wrong then.
-        tests: node ids, from the repository on; one of them must fail.
+        name: a short unique name.
+        file: path of the file, relative to ``attnlab/_src``.
+        old: text that occurs in the file exactly once.
+        new: the text that replaces it.
+        fault: a sentence that describes the fault.
+        tests: node ids, relative to the repository; at least one of them must fail.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
     def planted(self, text: str) -> str:
-        """The file's text with the fault in it.
+        """The text of the file with the fault.
 
         Raises:
             ValueError: if the old text does not occur exactly once.

@@ -1,4 +1,4 @@
-"""Faults in scores, modifiers, and what surrounds the implementations."""
+"""Mutants of scores, modifiers, and the code around implementations."""
 
 from tests.mutants.mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""A copy of the native package, and compilers that are quick because they are none."""
+"""A copy of the native package, and a fake compiler."""
 
 import importlib.util
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 
 from attnlab._src.implementations.native import build as real
 
-#: Writes its file; refuses AVX-512 with bfloat16; where BROKEN is set, fails.
+#: Writes its output file, refuses -mavx512bf16, and fails if $BROKEN is set.
 COMPILER = """#!/bin/sh
 for argument; do
   [ "$argument" = -mavx512bf16 ] && exit 1
@@ -27,7 +27,7 @@ fi
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """``$CXX`` is a script that compiles nothing."""
+    """Sets ``$CXX`` to the fake compiler."""
     path = tmp_path / "cxx"
     path.write_text(COMPILER)
     path.chmod(0o755)
@@ -37,7 +37,7 @@ def compiler(tmp_path, monkeypatch):
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """The module ``build`` of a copy that has no library."""
+    """The module ``build`` of a copy of the package without a library."""
     folder = tmp_path / "native"
     folder.mkdir()
     shutil.copy(pathlib.Path(real.__file__), folder)

@@ -1,4 +1,4 @@
-"""The build: compilers that are found or not, failures that are kept, staleness."""
+"""The build: finding compilers, notes of failures, stale libraries."""
 
 import os
 import subprocess
@@ -69,7 +69,7 @@ def test_the_hash_is_that_of_the_sources(build):
 def test_the_command(build, compiler, tmp_path, monkeypatch, out):
     target = build.LIBRARY if out is None else tmp_path / out
     build.NOTE.write_text("the note of a build that failed")
-    # By its path: it needs neither attnlab nor jax.
+    # Run by its path, because it needs neither attnlab nor jax.
     command = [sys.executable, "-S", build.HERE / "build.py", "--sanitize", "thread"]
     command += [] if out is None else ["--out", target]
     done = run(command)

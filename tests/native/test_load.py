@@ -1,4 +1,4 @@
-"""Loading: every reason why not, and every instruction set that this processor has."""
+"""Loading: every reason for failure, and every instruction set of this processor."""
 
 import ctypes
 import shutil
@@ -14,14 +14,14 @@ from attnlab._src.implementations.native import build, load
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    load.load()  # what this run is about, before its variables are taken away
+    load.load()  # loads as the environment of this run says, before it is changed
     for name in ("ATTNLAB_NATIVE_ISA", "ATTNLAB_NATIVE_LIBRARY"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def somewhere(tmp_path, monkeypatch):
-    """No library yet, and no note."""
+    """A folder without a library and without a note."""
     for name in ("LIBRARY", "NOTE"):
         path = tmp_path / getattr(build, name).name
         monkeypatch.setattr(build, name, path)
@@ -30,7 +30,7 @@ def somewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def library(monkeypatch, tmp_path):
-    """A copy of the library that runs, which has not chosen its instruction set."""
+    """A copy of the library that has not selected an instruction set yet."""
     if why := load.why_not():
         pytest.skip(why)
     path = shutil.copy(load.load().path, tmp_path / "copy.so")
@@ -39,12 +39,12 @@ def library(monkeypatch, tmp_path):
 
 
 def again():
-    """Loads anew, as another process would."""
+    """Loads again, as a new process would."""
     return load._load.__wrapped__()
 
 
 def foreign(path, *lines):
-    """A library of these lines of C++."""
+    """Compiles a library from lines of C++."""
     try:
         compiler = build.find_compiler()
     except build.BuildError as error:

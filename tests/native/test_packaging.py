@@ -1,4 +1,4 @@
-"""What an installation gets: with a compiler (it compiles nothing), and without."""
+"""Files of an installation, with a (fake) compiler and without one."""
 
 import pathlib
 import shutil
@@ -19,7 +19,7 @@ NATIVE = "attnlab/_src/implementations/native"
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the project, without what was built in it."""
+    """A copy of the project without built files."""
     folder = tmp_path / "project"
     unwanted = shutil.ignore_patterns("__pycache__", "_native.*")
     shutil.copytree(ROOT / "attnlab", folder / "attnlab", ignore=unwanted)
@@ -34,7 +34,7 @@ def tags(files):
 
 
 def package(project, what):
-    """Builds as pip would, with the setuptools at hand; the archive's path."""
+    """Builds an archive as pip would; returns its path and the messages."""
     script = (
         "from setuptools import build_meta\n"
         f"print('made', build_meta.build_{what}({str(project.parent)!r}))"
@@ -66,7 +66,7 @@ def test_a_wheel_with_it_is_for_this_platform(project, compiler):
     library = f"{NATIVE}/{build.LIBRARY.name}"
     assert b"-shared" in files[library]
     assert f"{NATIVE}/{build.NOTE.name}" not in files
-    assert source_files() <= files.keys()  # it can be built again
+    assert source_files() <= files.keys()  # so that it can be built again
     assert "attnlab/_src/command.py" in files
     assert not wheel.name.endswith("-any.whl")
     assert "-py3-none-" in wheel.name
@@ -75,7 +75,7 @@ def test_a_wheel_with_it_is_for_this_platform(project, compiler):
 
 
 def test_a_wheel_without_it_is_for_every_platform(project, monkeypatch, compiler):
-    package(project, "wheel")  # leaves its own in the folder of builds
+    package(project, "wheel")  # leaves a library in the build folder
     monkeypatch.setenv("BROKEN", "1")
     wheel, said = package(project, "wheel")
     files = contents(wheel)
@@ -99,7 +99,7 @@ def test_an_editable_installation_builds_in_place(project, monkeypatch, compiler
     wheel, _ = package(project, "editable")
     library = project / NATIVE / build.LIBRARY.name
     assert "-shared" in library.read_text()
-    assert wheel.name.endswith("-py3-none-any.whl")  # the library is not in it
+    assert wheel.name.endswith("-py3-none-any.whl")  # without the library
     library.write_text("old")
     monkeypatch.setenv("CXX", "no-such-compiler")
     package(project, "editable")

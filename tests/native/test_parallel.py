@@ -1,4 +1,4 @@
-"""The scheduler by itself, a C++ program under the sanitizers."""
+"""The scheduler alone, as a C++ program with sanitizers."""
 
 import pathlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Multi-head attention: its equation, its parts, its errors."""
+"""Multi-head attention: its equation, parts and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def inputs(*shape, seed=0):
 
 
 def by_hand(layer, query, key=None, value=None, **options):
-    """The module's equation, from its own parameters."""
+    """The equation of multi-head attention, with the parameters of ``layer``."""
     key = query if key is None else key
     value = key if value is None else value
 
@@ -93,7 +93,7 @@ def test_a_score_is_learned(score):
     gradient = nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer)
     leaves = jax.tree.leaves(gradient["score"])
     assert len(leaves) == len(jax.tree.leaves(score))
-    # v of a perceptron, or a temperature: something in each score must move.
+    # At least one parameter of each score must have a gradient.
     assert max(float(jnp.abs(leaf).max()) for leaf in leaves) > 1e-4
 
 
@@ -115,7 +115,7 @@ def test_norms_of_queries_and_keys():
         rngs=rngs,
     )
     x = inputs(1, 5, 8)
-    # Normalised queries and keys do not care how large their projections are.
+    # The scale of projections does not matter if queries and keys are normalised.
     before = layer(x)
     layer.query.kernel[...] *= 3.0
     layer.key.kernel[...] *= 0.5
@@ -154,7 +154,7 @@ def test_anchors_have_projections_of_their_own():
     "position", [lambda rngs: nn.Rotary(), lambda rngs: nn.RelativeBias(2, rngs=rngs)]
 )
 def test_anchors_have_the_positions_and_norms_of_all(position):
-    """Projections of their own that equal the ordinary ones change nothing."""
+    """Anchor projections that equal the ordinary ones do not change the output."""
 
     def layer(kind, **own):
         rngs = nnx.Rngs(0)
@@ -196,7 +196,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", few(CALLS, "dense", "heads", "blocks"))
 def test_anchors_obey_the_mask_of_the_call(name):
-    """Of which their own slots count, and values of their own are theirs, too."""
+    """The mask's rows at their slots apply to anchors, also with separate values."""
 
     def layer(kind, **own):
         return kind(
@@ -298,7 +298,7 @@ def test_sizes_that_do_not_fit(options, message):
 
 def test_projections_are_a_part():
     def shared(features, heads, *, rank, rngs, **options):
-        """Keys that are the queries, and values of a part of the features."""
+        """Projections with keys equal to the queries, and smaller values."""
         made = nn.Projections.linear(features, heads, rngs=rngs, **options)
         cut = nnx.LinearGeneral(features, (heads, rank), rngs=rngs)
         out = nnx.LinearGeneral((heads, rank), features, axis=(-2, -1), rngs=rngs)

@@ -53,7 +53,7 @@ SCORES = {
 x = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, N * H), np.float32))
 
 
-#: Every kind, score and length of a prompt; the rest is slow.
+#: Every kind of cache, score and prompt length; all but some are slow.
 PREFILLS = few(
     itertools.product(KINDS, SCORES, [1, 3, 8]),
     *((kind, "scaled dot", 1) for kind in ("full", "ring", "streaming")),
@@ -77,7 +77,7 @@ def test_prefill_and_steps_equal_the_whole(kind, score, prompt):
 
 @pytest.mark.parametrize("kind", few(KINDS, "full", "ring", "streaming"))
 def test_examples_of_other_lengths_in_one_batch(kind):
-    """Prompts of 3 and 7 tokens, padded to 7; then each goes on where it is."""
+    """Prompts of 3 and 7 tokens, padded to 7, each continued from its own length."""
     cache, mask = caches(layer(None))[kind]
     attention = layer(mask, position=nn.Rotary())
     whole = nnx.jit(lambda attention: attention(x))(attention)
@@ -102,7 +102,7 @@ def test_examples_of_other_lengths_in_one_batch(kind):
 
 @pytest.mark.parametrize("kind", ["ring", "streaming"])
 def test_prefill_sees_no_more_than_steps_would(kind):
-    """A mask that would show more than the cache keeps."""
+    """Prefill with a mask that shows more than the cache keeps."""
     cache, kept = caches(layer(None))[kind]
     output, _ = layer(masks.causal()).decode(x, cache)
     np.testing.assert_allclose(output, layer(kept)(x), atol=2e-5)
@@ -110,7 +110,7 @@ def test_prefill_sees_no_more_than_steps_would(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_two_tokens_of_a_prefill_share_a_slot(kind):
-    """JAX does not say which of them would stay."""
+    """With duplicate slots, the value that JAX stores would be undefined."""
     cache, _ = caches(layer(None))[kind]
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     count = cache.positions.shape[1]
@@ -185,7 +185,7 @@ def test_a_cache_of_another_type_or_batch_is_refused():
 
 
 def test_a_cache_keeps_16_bits_of_unit_vectors():
-    """What a step makes of a key is float32, for its own comparison."""
+    """The cache is 16-bit, although unit vectors are compared in float32."""
     attention = nn.MultiHeadAttention(
         N * H,
         N,

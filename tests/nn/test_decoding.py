@@ -20,7 +20,7 @@ table = jax.random.normal(jax.random.key(0), (V, V, V)) * 1.5
 
 
 def step(tokens, state):
-    """A second-order Markov chain: the state is the token before."""
+    """The step of a second-order Markov chain; the state is the previous token."""
     logits = []
     for t in range(tokens.shape[1]):
         logits.append(table[state, tokens[:, t]])
@@ -29,7 +29,7 @@ def step(tokens, state):
 
 
 class Chain(nnx.Module):
-    """The same with a table of its own; counts how often it is traced."""
+    """A module with the same step, which counts how often it is traced."""
 
     def __init__(self):
         self.table = nnx.Param(table)
@@ -89,7 +89,7 @@ def test_wide_beam_finds_what_brute_force_finds(ends):
 
 
 def test_narrow_beam_runs_on_where_many_tokens_end():
-    """All but one of the probable tokens end; the beam needs the one that does not."""
+    """All probable tokens but one end a hypothesis; the beam must keep that one."""
     logits = jnp.array([0.0, 3, 3, 3, 3, 2.9])
 
     def fixed(tokens, state):
@@ -122,7 +122,7 @@ def test_stops_when_all_have_ended():
 
     nn.greedy(counted, (), jnp.zeros((2, 1), int), length=50, end=END)
     jax.effects_barrier()
-    assert len(calls) == 2  # the prompt, and the step of the end itself
+    assert len(calls) == 2  # the prompt, and one step with END
 
 
 def test_padding_follows_the_end():
@@ -165,7 +165,7 @@ def kept(logits, **options):
 
 
 def test_top_k_keeps_exactly_k_of_tied_logits():
-    """Of equal ones, those of the lowest index."""
+    """Of equal logits, those of the lowest index are kept."""
     logits = jnp.round(4 * jax.random.normal(jax.random.key(1), (4, 64)))
     logits = logits.at[0].set(jnp.where(logits[0] == 0, -0.0, 0.0))
     order = np.argsort(-np.asarray(logits), axis=-1, stable=True)
@@ -196,7 +196,7 @@ def test_top_p_of_one_keeps_what_rounding_would_lose():
 
 
 class Tied(nnx.Module):
-    """Whatever came before, tokens 1 and 2 are the most probable ones, alike."""
+    """A model for which tokens 1 and 2 are always equally the most probable."""
 
     def __call__(self, tokens, state):
         logits = jnp.array([1.0, 3.0, 3.0, 2.0], jnp.bfloat16)
@@ -237,7 +237,7 @@ def test_any_of_several_tokens_ends():
 
 
 def test_a_method_is_traced_once_for_a_shape():
-    """Neither other weights nor other tokens or numbers trace it again."""
+    """Other weights, tokens or numbers do not trace the method again."""
     model, state = Chain(), jnp.zeros(2, jnp.int32)
     for number, search in enumerate((
         functools.partial(nn.greedy, model.decode),
@@ -326,7 +326,7 @@ def test_logits_that_cannot_be_restricted():
 
 @pytest.mark.parametrize("options", [dict(top_k=2), dict(top_p=0.6)])
 def test_what_is_left_out_is_no_error(options):
-    """-inf is what it should be, and ``jax.debug_infs`` says nothing of it."""
+    """Left-out logits are -inf, without an error from ``jax.debug_infs``."""
     with jax.debug_infs(True):
         found = nn.restrict(jnp.array([2.0, 1.0, -5.0]), **options)
     assert np.isneginf(found[2])
@@ -340,7 +340,7 @@ def test_top_p_keeps_at_least_one():
 
 
 def test_beams_of_a_transformer_keep_their_caches():
-    """The score of each hypothesis is what the model says of its whole sequence."""
+    """Scores equal the log-probabilities of the whole sequences."""
     model = nn.EncoderDecoder.standard(
         V, features=8, num_heads=2, num_layers=2, rngs=nnx.Rngs(3)
     )
@@ -364,7 +364,7 @@ def test_beams_of_a_transformer_keep_their_caches():
     for k in range(5):
         tokens, lengths = found.tokens[:, k], found.lengths[:, k]
         gains = np.take_along_axis(log_p(model, tokens), tokens[..., None], 2)[..., 0]
-        # What follows the end is not counted, and what is before it does not see it.
+        # Tokens after END do not count, and tokens before do not see them.
         total = gains.sum(1, where=np.arange(LENGTH) < lengths[:, None])
         np.testing.assert_allclose(found.scores[:, k], total, rtol=0, atol=1e-4)
 
@@ -402,7 +402,10 @@ def test_errors(options, message):
     [
         (dict(beams=0), "beams: expected at least 1, got 0"),
         (dict(beams=1.5), "beams: expected an int, got 1.5"),
-        (dict(length_penalty=-1.0), "length_penalty: expected at least 0, .* got -1.0"),
+        (
+            dict(length_penalty=-1.0),
+            "length_penalty: expected a number, at least 0, got -1.0",
+        ),
         (dict(length_penalty=np.ones(2)), r"length_penalty: .* got shape \(2,\)"),
         (dict(length_penalty="long"), "length_penalty: expected a number, got str"),
     ],

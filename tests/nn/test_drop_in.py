@@ -1,4 +1,4 @@
-"""Flax's own attention modules, Linen and NNX, on attnlab's engine."""
+"""``nn.attention_fn`` in the attention modules of Flax, Linen and NNX."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(B, T, F)), jnp.float32)
 MEMORY = jnp.asarray(RNG.normal(size=(B, S, F)), jnp.float32)
 ATTEND = nn.attention_fn()
-#: As Flax makes them: floating, and every query sees some key.
+#: Masks as Flax makes them: floating, and every query sees some key.
 VISIBLE = (RNG.random((B, N, T, T)) < 0.5) | np.eye(T, dtype=bool)
 MASKS = {
     "none": None,
@@ -51,7 +51,7 @@ def of_nnx(attend=None, **options):
     return nnx.MultiHeadAttention(N, F, 16, 7, **options)
 
 
-# The same module, the same parameters, the same result.
+# The same module and parameters give the same result.
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -86,7 +86,7 @@ def test_nnx(name, key_heads, is_causal):
         def loss(layer, x):
             mask = MASKS[name]
             if is_causal and mask is not None:
-                # Flax wants room for its causal mask in the one of the call.
+                # Flax needs it in full shape, to combine it with its causal mask.
                 mask = jnp.broadcast_to(mask, (B, mask.shape[1], T, T))
             output = layer(x, mask=mask, is_causal=is_causal)
             return jnp.sin(output).sum(), output
@@ -131,7 +131,7 @@ def test_bias(shape, function):
 
     def run(attend, bias):
         mask = jnp.tri(T, S, dtype=bool)
-        # NNX's shape of a mask is that of jax.nn: four axes.
+        # Masks of NNX have four axes, as those of jax.nn.
         return attend(q, k, v, bias.reshape((1,) * (4 - bias.ndim) + shape), mask)
 
     near(run(ATTEND, bias), run(function, bias))
@@ -150,7 +150,7 @@ def test_bias(shape, function):
 def test_dtype_of_the_computation(dtype, given):
     x = jnp.asarray(jnp.round(X * 2), given)
     params = of_linen().init(jax.random.key(0), X)
-    # Two roundings of results below 4; Flax's softmax is of 16 bits itself.
+    # Two roundings of results below 4, and Flax's softmax is computed in 16 bits.
     atol = {None: 1e-5, jnp.bfloat16: 2**-5, jnp.float16: 2**-8}[dtype]
     make = functools.partial(of_linen, dtype=dtype)
     near(make(ATTEND).apply(params, x), make().apply(params, x), atol)
@@ -161,7 +161,7 @@ def test_dtype_of_the_computation(dtype, given):
 @pytest.mark.usefixtures("loose")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_dtype_of_the_function(dtype):
-    # Results below 2, rounded twice, and Flax's weights once more.
+    # Results below 2 are rounded twice; Flax rounds its weights, too.
     q = X[:, :, None] / 2
     for function in (linen.dot_product_attention, nnx.dot_product_attention):
         found, wanted = (f(q, q, q, dtype=dtype) for f in (ATTEND, function))
@@ -205,7 +205,7 @@ def test_every_argument_of_flax_is_taken():
         assert set(inspect.signature(function).parameters) <= taken
 
 
-# What Flax does not have.
+# Features that Flax does not have.
 
 
 def test_score_mask_modifiers_and_sinks():
@@ -275,7 +275,7 @@ def test_arrays_are_learned_where_the_function_is_made_within():
 
 
 def dropped(attend=ATTEND, t=64, s=48, rng=0, rate=0.3, **options):
-    """The weights after dropout ``[B, T, N, S]``, uniform but for dropout."""
+    """Weights after dropout ``[B, T, N, S]``; without dropout they are uniform."""
     query, key = jnp.zeros((B, t, N, 4)), jnp.zeros((B, s, N, 4))
     value = jnp.broadcast_to(jnp.eye(s)[:, None], (B, s, N, s))
     return np.asarray(
@@ -295,12 +295,12 @@ def dropped(attend=ATTEND, t=64, s=48, rng=0, rate=0.3, **options):
 def test_dropout_statistics(shared, implementation):
     attend = nn.attention_fn(implementation=implementation)
     weights = dropped(attend, broadcast_dropout=shared)
-    # A weight is dropped, or scaled so that its expectation stays what it was.
+    # Weights are dropped, or scaled so that the expectation does not change.
     kept = weights > 0
     np.testing.assert_allclose(weights[kept], 1 / (48 * 0.7), rtol=1e-5)
     patterns = kept.swapaxes(1, 2).reshape(B * N, -1).astype(float)
     count = patterns[0].size * (1 if shared else B * N)
-    # Five standard deviations of the mean of so many independent draws.
+    # Five standard deviations of the mean of ``count`` independent draws.
     assert abs(patterns.mean() - 0.7) < 5 * np.sqrt(0.3 * 0.7 / count)
     for other in patterns[1:]:
         if shared:
@@ -429,7 +429,7 @@ def test_linen_decodes_as_the_whole(name):
     variables = steps.init(jax.random.key(0), X)
     params, cache = {"params": variables["params"]}, variables["cache"]
     wanted = whole.apply(params, X)
-    # Flax's own function can be held to the whole only where it knows the mask.
+    # Flax's own function can be compared only for masks that it has.
     if name == "causal":
         mask = linen.make_causal_mask(jnp.ones((B, T)))
         near(wanted, of_linen().apply(params, X, mask=mask))
@@ -480,10 +480,10 @@ def test_each_example_has_a_position_of_its_own():
     attend = nn.attention_fn(**options)
     near(attend(q, k, v, mask=mask), wanted)
     near(attend(q, k, v, mask=mask, is_causal=True), wanted)
-    # Heads that see less do not move the query.
+    # Heads that see less do not change the position of the query.
     less = jnp.broadcast_to(mask, (2, 3, N, 1, S)).at[:, :, 0].set(False)
     near(attend(q, k, v, mask=less)[..., 1:, :], wanted[..., 1:, :])
-    # One for all.
+    # One mask for all examples and heads.
     near(
         attend(q, k, v, mask=np.arange(S) <= 4),
         attention(q, k, v, query_offset=4, **options),

@@ -1,7 +1,7 @@
-"""Our modules with the weights of Hugging Face models compute what those compute.
+"""Modules with the weights of Hugging Face models give the same results as these.
 
-The models are made from their config classes, with random weights, and saved as they
-save themselves; nothing is downloaded.
+The models are made from their config classes with random weights, and saved by
+``save_pretrained``; nothing is downloaded.
 """
 
 import copy
@@ -23,28 +23,28 @@ transformers = pytest.importorskip("transformers")
 
 FEATURES, HEADS, HIDDEN, LAYERS, VOCABULARY = 32, 4, 48, 2, 61
 
-# Rounding is judged by the torch model itself: both sides, float32, are compared with
-# it in float64. Theirs is off by what rounding costs in this very computation (more
-# where logits are large, as T5's, which are not scaled); ours rounds elsewhere, by the
-# same law, and may be off by a few times as much. The second number, some units in the
-# last place of the largest number, is for where theirs is luckily exact.
+# Both models, in float32, are compared with the torch model in float64. The error of
+# the torch model is that of rounding in this computation (it is larger where logits are
+# large, as in T5, which does not scale them). Ours rounds at other places, and may be
+# ALLOWED times as large. AT_LEAST, relative to the largest number, is allowed in any
+# case: torch's error may be small by chance.
 ALLOWED, AT_LEAST = 4.0, 1e-6
 
 
 def made(build, folder):
-    """With weights that leave no part idle: at first norms are 1 and biases 0."""
+    """Builds and saves a model, with noise on all weights, also norms and biases."""
     torch.manual_seed(0)
     model = build()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:  # Marian's sinusoids do not
+            if parameter.requires_grad:  # all but Marian's sinusoids
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     model.save_pretrained(folder)
     return model.eval()
 
 
 def tokens_of(length, *, least=3):
-    """Two examples, the second of which is padded; tokens that have no other use."""
+    """Two examples, the second one padded, without special tokens."""
     rng = np.random.default_rng(length)
     tokens = rng.integers(10, VOCABULARY, (2, length))
     lengths = np.array([length, max(2 * length // 3, min(length, least))])
@@ -56,12 +56,12 @@ def torched(*arrays):
 
 
 def first(model, *inputs, **named):
-    """Hidden states or logits."""
+    """The first output of a model: hidden states or logits."""
     return model(*inputs, **named)[0]
 
 
 def error(ours, model, real, *inputs, call=first, **named):
-    """The largest, of real tokens, in units of what is allowed: below 1 all is well."""
+    """The largest error of real tokens over the allowed error; it must be below 1."""
 
     @torch.no_grad()
     def run(model):
@@ -124,7 +124,7 @@ def encoder(positions, activation=exact_gelu, scan=False, **options):
 
 
 def unpooled(kind, config):
-    """A model without the layer that ours leave out."""
+    """A model without pooling layer, which attnlab does not have."""
     return kind(config, add_pooling_layer=False)
 
 
@@ -175,7 +175,7 @@ def big_bird(tmp_path_factory):
 
 
 def block_mask(count, drawn):
-    """BigBird's: the first and last blocks, neighbours, and blocks for each head."""
+    """BigBird's mask: first and last block, neighbours, drawn blocks of each head."""
     heads = drawn.shape[0]
     window = np.arange(count)[:, None] + np.arange(-1, 2)
     window[(window < 0) | (window >= count)] = -1
@@ -205,18 +205,18 @@ def recorded(model, monkeypatch):
     return drawn
 
 
-# 37 is the least length that is sparse; 61 is padded to whole blocks.
+# 37 is the least length with a sparse mask; 61 is padded to whole blocks.
 @pytest.mark.parametrize("length", few([37, 61, 96], 61))
 def test_big_bird_draws_blocks_for_each_layer_and_head(big_bird, length, monkeypatch):
     model, folder = big_bird
     tokens, lengths, real = tokens_of(length)
     drawn = recorded(model, monkeypatch)
-    training = copy.deepcopy(model).train()  # else none are drawn; no dropout
+    training = copy.deepcopy(model).train()  # draws only when training
     inputs = torched(tokens, real)
     with torch.no_grad():
         training(*inputs)
     count = -(-length // BLOCK)
-    # The ends, which see everything, draw none.
+    # The first and last rows see all keys, and have no drawn blocks.
     layouts = [np.pad(d, ((0, 0), (1, 1), (0, 0)), constant_values=-1) for d in drawn]
     assert [layout.shape for layout in layouts] == LAYERS * [(HEADS, count, DRAWN)]
     assert any((layouts[0][0] != layouts[0][h]).any() for h in range(HEADS))
@@ -256,7 +256,7 @@ def test_big_bird_is_dense_where_it_is_short(tmp_path):
     assert error(result, model, real, *torched(tokens, real)) < 1
 
 
-WINDOWS, FIRST = [4, 8], 2  # Longformer's, a layer; the row of its first position
+WINDOWS, FIRST = [4, 8], 2  # by layer; the row of Longformer's first position
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +350,7 @@ def test_gpt2(gpt2, length):
     assert error(ours, model, real, ids, attention_mask=attended) < 1
 
 
-WINDOW = 8  # Mistral's, the key itself included
+WINDOW = 8  # Mistral's window, the query's own position included
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["head", "tied"])
@@ -395,7 +395,7 @@ def mistral_like(folder, config, window=WINDOW):
 @pytest.mark.parametrize("length", few([5, WINDOW, 40], 40))
 def test_mistral(mistral, length):
     model, folder = mistral
-    # Torch makes NaN of a query whose window holds nothing but padding.
+    # Torch returns NaN for a query whose window holds only padding.
     tokens, lengths, real = tokens_of(length, least=length - 5)
     ids, attended = torched(tokens, real)
     mask = masks.lengths(key=lengths)
@@ -408,7 +408,7 @@ def test_mistral(mistral, length):
 
 # Encoder and decoder.
 
-BUCKETS, FARTHEST = 8, 20  # T5's: of offsets
+BUCKETS, FARTHEST = 8, 20  # T5's buckets of offsets
 
 
 @pytest.fixture(scope="module", params=["1.0", "1.1"])
@@ -433,7 +433,8 @@ def t5(request, tmp_path_factory):
     def build():
         model = transformers.T5ForConditionalGeneration(config)
         if new:
-            # False above only means "do not divide"; the class ties what 1.1 does not.
+            # tie_word_embeddings=False only means that logits are not divided; the
+            # class still ties the weights, which T5 1.1 does not.
             model.lm_head = torch.nn.Linear(FEATURES, VOCABULARY, bias=False)
         return model
 
@@ -450,7 +451,7 @@ def t5_like(folder, new):
     )
 
     def side(bidirectional):
-        # One for all layers.
+        # One bias for all layers.
         bias = nn.RelativeBias(
             HEADS,
             buckets=BUCKETS,
@@ -480,7 +481,7 @@ def t5_like(folder, new):
 
 
 def translation_error(ours, model, source, target):
-    """``error`` of an encoder-decoder's logits, at lengths of sources and targets."""
+    """``error`` of an encoder-decoder's logits, for given source and target lengths."""
     tokens, lengths, real = tokens_of(source)
     targets, target_lengths, target_real = tokens_of(target)
     logits = ours(
@@ -565,7 +566,7 @@ def test_marian(marian, source, target, scan):
     assert translation_error(ours, model, source, target) < 1
 
 
-# What published checkpoints hold besides, and how they are written.
+# Further tensors of published checkpoints, and their formats.
 
 
 def same(ours, other):
@@ -576,7 +577,7 @@ def same(ours, other):
 
 
 def telling(make, *args, ignored):
-    """What ``make`` returns; it must tell these names, all at once."""
+    """What ``make`` returns; it must warn once, with the names in ``ignored``."""
     with pytest.warns(UserWarning, match="ignored") as told:
         made = make(*args)
     (warning,) = told
@@ -593,7 +594,7 @@ def shortened(tensors, prefix):
 
 
 def buffers(prefix, length):
-    """Of embeddings, from times when they were saved."""
+    """Buffers of embeddings, which older versions of transformers saved."""
     ids = torch.arange(length)[None]
     at = f"{prefix}embeddings."
     return {f"{at}position_ids": ids, f"{at}token_type_ids": torch.zeros_like(ids)}
@@ -603,7 +604,7 @@ def test_bert_with_heads(bert):
     config = transformers.BertConfig(**bert_options(max_position_embeddings=40))
     model = transformers.BertForPreTraining(config)
     model.bert.load_state_dict(bert[0].state_dict(), strict=False)
-    # Tensors that require gradients, and those vectors that the head shares.
+    # All parameters, also those that the head shares with the embeddings.
     tensors = dict(model.named_parameters(remove_duplicate=False))
     ours, other = encoder(40), encoder(40)
     weights.load(ours, bert[1], weights.bert(LAYERS))
@@ -707,7 +708,7 @@ def test_t5_as_published(t5):
         ]
     for written in spellings:
         same(ours, t5_like(written, new))
-    # transformers ignores it, too: it was trained, and nothing reads it.
+    # transformers ignores it, too: no layer uses this trained tensor.
     unread = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     assert unread in model._keys_to_ignore_on_load_unexpected
     tensors[unread] = torch.ones(BUCKETS, HEADS)

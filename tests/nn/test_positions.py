@@ -1,4 +1,4 @@
-"""Positions: order is lost without them, and each kind brings it back."""
+"""Positions: a model without them ignores order; with each kind it does not."""
 
 import decimal
 
@@ -95,12 +95,12 @@ def test_rotary_scaling_offset_and_part():
     np.testing.assert_allclose(part[..., :4], plain(q[..., :4], where), atol=1e-6)
 
 
-#: 131,072 tokens, more than float32 counts, and the last that there are.
+#: Positions up to 131,071, beyond the integers of float32, and up to the last int32.
 FAR = np.array([0, 1, 3, 131_071, 2**24 + 1, 2**30 + 12_345, 2**31 - 1], np.int32)
 
 
 def angles(positions, features, base, *, scaling=1, offset=0):
-    """In float64: whole turns are taken off with 60 digits."""
+    """Exact angles in float64, reduced to one turn with 60 digits."""
     number = decimal.Decimal
     with decimal.localcontext(prec=60):
         turn = 2 * number("3.14159265358979323846264338327950288419716939937511")
@@ -113,7 +113,7 @@ def angles(positions, features, base, *, scaling=1, offset=0):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_far_positions_are_as_exact_as_their_type(wide):
-    """Traced as well; a neighbour more or less is seen everywhere."""
+    """Also traced; an error of one position would be noticed at every position."""
     dtype, eps = (np.float64, 5e-16) if wide else (np.float32, 1.2e-7)
     rotary = nn.Rotary(base=5e5, scaling=4.0, offset=1, interleaved=True)
     with jax.enable_x64(wide):

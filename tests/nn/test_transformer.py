@@ -40,7 +40,7 @@ def test_plain_and_gated_feed_forward():
 
 
 def gradient_norms(residual):
-    """Of the first and of the last of 32 layers."""
+    """Gradient norms of the first and of the last of 32 layers."""
     rngs = nnx.Rngs(0)
     blocks = nn.make_blocks(32, features=16, num_heads=2, residual=residual, rngs=rngs)
     x = jax.random.normal(jax.random.key(1), (2, 8, 16))
@@ -107,7 +107,7 @@ def test_remat_holds_less():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert held(remat=True) < 0.4 * held()
-    # One barrier a block; XLA for CPUs takes them out again where there is no loop.
+    # One barrier per block; XLA for CPUs removes barriers outside of loops.
     assert program(remat=True).as_text().count("optimization_barrier") == 8
 
 
@@ -122,7 +122,7 @@ def test_only_what_norms_its_input_norms_its_last_output():
 
 
 class Scaled(nn.PreNorm):
-    """A residual of the user's own, which normalises what a layer reads."""
+    """A user's pre-norm residual that halves the output of the layer."""
 
     def __call__(self, x, layer):
         return super().__call__(x, lambda x: 0.5 * layer(x))
@@ -173,7 +173,7 @@ def test_scan_of_unlike_blocks_is_refused():
 
 
 def test_a_pattern_for_each_layer():
-    """What reaches the last token through two windows of 2 and 1."""
+    """The last token depends on what windows of 2 and 1 reach in two layers."""
     patterns = [masks.causal() & masks.sliding_window(n, 0) for n in (2, 1)]
     model = nn.Decoder.standard(
         20, mask=patterns, rngs=nnx.Rngs(0), **SMALL | {"num_layers": 2}
@@ -238,7 +238,7 @@ def embedding(**options):
     return nn.Embedding(30, 16, rngs=nnx.Rngs(1), **options)
 
 
-#: Parts of a decoder, and what its self-attentions compute in.
+#: Options of a decoder, and the dtypes of its self-attentions.
 TYPES = {
     "float32": ({}, "float32", "float32"),
     "attention": (dict(attention=half(nn.MultiHeadAttention)), "bfloat16", "bfloat16"),
@@ -255,7 +255,7 @@ TYPES = {
             embedding=embedding(param_dtype=jnp.bfloat16),
         ),
         "bfloat16",
-        "float32",  # what the norms of the first block make of it
+        "float32",  # the norms of the first block return float32
     ),
     "norm first": (
         dict(
@@ -291,7 +291,7 @@ def test_caches_have_the_type_that_attention_computes_in(name):
         30, rngs=nnx.Rngs(0), **SMALL | {"num_layers": 2} | options
     )
     model.train()
-    state = model.start(2, 5)  # nothing is drawn
+    state = model.start(2, 5)  # no random numbers are used
     found = [str(block.cache.key.dtype) for block in state.blocks]
     assert found == types
     model.eval()
@@ -352,7 +352,7 @@ def test_tokens_of_another_batch_than_the_state(shape):
 
 @pytest.mark.slow
 def test_positions_count_in_cross_attention_too():
-    """A window over the memory moves along in every step of decoding."""
+    """A window over the memory moves with each decoding step."""
     model = nn.Decoder.standard(
         30, cross_attention=True, position=nn.Rotary, rngs=nnx.Rngs(0), **SMALL
     )
@@ -398,7 +398,7 @@ def test_documents_in_one_row_are_as_if_alone():
     tokens = jax.random.randint(jax.random.key(0), (1, 9), 0, 30)
     ids = jnp.array([[0] * 4 + [1] * 5])
     where = jnp.concatenate([jnp.arange(4), jnp.arange(5)])
-    # Positions start anew in each document: the mask must not speak of them.
+    # Positions restart in each document, so the mask must not depend on them.
     x = model.embedding(tokens, where)
     packed = jax.jit(model.stack)(x, mask=masks.documents(ids))
     alone = jax.jit(model.stack)(model.embedding(tokens[:, 4:]))
@@ -423,7 +423,7 @@ PLACES = np.where(REAL, np.arange(4), -1).astype(np.int32)
 
 
 def of_paddings(model, run, x, paddings):
-    """The sum of the real tokens' outputs, and gradients, for each padding of x."""
+    """Sum of the outputs of real tokens, and gradients, for each value of padding."""
     real = REAL.reshape(*REAL.shape, *[1] * (x.ndim - 2))
 
     @nnx.jit
@@ -505,7 +505,7 @@ def test_padding_reaches_no_gradient(name):
 
 
 def test_tokens_in_padding_need_no_vector():
-    """Beyond the vocabulary there is none: Flax yields NaN."""
+    """Padding tokens may be beyond the vocabulary, for which Flax returns NaN."""
     model = nn.Encoder.standard(
         5, num_layers=1, features=8, num_heads=2, rngs=nnx.Rngs(0)
     )
@@ -516,7 +516,7 @@ def test_tokens_in_padding_need_no_vector():
 
 
 def test_what_a_query_sees_shows():
-    """A key that somebody sees is no padding, whatever it holds."""
+    """NaN in a visible key is not hidden."""
     layer = nn.MultiHeadAttention(8, 2, mask=masks.causal(), rngs=nnx.Rngs(0))
     x = jnp.ones((1, 4, 8)).at[0, 2].set(jnp.nan)
     assert np.isnan(layer(x)[0, 2:]).all()
@@ -524,7 +524,7 @@ def test_what_a_query_sees_shows():
 
 @pytest.mark.slow
 def test_a_memory_mask_is_reordered_with_the_beams():
-    """An array for all examples, and one that leads with the batch."""
+    """A mask with an array for all examples, and one with an array per example."""
     mask = masks.dense(np.arange(4)[None, :] < 3) & masks.lengths(key=LENGTHS)
     model = nn.Decoder.standard(
         5, num_layers=1, features=8, num_heads=2, cross_attention=True, rngs=nnx.Rngs(0)
@@ -611,7 +611,7 @@ def test_an_array_is_one_mask_for_all_blocks(length, scan):
 @pytest.mark.slow
 @pytest.mark.usefixtures("loose")  # for optax
 def test_overfits_64_pairs():
-    """Sentences of random words and their reversals, learned by heart."""
+    """The model learns random sentences and their reversals by heart."""
     count, length, vocabulary, start, end = 64, 6, 24, 0, 1
     random = np.random.default_rng(0)
     words = random.integers(2, vocabulary, (count, length))

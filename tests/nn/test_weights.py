@@ -1,4 +1,4 @@
-"""Loading weights: what goes where, and what is refused before anything changes."""
+"""Loading weights: where tensors go, and errors, which leave modules unchanged."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ FEATURES, HEADS, HIDDEN, LAYERS, VOCABULARY, LENGTH = 8, 2, 12, 2, 11, 5
 
 
 def encoder(scan=False, **options):
-    """Of BERT's kind."""
+    """An encoder like BERT."""
     rngs = nnx.Rngs(0)
     embedding = nn.Embedding(
         VOCABULARY,
@@ -41,7 +41,7 @@ def encoder(scan=False, **options):
 
 
 def checkpoint(prefix=""):
-    """BERT's names and shapes; no two numbers are equal."""
+    """Tensors with BERT's names and shapes; no two numbers are equal."""
     shapes = {
         "embeddings.word_embeddings.weight": (VOCABULARY, FEATURES),
         "embeddings.position_embeddings.weight": (LENGTH, FEATURES),
@@ -73,13 +73,13 @@ def checkpoint(prefix=""):
 
 
 def numbers(module):
-    """Parameters by path, copied."""
+    """Copies of the parameters, by path."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(map(str, path)): np.array(v[...]) for path, v in flat}
 
 
 def refused(module, source, names, error=ValueError):
-    """The message; the module must be as it was."""
+    """The message of the error; the module must not change."""
     before = numbers(module)
     with pytest.raises(error) as caught:
         weights.load(module, source, names)
@@ -91,7 +91,7 @@ def refused(module, source, names, error=ValueError):
 
 
 def linear(x, tensors, name):
-    """PyTorch's ``Linear``."""
+    """Applies PyTorch's ``Linear`` with the tensors of ``name``."""
     return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
 
 
@@ -172,12 +172,12 @@ def test_what_is_ignored_is_told_once_and_by_name():
     with pytest.warns(UserWarning, match="ignored") as told:
         weights.load(module, tensors, names)
     assert [str(w.message) for w in told] == [
-        f"ignored, for no parameter takes them: {', '.join(sorted(buffers))}"
+        f"ignored, as no parameter takes them: {', '.join(sorted(buffers))}"
     ]
     assert told[0].filename == __file__
-    # Where a warning is an error, nothing has changed yet.
+    # If the warning is an error, the module is not changed.
     refused(encoder(), tensors, names, UserWarning)
-    # Who asks for a part knows that there are others.
+    # Loading a part of a model does not warn of the other parts.
     layer = nn.MultiHeadAttention(FEATURES, HEADS, rngs=nnx.Rngs(0))
     weights.load(layer, tensors, names.of("stack.blocks.0.attention"))
 
@@ -200,7 +200,7 @@ def test_copies_are_compared_and_stand_in_for_each_other():
         np.testing.assert_array_equal(ours.table.embedding[...], table)
     message = refused(module(), other, names(""))
     assert "'head.weight': expected a copy of 'table.weight'" in message
-    ours = module()  # a part that makes no logits
+    ours = module()  # a part without the head
     weights.load(ours, other, names("embedding.").of("embedding"))
     np.testing.assert_array_equal(ours.table.embedding[...], table)
 
@@ -229,7 +229,7 @@ def test_a_tensor_left_over():
     tensors = checkpoint() | {"encoder.layer.0.attention.self.distance": np.ones(3)}
     message = refused(encoder(), tensors, weights.bert(LAYERS))
     assert "'encoder.layer.0.attention.self.distance' [3]: no parameter" in message
-    # Tensors beside the prefix are those of other parts: a head, say.
+    # Tensors without the prefix belong to other parts, such as a head.
     others = checkpoint("bert.") | {"cls.predictions.bias": np.ones(3)}
     with pytest.warns(UserWarning, match=r"cls\.predictions\.bias"):
         weights.load(encoder(), others, weights.bert(LAYERS, prefix="bert."))
@@ -365,7 +365,7 @@ def test_parts_of_fused_tensors():
         "h.0.attn.c_attn.bias": rng.normal(size=24).astype(np.float32),
         "h.0.attn.c_proj.weight": rng.normal(size=(8, 8)).astype(np.float32),
         "h.0.attn.c_proj.bias": rng.normal(size=8).astype(np.float32),
-        # A causal mask, which is no parameter.
+        # A buffer with the causal mask.
         "h.0.attn.bias": np.ones((1, 1, 5, 5)),
     }
     names = weights.gpt2(1).of("stack.blocks.0.attention")
@@ -375,7 +375,7 @@ def test_parts_of_fused_tensors():
     whole = x @ fused["h.0.attn.c_attn.weight"] + fused["h.0.attn.c_attn.bias"]
     ours = [f(x).reshape(3, 8) for f in (layer.query, layer.key, layer.value)]
     np.testing.assert_allclose(np.concatenate(ours, -1), whole, atol=1e-5)
-    # Side by side along the outputs of PyTorch's Linear, which lead.
+    # Joined along the outputs, the first axis of PyTorch's Linear.
     one = weights.part(weights.linear("qkv"), 1, 3, axis=0)
     assert list(one.shapes((8, 2, 4))) == [(24, 8)]
     array = rng.normal(size=(24, 8))
@@ -465,7 +465,7 @@ def test_shards_stay_in_their_folder(save, shard, tmp_path):
 
 
 def test_links_and_folders_of_shards(save, tmp_path):
-    # As in the cache of Hugging Face: what lies in the folder are links.
+    # As in the cache of Hugging Face, where the files are links.
     folder = tmp_path / "folder"
     (folder / "b").mkdir(parents=True)
     save(checkpoint(), tmp_path / "a")
@@ -510,7 +510,7 @@ def test_foreign_files_and_sources(save, tmp_path):
     assert f"{file}: expected a safetensors" in refused(
         encoder(), file, weights.bert(LAYERS)
     )
-    # A type that NumPy does not have.
+    # A dtype that NumPy does not have.
     save({n: t.astype(np.int8) for n, t in checkpoint().items()}, file)
     size = int.from_bytes(file.read_bytes()[:8], "little")
     header, data = file.read_bytes()[8 : 8 + size], file.read_bytes()[8 + size :]
@@ -551,7 +551,7 @@ def test_bfloat16(save, tmp_path):
 
 
 class Malice:
-    """Unpickling it makes a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -570,7 +570,7 @@ def test_pickles_are_refused(name, tmp_path):
         assert name in message
         assert "pickles are never read" in message
         assert "save_pretrained" in message
-    # Under another name it is no safetensors file, and is not run either.
+    # Renamed to .safetensors it is refused, and not unpickled either.
     disguised = tmp_path / "model.safetensors"
     (tmp_path / name).rename(disguised)
     message = refused(encoder(), disguised, weights.bert(LAYERS))

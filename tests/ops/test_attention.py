@@ -1,4 +1,4 @@
-"""The verb: its forms, its edges, and what it returns on request."""
+"""``attention``: its forms, its edge cases, and its optional results."""
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +211,7 @@ def test_greatest_weights(count, dropout, tile):
     assert found.weights.shape == found.indices.shape == (B, N, T, count)
     picked = np.take_along_axis(dense, np.maximum(slots, 0), -1)
     near(np.where(slots < 0, 0, picked), found.weights)
-    # As many slots as the query sees, all different; -1 behind them.
+    # As many slots as the query sees keys, at most k, all different; then -1.
     visible = np.asarray(mask.to_dense(T, S)).reshape(T, S).sum(-1)
     seen = np.minimum(visible, count)
     np.testing.assert_array_equal(

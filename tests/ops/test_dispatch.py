@@ -1,4 +1,4 @@
-"""The choice of the implementation: when a program is lowered, for its platform."""
+"""The implementation is chosen for the platform, when a program is lowered."""
 
 import functools
 import re
@@ -26,7 +26,7 @@ X = RNG.normal(size=(B, T, N, H)).astype("f")
 
 
 class Sevens(extend.Implementation):
-    """Says 7, and remembers what it was given."""
+    """Returns 7 everywhere, and records its inputs."""
 
     name = "sevens"
     platforms = ("cpu",)
@@ -51,7 +51,7 @@ class Sevens(extend.Implementation):
 
 @pytest.fixture
 def sevens(monkeypatch):
-    """The first of the automatic choice, on the platforms that it names."""
+    """``Sevens``, registered as the first of the automatic choice on CPUs."""
     made = Sevens()
     for name in ("native", "pallas_tpu"):
         monkeypatch.delitem(PRIORITIES, name)
@@ -62,7 +62,7 @@ def sevens(monkeypatch):
 
 @pytest.fixture
 def tiled_passes(monkeypatch):
-    """Grows by a name whenever a pass of ``tiled`` is traced."""
+    """A list that gets "forward" or "backward" whenever ``tiled`` is traced."""
     found = []
     for name in ("forward", "backward"):
         own = getattr(Tiled, name)
@@ -149,7 +149,7 @@ def test_one_module_for_several_platforms(sevens, tiled_passes):
     np.testing.assert_array_equal(every.call(X), np.full_like(X, 7))
     alone = exported(platforms=("cuda",))(X)
     alike = exported(platforms=("tpu", "cuda"))(X)
-    # One program cannot hold the TPU's kernels for the one and none for the other.
+    # A program for several platforms uses the same code on all, without TPU kernels.
     loops = {x.mlir_module().count("stablehlo.while") for x in (every, alone, alike)}
     assert len(loops) == 1
 
@@ -170,7 +170,7 @@ def test_elsewhere_nothing_of_the_cpu_remains():
     assert "custom_call" not in program
     assert explain(X, X, X, platform="cuda").implementation == "tiled"
     program = lowered(gradient, "tpu")
-    # The loops lie in branches, taken where something is not finite.
+    # The loops are in branches for inputs that are not finite.
     assert program.count("stablehlo.while") == 3
     calls = re.findall(r"stablehlo.custom_call @(\w+)", program)
     assert set(calls) == {"tpu_custom_call"}
@@ -224,7 +224,7 @@ def test_without_jit():
     )
 
 
-# A plan is a function of the inputs and of the sizes of blocks.
+# A plan depends only on the inputs and on the block sizes.
 
 MASK = masks.causal() & masks.sliding_window(5, 5)
 NO_DATA = MASK.operands(T, S)
@@ -308,13 +308,14 @@ def test_operations_are_counted():
         for heads, size in ((4, 16), (2, 16), (2, 8))
     )
     cap = modifiers.soft_cap(2.0)
-    # Of another platform: nothing is compiled to ask for its memory.
+    # For another platform nothing is compiled, so memory is not known.
     found = cost(q, k, v, mask=masks.causal(), modifiers=[cap], platform="cuda")
     pairs, scaled = 2 * 4 * 32 * 33 // 2, 2 * 32 * 4 * 16
     assert found.pairs == pairs
-    # Logits, the cap, weights times values.
+    # FLOPs of the logits, the cap, and weights times values.
     forward = 2 * 16 + cap.flops_per_pair + 2 * 8
     assert found.flops_forward == pairs * forward + scaled
-    # Logits again, their gradient to both sides; the cap again and back; values.
+    # Logits again and the gradients of query and key; the cap forward and backward;
+    # gradients of weights and values.
     backward = 3 * 2 * 16 + 2 * cap.flops_per_pair + 2 * 2 * 8
     assert found.flops_backward == pairs * backward + 2 * scaled

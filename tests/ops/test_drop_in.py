@@ -1,4 +1,4 @@
-"""The drop-in for ``jax.nn.dot_product_attention``, held to it."""
+"""``dot_product_attention`` against ``jax.nn.dot_product_attention``."""
 
 import inspect
 import math
@@ -25,7 +25,7 @@ def normal(*shape, rng=RNG):
 
 QUERY, KEY, VALUE = normal(B, T, N, H), normal(B, S, K, H), normal(B, S, K, H)
 LENGTHS = np.array([5, 9], np.int32)
-#: Every query sees some key.
+#: A mask in which every query sees some key.
 VISIBLE = jnp.asarray(RNG.random((B, N, T, S)) < 0.5).at[..., 0].set(True)
 
 CASES = {
@@ -68,7 +68,7 @@ CASES = {
 
 
 def value_and_gradients(function, query, key, value, options):
-    """The output, and the gradients of q, k, v and of the bias where there is one."""
+    """The output, and the gradients of q, k, v and the bias, if there is one."""
     bias = options.get("bias")
     rest = {name: x for name, x in options.items() if name != "bias"}
 
@@ -77,7 +77,7 @@ def value_and_gradients(function, query, key, value, options):
         output = function(q, k, v, bias, **rest)
         return jnp.sin(output).sum(), output
 
-    # In one program each; which options there are decides what is computed.
+    # One program for output and gradients.
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return run((query, key, value, bias))
 
@@ -149,7 +149,7 @@ def test_residual(name, dtype):
     options = CASES[name]
     found = dot_product_attention(q, k, v, return_residual=True, **options)
     wanted = THEIRS(q, k, v, return_residual=True, **options)
-    # What jax.nn says of a query beyond its length is no log-sum-exp.
+    # For queries beyond the length, jax.nn returns something else than log-sum-exp.
     beyond = np.zeros((B, T, 1), bool)
     if "query_seq_lengths" in options:
         beyond = np.arange(T)[:, None] >= options["query_seq_lengths"][:, None, None]
@@ -157,7 +157,7 @@ def test_residual(name, dtype):
     found, wanted = (
         (output, jnp.where(beyond, 0, lse)) for output, lse in (found, wanted)
     )
-    # bfloat16: eight bits of weights there, and of results in the range of 4.
+    # jax.nn rounds weights to bfloat16's eight bits, and results are up to about 4.
     near(found, wanted, 1e-5 if dtype == jnp.float32 else 4 * 2**-8)
 
 
@@ -209,7 +209,7 @@ def test_the_argument_list_is_theirs():
     assert ours == theirs
 
 
-# Where attnlab's laws are stricter.
+# Cases in which attnlab's laws are stricter than jax.nn.
 
 
 def test_a_query_that_sees_nothing_yields_zero():
@@ -239,7 +239,7 @@ def test_hidden_slots_may_hold_nan():
     )
 
 
-# Structure stays structure.
+# Static options give structural masks.
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_dead_blocks_are_skipped(options, pairs, monkeypatch, tile):
     assert cost.pairs_executed < 512 * 512
 
 
-# Bad input: each error names the argument, what it got, and what would do.
+# Bad input: errors name the argument, what was given, and what is expected.
 
 
 def call(query=QUERY, key=KEY, value=VALUE, *rest, **options):

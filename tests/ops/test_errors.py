@@ -1,4 +1,4 @@
-"""Bad input: each error names the argument, what it got, and what would do."""
+"""Bad input: errors name the argument, what was given, and what is expected."""
 
 import dataclasses
 import types
@@ -35,7 +35,7 @@ class Undecorated(Modifier):
 
 
 def torch_like(x):
-    """An array of a library whose types NumPy does not know."""
+    """An array of a library whose dtypes NumPy does not know."""
     return types.SimpleNamespace(shape=x.shape, dtype="torch.float32")
 
 
@@ -44,7 +44,7 @@ def call(query=Q, key=K, value=V, **options):
 
 
 def like(x, **changes):
-    """The same array with another size along named axes."""
+    """Zeros like ``x``, with other sizes of the axes that ``changes`` names."""
     shape = list(x.shape)
     for name, size in changes.items():
         shape["BLNH".index(name)] = size
@@ -186,7 +186,7 @@ CASES = {
     "heads of heads": (
         call(mask=masks.per_head([masks.dense(np.ones((6, 7, 5), bool))] * 6)),
         ValueError,
-        "varies by head itself; give each head its own",
+        "varies by head itself; give each head its own part of it",
     ),
     "heads within": (
         lambda: masks.per_head([masks.causal() & masks.per_head([masks.full()] * 2)]),
@@ -291,7 +291,7 @@ CASES = {
     "too great a top_k": (
         lambda: attention_with_stats(Q, K, V, top_k=6),
         ValueError,
-        "top_k: got 6 of S=5 keys",
+        r"top_k: expected at most S=5 \(keys\), got 6",
     ),
     "soft cap": (lambda: modifiers.soft_cap(0.0), ValueError, "cap: .* got 0.0"),
     "clipped table": (
@@ -579,7 +579,7 @@ OWN = {
 
 @pytest.mark.parametrize("name", OWN)
 def test_what_own_scores_and_modifiers_yield_is_checked_whoever_runs(name, monkeypatch):
-    """As many queries as keys, so that a wrong shape could be broadcast."""
+    """With as many queries as keys, so that a wrong shape could broadcast."""
     interpreted.register(monkeypatch)
     x = jnp.ones((1, 4, 2, 8))
     options, kind, message = OWN[name]

@@ -1,4 +1,4 @@
-"""Exported programs of which not every size is known (``jax.export``)."""
+"""Exported programs with symbolic sizes (``jax.export``)."""
 
 import functools
 
@@ -22,7 +22,7 @@ def arrays(b, t, s):
 
 
 def shapes(symbols, *more):
-    """Of query, key and value; ``more``: shapes and types of other arrays."""
+    """Symbolic shapes of query, key and value, and of ``more`` arrays."""
     scope = jax.export.SymbolicScope()
     symbolic = functools.partial(jax.export.symbolic_shape, scope=scope)
     b, t, s = symbolic(symbols)
@@ -128,7 +128,7 @@ def test_whoever_needs_a_plan_says_so(implementation):
 
 
 def test_the_reference_is_not_chosen_unasked():
-    words = r"implementation: a plan needs .* got T \(t\); implementation='reference'"
+    words = r"a plan needs .* T \(t\); give implementation='reference'"
     with pytest.raises(NotImplementedError, match=words):
         jax.export.export(jax.jit(attention))(*shapes("2, t, 3"))
     with pytest.raises(NotImplementedError, match=words):
@@ -141,7 +141,7 @@ def test_the_reference_is_not_chosen_unasked():
 
 def test_what_else_needs_lengths_says_so():
     top = functools.partial(attention_with_stats, top_k=2, implementation="reference")
-    with pytest.raises(NotImplementedError, match=r"top_k: .* S is symbolic \(s\)"):
+    with pytest.raises(NotImplementedError, match=r"top_k: .* but S is symbolic \(s\)"):
         jax.export.export(jax.jit(top))(*shapes("2, 3, s"))
     mask = masks.random_blocks(RNG, 1, 2, 4)
     run = functools.partial(attention, mask=mask, implementation="reference")

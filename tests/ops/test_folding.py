@@ -33,7 +33,7 @@ def close(found, wanted):
 
 @pytree
 class SomeHeads(Mask):
-    """A user's own mask, which asks for the head."""
+    """A user's mask that depends on the head."""
 
     def visible(self, tile, operands):
         return (tile.query_positions + tile.key_positions) % (tile.head + 1) == 0
@@ -41,7 +41,7 @@ class SomeHeads(Mask):
 
 @pytree
 class HeadScale(Modifier):
-    """A user's own modifier, which asks for the head."""
+    """A user's modifier that depends on the head."""
 
     def apply(self, logits, tile, *operands):
         return logits / (1 + tile.head).astype(logits.dtype)
@@ -54,7 +54,7 @@ DENSE = np.random.default_rng(2).random((M, N, T, S)) < 0.6
 RNG = jax.random.key(3)
 
 
-#: name: (mapped data, shared data, options made of both, whether it folds into heads).
+#: By name: (mapped data, shared data, options from both, whether it folds into heads).
 CASES = {
     "plain": (None, None, lambda m, s: {}, True),
     "causal": (None, None, lambda m, s: dict(mask=masks.causal()), True),
@@ -186,7 +186,7 @@ CASES = {
 
 
 def _heads(jaxpr):
-    """Heads of the queries of each pass in a program."""
+    """The number of query heads of each pass in a program."""
     for step in jaxpr.eqns:
         if step.primitive is attention_p:
             yield step.invars[0].aval.shape[2]
@@ -195,7 +195,7 @@ def _heads(jaxpr):
 
 
 def _run(name, implementation):
-    """Of arrays, (a sum, the output); what is shared leads with the keys."""
+    """A function (q, (k, v, shared data), mapped data) -> (a sum, the output)."""
     make = CASES[name][2]
 
     def run(q, shared, mapped):
@@ -217,7 +217,7 @@ def _data(name):
 
 
 def _gradients(function):
-    """Of queries, and of all floats that are shared."""
+    """``function`` with gradients of the queries and of all shared floats."""
 
     def run(q, shared, mapped):
         leaves, structure = jax.tree.flatten(shared)
@@ -266,7 +266,7 @@ def _check(name, implementation):
     assert set(_heads(program.jaxpr)) == {M * N if folds else N}
 
 
-#: Cases that fold as another one does.
+#: Cases that fold like another case; they are slow.
 ALIKE = (
     "lengths",
     "dense",
@@ -283,7 +283,7 @@ ALIKE = (
     "head of a mask",
     "anchors",
 )
-#: How a case folds does not depend on what runs it: few cases run on both.
+#: Folding does not depend on the implementation, so few cases run on both.
 KEPT = [
     *itertools.product([name for name in CASES if name not in ALIKE], [NATIVE]),
     *itertools.product(["per head", "additive"], ["tiled"]),
@@ -294,7 +294,10 @@ KEPT = [
     ("name", "implementation"), few(itertools.product(CASES, FAST), *KEPT)
 )
 def test_equals_a_loop(name, implementation):
-    """Values, gradients of queries, each by its own and not, and of what is shared."""
+    """Values and gradients equal those of a loop over examples.
+
+    Gradients of the queries are taken inside and outside of ``vmap``.
+    """
     if (name, implementation) == ("head of a modifier", "native"):
         pytest.skip("native knows no modifier of the user's")
     _check(name, implementation)
@@ -310,7 +313,7 @@ def test_kernels_for_tpu_equal_a_loop(name, monkeypatch):
 
 
 def test_a_fold_changes_nobodys_choice(monkeypatch):
-    """Kernels for TPU take so many heads of a group, and no more."""
+    """Folding must not exceed the heads per key head that TPU kernels support."""
     interpreted.register(monkeypatch)
     module = sys.modules["attnlab._src.implementations.pallas_tpu"]
     monkeypatch.setattr(module, "MOST_MEMBERS", M)
@@ -361,5 +364,5 @@ def test_nothing_is_held_for_each_example(implementation, gradient):
 
     run = jax.grad(total, (0, 1, 2)) if gradient else total
     program = jax.jit(run).lower(query, key, key).compile()
-    # Copies of keys or of values would be 8.4 MB each.
+    # Copies of keys or of values would take 8.4 MB each.
     assert program.memory_analysis().temp_size_in_bytes < 8e6

@@ -24,7 +24,7 @@ def inputs(query_size=H):
 
 
 def logits_of(score, q, k):
-    """The logits that the softmax saw: log weights + log-sum-exp."""
+    """The logits, computed back as log weights + log-sum-exp."""
     v = np.ones((B, S, K, 1), np.float32)
     result = attention_with_stats(q, k, v, score=score, top_k="all")
     lse = np.asarray(result.lse).swapaxes(1, 2)[..., None]
@@ -32,7 +32,7 @@ def logits_of(score, q, k):
 
 
 def perturbed(score):
-    """Biases of zero would hide that they are left out."""
+    """Adds noise to all parameters, so that biases are not zero."""
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype("f") * 0.1, score)
 
@@ -42,7 +42,7 @@ def heads(x):
 
 
 def pairs(q, k):
-    """``[B, N, T, 1, X]`` and ``[B, N, 1, S, X]``."""
+    """Query and key broadcast against each other: ``[B, N, T or 1, S or 1, X]``."""
     return q.swapaxes(1, 2)[:, :, :, None], k.swapaxes(1, 2)[:, :, None]
 
 
@@ -80,7 +80,7 @@ def test_cosine():
     wanted = cosine * temperature[:, None, None]
     found = logits_of(scores.cosine(temperature), q, k)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    # Whatever the inputs' size; and a zero vector has cosine 0, with a finite gradient.
+    # Inputs of any size; a zero vector has cosine 0, with a finite gradient.
     found = logits_of(scores.cosine(temperature), q * 1000, k / 1000)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     gradient = jax.grad(lambda q: scores.cosine(2.0).project_query(q).sum())(q * 0)
@@ -229,8 +229,8 @@ def test_costs():
     assert cost.transcendentals_per_pair == P + M
     relu = scores.mlp.init(rng, Q, H, hidden_sizes=(P, M))
     assert scores.cost(relu, Q).transcendentals_per_pair == 0
-    # The trade, as a printed number.
-    assert f"{cost.flops_per_pair:,} FLOPs a pair" in str(cost)
+    # The cost is printed.
+    assert f"{cost.flops_per_pair:,} FLOPs and {P + M} transc" in str(cost)
 
 
 def test_tanh_sum():

@@ -1,4 +1,4 @@
-"""Devices and a place to train."""
+"""Fixtures for training: promotion, devices, folders, texts."""
 
 import io
 
@@ -13,7 +13,7 @@ from benchmarks.studies.machinery.training import Place
 
 @pytest.fixture(autouse=True)
 def promoting():
-    """Optax's optimisers promote, and studies train."""
+    """Standard dtype promotion, which optax's optimisers need."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 

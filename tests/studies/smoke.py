@@ -1,4 +1,4 @@
-"""A study of the harness itself: can a tiny recurrent network reverse a few symbols?"""
+"""A tiny study to test the machinery: a recurrent network reverses symbols."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from benchmarks.studies.machinery.training import Run
 
 
 class Reverser(nnx.Module):
-    """One gated recurrent network reads the source and goes on with the target."""
+    """One GRU reads the source and then produces the target."""
 
     def __init__(self, vocabulary_size: int, features: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Embed(vocabulary_size, features, rngs=rngs)
@@ -54,13 +54,13 @@ class Reverser(nnx.Module):
 
 
 def logits(model: Any, batch: Batch) -> jax.Array:
-    """Of each target token but the first."""
+    """Logits of each target token except the first."""
     state = model.start(batch.source, batch.source_lengths)
     return model.decode(batch.target[:, :-1], state)[0]
 
 
 def decode(model: Any, source: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Greedily, ``[B, S] -> [B, S]``."""
+    """Greedy decoding, ``[B, S] -> [B, S]``."""
     prompt = jnp.full((source.shape[0], 1), START)
     state = model.start(source, lengths)
     return nn.greedy(
@@ -69,7 +69,7 @@ def decode(model: Any, source: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 def study(context: Context) -> Page | None:
-    """Two sizes of state."""
+    """Trains two sizes of the state."""
     steps = 30 if context.quick else 1500
     task = Symbols("reverse", symbols=5, lengths=(1, 4), rows=16 * context.mesh.size)
     tests = task.test([1, 2, 3, 4])

@@ -1,4 +1,4 @@
-"""What attention looks at, word by word, and what counting words says."""
+"""Word alignments by attention, and by IBM model 1."""
 
 import itertools
 
@@ -52,15 +52,15 @@ def test_probabilities_given_a_source_word_sum_to_one():
 
 
 def test_the_first_step_is_that_of_the_paper():
-    # By hand, from equal probabilities. Of the first pair each target word is shared by
-    # x, y and NULL, of the second one by x and NULL.
+    # Computed by hand from equal probabilities. In the first pair each target word is
+    # divided among x, y and NULL, in the second one between x and NULL.
     model = Ibm1([pair("x y", "a b"), pair("x", "a")], iterations=1)
     assert model.probability("a", "x") == pytest.approx((1 / 3 + 1 / 2) / (7 / 6))
     assert model.probability("b", "x") == pytest.approx((1 / 3) / (7 / 6))
 
 
 class Pieces:
-    """Two tokens to a word."""
+    """A vocabulary with two tokens for each word."""
 
     def encode(self, text):
         return [10 + i for i in range(2 * len(text.split()))]
@@ -70,7 +70,7 @@ class Pieces:
 
 
 class Spaces(Pieces):
-    """Knows one kind of space."""
+    """A vocabulary that splits words only at " "."""
 
     def encode(self, text):
         return [10 + i for i in range(2 * len(text.split(" ")))]
@@ -122,7 +122,7 @@ def test_sentences_shown_are_short_and_others_differ_from_them():
     few(itertools.product(["dot", "additive"], [1, 60, 2000]), ("additive", 60)),
 )
 def test_sharpness(name, size):
-    """Of weights that softmax rounds to zero, too."""
+    """Also where softmax rounds weights to zero."""
     sizes = Sizes(features=8, hidden_size=8, dropout_rate=0.0)
     model = model_maker(name, 16)(30, sizes, nnx.Rngs(0))
     own = model.decoder.attention

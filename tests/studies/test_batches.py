@@ -1,4 +1,4 @@
-"""Batches: every pair once an epoch, in few shapes, by the number of the step alone."""
+"""Batches: each pair once per epoch, few shapes, a function of the step alone."""
 
 import collections
 
@@ -12,7 +12,7 @@ from benchmarks.studies.machinery.data.synthetic import FIRST_SYMBOL, Symbols
 def examples(count=211, longest=40):
     random = np.random.default_rng(0)
     lengths = random.integers(1, longest, (count, 2))
-    # The first two tokens say which one it is.
+    # The first token identifies the example.
     return [
         ([100 + i, *[7] * (a - 1)], [100 + i, *[9] * (b - 1)])
         for i, (a, b) in enumerate(lengths)
@@ -20,7 +20,7 @@ def examples(count=211, longest=40):
 
 
 def rows(batch):
-    """The pairs of a batch, as they were given."""
+    """The pairs of a batch, without special tokens and padding."""
     for source, n, target, m in zip(*batch, strict=True):
         if m > 1:
             assert source[n - 1] == END

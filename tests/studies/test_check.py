@@ -1,4 +1,4 @@
-"""Committed numbers, and whether they are found again."""
+"""``--check``, and the fit and crossings of the crossover study."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_check(tmp_path, monkeypatch, capsys):
         assert "there is no" in " ".join(capsys.readouterr().err.split())
         assert script.main([*arguments, "--quick", "--devices", "2"]) == 0
         assert script.main([*arguments, "--check"]) == 0
-        assert "as committed" in capsys.readouterr().out
+        assert "equal to the committed results" in capsys.readouterr().out
         path = tmp_path / "quick" / "attention-graph.json"
         changed = json.loads(path.read_text())
         changed["results"]["causal"]["window"]["mean_path"] *= 2
@@ -100,7 +100,7 @@ def test_fit_finds_what_time_is_made_of():
 
 
 def test_where_a_ratio_crosses_one():
-    # Four times as slow a pair, a hundred pairs a query: it pays from 400 on.
+    # A pair takes four times as long, with a hundred pairs per query: faster from 400.
     points = [(n, 400 / n) for n in (128, 256, 512, 1024)]
     assert crossing(points) == (pytest.approx(400), False)
     assert crossing([(n, y / 10) for n, y in points]) == (128, True)
@@ -135,7 +135,7 @@ def test_an_interrupted_check_is_not_resumed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(script, "run", stop)
     arguments = ["attention-graph", "--out", str(tmp_path / "out")]
     assert script.main(arguments) == 130
-    assert "interrupted; go on with: python -m" in capsys.readouterr().err
+    assert "interrupted; continue with: python -m" in capsys.readouterr().err
     assert script.main([*arguments, "--check"]) == 130
-    assert capsys.readouterr().err == "interrupted: of a check nothing is kept\n"
+    assert capsys.readouterr().err == "interrupted: a check keeps no results\n"
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What is told of attention inside a model, against NumPy."""
+"""Statistics of attention inside a model, against NumPy."""
 
 import jax
 import jax.numpy as jnp

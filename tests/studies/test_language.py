@@ -1,4 +1,4 @@
-"""Long documents, what is hidden in them, and models that see through patterns."""
+"""Long documents, masked tokens, and language models with sparse patterns."""
 
 import itertools
 
@@ -60,7 +60,7 @@ def test_copies_of_what_is_held_out_are_left_out(long_texts, tmp_path):
     before = load_addresses(tmp_path, **options)
     assert before.counts["left_out"] == 0
     text = before.vocabulary.decode(before.test[1:])
-    # Names in the order of their draw: one more at the end changes it, so replace one.
+    # Another file would change the random order, so one is replaced.
     kept = before.vocabulary.decode(before.train[1:])
     (twin,) = (p for p in long_texts.iterdir() if kept.startswith(p.read_text()[:40]))
     (tmp_path / twin.name).write_text(text)
@@ -126,7 +126,7 @@ def test_patterns_cost_the_same():
         }
         full = densities.pop("full")
         for name, density in densities.items():
-            # Random blocks may fall on each other, and windows end at the edge.
+            # Random blocks may coincide, and windows are cut at the ends.
             assert 0.06 < density / full < 0.11, name
 
 
@@ -138,7 +138,7 @@ def test_patterns_cost_the_same():
     ),
 )
 def test_models_see_what_masks_show(name, causal):
-    """The gradient of an output is zero exactly where no path leads."""
+    """The gradient of an output is zero exactly where the graph has no path."""
     length, layers = 2 * UNITS, 2
     own = 0
     if name == "own projections":
@@ -167,7 +167,7 @@ def test_models_see_what_masks_show(name, causal):
 
 @pytest.mark.slow
 def test_models_begin_as_others_ended():
-    """Anchors' own projections, too: copies of the ordinary ones change nothing."""
+    """Also for anchor projections, copies of which do not change the output."""
     length = 2 * UNITS
     mask = layer_masks("window+anchor", length, 2, False)
 
@@ -183,7 +183,7 @@ def test_models_begin_as_others_ended():
     copy_parameters(source, target)
     np.testing.assert_allclose(target(tokens), source(tokens), rtol=1e-5, atol=1e-6)
     assert np.abs(before - source(tokens)).max() > 0.1
-    # Training gives each array away, once.
+    # A training step donates each array, which must not be shared.
     leaves = jax.tree.leaves(nnx.state(target, nnx.Param))
     kept = jax.tree.leaves(nnx.state(source, nnx.Param))
     assert len({id(x) for x in [*leaves, *kept]}) == len(leaves) + len(kept)

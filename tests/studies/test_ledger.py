@@ -1,4 +1,4 @@
-"""Runs whose numbers are kept need not be trained again."""
+"""Runs in the ledger need not be trained again."""
 
 import functools
 import json
@@ -43,7 +43,7 @@ def test_what_was_measured_is_kept_without_the_models(context, mesh):
     assert again.train(run(mesh, batch_at=forbidden)).summary == first.summary
     assert again.best == context.best == {"tiny": first.summary["best"]}
     assert again.seen == ["tiny"]
-    # --only leaves it out, and it is done.
+    # The run is left out by --only, but is in the ledger.
     left_out = resumed(context, only=["other"])
     assert left_out.train(run(mesh, batch_at=forbidden)).summary == first.summary
     assert left_out.train(run(mesh, "third", batch_at=forbidden)) is None
@@ -68,7 +68,7 @@ def test_another_config_is_refused(context, mesh):
 
 
 def test_who_trained_it_does_not_matter(context, mesh):
-    """Runs of another number of devices are believed, and others are left out."""
+    """Runs on another number of devices are accepted; other differences are not."""
     first = context.train(run(mesh))
     path = context.ledger.path
     line = json.loads(path.read_text())
@@ -79,13 +79,13 @@ def test_who_trained_it_does_not_matter(context, mesh):
     assert again.summary == first.summary
     other = run(mesh, config={"features": 13, "rate": 0.07}, batch_at=forbidden)
     assert resumed(context, only=["more"]).train(other) is None
-    # Unless their number decides what is in a batch.
+    # They are not accepted if batches depend on the number of devices.
     with pytest.raises(StudyError, match="devices was 7, is 2.*give --devices 7"):
         resumed(context, resume=True).train(run(mesh, batches_by_devices=True))
 
 
 def test_several_write_into_one_file(context, mesh):
-    """What another process wrote meanwhile is kept."""
+    """Lines that another process wrote meanwhile are kept."""
     mine, theirs = context.ledger, context.ledger
     identity = run(mesh).identity(mesh)
     theirs.keep({**identity, "name": "theirs"}, {"name": "theirs"})
@@ -94,7 +94,7 @@ def test_several_write_into_one_file(context, mesh):
     with FileLock(mine.path.with_name(f".{mine.path.name}.lock")):
         thread.start()
         thread.join(0.5)
-        assert thread.is_alive()  # it waits for whoever writes
+        assert thread.is_alive()  # it waits for the lock
         assert "mine" not in mine.path.read_text()
     thread.join()
     lines = [
@@ -104,7 +104,7 @@ def test_several_write_into_one_file(context, mesh):
 
 
 def test_numbers_lost_are_measured_again(context, mesh):
-    """As where a process is killed between the end of a run and the writing."""
+    """As if the process was killed after a run, before writing to the ledger."""
     first = context.train(run(mesh))
     context.ledger.path.unlink()
     again = resumed(context, resume=True).train(run(mesh, batch_at=forbidden))
@@ -116,7 +116,7 @@ def test_a_broken_file_is_told_and_kept(context, mesh):
     context.train(run(mesh))
     path = context.ledger.path
     path.write_text(broken := path.read_text() + '{"identity": 3\n')
-    with pytest.raises(StudyError, match="line 2 is not what was written there"):
+    with pytest.raises(StudyError, match="line 2 is damaged"):
         context.train(run(mesh, "more", batch_at=forbidden))
     assert path.read_text() == broken
 

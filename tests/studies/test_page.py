@@ -36,7 +36,7 @@ WHY = (
 
 @pytest.fixture
 def why(tmp_path):
-    """``why(text)``: a template."""
+    """``why(text)`` writes a template and returns its path."""
 
     def write(text=WHY):
         path = tmp_path / "page.md"
@@ -111,7 +111,7 @@ def test_means_of_neighbours():
 
 @pytest.fixture
 def start(monkeypatch, tmp_path, capsys):
-    """Runs the script on a study of its own; returns its status and what it said."""
+    """``run(*options)`` runs the smoke study; returns exit status and output."""
     monkeypatch.setitem(script.STUDIES, "smoke", smoke.study)
     monkeypatch.setattr(script, "ask_for_devices", lambda count: None)
 
@@ -214,7 +214,7 @@ def test_the_best_rate(tmp_path):
         sweep(context, at, [7.0, 8.0])
     only = Context("s", tmp_path, mesh, Console(file=said), only=["long"])
     assert sweep(only, at, [6.0, 5.0]) is None
-    assert sweep(only, at, [6.0]) == (6.0, {}, [])  # there is nothing to try
+    assert sweep(only, at, [6.0]) == (6.0, {}, [])  # a single rate is not tried
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_the_best_rate(tmp_path):
         pytest.param(2.0, [1.0, 2.0, 4.0], marks=pytest.mark.slow),
         pytest.param(4.0, [1.0, 2.0, 4.0, 8.0], marks=pytest.mark.slow),
         (0.5, [1.0, 2.0, 4.0, 0.5, 0.25]),
-        # As far as it goes.
+        # The sweep ends after three further rates.
         pytest.param(64.0, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0], marks=pytest.mark.slow),
     ],
 )
@@ -247,7 +247,7 @@ def test_a_sweep_goes_on_where_its_best_rate_is_the_last(best, tried, tmp_path):
 @pytest.mark.parametrize(("at_last", "rate"), [({2.0: 1.0, 1.0: 0.5}, 1.0),
                                               ({2.0: 0.5, 1.0: 1.0}, 2.0)])  # fmt: skip
 def test_whole_runs_decide(at_last, rate, tmp_path):
-    """What a short run flatters must prove itself beside the next lower rate."""
+    """Whole runs at the best rate of short runs and at the next lower one decide."""
     mesh = make_mesh(2)
     context = Context("s", tmp_path, mesh, Console(file=io.StringIO()))
     at_first = {1.0: 3.0, 2.0: 1.0, 4.0: 2.0}

@@ -1,4 +1,4 @@
-"""Reading pairs, holding some out, subwords: nothing leaks, nothing is silent."""
+"""Reading pairs, splits without common text, subwords."""
 
 import contextlib
 import hashlib
@@ -143,7 +143,7 @@ def test_whole_chapters_are_held_out():
 
 
 def test_no_text_is_on_both_sides():
-    """In every chapter the same two sentences, one of them written otherwise."""
+    """Each chapter has the same two sentences, one of them spelt differently."""
     pairs = chapters()
     for c in range(40):
         pairs[7 * c] = Pair("Amen.", f"so be it {c}", f"{c}")
@@ -181,7 +181,7 @@ def test_a_vocabulary_is_learnt_once_and_always_the_same(tmp_path):
     learn(TEXTS, pieces=70, cache=tmp_path)
     learn(TEXTS[1:], pieces=80, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
-    # What is there is read, not learnt again.
+    # The cached vocabulary is read, not learnt again.
     path.write_bytes(next(p for p in tmp_path.iterdir() if p != path).read_bytes())
     learn(TEXTS, pieces=80, cache=tmp_path)
 

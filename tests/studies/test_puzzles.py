@@ -1,4 +1,4 @@
-"""Recall, and nested lists."""
+"""The puzzles of the recall study."""
 
 from random import Random
 
@@ -36,7 +36,7 @@ def test_recall_has_one_answer():
     assert min(distances) >= 2
     assert max(distances) <= 40
     assert len(set(distances)) > 10
-    # Their logarithm is uniform: as many below 9 as above it.
+    # Distances are log-uniform: about as many are below 9 as above.
     assert 0.3 < np.mean(np.array(distances) < 9) < 0.7
     assert max(tokens.max() for tokens in batch.tokens) < task.vocabulary_size
     np.testing.assert_array_equal(task.batch_at(0).tokens, batch.tokens)
@@ -111,7 +111,7 @@ def test_lists_follow_the_rules():
         assert not open_lists
         assert deepest < puzzles.DEPTH
     assert (min(arguments), max(arguments)) == (2, 10)
-    # Long ones are left out, so fewer than a quarter of the arguments are lists.
+    # Long lists are rejected, so less than a quarter of the arguments are lists.
     assert 0.05 < nested / sum(arguments) < 0.25
 
 
@@ -135,13 +135,13 @@ def test_what_the_graph_says(mesh, tmp_path):
     near, far = task.apart(4, "test").values()
     guess = 1 / puzzles.VALUES
     assert task.predicted("full", far) == (1, 1)
-    # Two layers of three never reach 30 back; what is left is a guess.
+    # Two layers of a window of three do not reach 30 back: answers are guesses.
     assert task.predicted("window", far) == (guess, guess)
     assert task.predicted("window", near) == (1, 1)
-    # Every fourth word alone: value and key are never in one class.
+    # Only every fourth word is seen: never both the value and its key.
     expected, most = task.predicted("dilated", near)
     assert expected == guess < most
-    # Where there is one value alone, nobody needs the key.
+    # With one value only, the key is not needed.
     task = Task(task.context, "reach")
     near, _ = task.apart(4, "test").values()
     expected, most = task.predicted("dilated", near)

@@ -1,4 +1,4 @@
-"""A run that was killed or stopped ends with the numbers of one that was not."""
+"""A run that was killed or interrupted gives the same numbers after resuming."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TIMES = ("seconds", "compile_seconds", "tokens_per_second", "date")
 
 
 def curve(log):
-    """Everything that a clock has no part in."""
+    """The log without times."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in log]
 
 
@@ -55,7 +55,7 @@ def test_killed_and_resumed_bit_for_bit(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert read(killed)[-1]["step"] == 17
     assert not (killed / "summary.json").exists()
-    # As if a line had been half written when the plug was pulled.
+    # An incomplete line, as after a power failure.
     with (killed / "log.jsonl").open("a") as log:
         log.write('{"step": 18, "lo')
     second = start("--resume")
@@ -78,12 +78,12 @@ def evaluation(log, step):
 
 @pytest.fixture
 def whole(mesh, place, tmp_path):
-    """A run that nobody disturbed."""
+    """A run that was not interrupted."""
     return train(make_run(mesh=mesh), place._replace(folder=tmp_path / "whole"))
 
 
 def stopped(mesh, place, step=12):
-    """A run that someone stopped."""
+    """A run that was interrupted at ``step``."""
 
     def batch_at(number):
         if number == step:
@@ -193,7 +193,7 @@ def test_a_best_one_that_is_lost_is_told(mesh, place, whole):
     folder = place.folder.parent / "whole"
     best = folder / "checkpoints" / str(whole.summary["best"]["step"])
     (best / "record" / "metadata").unlink()
-    with pytest.raises(StudyError, match="best checkpoint is lost.*--only tiny"):
+    with pytest.raises(StudyError, match="best checkpoint cannot be read.*--only tiny"):
         train(make_run(mesh=mesh), place._replace(folder=folder, resume=True))
 
 

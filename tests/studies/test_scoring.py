@@ -1,4 +1,4 @@
-"""Scores and their intervals, translating in batches."""
+"""BLEU and chrF with intervals, and translation in batches."""
 
 import numpy as np
 import pytest
@@ -77,12 +77,12 @@ def test_shares_of_scores():
 def test_exact_matches():
     batch = pad([([], [5, 6]), ([], [5, 6]), ([], [5]), ([], []), ([], [7, 7])], 6, 4)
     said = np.array([
-        [5, 6, END, 9],  # what follows END is nobody's business
+        [5, 6, END, 9],  # tokens after END do not count
         [5, 6, 6, END],
         [5, END, 0, 0],
         [END, 0, 0, 0],
         [7, END, 0, 0],
-        [5, 5, 5, 5],  # a row that fills the batch
+        [5, 5, 5, 5],  # a row without an example
     ])
     assert exact_matches(said, batch).tolist() == [True, False, True, True, False]
     assert exact_matches(said[:, :2], batch).tolist() == [

@@ -1,4 +1,4 @@
-"""Each study from end to end, tiny: what users start, and what it leaves."""
+"""The quick form of each study, from the command line to its files."""
 
 import json
 import re
@@ -91,7 +91,7 @@ def test_study(study, quick):
 
 
 def names(content):
-    """Of the numbers that ``--check`` compares; how many there are depends on texts."""
+    """Names of the numbers that ``--check`` compares, without list indices."""
     found = {re.sub(r"\[\d+\]", "[]", name) for name in numbers(content)}
     return {name for name in found if not name.startswith("results.counts.")}
 

@@ -1,4 +1,4 @@
-"""One step against plain optax; refusals; what does not go well."""
+"""Training: a step against plain optax, errors, full disks."""
 
 import dataclasses
 import resource
@@ -33,7 +33,7 @@ def test_steps_are_those_of_optax_on_one_device(mesh):
         )
         return total / count
 
-    # The step gives its first state away; the model's arrays are among it.
+    # Copies, because the step donates its first state, the model's arrays.
     params = jax.tree.map(np.asarray, params)
     held = optimiser.transform.init(params)
     for number in range(4):
@@ -158,14 +158,14 @@ def test_too_little_room(mesh, place, monkeypatch):
 
 
 @pytest.mark.slow
-# Orbax leaves threads behind that report to a loop which has ended.
+# Threads of Orbax may report to an event loop that is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("size", "message"),
     [(1800, r"cannot be written to \("), (4000, "the checkpoint of step 10 cannot")],
 )
 def test_a_disk_that_fills_up(mesh, place, size, message):
-    """Files may not grow beyond a size: a writer is told so as of a full disk."""
+    """A limit of the file size, whose error is like that of a full disk."""
     wide = dict(make_model=lambda: Bag(97, rngs=nnx.Rngs(3)))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
@@ -205,6 +205,6 @@ def test_a_run_begins_with_the_parameters_of_another(mesh, place):
     found = train(run, second)
     evaluations = [line["evaluation"] for line in found.log if "evaluation" in line]
     assert evaluations[0]["loss"] == pytest.approx(first.summary["best"]["loss"])
-    # What is done has its own parameters.
+    # A finished run does not call ``begin``.
     done = dataclasses.replace(run, begin=lambda model: pytest.fail("it began"))
     assert train(done, second).summary == found.summary

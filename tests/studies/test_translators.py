@@ -1,4 +1,4 @@
-"""Translators do not see what fills a batch."""
+"""Translators do not depend on padding and on rows without an example."""
 
 import jax
 import numpy as np

@@ -1,7 +1,7 @@
-"""A run that takes a second: a bag of embeddings says what was copied.
+"""A run that takes a second: a bag-of-embeddings model of copied symbols.
 
-As a script, ``python -m tests.studies.tiny FOLDER``: trains one run to its end, then
-another that kills itself; with ``--resume`` the other one goes on.
+The script ``python -m tests.studies.tiny FOLDER`` trains one run to its end, then
+another that kills its own process; with ``--resume`` it continues the second run.
 """
 
 import os
@@ -26,7 +26,7 @@ STEPS, EVERY = 23, 5
 
 
 class Bag(nnx.Module):
-    """What was read, in no order, and the last token."""
+    """Predicts the next token from the sum of the source and the last token."""
 
     def __init__(self, features=13, dropout_rate=0.2, *, rngs):
         self.embedding = nnx.Embed(TASK.vocabulary_size, features, rngs=rngs)

@@ -1,4 +1,4 @@
-"""What is measured: patterns, scores, and the arrays of one case."""
+"""The cases to measure: mask patterns, scores, and the arrays of one case."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from attnlab._src.bench.packing import embed, pack
 from attnlab._src.masks.base import Mask
 from attnlab._src.types import Array, Score
 
-#: Hidden units of the scores that compare by a small network.
+#: Hidden units of the additive, mlp and concat scores.
 HIDDEN_SIZE = 64
 _BLOCK = 64
 WINDOW = 256
@@ -20,19 +20,19 @@ WINDOW = 256
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One problem; all contenders get the same arrays.
+    """Specification of one problem, which is the same for all contenders.
 
     Attributes:
-        pattern: a name of ``PATTERNS``.
-        score: a name of ``SCORES``.
-        dtype: of query, key and value.
-        batch: B.
-        length: S, and T where ``query_length`` is not given.
-        heads: N.
-        key_heads: K.
-        head_size: H and D.
-        seed: of text order, tables, parameters and random blocks.
-        query_length: T; the queries are those of the last tokens.
+        pattern: a name in ``PATTERNS``.
+        score: a name in ``SCORES``.
+        dtype: type of query, key and value.
+        batch: B, the batch size.
+        length: S, the key length; also T if ``query_length`` is not given.
+        heads: N, the number of query heads.
+        key_heads: K, the number of key and value heads.
+        head_size: H and D, the size of query, key and value heads.
+        seed: seed of text order, embeddings, parameters and random blocks.
+        query_length: T, the query length; queries belong to the last T tokens.
     """
 
     pattern: str = "full"
@@ -48,7 +48,7 @@ class Spec:
 
     @property
     def queries(self) -> int:
-        """T."""
+        """T, the query length."""
         return self.length if self.query_length is None else self.query_length
 
     @property
@@ -58,10 +58,10 @@ class Spec:
 
     @property
     def dense_bytes(self) -> int:
-        """What forward and backward hold where every pair of logits is held.
+        """Memory of forward and backward for methods that store all logits.
 
-        About four arrays ``[B, N, T, S]`` in float32, and for a network four of its
-        hidden units.
+        Counts four arrays ``[B, N, T, S]`` in float32, and for the mlp score four
+        arrays of its hidden units.
         """
         pairs = self.batch * self.heads * self.queries * self.length
         copies = 4 + (4 * HIDDEN_SIZE if self.score == "mlp" else 0)
@@ -77,10 +77,10 @@ class Case:
         query: ``[B, T, N, H]``.
         key: ``[B, T, K, H]``.
         value: ``[B, T, K, H]``.
-        cotangent: ``[B, T, N, H]``, the gradient that comes from above.
-        score: with its parameters.
-        mask: lazy.
-        density: visible pairs over all pairs.
+        cotangent: ``[B, T, N, H]``, the gradient with respect to the output.
+        score: score with its parameters.
+        mask: attnlab mask, not materialised.
+        density: number of visible pairs over that of all pairs.
     """
 
     spec: Spec
@@ -93,7 +93,7 @@ class Case:
     density: float
 
     def dense_mask(self) -> Array | None:
-        """Boolean ``[B or 1, 1, T, S]`` for those who need one; None for full."""
+        """The mask as booleans ``[B or 1, 1, T, S]``; None for the full mask."""
         if self.spec.pattern == "full":
             return None
         sizes = self.spec.queries, self.spec.length
@@ -108,9 +108,9 @@ class Case:
     def useful_flops(self, backward: bool) -> float:
         """Operations on visible pairs, forward or forward and backward together.
 
-        Forward compares and weighs the value; backward compares once more, sends the
-        gradient of the comparison to both sides, and needs two products with the
-        value: for an inner product 2.5 times the forward.
+        Forward computes the score and the product of weights and values. Backward
+        computes the score again, its gradients with respect to query and key, and two
+        products with the value: for an inner product 2.5 times the forward pass.
         """
         pair = scores.cost(self.score, self.spec.head_size, self.spec.heads)
         forward = pair.flops_per_pair + 2 * self.spec.head_size
@@ -119,18 +119,18 @@ class Case:
         return self.visible_pairs * forward
 
     def tanh_count(self, backward: bool) -> float:
-        """Function evaluations needed by any method that does not keep hidden units.
+        """Evaluations of tanh needed by any method that does not store hidden units.
 
-        One for each hidden unit of a pair forward, and the same once more backward.
+        One for each hidden unit of a pair in the forward pass, another in the backward.
         """
         return self.visible_pairs * self._hidden_units * (2 if backward else 1)
 
     def beside_tanh_flops(self, backward: bool) -> float:
-        """Operations that come on top of those evaluations; 0 where there are none.
+        """Operations in addition to those evaluations; 0 for scores without tanh.
 
-        An evaluation counts with the addition before it and the multiplication and
-        addition after it. Beside them are the products with the value, two more of
-        them backward, and eight operations that take a gradient through a hidden unit:
+        The addition before an evaluation, and the multiplication and addition after it,
+        belong to the evaluation. Additional are the product with the value, two more in
+        the backward pass, and there eight operations for the gradient of a hidden unit:
         ``1 - t * t``, two factors, a sum for the query, one for the key, and a product
         and a sum for the weight.
         """
@@ -178,7 +178,7 @@ PATTERNS: dict[str, _Pattern] = {
     "documents": lambda spec, ids: masks.causal() & masks.documents(ids),
 }
 
-#: What the names mean, for reports.
+#: Explanations of the names, for reports.
 PATTERN_NOTES = {
     "window": f"±{WINDOW}",
     "causal_window": f"itself and {WINDOW - 1} back",
@@ -219,13 +219,13 @@ SCORES: dict[str, _Make] = {
     ),
 }
 
-#: Scores whose comparison is no inner product: one head unless told otherwise.
+#: Scores that are not inner products; by default they are measured with one head.
 PAIRWISE = ("additive", "mlp", "concat")
 
 
 def build(spec: Spec, documents: Sequence[bytes]) -> Case:
-    """Packs, embeds and draws what a spec asks for."""
-    # NumPy draws: JAX would compile each of these shapes first.
+    """Makes the arrays of a spec from the documents."""
+    # Random numbers are from NumPy, as JAX would first compile for each shape.
     random = np.random.default_rng(spec.seed)
     packed = pack(documents, spec.batch, spec.length, spec.seed)
     asking = packed.tokens[:, -spec.queries :]

@@ -1,4 +1,4 @@
-"""Charts of what was measured, as PNG and SVG."""
+"""Charts of measured time and memory, as PNG and SVG."""
 
 import io
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import matplotlib as mpl
 from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.runner import Row
 
-# A file, never a window.
+# Writes files and never opens a window.
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-#: Told apart by readers who see colours differently (Okabe and Ito, 2008).
+#: Colours that colour-blind readers can distinguish (Okabe and Ito, 2008).
 COLOURS = {
     "native": "#000000",
     "tiled": "#0072B2",
@@ -39,7 +39,7 @@ def colour(name: str, names: Sequence[str]) -> str:
 def save(
     figure: Any, folder: Path, name: str, kinds: Sequence[str] = ("png", "svg")
 ) -> list[Path]:
-    """Writes a figure in each format, whole or not at all, and closes it."""
+    """Writes a figure atomically in each format, and closes it."""
     paths = []
     for kind in kinds:
         buffer = io.BytesIO()
@@ -54,12 +54,12 @@ def save(
 
 
 def draw(rows: Sequence[Row], folder: Path, caption: str) -> list[Path]:
-    """Draws time and memory of the rows that passed; nothing where none did.
+    """Draws time and memory of the rows with status "ok", if there are any.
 
     Args:
         rows: what was measured.
-        folder: where ``time`` and ``memory`` go, each as PNG and SVG.
-        caption: below the charts: machine and versions.
+        folder: folder for the charts ``time`` and ``memory``, each as PNG and SVG.
+        caption: text below the charts: machine and versions.
 
     Returns:
         The files written.
@@ -74,7 +74,7 @@ def draw(rows: Sequence[Row], folder: Path, caption: str) -> list[Path]:
 
 
 def plain_log(axis: Any) -> None:
-    """A logarithmic axis with numbers as people write them: 1, 2, 5, 10, 20, ..."""
+    """Makes an axis logarithmic with plain numbers as ticks: 1, 2, 5, 10, 20, ..."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.9g}"))
@@ -82,7 +82,7 @@ def plain_log(axis: Any) -> None:
 
 
 def _value(row: Row, direction: str, what: str) -> tuple[float, float, float] | None:
-    """Median and the two quantiles in ms, or megabytes three times."""
+    """Median, 20 % and 80 % quantile in ms; or megabytes, repeated three times."""
     measured = getattr(row, direction)
     if what == "memory":
         if measured.temporary_bytes is None:

@@ -13,18 +13,19 @@ from attnlab._src.bench.targets import CompilerMissing
 
 _DESCRIPTION = """\
 Measures attention on this machine, on real text: every pattern, score and
-implementation, and other libraries beside them. Each is first held to the reference,
-forward and every gradient; failing contenders are not timed."""
+implementation, and other libraries for comparison. The output and all gradients of each
+are first checked against the reference; failing contenders are not timed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: without the program's name; the process's if not given.
+        arguments: without the program's name; those of the process if not given.
 
     Returns:
-        0; 1 where something is missing or failed its check; 130 where interrupted.
+        The exit status: 0; 1 if something is missing or failed its check; 130 if
+        interrupted.
     """
     try:
         return _main(arguments)
@@ -44,17 +45,17 @@ def _main(arguments: Sequence[str] | None) -> int:
     )
     add_arguments(bench)
     shower = commands.add_parser(
-        "show", help="what a mask looks like", description=show.DESCRIPTION
+        "show", help="draw masks and their statistics", description=show.DESCRIPTION
     )
     show.add_arguments(shower)
     static = commands.add_parser(
         "static",
-        help="what attention would cost on a TPU that is not here",
+        help="estimate the cost of attention on a TPU, without having one",
         description=static_cli.DESCRIPTION,
     )
     static_cli.add_arguments(static)
     tuner = commands.add_parser(
-        "tune", help="the best sizes of blocks on a TPU", description=tune.DESCRIPTION
+        "tune", help="find the best block sizes on a TPU", description=tune.DESCRIPTION
     )
     tune.add_arguments(tuner)
     given = parser.parse_args(arguments)
@@ -83,8 +84,8 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def bench_command(options: Options, command: Sequence[str]) -> int:
-    """Measures, shows and writes what the options ask for; see :func:`main`."""
-    # Here and not above: --help works without the extra that they come from.
+    """Runs ``attnlab bench``: measures, prints and writes; see :func:`main`."""
+    # Imported here, so that --help works without the extra "bench".
     from rich.console import Console
     from rich.progress import (
         BarColumn,

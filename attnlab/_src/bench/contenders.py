@@ -1,4 +1,4 @@
-"""Those who compute the same attention, made ready to be checked and timed."""
+"""Contenders: computations of the same attention, compiled to be checked and timed."""
 
 import time
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from attnlab._src.types import Array
 
 
 class Prepared(NamedTuple):
-    """A computation that only waits to be called.
+    """A computation that is ready to be called.
 
     Attributes:
-        call: no arguments; returns what ``results`` reads.
-        results: of a returned value: arrays by name, ``output`` and, where gradients
+        call: function without arguments; returns a value for ``results``.
+        results: maps a returned value to arrays by name: ``output`` and, if gradients
             were asked for, ``d_query``, ``d_key``, ``d_value`` and the score's.
-        compile_seconds: None where nothing is compiled ahead.
-        temporary_bytes: peak beside inputs and outputs; None where it is unknown.
+        compile_seconds: time of compilation; None if nothing is compiled ahead of time.
+        temporary_bytes: peak memory besides inputs and outputs; None if unknown.
     """
 
     call: Callable[[], Any]
@@ -33,39 +33,39 @@ class Prepared(NamedTuple):
 
 
 class Contender(Protocol):
-    """One that computes a case."""
+    """A method to compute the attention of a case."""
 
     @property
     def name(self) -> str:
-        """As tables show it."""
+        """The name in tables."""
         ...
 
     def refusal(self, case: Case) -> str | None:
-        """Why it does not take this case; None if it does."""
+        """Why it cannot compute this case; None if it can."""
         ...
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """Compiles the forward pass, or forward and backward together.
 
         Raises:
-            NotImplementedError: if it takes the case, but not in that direction.
+            NotImplementedError: if it has the forward pass only.
         """
         ...
 
 
 def too_large(case: Case) -> str | None:
-    """Why a computation that holds every pair does not fit; None if it does."""
+    """Why a computation that stores all logits exceeds memory; None if it does not."""
     needed, free = case.spec.dense_bytes, free_memory()
     if needed <= free / 2:
         return None
     return (
-        f"needs about {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB free "
-        f"half may be used"
+        f"needs about {needed / 2**30:.1f} GiB, more than half of the "
+        f"{free / 2**30:.1f} GiB that are free"
     )
 
 
 def named(result: Any, backward: bool) -> dict[str, Any]:
-    """Names for ``output`` or ``(output, (d_query, d_key, d_value, *d_score))``."""
+    """Arrays by name, of ``output`` or ``(output, (d_query, ..., d_score))``."""
     if not backward:
         return {"output": result}
     output, (d_query, d_key, d_value, d_score) = result
@@ -76,10 +76,10 @@ def named(result: Any, backward: bool) -> dict[str, Any]:
 
 
 def differentiated(function: Callable[..., Array]) -> Callable[..., Any]:
-    """``function(query, key, value, score, mask)`` with all gradients but the mask's.
+    """Makes a function that also returns all gradients but the mask's.
 
-    Takes the gradient from above as its last argument; returns what :func:`named`
-    takes.
+    ``function`` takes query, key, value, score and mask. The result takes the output's
+    cotangent as a further, last argument; :func:`named` reads what it returns.
     """
 
     def both(
@@ -101,8 +101,9 @@ def compile_call(
 
     Args:
         function: returns the output.
-        arguments: its arguments; nothing is closed over, so nothing is a constant.
-        cotangent: differentiates all but the mask against it; None: forward only.
+        arguments: its arguments; none is closed over, so none is a constant.
+        cotangent: cotangent of the output, for all gradients but the mask's; None:
+            forward only.
     """
     backward = cotangent is not None
     if backward:
@@ -136,7 +137,7 @@ def attending(implementation: str) -> Callable[..., Array]:
 
 
 class Implementation:
-    """One of attnlab's own, asked for by name."""
+    """An implementation of attnlab, by its name."""
 
     def __init__(self, name: str):
         self.name = name
@@ -166,9 +167,9 @@ class Implementation:
 
 
 def widened(case: Case) -> Case:
-    """The case with its floating-point arrays in the next wider type.
+    """The case with its floating-point arrays in a wider type.
 
-    float32 becomes float64 (inside ``jax.enable_x64`` only), the others float32.
+    float32 becomes float64 (inside ``jax.enable_x64`` only), other types float32.
     """
     wide = jnp.float64 if case.spec.dtype == "float32" else jnp.float32
 

@@ -1,6 +1,6 @@
-"""Compiles one program for a TPU that is not here, and prints what the compiler tells.
+"""Compiles one program for a TPU, without a device, and prints the compiler's report.
 
-A process of its own (see ``targets.py``): the compiler may end it.
+It runs as a process of its own (see ``targets.py``), because the compiler may crash.
 """
 
 import json
@@ -22,7 +22,7 @@ _CYCLES = re.compile(r'hlo_op_name: "(.*?)"\s+estimated_cycles: (\d+)')
 
 
 def cycles(dumps: Path) -> dict[str, int]:
-    """By kernel, from the static profiles."""
+    """Estimated cycles by kernel, from the static profiles."""
     found = {}
     for path in sorted(dumps.glob("*_static_llo_profile.textproto")):
         match = _CYCLES.search(path.read_text())
@@ -32,12 +32,12 @@ def cycles(dumps: Path) -> dict[str, int]:
 
 
 def vector_memory(program: str) -> dict[str, int]:
-    """By kernel, bytes, from the text of a compiled program."""
+    """Bytes of vector memory by kernel, from the text of a compiled program."""
     return {name: int(size) for name, size in _MEMORY.findall(program)}
 
 
 def schedules(dumps: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By kernel, from the tables of slots in each bundle."""
+    """Yields name and schedule of each kernel, from tables of slots in each bundle."""
     for path in sorted(dumps.glob(f"*{_UTILIZATION}")):
         name = re.sub(r"^\d+-(.*)-\d+-$", r"\1", path.name[: -len(_UTILIZATION)])
         lines = path.read_text().splitlines()
@@ -61,7 +61,7 @@ def schedules(dumps: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main(topology: str, source: str, dumps: str) -> None:
-    """Compiles, and prints one line of JSON."""
+    """Compiles the program in the file ``source``, and prints one line of JSON."""
     exported = jax.export.deserialize(bytearray(Path(source).read_bytes()))
     described: Any = topologies.get_topology_desc(
         platform="tpu", topology_name=topology

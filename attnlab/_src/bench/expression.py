@@ -1,4 +1,4 @@
-"""Masks as text, written as in Python: ``sliding_window(64, 64) | anchor(1)``."""
+"""Reads masks from Python expressions: ``sliding_window(64, 64) | anchor(1)``."""
 
 import ast
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from attnlab import masks
 from attnlab._src.masks.base import Mask
 
-#: Those whose arguments can be written down; the others need arrays or functions.
+#: Masks whose arguments are literals; all others need arrays or functions.
 NAMES = (
     "anchor",
     "big_bird",
@@ -23,14 +23,14 @@ NAMES = (
 
 
 def read_mask(text: str) -> Mask:
-    """The mask that an expression describes; nothing else is evaluated.
+    """The mask that an expression describes; no other code is evaluated.
 
     Args:
         text: calls of ``attnlab.masks`` with literal arguments, joined by ``&``, ``|``,
             ``~`` and parentheses.
 
     Raises:
-        ValueError: if it is anything else; the message says what.
+        ValueError: if it is anything else; the message shows the offending part.
 
     Example:
         >>> read_mask("causal() & ~sliding_window(2, 0)")
@@ -57,12 +57,14 @@ def _value(node: ast.expr) -> Mask:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         name = node.func.id
         if any(k.arg is None for k in node.keywords):
-            raise ValueError(f"expected arguments, got {ast.unparse(node)!r}")
+            raise ValueError(
+                f"expected plain arguments, without **, got {ast.unparse(node)!r}"
+            )
         if name in NAMES:
             named = {str(k.arg): _literal(k.value) for k in node.keywords}
             return getattr(masks, name)(*map(_literal, node.args), **named)
     raise ValueError(
-        f"expected a call of {', '.join(NAMES)}, or such joined by &, | and ~, "
+        f"expected a call of {', '.join(NAMES)}, or such calls joined by &, | and ~, "
         f"got {ast.unparse(node)!r}"
     )
 

@@ -1,4 +1,4 @@
-"""No time without a right answer: every contender against the reference."""
+"""Checks every contender against the reference before it is timed."""
 
 import dataclasses
 import math
@@ -18,29 +18,29 @@ from attnlab._src.bench.contenders import (
     widened,
 )
 
-#: Bytes that the reference may hold at a time.
+#: Greatest memory of the reference, in bytes.
 HELD_BYTES = 2 << 30
-#: What every pair together may hold where the timed programs themselves are checked.
+#: Greatest ``Spec.dense_bytes`` up to which a case is checked at its own length.
 DENSE_BYTES = HELD_BYTES // 2
-#: Length at which contenders are checked where that is too much.
+#: Length at which contenders are checked for larger cases.
 SHORT = 512
 
 
 class Expected(NamedTuple):
-    """What an array must be, and how far from it an entry may lie."""
+    """The expected array, and the greatest error that an entry may have."""
 
     array: np.ndarray
     allowed: float
 
 
 class Verdict(NamedTuple):
-    """What the gate says of one contender.
+    """Result of the check of one contender.
 
     Attributes:
-        passed: whether its times may be shown.
-        error: greatest error over its allowance, over all arrays: at most 1 passes;
-            None where nothing could be compared.
-        reason: which array is wrong and by how much; empty if none.
+        passed: whether it passed.
+        error: greatest quotient of error and allowed error, over all arrays; at most 1
+            passes; None if nothing could be compared.
+        reason: which array is wrong and by how much; empty if it passed.
     """
 
     passed: bool
@@ -51,13 +51,13 @@ class Verdict(NamedTuple):
 def gate_case(
     case: Case, documents: Sequence[bytes], dense_bytes: int = DENSE_BYTES
 ) -> Case:
-    """The case itself where the reference takes no longer, else a shorter one like it.
+    """The case to check: the case itself, or a shorter one if it is too large.
 
     Args:
-        case: to be checked.
-        documents: what it was made from.
-        dense_bytes: as of ``Spec.dense_bytes``, up to which the timed programs
-            themselves are checked; the reference never holds more than ``HELD_BYTES``.
+        case: the case that is timed.
+        documents: the documents that it was made from.
+        dense_bytes: greatest ``Spec.dense_bytes`` of a case that is checked itself; the
+            reference uses at most ``HELD_BYTES`` in either case.
     """
     if case.spec.dense_bytes <= dense_bytes or case.spec.length <= SHORT:
         return case
@@ -65,15 +65,15 @@ def gate_case(
 
 
 def expectations(case: Case, backward: bool = True) -> dict[str, Expected]:
-    """Arrays by name, from the reference in the next wider type.
+    """Expected arrays by name, from the reference in a wider type.
 
-    The allowance is derived, not guessed: twice the error that the reference itself
-    makes in the case's own type, and a rounding term: an eps of the type, and one of
-    the accumulator for each of about sqrt(S) roundings that add up in a sum over S.
+    The allowed error is twice the error of the reference in the case's own type, plus a
+    rounding term: the eps of the type, and that of the accumulator times sqrt(S), to
+    which the rounding errors of a sum over S add up.
 
     Args:
-        case: to be checked.
-        backward: whether gradients are wanted, too.
+        case: the case to check.
+        backward: whether gradients are expected, too.
     """
     with jax.enable_x64(case.spec.dtype == "float32"):
         truth = by_rows(widened(case), backward)
@@ -81,18 +81,18 @@ def expectations(case: Case, backward: bool = True) -> dict[str, Expected]:
     result = {}
     for name, array in truth.items():
         error = float(np.abs(own[name] - array).max())
-        # The floor keeps an array of zeros from allowing nothing at all.
+        # Not 0 for an array of zeros.
         scale = max(float(np.abs(array).max()), float(np.finfo(np.float32).tiny))
         result[name] = Expected(array, 2 * error + rounding(case.spec) * scale)
     return result
 
 
 def by_rows(case: Case, backward: bool) -> dict[str, np.ndarray]:
-    """The reference's arrays, from as many queries at a time as fit in memory."""
+    """The reference's arrays, computed in chunks of queries that fit in memory."""
     spec = case.spec
-    # Twice: the case may be in float64.
+    # Factor 2: the case may be in float64.
     fitting = max(spec.queries * HELD_BYTES // (2 * spec.dense_bytes), 1)
-    # A power of two divides most lengths: then all steps share one program.
+    # A power of two divides most lengths; then all chunks use one compiled program.
     step = min(1 << (fitting.bit_length() - 1), spec.queries)
     run = attending("reference")
     run = jax.jit(differentiated(run) if backward else run)
@@ -115,13 +115,13 @@ def by_rows(case: Case, backward: bool) -> dict[str, np.ndarray]:
 
 
 def rounding(spec: Spec) -> float:
-    """Relative to the greatest entry: what another order of summation may change."""
+    """Error of another order of summation, relative to the greatest entry."""
     accumulated = math.sqrt(spec.length) * float(np.finfo(np.float32).eps)
     return 2 * float(jnp.finfo(spec.dtype).eps) + 4 * accumulated
 
 
 def judge(results: dict[str, Any], expected: dict[str, Expected]) -> Verdict:
-    """Compares every array that a contender returned with what it must be."""
+    """Compares every array that a contender returned with the expected one."""
     worst, reason = 0.0, ""
     for name, array in results.items():
         wanted = expected[name]
@@ -140,9 +140,12 @@ def judge(results: dict[str, Any], expected: dict[str, Expected]) -> Verdict:
 
 
 def check(prepared: Sequence[Prepared], expected: dict[str, Expected]) -> Verdict:
-    """Runs each once; the first verdict that does not pass, else the worst.
+    """Runs each computation once and checks its arrays.
 
-    Who returns anything returns everything; yardsticks return nothing.
+    A contender must return all expected arrays, or none (yardsticks).
+
+    Returns:
+        The first verdict that does not pass, else that with the greatest error.
     """
     worst, returned = Verdict(True, 0.0), set[str]()
     for ready in prepared:

@@ -1,4 +1,4 @@
-"""A mask as a graph: how many layers carry a word from anywhere to anywhere?"""
+"""Masks as graphs: how many layers until each position depends on each other one."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,26 +7,27 @@ import numpy as np
 
 from attnlab._src.masks.base import Mask
 
-#: A layer is a product of [T, T] matrices: beyond it they take long.
+#: Greatest T; a layer is a product of [T, T] matrices, which takes long beyond it.
 LONGEST = 4096
-#: Density below which rows of bits are joined along edges instead.
+#: Density below which packed rows of bits are joined along edges instead.
 _SPARSE = 1 / 16
 
 
 class Reach(NamedTuple):
-    """How far a word travels, layer by layer.
+    """How information spreads from position to position, layer by layer.
 
-    A position keeps its own word: layers have residuals. What can never be connected
-    (a later word to an earlier one, under a causal mask) is in ``unreachable`` alone.
+    A position keeps its own information, as layers have residuals. Pairs of positions
+    that are never connected (from a later to an earlier one, under a causal mask) count
+    in ``unreachable`` only.
 
     Attributes:
-        shares: after 1, 2, ... layers, which share of the pairs of distinct positions
-            that any number of layers connects is connected; the last one is 1.
-        mean_path: layers that connect such a pair, on average; NaN where there is none.
-        unreachable: share of all pairs of distinct positions that no number of layers
-            connects.
+        shares: for 1, 2, ... layers, the share of connected pairs among all pairs of
+            distinct positions that some number of layers connects; the last one is 1.
+        mean_path: mean number of layers to connect such a pair; NaN if there is none.
+        unreachable: share of pairs that no number of layers connects, among all pairs
+            of distinct positions.
         gap: the spectral gap ``1 - lambda_2`` of a random walk on the graph with edges
-            in both directions: 0 where it falls apart, near 1 for a good expander.
+            in both directions: 0 if it is not connected, near 1 for a good expander.
     """
 
     shares: tuple[float, ...]
@@ -36,21 +37,21 @@ class Reach(NamedTuple):
 
     @property
     def layers(self) -> int:
-        """To full reach."""
+        """Number of layers until all pairs that can be connected are."""
         return len(self.shares)
 
 
 def visible_share(mask: Mask, length: int) -> np.ndarray:
-    """``[T, T]``: how many heads of the first example see a pair, as a share."""
+    """``[T, T]``: share of the heads that see each pair, in the first example."""
     dense = np.asarray(mask.to_dense(length), np.float32)
     return dense if dense.ndim == 2 else dense[0].mean(0)
 
 
 def adjacency(mask: Mask, length: int) -> np.ndarray:
-    """``[T, T]`` boolean: which position sees which, itself always.
+    """``[T, T]`` boolean: which position attends to which, always to itself.
 
     Args:
-        mask: heads count together; of several examples, the first one's.
+        mask: a pair counts if any head sees it; only the first example is used.
         length: T.
 
     Raises:
@@ -62,10 +63,10 @@ def adjacency(mask: Mask, length: int) -> np.ndarray:
 
 
 def distances(edges: np.ndarray) -> np.ndarray:
-    """``[T, T]`` int32: layers until a position knows another; 0 itself, -1 never.
+    """``[T, T]`` int32: layers until a position depends on another; 0 itself, -1 never.
 
     Args:
-        edges: of :func:`adjacency`.
+        edges: result of :func:`adjacency`.
     """
     found = np.where(edges, 1, -1).astype(np.int32)
     np.fill_diagonal(found, 0)
@@ -81,14 +82,14 @@ def distances(edges: np.ndarray) -> np.ndarray:
 
 
 def _join_counts(edges: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    # Counts of at most T paths are exact in float32.
+    # Counts of up to T paths are exact in float32.
     step = edges.astype(np.float32)
     return lambda known: step @ known.astype(np.float32) > 0
 
 
 def _join_bits(edges: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     first, seen = np.nonzero(edges)
-    # Each position sees itself, so that no row is empty.
+    # No row is empty, as each position attends to itself.
     starts = np.searchsorted(first, np.arange(len(edges)))
 
     def join(known: np.ndarray) -> np.ndarray:
@@ -104,7 +105,7 @@ def reach(mask: Mask, length: int) -> Reach:
 
     Args:
         mask: see :func:`adjacency`.
-        length: T; the work of a layer is O(T^3), or O(T) an edge where few are.
+        length: T; the work of a layer is O(T^3), or O(T) per edge for sparse masks.
 
     Raises:
         ValueError: see :func:`adjacency`.
@@ -126,7 +127,7 @@ def reach(mask: Mask, length: int) -> Reach:
 
 
 def summary(edges: np.ndarray, found: np.ndarray) -> Reach:
-    """The numbers of what :func:`adjacency` and :func:`distances` found."""
+    """Statistics of results of :func:`adjacency` and :func:`distances`."""
     apart = ~np.eye(len(found), dtype=bool)
     counts = np.bincount(found[apart & (found > 0)])[1:]
     connected = int(counts.sum())
@@ -149,10 +150,10 @@ def spectral_gap(edges: np.ndarray) -> float:
 
 
 def reach_through(layers: Sequence[Mask], length: int) -> np.ndarray:
-    """``[T, T]`` boolean: what each output may know of each input, layer on layer.
+    """``[T, T]`` boolean: which output depends on which input after several layers.
 
     Args:
-        layers: their masks, the lowest first.
+        layers: masks of the layers, the lowest first.
         length: T.
 
     Example:

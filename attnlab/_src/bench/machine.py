@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and what this machine can do at most."""
+"""Description of the machine, and measurement of its peak rates."""
 
 import importlib.metadata
 import os
@@ -16,18 +16,18 @@ _PACKAGES = ("attnlab", "jax", "jaxlib", "flax", "numpy", "torch")
 
 
 class Peaks(NamedTuple):
-    """The most that was seen of this machine in this run.
+    """Greatest rates measured on this machine in this run.
 
     Attributes:
         matmul: FLOP/s of a large matrix product, by dtype name.
-        tanh: evaluations a second, float32.
+        tanh: evaluations of tanh per second, float32.
     """
 
     matmul: dict[str, float]
     tanh: float
 
     def higher(self, other: "Peaks") -> "Peaks":
-        """The greater of two measurements, one by one."""
+        """The greater of two measurements, for each rate."""
         matmul = {k: max(v, other.matmul.get(k, 0.0)) for k, v in self.matmul.items()}
         return Peaks(matmul, max(self.tanh, other.tanh))
 
@@ -42,14 +42,14 @@ def _key_value_file(path: str, wanted: str) -> str | None:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Number of processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def total_memory() -> int | None:
-    """Bytes of main memory, where the system tells."""
+    """Bytes of main memory; None if unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -57,7 +57,7 @@ def total_memory() -> int | None:
 
 
 def free_memory() -> int:
-    """Bytes that new arrays may take on the device; a guess where it is unknown."""
+    """Bytes free for new arrays on the device; a guess if unknown."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -71,7 +71,7 @@ def machine_line() -> str:
     """Processor (and accelerator), cores and memory in one line."""
     model = _key_value_file("/proc/cpuinfo", "model name")
     model = model or platform.processor() or platform.machine()
-    # Some clouds give processors of several generations one name.
+    # In some clouds processors of several generations have the same name.
     family = _key_value_file("/proc/cpuinfo", "cpu family")
     if family:
         model += (
@@ -88,7 +88,7 @@ def machine_line() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that is compared, where installed."""
+    """Versions of Python and of the compared packages that are installed."""
     result = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -99,13 +99,13 @@ def versions() -> dict[str, str]:
 
 
 def peak_resident_memory() -> int | None:
-    """The most bytes this process has held in main memory, where the system tells."""
+    """Peak main memory of this process in bytes; None if unknown."""
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, the others KiB.
+    # In bytes on macOS, in KiB elsewhere.
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
@@ -121,7 +121,7 @@ def _matmul_rate(dtype: str, size: int) -> float:
 
 
 def _tanh_rate(size: int = 512, units: int = 64) -> float:
-    # Added into a tile that stays in cache: the function is measured, not the memory.
+    # Adds to a tile that stays in cache, so that memory does not limit the rate.
     x = jnp.linspace(-2, 2, units * size, dtype=jnp.float32).reshape(units, size)
     weight = jnp.ones(units)
 
@@ -136,15 +136,15 @@ def _tanh_rate(size: int = 512, units: int = 64) -> float:
 
 
 def read_everything(x: jax.Array) -> jax.Array:
-    """Some sums of an array, which all threads read once."""
+    """Sums of parts of an array: reads it once, with all threads."""
     return x.reshape(64, -1).sum(1)
 
 
 def measure_read_rate(size: int = 1 << 29) -> float:
-    """Bytes a second that all threads read from main memory.
+    """Bytes per second that all threads read from main memory.
 
     Args:
-        size: bytes, more than caches hold.
+        size: bytes of the array, more than fit into caches.
     """
     x = jnp.ones(size // 4, jnp.float32)
     call = jax.jit(read_everything).lower(x).compile()
@@ -152,10 +152,10 @@ def measure_read_rate(size: int = 1 << 29) -> float:
 
 
 def measure_peaks(dtypes: tuple[str, ...], size: int = 2048) -> Peaks:
-    """Matrix-product and tanh rates, now.
+    """Measures the rates of matrix products and of tanh.
 
     Args:
-        dtypes: names of the types to multiply in.
-        size: of the square matrices.
+        dtypes: names of the matrices' types.
+        size: number of rows of the square matrices.
     """
     return Peaks({d: _matmul_rate(d, size) for d in dtypes}, _tanh_rate())

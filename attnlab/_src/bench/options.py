@@ -1,4 +1,4 @@
-"""The options of ``attnlab bench``: read, checked, and explained where wrong."""
+"""The options of ``attnlab bench``: parsing and checks."""
 
 import argparse
 import contextlib
@@ -15,25 +15,25 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line asks for; None where a default depends on the rest.
+    """Options of the command line; None if the default depends on other options.
 
     Attributes:
-        batch: B.
-        length: T.
-        heads: N; None: 8, and 1 for scores that are no inner product.
-        key_heads: K; None: N.
-        head_size: H.
-        dtypes: names.
-        patterns: names; None: the selection's.
-        scores: names; None: the selection's.
-        implementations: names; None: the selection's.
-        repeats: rounds; None: as many as fit.
+        batch: B, the batch size.
+        length: T and S, query and key length.
+        heads: N, query heads; None: 8, or 1 for scores that are not inner products.
+        key_heads: K, key and value heads; None: N.
+        head_size: H and D, size of query, key and value heads.
+        dtypes: names of types.
+        patterns: names of mask patterns; None: chosen by ``select``.
+        scores: names of scores; None: chosen by ``select``.
+        implementations: names of implementations; None: chosen by ``select``.
+        repeats: number of rounds; None: as many as fit into the time.
         out: folder of the results.
-        full: the whole grid, without a limit of time.
-        quick: a small selection.
-        text: folder of .txt files; None: the addresses.
-        peers: whether other libraries are measured too.
-        seed: of everything that is drawn.
+        full: whether to measure the whole grid, without a time limit.
+        quick: whether to measure a small selection.
+        text: folder of .txt files; None: the State of the Union addresses.
+        peers: whether other libraries are measured, too.
+        seed: seed of all random numbers.
     """
 
     batch: int = 1
@@ -55,7 +55,7 @@ class Options:
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """Reads a whole number that is no less."""
+    """An argparse type: a whole number of at least ``least``."""
 
     def read(text: str) -> int:
         try:
@@ -86,7 +86,7 @@ def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def text_folder(text: str) -> Path:
-    """A folder that has .txt files."""
+    """An argparse type: a folder that has .txt files."""
     path = Path(text)
     if not path.is_dir():
         raise argparse.ArgumentTypeError(
@@ -100,7 +100,7 @@ def text_folder(text: str) -> Path:
 
 
 def writable_folder(text: str) -> Path:
-    """A folder that results can be written to; it is made when they are."""
+    """An argparse type: a folder that can be written to; it need not exist yet."""
     path = Path(text)
     probe = path / ".attnlab-writable"
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -122,17 +122,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attnlab bench``."""
     many = {"metavar": "A,B,..."}
     sizes = parser.add_argument_group("sizes")
-    sizes.add_argument("--batch", type=whole(1), default=1, help="B (1)")
+    sizes.add_argument("--batch", type=whole(1), default=1, help="batch size (1)")
     sizes.add_argument(
-        "--length", type=whole(16), help="T and S (2048; with --quick 1024)"
+        "--length",
+        type=whole(16),
+        help="query and key length (2048; with --quick 1024)",
     )
     sizes.add_argument(
         "--heads",
         type=whole(1),
-        help="N (8; 1 for additive, mlp and concat, whose pairs cost more)",
+        help="query heads (8; 1 for the costlier scores additive, mlp and concat)",
     )
-    sizes.add_argument("--key-heads", type=whole(1), help="K, a divisor of N (N)")
-    sizes.add_argument("--head-size", type=whole(1), default=64, help="H and D (64)")
+    sizes.add_argument(
+        "--key-heads",
+        type=whole(1),
+        help="key and value heads, a divisor of --heads (as many as --heads)",
+    )
+    sizes.add_argument(
+        "--head-size", type=whole(1), default=64, help="size of a head (64)"
+    )
     sizes.add_argument(
         "--dtypes", type=_names(DTYPES), default=("float32",), help="(float32)", **many
     )
@@ -153,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-peers",
         dest="peers",
         action="store_false",
-        help="leave jax.nn, flax.nnx and torch out",
+        help="do not measure jax.nn, flax.nnx and torch",
     )
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument(
@@ -174,19 +182,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="your own .txt files as input",
     )
     parser.add_argument(
-        "--seed", type=whole(0), default=0, help="of everything drawn (0)"
+        "--seed", type=whole(0), default=0, help="seed of all random numbers (0)"
     )
     parser.add_argument(
         "--out",
         type=writable_folder,
         default="attnlab-bench",
         metavar="DIR",
-        help="where bench.json and the charts go (./attnlab-bench)",
+        help="folder for bench.json and the charts (./attnlab-bench)",
     )
 
 
 def read(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
-    """Options from parsed arguments; ends the program where they do not fit."""
+    """Options from parsed arguments; exits with a message if they do not fit."""
     names = [field.name for field in dataclasses.fields(Options)]
     options = Options(**{name: getattr(given, name) for name in names})
     if options.length is None:

@@ -1,4 +1,4 @@
-"""A budget of seconds, shared among the groups that are still to come."""
+"""Divides a time budget among the groups that are still to be measured."""
 
 import time
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from attnlab._src.bench.timing import Repeats
 
 
 class Pace:
-    """Says what there is time for, from how long groups have taken so far.
+    """Decides what there is time for, from how long groups have taken so far.
 
-    A group costs so much for the implementations it is about, and so much for each
-    dense one or peer beside them; both are learnt as groups are done.
+    It estimates the time of a group's own implementations, and of each dense
+    implementation or peer measured beside them, as means over the groups done.
     """
 
     def __init__(self, budget: float | None, repeats: Repeats, groups: int):
@@ -21,21 +21,21 @@ class Pace:
         self._beside: list[float] = []
 
     def _typical(self) -> float:
-        # Guesses for two quiet cores, until something is known.
+        # The default is a guess for two idle cores.
         return _mean(self._alone, 4.0)
 
     def _spare(self) -> float:
-        """Seconds beyond what the remaining groups need without company."""
+        """Seconds left after the remaining groups' own implementations are measured."""
         if self._end is None:
             return float("inf")
         return self._end - time.perf_counter() - self._left * self._typical()
 
     def allows(self) -> bool:
-        """Whether there is time for another group at all."""
+        """Whether there is time for another group."""
         return self._spare() + (self._left - 1) * self._typical() > 0
 
     def allows_beside(self, count: int) -> bool:
-        """Whether there is time for so many beside the next group's own."""
+        """Whether there is time for ``count`` more contenders in the next group."""
         return self._spare() > count * _mean(self._beside, 3.0)
 
     def repeats(self) -> Repeats:
@@ -46,7 +46,7 @@ class Pace:
         return self._repeats._replace(seconds=min(self._repeats.seconds, share))
 
     def record(self, seconds: float, beside: int) -> None:
-        """Counts a group as done, with what it took and how many ran beside it."""
+        """Records a group as done: its time, and how many contenders ran beside it."""
         self._left -= 1
         if beside:
             self._beside.append(max(seconds - self._typical(), 0.0) / beside)

@@ -1,4 +1,4 @@
-"""Documents packed into sequences, and sequences embedded as query, key and value."""
+"""Packs documents into sequences, and embeds them as query, key and value."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from attnlab._src.types import Array
 
 
 class Packed(NamedTuple):
-    """Documents one after another, without gaps.
+    """Sequences of documents, without gaps between them.
 
     Attributes:
         tokens: ``[B, T]`` uint8, bytes of text.
@@ -24,14 +24,14 @@ class Packed(NamedTuple):
 def pack(documents: Sequence[bytes], batch: int, length: int, seed: int = 0) -> Packed:
     """Fills ``batch`` sequences of ``length`` bytes with documents in random order.
 
-    The last document of a sequence is cut at its end. Where the text is shorter than
-    what is asked for, it is gone through again.
+    The last document of a sequence is cut at the sequence's end. If the text is too
+    short, documents are used again.
 
     Args:
         documents: byte strings; empty ones are left out.
-        batch: B.
-        length: T, bytes.
-        seed: of the order.
+        batch: B, the number of sequences.
+        length: T, the length of a sequence in bytes.
+        seed: seed of the order.
 
     Raises:
         ValueError: if every document is empty.
@@ -63,14 +63,14 @@ def embed(
     dtype: str,
     random: np.random.Generator,
 ) -> Array:
-    """Looks the bytes up in a fixed random table.
+    """Embeds bytes with a random table.
 
     Args:
         tokens: ``[B, T]`` uint8.
-        heads: N or K.
-        head_size: H.
-        dtype: of the result.
-        random: draws the table ``[256, heads * H]`` of standard normal entries.
+        heads: number of heads, N or K.
+        head_size: H, the size of a head.
+        dtype: type of the result.
+        random: generator for the table ``[256, heads * H]`` of standard normal numbers.
 
     Returns:
         ``[B, T, heads, H]``.

@@ -1,4 +1,4 @@
-"""Other libraries' scaled dot-product attention, as their users call it."""
+"""Contenders that call other libraries' scaled dot-product attention."""
 
 import contextlib
 import importlib.util
@@ -26,13 +26,13 @@ def _refusal(case: Case) -> str | None:
 
 @contextlib.contextmanager
 def _defaults() -> Iterator[None]:
-    """JAX's own settings of promotion: in 16 bits, peers promote."""
+    """Sets JAX's default type and rank promotion, which peers need in 16 bits."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 class JaxNnPeer:
-    """``jax.nn.dot_product_attention``; any mask but causal as a dense array."""
+    """``jax.nn.dot_product_attention``; masks other than causal are dense arrays."""
 
     name = "jax.nn"
 
@@ -94,7 +94,7 @@ def _torch_refusal(case: Case) -> str | None:
 
 
 def _tensor(array: Array) -> Any:
-    """``[B, T, N, H]`` as torch likes it best: heads first, contiguous."""
+    """A torch tensor of ``[B, T, N, H]``: heads before positions, contiguous."""
     import torch
 
     wide = np.asarray(array.astype(jnp.float32).swapaxes(1, 2))
@@ -109,7 +109,7 @@ def _arrays(tensors: tuple[Any, ...]) -> dict[str, Any]:
 
 
 class TorchPeer:
-    """PyTorch's ``scaled_dot_product_attention`` on the CPU, all its threads."""
+    """PyTorch's ``scaled_dot_product_attention`` on the CPU, with all threads."""
 
     name = "torch"
 
@@ -132,7 +132,7 @@ class TorchPeer:
         def forward() -> Any:
             query, *shared = tensors
             if backward and group > 1:
-                # A third of the time that it takes through enable_gqa.
+                # Takes a third of the time of enable_gqa=True.
                 shared = [x.repeat_interleave(group, 1) for x in shared]
             return torch.nn.functional.scaled_dot_product_attention(
                 query,
@@ -156,16 +156,16 @@ class TorchPeer:
 
 
 class FlexPeer:
-    """PyTorch's FlexAttention, compiled, with the blocks of the mask made beforehand.
+    """PyTorch's FlexAttention, compiled, with a block mask made beforehand.
 
-    It skips dead blocks and applies the rule in those that are partly visible, as
-    attnlab does. The rule is arithmetic where a user would write it so, else a table.
+    It skips dead blocks and applies the mask function in partial blocks, as attnlab
+    does. The function is arithmetic for the patterns in ``RULES``, else a table lookup.
     """
 
     name = "flex"
 
-    #: Of a block of its mask: on random blocks of 64 several times as fast as its own
-    #: choice of 128, and as fast elsewhere.
+    #: Block size of its mask: several times as fast as its default of 128 on random
+    #: blocks of 64, and equally fast on other patterns.
     BLOCK_SIZE = 64
 
     def refusal(self, case: Case) -> str | None:
@@ -185,11 +185,12 @@ class FlexPeer:
 
         spec = case.spec
         tensors = [_tensor(x) for x in (case.query, case.key, case.value)]
-        # It would give up compiling after some eight problems, and run unfused.
+        # Without a reset, it stops compiling after about eight problems and runs
+        # unfused.
         torch._dynamo.reset()
         blocks = None
         if spec.pattern != "full":
-            # Compiled, it finds the blocks of a rule without holding every pair.
+            # Compiled, create_block_mask does not store every pair of a rule.
             is_rule = spec.pattern in RULES
             create = torch.compile(create_block_mask) if is_rule else create_block_mask
             blocks = create(
@@ -218,7 +219,7 @@ class FlexPeer:
         return Prepared(call, _arrays, time.perf_counter() - start, None)
 
 
-#: Patterns as arithmetic, which needs no table of every pair.
+#: Patterns as arithmetic mask functions, without a table of every pair.
 RULES: dict[str, Callable[..., Any]] = {
     "causal": lambda b, h, i, j: i >= j,
     "window": lambda b, h, i, j: (i - j).abs() <= WINDOW,
@@ -227,20 +228,20 @@ RULES: dict[str, Callable[..., Any]] = {
 
 
 def _rule(case: Case) -> Callable[..., Any]:
-    """Whether query ``i`` sees key ``j``, as FlexAttention asks."""
+    """The mask function for FlexAttention: whether query i attends to key j."""
     import torch
 
     if case.spec.pattern in RULES:
         return RULES[case.spec.pattern]
     table = torch.from_numpy(np.array(case.dense_mask())[:, 0])
     if len(table) == 1:
-        # Without the examples' index its kernel is simpler.
+        # The kernel is simpler without the index of the example.
         return lambda b, h, i, j, seen=table[0]: seen[i, j]
     return lambda b, h, i, j: table[b, i, j]
 
 
-#: By name, as tables show them. FlexAttention compiles for long and has no backward
-#: pass on CPUs: it runs where it is asked for.
+#: All peers by name. FlexAttention takes long to compile and has no backward pass on
+#: CPUs, so it is not in ``installed_peers``.
 PEERS: dict[str, Contender] = {
     peer.name: peer for peer in (JaxNnPeer(), FlaxPeer(), TorchPeer(), FlexPeer())
 }
@@ -251,6 +252,6 @@ def _installed(package: str) -> bool:
 
 
 def installed_peers() -> list[Contender]:
-    """Every peer that this environment can import, but FlexAttention."""
+    """Every installed peer except FlexAttention."""
     names = ["jax.nn", "flax.nnx"] + (["torch"] if _installed("torch") else [])
     return [PEERS[name] for name in names]

@@ -1,4 +1,4 @@
-"""What was measured: a table for the terminal, JSON for everything else."""
+"""Reports of a run: a table for the terminal, and JSON."""
 
 import dataclasses
 import datetime as dt
@@ -24,11 +24,12 @@ FORMAT = 1
 
 
 def shares(measured: Pass, dtype: str, peaks: Peaks) -> dict[str, float | None]:
-    """Useful operations a second over what the machine can do at most.
+    """Measured performance as shares of the machine's peaks.
 
-    ``of_matmul_peak`` is over the matrix-product peak of that dtype; ``of_tanh_bound``
-    is the least time that the evaluations of tanh take at their peak rate and the
-    operations beside them at that of products (None where the score has no tanh).
+    ``of_matmul_peak`` is useful operations per second over the peak of matrix products
+    in that dtype. ``of_tanh_bound`` is a lower bound of the time over the measured
+    time; the bound counts evaluations of tanh at their peak rate and the other
+    operations at that of matrix products (None if the score has no tanh).
     """
     seconds, flops = measured.timing.median, peaks.matmul[dtype]
     least = measured.tanh_count / peaks.tanh + measured.beside_tanh_flops / flops
@@ -39,7 +40,7 @@ def shares(measured: Pass, dtype: str, peaks: Peaks) -> dict[str, float | None]:
 
 
 def as_record(row: Row, peaks: Peaks) -> dict[str, Any]:
-    """A row as JSON has it."""
+    """A row as a record for JSON."""
     record: dict[str, Any] = dataclasses.asdict(row)
     for direction, measured in (("forward", row.forward), ("both", row.both)):
         if measured is not None:
@@ -54,13 +55,13 @@ def as_record(row: Row, peaks: Peaks) -> dict[str, Any]:
 def document(
     rows: Sequence[Row], peaks: Peaks, arguments: Sequence[str], *, complete: bool
 ) -> dict[str, Any]:
-    """Everything that is known about a run, ready for JSON.
+    """All data of a run, ready for JSON.
 
     Args:
         rows: what was measured.
-        peaks: of the machine.
+        peaks: peak rates of the machine.
         arguments: the command line, program first.
-        complete: False where it was interrupted.
+        complete: False if the run was interrupted.
     """
     return {
         "format": FORMAT,
@@ -77,13 +78,13 @@ def document(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a document, whole or not at all."""
+    """Writes a document atomically."""
     text = json.dumps(content, indent=1, allow_nan=False, default=str)
     write_atomically(path, (text + "\n").encode())
 
 
 def milliseconds(measured: Pass) -> str:
-    """Median and the two quantiles."""
+    """Median and the 20 % and 80 % quantiles in milliseconds, as text."""
     median, low, high, _ = (1e3 * x for x in measured.timing)
     digits = 0 if median >= 100 else 1 if median >= 10 else 2
     return f"{median:,.{digits}f} [dim]{low:,.{digits}f}-{high:,.{digits}f}[/]"
@@ -121,7 +122,7 @@ def _cells(row: Row, peaks: Peaks) -> list[str]:
 
 
 def table(rows: Sequence[Row], peaks: Peaks, title: str) -> Table:
-    """The rows as a table: a section a problem, no times where the check failed."""
+    """The rows as a table, a section for each problem; times only if checks passed."""
     made = Table(title=title, title_justify="left", pad_edge=False)
     dtypes = {row.spec.dtype for row in rows}
     for name in ("pattern · score", "runs on"):
@@ -155,7 +156,7 @@ def table(rows: Sequence[Row], peaks: Peaks, title: str) -> Table:
 
 
 def notes(rows: Sequence[Row], peaks: Peaks) -> list[str]:
-    """What the table leaves out: reasons, sizes, peaks."""
+    """Lines to print below the table: reasons, sizes, patterns, peaks."""
     lines = []
     for status in ("failed", "refused", "skipped"):
         reasons: dict[str, list[str]] = {}

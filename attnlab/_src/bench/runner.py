@@ -1,4 +1,4 @@
-"""Checks and times groups of contenders, one problem after another."""
+"""Checks and times groups of contenders, one group after another."""
 
 import dataclasses
 import time
@@ -22,12 +22,12 @@ DIRECTIONS = ("forward", "both")
 
 
 class Group(NamedTuple):
-    """A problem and those who are compared on it.
+    """A problem and the contenders that are compared on it.
 
     Attributes:
         spec: the problem.
-        contenders: whom it is about.
-        beside: dense ones and peers, left out where time is short.
+        contenders: contenders that are always measured, if there is time for the group.
+        beside: dense implementations and peers, skipped if time is short.
         directions: what is timed: "forward", "both" (forward and backward together).
     """
 
@@ -39,15 +39,15 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Numbers of one direction; times in seconds.
+    """Results of one direction; times in seconds.
 
     Attributes:
-        timing: of the run, compiling not counted.
-        compile_seconds: None where nothing is compiled ahead.
-        temporary_bytes: peak beside inputs and outputs, None if unknown.
+        timing: time of a call, without compilation.
+        compile_seconds: time of compilation; None if nothing is compiled ahead of time.
+        temporary_bytes: peak memory besides inputs and outputs; None if unknown.
         useful_flops: operations on visible pairs.
-        tanh_count: function evaluations that cannot be avoided; 0 for most scores.
-        beside_tanh_flops: operations on top of them.
+        tanh_count: see ``Case.tanh_count``; 0 for scores without tanh.
+        beside_tanh_flops: see ``Case.beside_tanh_flops``.
     """
 
     timing: Timing
@@ -60,17 +60,18 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One contender on one problem.
+    """Result of one contender on one problem.
 
     Attributes:
         spec: the problem.
-        contender: who.
-        status: "ok", "failed", "refused" or "skipped"; all but "ok" have no times.
-        reason: why not; empty for "ok".
-        density: visible pairs over all.
-        error: greatest error over what is allowed; None where nothing was compared.
-        forward: None unless ok and asked for.
-        both: forward and backward together; None unless ok and asked for.
+        contender: name of the contender.
+        status: "ok", "failed", "refused" or "skipped"; only "ok" has times.
+        reason: reason of another status than "ok"; else empty.
+        density: number of visible pairs over that of all pairs.
+        error: greatest quotient of error and allowed error; None if nothing was
+            compared.
+        forward: forward pass; None unless "ok" and asked for.
+        both: forward and backward together; None unless "ok" and asked for.
     """
 
     spec: Spec
@@ -92,15 +93,15 @@ def run(
     checked_bytes: int = DENSE_BYTES,
     report: Callable[[str], None] = lambda doing: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of one group after another, as they are measured.
+    """Measures groups and yields the rows of each.
 
     Args:
-        groups: what to compare.
+        groups: groups to measure.
         documents: the text.
-        repeats: how often.
-        budget: seconds; what would pass it is skipped. None: no limit.
+        repeats: how often calls are repeated.
+        budget: seconds; what would exceed them is skipped. None: no limit.
         checked_bytes: see :func:`attnlab._src.bench.gate.gate_case`.
-        report: called with what is being done.
+        report: called with a description of each step.
     """
     pace = Pace(budget, repeats, len(groups))
     for group in groups:
@@ -142,7 +143,12 @@ def prepare_checked(
     directions: Sequence[str],
     report: Callable[[str], None],
 ) -> tuple[list[Row], dict[tuple[str, str], Prepared]]:
-    """Compiles and checks all contenders; those that fail are left out."""
+    """Compiles and checks all contenders.
+
+    Returns:
+        A row for each, without times; and the computations of those with status "ok",
+        by name and direction.
+    """
     rows: list[Row] = []
     prepared: dict[tuple[str, str], Prepared] = {}
     backward = "both" in directions
@@ -170,7 +176,7 @@ def prepare_checked(
         except NotImplementedError as error:
             ready, status = {}, "refused"
             verdict = Verdict(False, None, str(error))
-        # A contender that breaks is a finding about it; the others still run.
+        # Any error counts as a failed check; other contenders still run.
         except Exception as error:
             said = str(error).strip().splitlines() or [""]
             ready, status = {}, "failed"
@@ -186,7 +192,7 @@ def prepare_checked(
 def time_passes(
     case: Case, prepared: dict[tuple[str, str], Prepared], repeats: Repeats
 ) -> dict[tuple[str, str], Pass]:
-    """Times all prepared calls in turn: passes by contender and direction."""
+    """Times all prepared calls, interleaved; returns passes by name and direction."""
     timings = interleave({key: p.call for key, p in prepared.items()}, repeats)
     return {
         (name, direction): Pass(

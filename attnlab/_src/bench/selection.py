@@ -1,4 +1,4 @@
-"""Which cells of the grid pattern x score x implementation are measured."""
+"""Selects the cells of the grid pattern x score x implementation to measure."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from attnlab._src.bench.peers import installed_peers
 from attnlab._src.bench.runner import Group
 from attnlab._src.implementations import IMPLEMENTATIONS
 
-#: These hold every pair: they are compared on a few problems, not on all.
+#: Implementations that store all logits; they are compared on a few problems only.
 DENSE = ("jax_nn", "reference")
 
-#: Every pattern, every score and every contender at least once: the dense ones and
-#: peers that run beside the others on each pair of pattern and score.
+#: The default selection, with every pattern, score and contender at least once. Maps
+#: pattern and score to the dense implementations and peers that are also measured.
 COVERING: dict[tuple[str, str], tuple[str, ...]] = {
     ("full", "scaled_dot"): ("jax.nn", "flax.nnx", "torch"),
     ("window", "scaled_dot"): ("jax_nn", "torch"),
@@ -23,7 +23,7 @@ COVERING: dict[tuple[str, str], tuple[str, ...]] = {
     ("causal", "bilinear"): (),
     ("window", "cosine"): (),
     ("causal_window", "mlp"): (),
-    # Masks that carry data compile longest, so they come last.
+    # Last, as masks with arrays take longest to compile.
     ("documents", "scaled_dot"): ("torch",),
     ("big_bird", "scaled_dot"): (),
     ("random", "additive"): (),
@@ -46,7 +46,7 @@ def _spec(options: Options, pattern: str, score: str, dtype: str) -> Spec:
         options.batch,
         options.length,
         heads,
-        # One head in all leaves no choice of key heads.
+        # With one head there can be only one key head.
         min(key_heads, heads),
         options.head_size,
         seed=options.seed,
@@ -70,10 +70,10 @@ def _grid(options: Options) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def select(options: Options, peers: Sequence[Contender] | None = None) -> list[Group]:
-    """The groups to measure, the most telling ones first.
+    """The groups to measure, in this order.
 
     Args:
-        options: what was asked for.
+        options: options of the command line.
         peers: other libraries; those installed if not given.
     """
     found = (installed_peers() if peers is None else peers) if options.peers else []

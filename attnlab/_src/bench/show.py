@@ -1,4 +1,4 @@
-"""The command ``attnlab show``: what a mask looks like, and how far it carries."""
+"""The command ``attnlab show``: draws masks and how information spreads in layers."""
 
 import argparse
 import json
@@ -23,15 +23,15 @@ from attnlab._src.bench.options import whole, writable_folder
 from attnlab._src.masks.base import Mask
 
 DESCRIPTION = """\
-Draws masks, counts what they leave alive, and how many layers of them carry a word from
-anywhere to anywhere."""
+Draws masks, counts their visible pairs and live blocks, and computes how many layers
+it takes until each position depends on every other one."""
 
-#: Cells along a side of a picture.
+#: Greatest number of cells along a side of a picture.
 _CELLS = 128
 
 
 def mask_argument(text: str) -> tuple[str, Mask]:
-    """The expression, and its mask."""
+    """An argparse type: a mask expression; returns its text and the mask."""
     try:
         return text, read_mask(text)
     except ValueError as error:
@@ -49,22 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as in Python: 'causal() & (sliding_window(64, 0) | anchor(1))'; made of "
         + ", ".join(NAMES),
     )
-    add("--length", type=whole(2), default=1024, help="T (1024)")
-    add("--block-size", type=whole(1), default=128, help="of the plan (128)")
+    add("--length", type=whole(2), default=1024, help="sequence length (1024)")
+    add("--block-size", type=whole(1), default=128, help="size of a block (128)")
     add(
         "--out",
         type=writable_folder,
         default="attnlab-show",
         metavar="DIR",
-        help="folder of the picture and the numbers (attnlab-show)",
+        help="folder for the picture and the numbers (attnlab-show)",
     )
 
 
 def command(given: argparse.Namespace) -> int:
-    """Shows, draws and writes what the options ask for.
+    """Runs ``attnlab show``.
 
     Returns:
-        0; 1 where a mask does not fit the length.
+        The exit status: 0; 1 if the length is too great, or a mask does not fit it.
     """
     from rich.console import Console
     from rich.progress import track
@@ -112,9 +112,9 @@ def command(given: argparse.Namespace) -> int:
         console = Console(width=140)
     console.print(table)
     console.print(
-        "layers to full reach: until every pair that can be connected is (a position "
-        "keeps its own word); never: pairs that cannot; gap: 1 - the second eigenvalue "
-        "of a random walk.",
+        "layers to full reach: number of layers until every pair that can be connected "
+        "is; mean path: mean number of layers to connect a pair; never: pairs that "
+        "cannot be connected; gap: 1 - the second eigenvalue of a random walk.",
         style="dim",
         highlight=False,
     )
@@ -145,13 +145,13 @@ def _look(
         "gap": numbers.gap,
         "shares": numbers.shares,
     }
-    # A cell shows the best of what it holds: a single anchor is seen, too.
+    # A cell shows the best value of its pairs, so that a single anchor is visible.
     layers = np.where(found < 0, np.inf, found)
     return row, (_cells(visible_share(mask, length)), -_cells(-layers))
 
 
 def live_blocks(mask: Mask, length: int, block_size: int) -> tuple[int, int, int]:
-    """How many blocks are live, how many of them full, and how many there are."""
+    """Number of live blocks, of full ones among them, and of all blocks."""
     rows = mask.plan(length, block_size=block_size).rows
     full, partial = (np.asarray(part.per_row()) for part in rows)
     total = full.size * -(-length // block_size)
@@ -159,7 +159,7 @@ def live_blocks(mask: Mask, length: int, block_size: int) -> tuple[int, int, int
 
 
 def _cells(values: np.ndarray) -> np.ndarray:
-    """The largest values of at most ``_CELLS`` cells a side."""
+    """Reduces an array to at most ``_CELLS`` cells a side, by the maximum."""
     size = -(-len(values) // _CELLS)
     padded = np.pad(values, (0, -len(values) % size), mode="edge")
     count = len(padded) // size

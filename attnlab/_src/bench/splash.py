@@ -1,7 +1,7 @@
-"""JAX's own splash attention with every block alive, for the compiler's static counts.
+"""JAX's splash attention with every block live, for the compiler's static counts.
 
-The static profile leaves out what a step does only if a number in memory says so. So
-these kernels ask no such number: each block is computed, and masked if ``masked``.
+The static profile leaves out code that runs only under a condition read from memory. So
+these kernels have no such condition: each block is computed, and masked if ``masked``.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from attnlab._src.bench.cases import WINDOW
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 from attnlab._src.implementations.splash import block_sizes
 
-#: Patterns that it evaluates in the kernel, as ours does.
+#: Patterns that splash attention computes in the kernel, as ours does.
 _MASKS: dict[str, Callable[[tuple[int, int]], Any]] = {
     "causal": splash_masks.CausalMask,
     "window": lambda shape: splash_masks.LocalMask(shape, (WINDOW, WINDOW), 0),
@@ -33,7 +33,7 @@ _MASKS: dict[str, Callable[[tuple[int, int]], Any]] = {
 
 
 def expresses(pattern: str, score: str) -> bool:
-    """Whether it has this attention."""
+    """Whether splash attention has this pattern and score."""
     return score == "scaled_dot" and (pattern == "full" or pattern in _MASKS)
 
 
@@ -45,14 +45,14 @@ def every_block(
     masked: bool,
     fused: bool,
 ) -> Callable[..., Any]:
-    """``(q, k, v) -> output``, differentiable; ``[heads, length, size]``.
+    """Makes ``(q, k, v) -> output``, differentiable; each ``[heads, length, size]``.
 
     Args:
-        pattern: one that it expresses.
+        pattern: one that :func:`expresses` accepts.
         lengths: T and S.
-        blocks: sizes.
+        blocks: block sizes.
         masked: whether each block is masked.
-        fused: whether its backward pass is one kernel.
+        fused: whether the backward pass is one kernel.
     """
     function, positions = None, None
     if masked:

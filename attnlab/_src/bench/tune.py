@@ -1,6 +1,6 @@
-"""``attnlab tune``: the best sizes of blocks, as a table that attnlab reads.
+"""``attnlab tune``: finds the best block sizes, as a table that attnlab reads.
 
-On a TPU by time; for one that is not here by the compiler's static cycles.
+On a TPU they are measured; without one, the compiler's static cycles are compared.
 """
 
 import argparse
@@ -29,14 +29,15 @@ from attnlab._src.implementations.pallas_tpu.blocks import (
 )
 
 DESCRIPTION = f"""\
-The best sizes of blocks for each head size and pass, written as a table: of large
-ones each is halved as long as that is cheaper. attnlab uses it where {VARIABLE}
-names the file. "here" is the TPU of this machine, measured; another target is one that
-need not be here, by its compiler's static cycles."""
+Finds the best block sizes for each head size and pass, and writes them as a table. The
+search starts from large sizes and halves one of them as long as that is cheaper.
+attnlab uses the table if the environment variable {VARIABLE} names the file. The target
+"here" is the TPU of this machine, which is timed; other targets need no device and are
+compared by their compiler's static cycles."""
 
 HERE = "here"
-#: Between which sizes are tried, or with all keys of a block at once. Of more queries
-#: the compiler needs minutes, and each attention of a model would.
+#: Limits of the sizes that are tried (besides all keys of a block at once). With more
+#: queries compilation takes minutes, for each attention of a model.
 LEAST, MOST = Blocks(512, 512, 256), Blocks(1024, 2048, 512)
 
 
@@ -44,7 +45,7 @@ Way = TypeVar("Way")
 
 
 def near(blocks: Blocks) -> list[Blocks]:
-    """With one of the sizes halved, or with all keys at once."""
+    """The block sizes with one of them halved, and with all keys at once."""
     halved = [blocks._replace(**{f: getattr(blocks, f) // 2}) for f in Blocks._fields]
     large = [b for b in halved if all(n >= m for n, m in zip(b, LEAST, strict=True))]
     fitting = [b for b in large if b.k % b.chunk == 0]
@@ -52,18 +53,18 @@ def near(blocks: Blocks) -> list[Blocks]:
 
 
 def by_cycles(spec: Spec, of: str, target: str, blocks: Blocks) -> float | None:
-    """Static cycles of a pair of a full block."""
+    """Static cycles per pair in a full block; None if there are none."""
     from attnlab._src.bench.static import per_block
 
     try:
         found = per_block(spec, blocks, of, target, masked=False)
-    except NotImplementedError:  # they do not fit the memory
+    except NotImplementedError:  # the blocks exceed the memory
         return None
     return None if found.cycles is None else found.cycles / (blocks.q * blocks.k)
 
 
 def by_time(spec: Spec, of: str, blocks: Blocks) -> float | None:
-    """Seconds of a pair, on the device that is here."""
+    """Measured seconds per pair on this device; None if the blocks exceed memory."""
     from attnlab._src.bench.static import sized, the_pass
     from attnlab._src.bench.timing import Repeats, interleave
 
@@ -79,7 +80,7 @@ def by_time(spec: Spec, of: str, blocks: Blocks) -> float | None:
         try:
             jax.block_until_ready(call(*arrays))
         except (NotImplementedError, jax.errors.JaxRuntimeError):
-            # They do not fit the memory: as we estimate it, or as it is.
+            # The blocks exceed the memory, by our estimate or in fact.
             return None
         timing = interleave({"": lambda: call(*arrays)}, Repeats(seconds=1.0))[""]
     return timing.median / (spec.heads * length**2)
@@ -91,14 +92,17 @@ def search(
     near: Callable[[Way], Iterable[Way]],
     at_once: int = 1,
 ) -> Iterator[tuple[Way, float | None]]:
-    """What each way costs that is tried: near the cheapest, until none is cheaper.
+    """Local search: tries what is near the cheapest, until none of it is cheaper.
 
     Args:
-        measure: asked for the cost of each; None: it does not work.
-        start: tried first.
-        near: what to try next to a way.
-        at_once: how many are measured beside each other: a core for each where
-            ``measure`` waits for a compiler, one where it takes times.
+        measure: returns the cost of a candidate; None if it does not work.
+        start: the first candidate.
+        near: returns the candidates near another one.
+        at_once: how many are measured in parallel: one per core if ``measure`` waits
+            for a compiler, 1 if it measures time.
+
+    Yields:
+        Each candidate and its cost.
     """
     known: dict[Way, float | None] = {}
     front = [start]
@@ -116,13 +120,13 @@ def search(
 def best_of(
     costs: Iterable[tuple[Way, float | None]],
 ) -> tuple[Way, float] | None:
-    """The cheapest, and what it costs; None where none works."""
+    """The cheapest candidate and its cost; None if none works."""
     known = [(way, cost) for way, cost in costs if cost is not None]
     return min(known, key=lambda each: each[1]) if known else None
 
 
 def _table(text: str) -> Path:
-    """A file that can be written, and is a table if it is there."""
+    """An argparse type: a file that can be written to; if it exists, it is a table."""
     path = Path(text)
     try:
         if path.exists():
@@ -149,18 +153,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_table,
         required=True,
         metavar="FILE.json",
-        help="the table: other generations in it are kept",
+        help="file of the table; entries of other TPU generations are kept",
     )
 
 
 def command(given: argparse.Namespace) -> int:
-    """Tries, and writes the table.
+    """Runs ``attnlab tune``.
 
     Args:
         given: the options.
 
     Returns:
-        0; 1 where nothing works; 130 where interrupted.
+        The exit status: 0; 1 if no block sizes work; 130 if interrupted.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -169,7 +173,7 @@ def command(given: argparse.Namespace) -> int:
     if given.target == HERE and jax.default_backend() != "tpu":
         console.print(
             f"attnlab tune: --target here: expected a TPU, found "
-            f"{jax.default_backend()}; without one: {', '.join(TOLD)}",
+            f"{jax.default_backend()}; targets without a TPU: {', '.join(TOLD)}",
             style="red",
             highlight=False,
         )
@@ -198,7 +202,7 @@ def command(given: argparse.Namespace) -> int:
                 doing = f"head size {size}, {of}"
                 best = best_of(progress.track(tried, description=doing))
                 if best is None:
-                    why = f"attnlab tune: {doing}: no sizes of blocks work"
+                    why = f"attnlab tune: {doing}: no block sizes work"
                     progress.console.print(why, style="red")
                     continue
                 # Written at once, so that an interrupted run keeps its results.

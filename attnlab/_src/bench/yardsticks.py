@@ -1,4 +1,4 @@
-"""What attention is measured by where no other library computes it."""
+"""Yardsticks: contenders for comparison where no other library has the attention."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from attnlab._src.types import Array
 
 
 class NaiveAdditive:
-    """The formula of the additive score as one writes it down: ``[T, S, hidden]``."""
+    """The additive score computed directly, with an array ``[T, S, hidden]``."""
 
     name = "naive"
 
@@ -22,13 +22,14 @@ class NaiveAdditive:
         if not isinstance(case.score, Additive):
             return "it has the additive score only"
         hidden = case.score.weight.shape[-1]
-        # Forward and backward hold the hidden units, their gradient, and one between.
+        # Forward and backward store three such arrays: hidden units, their gradient,
+        # and an intermediate one.
         pairs = case.spec.batch * case.spec.heads * case.spec.queries * case.spec.length
         needed, free = 3 * 4 * pairs * hidden, free_memory()
         if needed > free / 2:
             return (
-                f"needs about {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB free "
-                "half may be used"
+                f"needs about {needed / 2**30:.1f} GiB, more than half of the "
+                f"{free / 2**30:.1f} GiB that are free"
             )
         return None
 
@@ -40,9 +41,9 @@ class NaiveAdditive:
             q, k = score.project_query(query), score.project_key(key)
             k, value = (jnp.repeat(x, group, 2) for x in (k, value))
             hidden = jnp.tanh(q[:, :, None] + k[:, None])
-            # As a matrix product its backward pass takes half the time, but adds up the
-            # gradient of the weight one pair after another: at T = S = 2,048 that is
-            # off by 17 times what the check allows.
+            # A matrix product would halve the time of the backward pass, but sums the
+            # gradient of the weight pair by pair: at T = S = 2,048 its error is 17
+            # times the allowed one.
             logits = (hidden * score.weight[None, None, None]).sum(-1)
             if mask is not None:
                 logits = jnp.where(jnp.moveaxis(mask, 1, 3), logits, -jnp.inf)
@@ -54,7 +55,7 @@ class NaiveAdditive:
 
 
 class ReadKeysAndValues:
-    """Reads all keys and values and computes nothing: no decoding step is faster."""
+    """Only reads all keys and values: a lower bound for a decoding step."""
 
     name = "read"
 
@@ -65,7 +66,7 @@ class ReadKeysAndValues:
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
         if backward:
-            raise NotImplementedError("a backward pass does more than read")
+            raise NotImplementedError("reading keys and values has no backward pass")
         # Its own copies, as those of everyone are by now out of the caches.
         key, value = case.key + 0, case.value + 0
 

@@ -1,1 +1,1 @@
-"""The laws, as a library function: they hold a user's own class to them."""
+"""``check``: tests whether a user's class keeps the laws of its protocol."""

@@ -1,4 +1,4 @@
-"""One entry for everything that can be checked."""
+"""``check``, which takes scores, modifiers, masks and implementations."""
 
 from attnlab._src import arguments
 from attnlab._src.checks.kernels import check_implementation
@@ -19,16 +19,17 @@ def check(
     head_size: int = 8,
     query_size: int | None = None,
 ) -> Report:
-    """Holds a score, a modifier, a mask or an implementation to the laws.
+    """Checks that a score, a modifier, a mask or an implementation keeps the laws.
 
-    It evaluates small attention problems with random numbers, and compares values and
-    every gradient of each implementation that runs here with the dense reference, which
-    is held to float64. A mask's ``bounds`` are compared with its ``visible``. It takes
-    ten seconds to two minutes, nearly all of it for compiling.
+    It evaluates small attention problems with random numbers, with each implementation
+    that runs here. Values and every gradient must be about as close to the dense
+    reference in float64 as the reference itself is in the type of the inputs. A mask's
+    ``bounds`` are compared with its ``visible``. It takes ten seconds to two minutes,
+    nearly all of it for compiling.
 
     Args:
         thing: what to check. An implementation need not be registered.
-        batch: B. Give the sizes that your object's own arrays need.
+        batch: B. Give the sizes that the arrays of ``thing`` need.
         query_length: T.
         key_length: S.
         num_heads: N.
@@ -38,12 +39,12 @@ def check(
             given.
 
     Returns:
-        What was looked at; print it.
+        What was checked; print it.
 
     Raises:
-        LawBroken: an ``AssertionError`` that lists everything that was looked at, and
+        LawBroken: an ``AssertionError`` that lists everything that was checked, and
             what is wrong.
-        TypeError: if it is none of the four.
+        TypeError: if ``thing`` is none of the four.
 
     Example:
         >>> from attnlab import extend, masks

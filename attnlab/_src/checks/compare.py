@@ -24,13 +24,13 @@ def compare(
     """Error of ``found`` <= 2 x error of ``reference`` + rounding, array by array.
 
     Args:
-        found: of the implementation.
-        reference: of the reference in the same types.
-        exact: of the reference in float64.
+        found: arrays of the implementation.
+        reference: arrays of the reference in the same types.
+        exact: arrays of the reference in float64.
         coarse: the type of query, key and value; parameters are used in it, so their
             gradients, too, are rounded to it.
-        terms: how many terms a sum over an axis has, for its own rounding.
-        pairs: query-key pairs, all of which add to a gradient that they share.
+        terms: how many terms a sum over an axis has; each adds a rounding error.
+        pairs: how many query-key pairs add to a gradient that all of them share.
 
     Raises:
         AssertionError: naming the array, its error and what is allowed.
@@ -64,9 +64,9 @@ class Problem(NamedTuple):
     """Attention to evaluate, as a function of its arrays.
 
     Attributes:
-        data: what is differentiated: ``query``, ``key``, ``value``, and what else of
-            the keyword arguments of ``attention`` has floating leaves.
-        fixed: keyword arguments that are not.
+        data: arguments of ``attention`` that are differentiated: ``query``, ``key``,
+            ``value``, and others with floating leaves.
+        fixed: keyword arguments that are not differentiated.
         dropout_rate: in [0, 1).
     """
 
@@ -112,12 +112,12 @@ def evaluate(problem: Problem, implementation: str | None) -> dict[str, Any]:
     def both(moving: dict[str, Array]) -> dict[str, Any]:
         (output, lse), pull = jax.vjp(forward, moving)
         above = jnp.asarray(like(output, 1)), jnp.asarray(like(lse, 2))
-        # Of a query that sees nothing no gradient of the log-sum-exp is asked for.
+        # The log-sum-exp of a query that sees nothing gets no cotangent.
         above = above[0], jnp.where(jnp.isneginf(lse), 0, above[1])
         return {"output": output, "lse": lse, "gradient": pull(above)[0]}
 
     moving = _moving(problem.data)
-    # Values stored in 16 bits are rounded to them, in every implementation.
+    # Values of 16-bit types are rounded to 16 bits, in every implementation.
     compiled = both.lower(moving).compile({"xla_allow_excess_precision": False})
     return jax.block_until_ready(compiled(moving))
 
@@ -140,7 +140,7 @@ def _name(path: Any) -> str:
 
 
 def agrees(problem: Problem, implementation: str, dtype: Any) -> None:
-    """An implementation against the reference, in a type, held to float64.
+    """Compares an implementation with the reference in a type, as ``compare`` does.
 
     Raises:
         AssertionError: naming the array that differs.

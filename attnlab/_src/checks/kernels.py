@@ -1,4 +1,4 @@
-"""The laws of an implementation, over problems that it takes."""
+"""Checks the laws of an implementation, on the problems that it takes."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from attnlab._src.types import Implementation
 
 
 def _problems(sizes: Sizes) -> dict[str, Problem]:
-    """One of each kind; an implementation may refuse those that it does not know."""
+    """Problems of each kind by name; an implementation may refuse some of them."""
     b, t, s, n, k, h, _ = sizes
     rng, data = np.random.default_rng(3), sizes.arrays()
     key = jax.random.key(4)
@@ -79,7 +79,7 @@ def _even(t: Any, s: Any) -> Any:
 
 
 def check_implementation(made: Implementation, sizes: Sizes) -> Report:
-    """Holds an implementation to its laws; see :func:`attnlab.extend.check`."""
+    """Checks the laws of an implementation; see :func:`attnlab.extend.check`."""
     with instead(made):
         checker = Checker(f"implementation {made.name}")
         _check(checker, made.name, sizes)

@@ -1,4 +1,4 @@
-"""The laws of scores, modifiers and masks, each held against one object."""
+"""Checks the laws of scores, modifiers and masks on one object."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from attnlab._src.types import Live, Modifier, PyTree, Score, Tile
 
 
 class Sizes(NamedTuple):
-    """Of the attention that is evaluated: letters as everywhere.
+    """The sizes of the attention problem that is evaluated.
 
     Attributes:
         batch: B.
@@ -54,7 +54,7 @@ class Sizes(NamedTuple):
 
 
 def is_pytree(checker: Checker, x: Any) -> None:
-    """Structure is hashable, arrays are leaves; both survive a round trip."""
+    """Checks that arrays are leaves, and that the rest is hashable structure."""
     with checker.law("arrays are leaves, all else is hashable structure"):
         leaves, structure = jax.tree.flatten(x)
         kind = type(x).__name__
@@ -64,7 +64,7 @@ def is_pytree(checker: Checker, x: Any) -> None:
         assert type(again) is type(x), f"flattening {kind} makes {type(again).__name__}"
         other = jax.tree.map(lambda leaf: jnp.asarray(leaf) + 0, x)
         assert jax.tree.structure(other) == structure, (
-            "other numbers have another structure: they would compile again"
+            "new numbers change the structure: they would compile again"
         )
 
 
@@ -74,7 +74,7 @@ def _runs_here(name: str) -> bool:
 
 
 def on_every_implementation(checker: Checker, what: str, problem: Problem) -> None:
-    """Every implementation that runs here agrees with the reference."""
+    """Checks that each implementation that runs here agrees with the reference."""
     for name in IMPLEMENTATIONS:
         if name in ("reference", "jax_nn", "splash") or not _runs_here(name):
             continue
@@ -95,7 +95,7 @@ def _masks(sizes: Sizes) -> dict[str, Mask]:
 
 
 def check_score(score: Score, sizes: Sizes) -> Report:
-    """Holds a score to its laws; see :func:`attnlab.extend.check`."""
+    """Checks the laws of a score; see :func:`attnlab.extend.check`."""
     checker = Checker(f"score {type(score).__name__}")
     is_pytree(checker, score)
     data = sizes.arrays()
@@ -131,7 +131,7 @@ def check_score(score: Score, sizes: Sizes) -> Report:
 
 
 def check_modifier(modifier: Modifier, sizes: Sizes) -> Report:
-    """Holds a modifier to its laws; see :func:`attnlab.extend.check`."""
+    """Checks the laws of a modifier; see :func:`attnlab.extend.check`."""
     checker = Checker(f"modifier {type(modifier).__name__}")
     is_pytree(checker, modifier)
     data = sizes.arrays()
@@ -145,7 +145,7 @@ def check_modifier(modifier: Modifier, sizes: Sizes) -> Report:
 
 
 def check_mask(mask: Mask, sizes: Sizes) -> Report:
-    """Holds a mask to its laws; see :func:`attnlab.extend.check`."""
+    """Checks the laws of a mask; see :func:`attnlab.extend.check`."""
     checker = Checker(f"mask {mask!r}")
     is_pytree(checker, mask)
     t, s = sizes.query_length, sizes.key_length
@@ -153,18 +153,20 @@ def check_mask(mask: Mask, sizes: Sizes) -> Report:
     if dense is not None:
         _bounds_are_sound(checker, mask, dense)
         _larger(checker, mask)
-        with checker.law("what it says of liveness holds"):
+        with checker.law("may_be_alive and sees_itself are right"):
             operands, _ = alone(mask, t, s)
             for side, axis in (("query", 3), ("key", 2)):
                 may = mask.may_be_alive(side, operands)
                 if may is not None:
                     seen = np.broadcast_to(dense.any(axis, keepdims=True), dense.shape)
                     may = np.broadcast_to(np.asarray(may), dense.shape)
-                    assert not (seen & ~may).any(), f"a {side} is alive against it"
+                    assert not (seen & ~may).any(), (
+                        f"may_be_alive is False for a {side} that is alive"
+                    )
             if mask.sees_itself:
                 least = min(t, s)
                 every = dense[..., range(least), range(least)]
-                assert every.all(), "sees_itself, but some position does not"
+                assert every.all(), "sees_itself is True, but a position does not"
     problem = Problem(sizes.arrays(), {"mask": mask})
     on_every_implementation(checker, "attention", problem)
     _hidden_is_nothing(checker, sizes.arrays(), {"mask": mask})
@@ -173,9 +175,9 @@ def check_mask(mask: Mask, sizes: Sizes) -> Report:
 
 
 def _seen(checker: Checker, mask: Mask, t: int, s: int) -> np.ndarray | None:
-    """All that the mask shows, ``[B or 1, N or 1, T, S]``; None: it fails."""
+    """The whole mask, ``[B or 1, N or 1, T, S]``; None if ``visible`` fails."""
     dense = None
-    law = f"visible says of a part what it says of {t} queries x {s} keys"
+    law = f"visible of a tile agrees with all of {t} queries x {s} keys"
     with checker.law(law) as notes:
         dense = np.asarray(dense_mask(mask, t, s))
         dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)
@@ -185,7 +187,7 @@ def _seen(checker: Checker, mask: Mask, t: int, s: int) -> np.ndarray | None:
 
 
 def _larger(checker: Checker, mask: Mask) -> None:
-    """The bounds of more blocks: small sizes miss faults."""
+    """Checks bounds on more blocks: small sizes miss faults."""
     t, s = 70, 67  # the last block is incomplete
     try:
         alone(mask, t, s)
@@ -230,7 +232,7 @@ def _parts_of_visible(mask: Mask, dense: np.ndarray) -> None:
 
 
 def _blocks_of(dense: np.ndarray, size_q: int, size_k: int) -> list[np.ndarray]:
-    """Which blocks hold a visible pair, and which are complete and hold no other."""
+    """Which blocks hold a visible pair; which are complete and hold no hidden pair."""
     *lead, t, s = dense.shape
     q, k = -(-t // size_q), -(-s // size_k)
     found = []
@@ -243,9 +245,9 @@ def _blocks_of(dense: np.ndarray, size_q: int, size_k: int) -> list[np.ndarray]:
 
 
 def _sound(side: str, live: Live, some: np.ndarray, every: np.ndarray) -> str:
-    """A plan's live blocks hold all that is visible, its full ones nothing else.
+    """Checks that live blocks hold each visible pair, and full ones no hidden pair.
 
-    ``side``: whose blocks are the rows.
+    ``side``: the side whose blocks are the rows.
     """
     other = "key" if side == "query" else "query"
 
@@ -262,7 +264,7 @@ def _sound(side: str, live: Live, some: np.ndarray, every: np.ndarray) -> str:
         )
     if (wrong := full_blocks & ~every).any():
         raise AssertionError(f"{first(wrong)} is said to be full and hides a pair")
-    return f"{listed.mean():.0%} alive, {some.mean():.0%} need be"
+    return f"{listed.mean():.0%} of blocks live, {some.mean():.0%} necessary"
 
 
 def _listed(intervals: Any, count: int) -> np.ndarray:
@@ -275,7 +277,7 @@ def _hidden_is_nothing(
     checker: Checker, data: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """Law 3, with padding that no query sees."""
-    with checker.law("what no query sees does not exist, NaN included"):
+    with checker.law("keys that no query sees affect nothing, even if they are NaN"):
         s = data["key"].shape[1]
         mask = options.get("mask", full()) & documents(
             np.zeros(data["query"].shape[1], int), np.where(np.arange(s) < s - 2, 0, -1)

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The result of ``check``."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 
 class LawBroken(AssertionError):
-    """A class does not keep what its protocol promises; the text says what and how."""
+    """An object breaks a law of its protocol; the message lists all findings."""
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
+    """The result for one law.
 
     Attributes:
         what: the law, in words.
-        passed: whether nothing speaks against it.
-        note: what was found.
-        skipped: whether it could not be looked at, for the reason in the note.
+        passed: False if the law is broken.
+        note: details; what is wrong if it is broken, the reason if it is skipped.
+        skipped: whether the law could not be checked.
     """
 
     what: str
@@ -35,7 +35,7 @@ class Report(NamedTuple):
 
     Attributes:
         subject: what was checked.
-        findings: everything that was looked at.
+        findings: the result for each law.
     """
 
     subject: str
@@ -46,7 +46,7 @@ class Report(NamedTuple):
 
 
 class Checker:
-    """Collects findings; an exception of a law is its finding.
+    """Collects findings; an exception in the check of a law becomes its finding.
 
     Args:
         subject: what is checked.
@@ -58,11 +58,11 @@ class Checker:
 
     @contextlib.contextmanager
     def law(self, what: str, may_refuse: bool = False) -> Iterator[list[str]]:
-        """The body asserts; what it appends to the list is the note.
+        """Checks one law: the body asserts it, and may append notes to the list.
 
         Args:
             what: the law, in words.
-            may_refuse: whether ``NotImplementedError`` is an answer, and no fault.
+            may_refuse: whether ``NotImplementedError`` skips the law, not breaks it.
         """
         notes: list[str] = []
         try:
@@ -79,14 +79,14 @@ class Checker:
             self.findings.append(Finding(what, True, "; ".join(notes)))
 
     def skip(self, what: str, why: str) -> None:
-        """Notes a law that cannot be looked at."""
+        """Records a law that cannot be checked."""
         self.findings.append(Finding(what, True, why, skipped=True))
 
     def report(self) -> Report:
         """The findings.
 
         Raises:
-            LawBroken: if one of them is bad.
+            LawBroken: if a law is broken.
         """
         made = Report(self.subject, tuple(self.findings))
         if not all(x.passed for x in self.findings):

@@ -1,4 +1,4 @@
-"""One way each to compute the same mathematics."""
+"""Implementations: different ways to compute the same attention."""
 
 from attnlab._src.implementations.jax_nn import JaxNn
 from attnlab._src.implementations.native import Native
@@ -8,7 +8,7 @@ from attnlab._src.implementations.splash import Splash
 from attnlab._src.implementations.tiled import Tiled
 from attnlab._src.types import Implementation
 
-#: By name, in the order in which ``explain`` lists them.
+#: All implementations by name, in the order in which ``explain`` lists them.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "native": Native(),
     "pallas_tpu": PallasTpu(),
@@ -17,13 +17,14 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "jax_nn": JaxNn(),
     "reference": Reference(),
 }
-#: What the automatic choice may take, the greatest first; ``tiled`` takes everything,
-#: everywhere. The others hold ``[T, S]`` in memory: they run only when asked for.
+#: Candidates of the automatic choice, with the greatest number tried first; ``tiled``
+#: supports all inputs on all platforms. All others run only when asked for by name, as
+#: they hold ``[T, S]`` in memory.
 PRIORITIES: dict[str, float] = {"native": 20, "pallas_tpu": 10, "tiled": 0}
-#: Those that come with attnlab.
+#: Names of the implementations that come with attnlab.
 BUILT_IN = frozenset(IMPLEMENTATIONS)
 
 
 def automatic() -> list[str]:
-    """The names among which the automatic choice takes the first that can."""
+    """The candidates of the automatic choice, which takes the first capable one."""
     return sorted(PRIORITIES, key=lambda name: PRIORITIES[name], reverse=True)

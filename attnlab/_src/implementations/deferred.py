@@ -1,4 +1,4 @@
-"""Inputs for implementations that read arrays as they are."""
+"""Applies deferred operations (zeros in dead slots, scales) to the inputs."""
 
 import dataclasses
 import math
@@ -10,14 +10,14 @@ from attnlab._src.types import Array, AttentionInputs
 
 
 def zero_dead(x: Array, living: Array | None) -> Array:
-    """``[B, L, heads, X]`` with zeros in slots that ``[Bp, Np, L]`` calls dead."""
+    """``x [B, L, heads, X]`` with zeros where ``living [Bp, Np, L]`` is False."""
     if living is None:
         return x
     return jnp.where(living.swapaxes(1, 2)[..., None], x, jnp.zeros((), x.dtype))
 
 
 def apply_deferred(inputs: AttentionInputs) -> AttentionInputs:
-    """The same with dead slots 0, for implementations that do not check for them."""
+    """The inputs with zeros in dead slots, for implementations that read all slots."""
     of_query, of_key = inputs.living
     return dataclasses.replace(
         inputs,
@@ -29,7 +29,7 @@ def apply_deferred(inputs: AttentionInputs) -> AttentionInputs:
 
 
 def scaled_query(inputs: AttentionInputs, dtype: Any = None) -> Array:
-    """The query times the factors of its logits, in its own type or in ``dtype``."""
+    """The query times the scales of the logits, in its own type or in ``dtype``."""
     query = inputs.query if dtype is None else inputs.query.astype(dtype)
     if inputs.logit_scale != 1:
         query = query * inputs.logit_scale
@@ -39,7 +39,7 @@ def scaled_query(inputs: AttentionInputs, dtype: Any = None) -> Array:
 
 
 def scaling_rounds(inputs: AttentionInputs) -> bool:
-    """Whether ``scaled_query`` is rounded to 16 bits: by all but a power of two."""
+    """Whether ``scaled_query`` rounds a 16-bit query: the scale is no power of two."""
     if inputs.query.dtype.itemsize > 2:
         return False
     return inputs.head_scale is not None or math.frexp(inputs.logit_scale)[0] != 0.5

@@ -1,4 +1,4 @@
-"""An adapter to ``jax.nn.dot_product_attention``, for what it does as our laws say."""
+"""An adapter to ``jax.nn.dot_product_attention``, for inputs with the same result."""
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,8 @@ class JaxNn(Implementation):
         if bias is not None:
             seen = seen & ~jnp.isneginf(bias)
         sees = seen.any(-1).swapaxes(1, 2)[..., None]
-        # Its mask is added: where a whole row is hidden it yields the mean of the
-        # values, and our laws want zero.
+        # jax.nn adds its mask to the logits: for a query that sees nothing it yields
+        # the mean of the values, where attnlab yields zero.
         output = jax.nn.dot_product_attention(
             scaled_query(inputs),
             inputs.key,

@@ -1,7 +1,7 @@
-"""Measured timings, a small file: ``explain`` quotes them, block sizes follow them.
+"""Measured timings from a small file, for ``explain`` and the choice of block sizes.
 
-``benchmarks.studies crossover`` writes it. Only ratios of its numbers matter, so that
-it serves other machines of its kind, too.
+``benchmarks.studies crossover`` writes the file. Only ratios of its numbers matter, so
+it is also valid for similar machines.
 """
 
 import functools
@@ -10,21 +10,21 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-#: A file that takes the place of the one that comes with the library.
+#: Environment variable with a path that replaces the library's own file.
 VARIABLE = "ATTNLAB_MEASURED"
 _FILE = Path(__file__).with_name("measured.json")
 
 
 class Fit(NamedTuple):
-    """Seconds of a call: a sum of what each of its parts takes, at head size 64.
+    """A linear model of the seconds of a call, at head size 64.
 
     Attributes:
-        call: for being called.
-        query: for a query of a head.
-        pair: for an executed pair of a head.
-        block: for a live block of a head.
-        error: median of the relative error of the cases that it was fitted to.
-        worst: the greatest of them.
+        call: constant time of a call.
+        query: time per query and head.
+        pair: time per executed pair and head.
+        block: time per live block and head.
+        error: median of the relative errors of the cases that it was fitted to.
+        worst: greatest of these errors.
     """
 
     call: float
@@ -35,24 +35,26 @@ class Fit(NamedTuple):
     worst: float
 
     def seconds(self, queries: float, pairs: float, blocks: float) -> float:
-        """Of one call.
+        """Estimated seconds of one call.
 
         Args:
-            queries: of all heads and examples.
-            pairs: that are executed, of all heads and examples.
-            blocks: live ones, of all heads and examples.
+            queries: number of queries, over all heads and examples.
+            pairs: number of executed pairs, over all heads and examples.
+            blocks: number of live blocks, over all heads and examples.
         """
         work = (1, queries, pairs, blocks)
         return sum(n * seconds for n, seconds in zip(work, self[:4], strict=True))
 
 
 class Measured(NamedTuple):
-    """What the file says.
+    """Content of the file.
 
     Attributes:
         where: machine and date.
-        fits: by implementation, and by "forward" and "training" (forward and backward).
-        tile_rates: of pure XLA: (least area of a tile, GFLOP/s), the greatest first.
+        fits: fits by implementation, and by "forward" and "training" (forward and
+            backward).
+        tile_rates: rates of ``tiled``: (least area of a tile, GFLOP/s), by descending
+            area.
     """
 
     where: str
@@ -62,10 +64,10 @@ class Measured(NamedTuple):
 
 @functools.cache
 def read(path: Path) -> Measured:
-    """A file as ``benchmarks.studies crossover`` writes it.
+    """Reads a file that ``benchmarks.studies crossover`` wrote.
 
     Raises:
-        ValueError: if it is not one.
+        ValueError: if it is not such a file.
     """
     try:
         content = json.loads(path.read_text())
@@ -85,6 +87,6 @@ def read(path: Path) -> Measured:
 
 
 def measured() -> Measured:
-    """The file that ``ATTNLAB_MEASURED`` names, or the one of the library."""
+    """Timings from the file that ``ATTNLAB_MEASURED`` names, or the library's own."""
     given = os.environ.get(VARIABLE)
     return read(Path(given) if given else _FILE)

@@ -1,9 +1,10 @@
-"""NaN and infinity, around kernels that do not treat them.
+"""Handles NaN and infinity outside of kernels that do not handle them.
 
 The weight of a hidden pair is 0, and 0 times NaN is NaN: without care, a number that is
 not finite reaches every query of its block. Here the kernel gets zeros in its place.
-Afterwards the queries that see such a number become NaN, and so do the gradients of all
-that these queries see. Where every number is finite, that branch is not taken.
+Then the outputs of queries that attend to such a number are set to NaN, and so are the
+gradients of all that these queries attend to. If all numbers are finite, this branch is
+skipped at run time.
 """
 
 import dataclasses
@@ -28,14 +29,14 @@ from attnlab._src.types import (
 )
 from attnlab._src.varying import vary_like
 
-#: Pairs that are looked at together.
+#: Number of pairs that are processed at once.
 _PAIRS = 2**18
 
 
 def forward(
     inputs: AttentionInputs, run: Callable[[AttentionInputs], tuple[Array, Array]]
 ) -> tuple[Array, Array]:
-    """Output and log-sum-exp of ``run``, where some numbers may not be finite."""
+    """Output and log-sum-exp of ``run``, for inputs that may not be finite."""
     arrays = inputs.query, inputs.key, inputs.value
     bad_query, bad_key, bad_value = map(spoilt, arrays)
     output, lse = run(_finite(inputs))
@@ -64,10 +65,10 @@ def backward(
     d_lse: Array | None,
     run: Callable[..., list[Array | None]],
 ) -> list[Array | None]:
-    """The gradients of ``run(inputs, output, lse, d_output, d_lse)``, likewise."""
+    """Gradients of ``run(inputs, output, lse, d_output, d_lse)``, as in ``forward``."""
     lost = spoilt(inputs.query) | spoilt(output) | spoilt(d_output) | jnp.isnan(lse)
     lost &= ~jnp.isneginf(lse)
-    # For the kernel, a lost query sees nothing.
+    # In the kernel, a lost query attends to nothing.
     output, d_output = (
         jnp.where(lost[..., None], jnp.zeros((), x.dtype), x)
         for x in (output, d_output)
@@ -116,19 +117,20 @@ def _finite(inputs: AttentionInputs) -> AttentionInputs:
 def _pairs(
     inputs: AttentionInputs, keys: Array | None, queries: Array | None
 ) -> tuple[Array, Array]:
-    """Which queries see one of some keys, and which keys one of some queries sees.
+    """Which queries see a given key, and which keys are seen by a given query.
 
     Args:
         inputs: the canonical record.
-        keys: which are meant, ``[B, S, N]``; None: none.
-        queries: likewise, ``[B, T, N]``.
+        keys: mask of the given keys, ``[B, S, N]``; None: no key.
+        queries: mask of the given queries, ``[B, T, N]``; None: no query.
 
     Returns:
-        ``[B, T, N]`` and ``[B, S, N]``.
+        Queries that see any of the keys, ``[B, T, N]``; and keys that any of the
+        queries sees, ``[B, S, N]``.
     """
     s = inputs.sizes
     size = min(max(_PAIRS // s.S, 1), s.T)
-    # One block of all keys beside each block of queries, whatever the mask hides.
+    # A plan with one full block of all keys for each block of queries.
     rows = -(-s.T // size)
     whole = Intervals(*(np.full((1, 1, rows, 1), n, np.int32) for n in (0, 1)))
     nothing = Intervals(*[np.zeros((1, 1, rows, 0), np.int32)] * 2)

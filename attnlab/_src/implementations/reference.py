@@ -1,4 +1,4 @@
-"""The specification: dense, readable, differentiable to any order."""
+"""The reference implementation: dense, readable, differentiable to any order."""
 
 from typing import Any
 
@@ -20,14 +20,17 @@ from attnlab._src.types import Array, AttentionInputs, Implementation, PyTree, T
 
 
 def _over(fn: Any, size: int, shared: tuple[PyTree, ...]) -> Any:
-    """Maps over the leading axis of every array, those of size 1 being shared."""
+    """Maps over the leading axis of every array; arrays of size 1 there are shared."""
     axes = jax.tree.map(lambda x: None if x.shape[0] == 1 else 0, shared)
     arrays = jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, shared)
     return jax.vmap(fn, (0, axes), axis_size=size), arrays
 
 
 def _lose(lost: Array, seen: Array, x: Array) -> Array:
-    """``x [T, ...]``; NaN where a query is ``lost [T]``, and a function of ``seen``."""
+    """``x [T, ...]``, but NaN for queries that are ``lost [T]``.
+
+    The NaN is a function of ``seen``, so that gradients with respect to it are NaN.
+    """
     value = jnp.where(lost, jnp.nan, 1) * seen
     lost, value = (y.reshape(-1, *[1] * (x.ndim - 1)) for y in (lost, value))
     return jnp.where(lost, value, x)
@@ -54,7 +57,7 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
         top = jnp.where(jnp.isneginf(top), 0, top)
         p = jnp.exp(logits - top)
         total = p.sum(1, keepdims=True)
-        alive = total != 0  # NaN is no zero: it shows
+        alive = total != 0  # True for NaN, which so reaches the output
         safe = jnp.where(alive, total, 1)
         weights = jnp.where(visible, p / safe, 0)
         lse = jnp.where(alive, top + jnp.log(safe), -jnp.inf)[:, 0]
@@ -63,8 +66,9 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
             weights = jnp.where(kept(inputs, words), weights * scale, 0)
         output = matmul(inputs, weights, v, (1, 0))
 
-        # A query that sees what is not finite is lost, and so are the gradients of all
-        # that it sees. They take another way: in products, 0 times NaN would be NaN.
+        # A query that sees a number that is not finite is lost: its output is NaN, and
+        # so are the gradients of all that it sees. NaN is inserted afterwards, because
+        # in products 0 times NaN would be NaN for hidden pairs, too.
         sums = v.astype(logits.dtype).sum(1)
         seen = jnp.where(visible, logits + sums[None], 0).sum(1)
         lost = (visible & (bad_q[:, None] | bad_k[None])).any(1)
@@ -96,7 +100,7 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
 
 
 class Reference(Implementation):
-    """Dense einsum, ``[B, N, T, S]`` in memory; the specification."""
+    """Dense einsum with ``[B, N, T, S]`` in memory; the specification of all others."""
 
     name = "reference"
     differentiable = True

@@ -1,4 +1,4 @@
-"""How an XLA program walks a plan: rows of blocks, chunks of live keys, tiles."""
+"""How ``tiled`` walks a plan: rows of blocks, chunks of live key blocks, tiles."""
 
 import functools
 from collections.abc import Callable
@@ -13,29 +13,29 @@ from attnlab._src.implementations.tile import squeeze_params, widened
 from attnlab._src.operands import corner, cut
 from attnlab._src.types import Array, AttentionInputs, Plan, PyTree
 
-#: Keys in a chunk where nothing better is known: shorter ones leave a core idle.
+#: Default number of keys in a chunk; with fewer keys a core is idle.
 CHUNK = 512
-#: Keys in a chunk at most, and in one of full blocks wherever there are as many.
+#: Greatest number of keys in a chunk; chunks of full blocks have this size.
 LONGEST_CHUNK = 1024
-#: What a chunk costs beside its pairs, in pairs.
+#: Constant cost of a chunk, in pairs.
 _CHUNK_OVERHEAD = 2**15
 
 
 class Walk(NamedTuple):
-    """The plan, as the rows walk it.
+    """The plan in the order in which rows walk it.
 
-    Each row's live blocks have ranks: the full ones first, the partial ones behind.
+    The live blocks of a row are numbered by ranks: full blocks, then partial ones.
 
     Attributes:
         lo: ``[Bp, Np, rows, m]``, first block of each interval.
         end: ``[Bp, Np, rows, m]``, rank at which each interval ends.
-        full: ``[Bp, Np, rows]``, how many ranks are full blocks.
-        total: ``[Bp, Np, rows]``, how many there are.
-        wide: blocks in a chunk of full ones.
-        chunk: blocks in a chunk of what they leave over.
-        one_chunk: every row is one chunk exactly.
-        any_full: some row may have a full chunk.
-        any_rest: some row may have a chunk that is not full.
+        full: ``[Bp, Np, rows]``, number of full blocks.
+        total: ``[Bp, Np, rows]``, number of live blocks.
+        wide: number of blocks in a chunk of full blocks only.
+        chunk: number of blocks in a chunk of the remaining blocks.
+        one_chunk: whether every row is exactly one chunk.
+        any_full: whether some row may have a chunk of full blocks only.
+        any_rest: whether some row may have another chunk.
     """
 
     lo: Any
@@ -49,13 +49,13 @@ class Walk(NamedTuple):
     any_rest: bool
 
     def chunks(self) -> tuple[Any, Any]:
-        """How many chunks of each kind a row walks, ``[Bp, Np, rows]``."""
+        """Number of chunks of full blocks, and of others, each ``[Bp, Np, rows]``."""
         fulls = self.full // self.wide
         return fulls, -(-(self.total - fulls * self.wide) // self.chunk)
 
 
 def make_walk(plan: Plan) -> Walk:
-    """Ranks the live blocks of each row and chooses the chunk."""
+    """Ranks the live blocks of each row, and chooses the size of chunks."""
     full, partial = plan.rows
     xp = np if plan.is_static else jnp
     lo = xp.concatenate([full.lo, partial.lo], -1)
@@ -87,7 +87,7 @@ def make_walk(plan: Plan) -> Walk:
 
 
 class Row(NamedTuple):
-    """A row of the walk: example, query head, block of queries."""
+    """Indices of a row of the walk: example, query head, block of queries."""
 
     example: Array
     head: Array
@@ -106,9 +106,10 @@ class Tiles:
         self.walk = make_walk(plan)
 
     def pad(self, x: Array, fill: Any = None) -> Array:
-        """An operand whose running axes are padded to whole blocks.
+        """Pads an operand's axes of length T and S to whole blocks.
 
-        With copies of its edge where no ``fill`` is given: a modifier may divide by it.
+        Without ``fill``, the padding repeats the last entries, not zeros: a modifier
+        may divide by them.
         """
         s = self.sizes
         widths = [(0, 0)] * x.ndim
@@ -121,19 +122,19 @@ class Tiles:
         return jnp.pad(x, widths, constant_values=fill)
 
     def queries(self, x: Array) -> Array:
-        """``[B, T, N, X]``, padded by zeros to whole blocks."""
+        """Pads ``[B, T, N, X]`` with zeros to whole blocks."""
         return _pad_length(x, self.nq * self.bq)
 
     def keys(self, x: Array) -> Array:
-        """``[B, S, K, X]``, padded by zeros to whole blocks."""
+        """Pads ``[B, S, K, X]`` with zeros to whole blocks."""
         return _pad_length(x, self.nk * self.bk)
 
     def all_rows(self) -> Array:
-        """The numbers of the rows of the walk."""
+        """Numbers of all rows of the walk."""
         return jnp.arange(self.sizes.B * self.sizes.N * self.nq, dtype=jnp.int32)
 
     def row(self, r: Array) -> Row:
-        """Where row ``r`` is."""
+        """Indices of row number ``r``."""
         heads = self.sizes.N
         return Row(r // (heads * self.nq), r // self.nq % heads, r % self.nq)
 
@@ -152,15 +153,15 @@ class Tiles:
         return x.reshape(s.B, self.nk * self.bk, s.K, -1)[:, : s.S]
 
     def key_head(self, row: Row) -> Array:
-        """The key head that a row of queries reads."""
+        """The key head of a row."""
         return row.head // (self.sizes.N // self.sizes.K)
 
     def key_row(self, row: Row) -> Array:
-        """The row of ``[B * K, ...]`` that a row of queries adds to."""
+        """Index into ``[B * K, ...]`` for the gradients that a row adds to."""
         return row.example * self.sizes.K + self.key_head(row)
 
     def locate(self, row: Row, rank: Array, count: int) -> tuple[Array, Array]:
-        """Blocks at ``count`` ranks from ``rank`` on, and which of them exist."""
+        """Key blocks at ``count`` ranks from ``rank`` on, and which of them exist."""
         w = self.walk
         lo, end, total = (pick(x, row) for x in (w.lo, w.end, w.total))
         if end.shape[0] == 0:
@@ -173,11 +174,11 @@ class Tiles:
         return ids, ranks < total
 
     def query_block(self, x: Array, row: Row) -> Array:
-        """A block of ``queries(x)``, ``[bq, X]``, cut from where it lies."""
+        """The block ``[bq, X]`` of ``queries(x)`` that belongs to a row."""
         return _block(x, row.example, row.block * self.bq, row.head, self.bq)
 
     def key_blocks(self, x: Array, row: Row, ids: Array) -> Array:
-        """Blocks of ``keys(x)``, ``[chunk * bk, X]``."""
+        """The blocks ``ids`` of ``keys(x)``, concatenated: ``[chunk * bk, X]``."""
         parts = [
             _block(x, row.example, ids[c] * self.bk, self.key_head(row), self.bk)
             for c in range(ids.shape[0])
@@ -185,7 +186,7 @@ class Tiles:
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
     def _at(self, row: Row, j: Array) -> tuple[Any, tuple[int, int]]:
-        """Place and sizes of the tile at key block ``j``."""
+        """Start indices and sizes of the tile at key block ``j``."""
         place = (row.example, row.head, row.block * self.bq, j * self.bk)
         return place, (self.bq, self.bk)
 
@@ -198,7 +199,7 @@ class Tiles:
     def add(self, x: Array, row: Row, ids: Array, tile: Array) -> Array:
         """Adds a tile into a padded accumulator, in place.
 
-        Where a rank does not exist the tile is zero, so ``ids`` may repeat a block.
+        For ranks that do not exist the tile is zero, so ``ids`` may repeat a block.
         """
         runs = x.shape[3] > 1
 
@@ -224,7 +225,7 @@ class Tiles:
     def _each_block(
         self, block: Callable[[Array, Array], Array], x: Array, count: int
     ) -> Array:
-        """One read and one write a step of a loop: else XLA copies all of ``x``."""
+        """Loops over blocks with one read and one write each: else XLA copies ``x``."""
         if count == 1:
             return block(jnp.int32(0), x)
         return lax.fori_loop(jnp.int32(0), jnp.int32(count), block, x)
@@ -267,19 +268,19 @@ def _block(x: Array, example: Any, start: Any, head: Any, size: int) -> Array:
 
 
 def _starts(*starts: Any) -> list[Array]:
-    """Indices of one integer type: in x64 mode Python ints would be another."""
+    """Indices as int32: in x64 mode Python ints would become int64."""
     return [jnp.asarray(n, jnp.int32) for n in starts]
 
 
 def pick(x: Any, row: Row) -> Array:
-    """One row of a plan array ``[Bp, Np, rows, ...]``."""
+    """The entry of a row in a plan array ``[Bp, Np, rows, ...]``."""
     x = jnp.asarray(x)
     example = row.example if x.shape[0] != 1 else 0
     return x[example, row.head if x.shape[1] != 1 else 0, row.block]
 
 
 class Operands(NamedTuple):
-    """The operands, padded."""
+    """The operands of score, modifiers, mask and dropout, padded to whole blocks."""
 
     params: PyTree
     head_scale: Array | None
@@ -305,11 +306,14 @@ class Operands(NamedTuple):
         )
 
     def at(self, tiles: Tiles, row: Row, ids: Array, valid: Array) -> "Operands":
-        """Their tiles; blocks that do not exist hold no key."""
+        """The tiles of the operands at some key blocks.
+
+        Keys of blocks that do not exist get the position -1, which hides them.
+        """
         cut = jax.tree.map(lambda x: tiles.cut(x, row, ids), self)
         keys = cut.key_positions
         if tiles.inputs.index_positions:
-            # Computed, not cut: fewer operations in the loop.
+            # Positions are slot numbers: computing them takes fewer operations.
             slots = jnp.arange(tiles.bk, dtype=jnp.int32)[None]
             slots = ids[:, None] * tiles.bk + slots
             keys = jnp.where(slots < tiles.sizes.S, slots, -1).reshape(1, -1)

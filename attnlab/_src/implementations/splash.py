@@ -1,4 +1,4 @@
-"""An adapter to JAX's own splash attention for TPU: what it does as our laws say."""
+"""An adapter to JAX's splash attention for TPU, for inputs with the same result."""
 
 from typing import Any, ClassVar
 
@@ -11,21 +11,21 @@ from attnlab._src.masks.base import Mask
 from attnlab._src.masks.planning import dense_visible
 from attnlab._src.types import Array, AttentionInputs, Implementation
 
-#: It holds a structural mask as an array while a program is traced: pairs, at most.
+#: Greatest number of pairs: the mask is an array in memory during tracing.
 _MOST_PAIRS = 2**27
 
 
 class Splash(Implementation):
-    """``jax.experimental.pallas.ops.tpu.splash_attention``; structural masks."""
+    """``jax.experimental.pallas.ops.tpu.splash_attention``, for structural masks."""
 
     name = "splash"
     differentiable = True
     platforms = ("tpu",)
     partitionable = False
 
-    #: As ``pallas_call`` takes it: to run elsewhere, slowly.
+    #: See ``pallas_call``; True runs on any platform, slowly.
     interpret: ClassVar[bool] = False
-    #: Of which lengths must be multiples.
+    #: Number that lengths must be multiples of.
     lanes: ClassVar[int] = 128
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ class Splash(Implementation):
         s, dtype = inputs.sizes, inputs.accumulation_dtype
         lse = jnp.zeros((s.B, s.T, s.N), dtype)
         seen = _dense(inputs.mask, s.T, s.S, s.N)
-        if not seen.any():  # of such a mask it makes no kernel
+        if not seen.any():  # splash attention cannot make a kernel for such a mask
             return jnp.zeros((s.B, s.T, s.N, s.D), dtype), lse
         made = self._kernel(seen, *self.block_sizes(inputs))
         query = scaled_query(inputs)
@@ -87,7 +87,7 @@ class Splash(Implementation):
             for x in (query, inputs.key, inputs.value)
         )
         output = jax.vmap(made)(*arrays).swapaxes(1, 2)
-        # Where a whole row is hidden it yields the mean of the values; we want zero.
+        # For a query that sees nothing, splash yields the mean of the values; we zero.
         output = jnp.where(np.any(seen, axis=-1).T[None, :, :, None], output, 0)
         return output.astype(dtype), lse
 
@@ -110,13 +110,13 @@ class Splash(Implementation):
 
 
 def block_sizes(q: int, k: int, chunk: int | None = None, fused: bool = False) -> Any:
-    """The same sizes for each of its kernels.
+    """Block sizes of splash attention, the same for each of its kernels.
 
     Args:
-        q: queries.
-        k: keys.
-        chunk: keys that are computed at once; None: all.
-        fused: one kernel for the backward pass.
+        q: queries in a block.
+        k: keys in a block.
+        chunk: keys that are computed at once; None: all of a block.
+        fused: whether the backward pass is one kernel.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
@@ -136,7 +136,7 @@ def block_sizes(q: int, k: int, chunk: int | None = None, fused: bool = False) -
 
 
 def _dense(mask: Mask, t: int, s: int, heads: int) -> np.ndarray:
-    """A structural mask, ``[N, T, S]``."""
+    """A structural mask as booleans ``[N, T, S]``."""
     with jax.ensure_compile_time_eval():
         rows = jnp.arange(t, dtype=jnp.int32)[None, None, :, None]
         cols = jnp.arange(s, dtype=jnp.int32)[None, None, None, :]

@@ -12,12 +12,12 @@ from attnlab._src.operands import tile_shape
 from attnlab._src.scores.projected import bare
 from attnlab._src.types import Array, AttentionInputs, PyTree, Tile
 
-#: Precisions that let 16-bit inputs be multiplied as such.
+#: Precisions that allow products of 16-bit inputs without conversion to float32.
 _ROUGH = (None, "default", "fastest", "bfloat16", lax.Precision.DEFAULT)
 
 
 def matmul(inputs: AttentionInputs, a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    """Contracts one axis of each, accumulating in the accumulation type."""
+    """Contracts one axis of each array, in the accumulation type."""
     dtype = inputs.accumulation_dtype
     return lax.dot_general(
         a.astype(dtype),
@@ -30,9 +30,9 @@ def matmul(inputs: AttentionInputs, a: Array, b: Array, axes: tuple[int, int]) -
 
 @jax.custom_jvp
 def finite(x: Array) -> Array:
-    """``x`` with 0 for what is NaN or infinite; its slope is that of ``x``.
+    """``x`` with 0 in place of NaN and infinity; its derivative is that of ``x``.
 
-    In a product, 0 of a hidden pair times NaN would be NaN.
+    Otherwise the weight 0 of a hidden pair times NaN would be NaN in a product.
     """
     return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
@@ -43,7 +43,7 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
 
 
 def spoilt(x: Array) -> Array:
-    """Which rows hold a number that is not finite: ``[..., X] -> bool [...]``."""
+    """Which rows have a number that is not finite: ``[..., X] -> bool [...]``."""
     return ~jnp.isfinite(x).all(-1)
 
 
@@ -51,11 +51,11 @@ def precision_name(precision: Any) -> str | None:
     """A precision as the name that ``jax.default_matmul_precision`` takes.
 
     Returns:
-        The name; None where there is none: of None, of a ``DotAlgorithm``, and of a
-        pair of two.
+        The name; None for None, a ``DotAlgorithm``, or a pair of different precisions,
+        which have no name.
 
     Raises:
-        ValueError: if it is no precision.
+        ValueError: if it is not a precision.
     """
     if precision is None or isinstance(precision, lax.DotAlgorithm):
         return None
@@ -68,7 +68,7 @@ def precision_name(precision: Any) -> str | None:
     if isinstance(precision, presets):
         return "default" if precision is presets.DEFAULT else precision.name
     try:
-        hash(precision)  # or it cannot be structure
+        hash(precision)  # static arguments must be hashable
         return lax.Precision(precision).name.lower()
     except (TypeError, ValueError):
         raise ValueError(
@@ -79,16 +79,16 @@ def precision_name(precision: Any) -> str | None:
 
 @contextlib.contextmanager
 def precision_of(precision: Any) -> Iterator[None]:
-    """Within this, products that name no precision have this one, if it is one."""
+    """A context that sets the default precision of products, if it has a name."""
     name = precision_name(precision)
     with contextlib.nullcontext() if name is None else default_matmul_precision(name):
         yield
 
 
 def may_round(inputs: AttentionInputs) -> bool:
-    """Whether 16-bit inputs may be multiplied as such (weights are rounded then).
+    """Whether 16-bit inputs may be multiplied in 16 bits; weights are rounded then.
 
-    As ``precision=``, or else JAX's own setting, asks.
+    It depends on ``precision=`` or, without that, on JAX's own setting.
     """
     config: Any = jax.config
     asked = inputs.precision
@@ -98,14 +98,14 @@ def may_round(inputs: AttentionInputs) -> bool:
 
 
 def scaled(inputs: AttentionInputs, x: Array, head_scale: Array | None) -> Array:
-    """A tile times the factors of inner products; ``head_scale``: ``[1, 1]``."""
+    """A tile times the scales of the logits; ``head_scale`` is ``[1, 1]`` or None."""
     if inputs.logit_scale != 1:
         x = x * inputs.logit_scale
     return x if head_scale is None else x * head_scale
 
 
 def widened(inputs: AttentionInputs, tree: PyTree) -> PyTree:
-    """Floating arrays in the accumulation type: so are gradients of their tiles."""
+    """Floating arrays in the accumulation type, so that their gradients are, too."""
     dtype = inputs.accumulation_dtype
 
     def one(x: Array) -> Array:
@@ -123,7 +123,7 @@ def compare(
 ) -> Array:
     """Logits of one tile before modifiers: ``[q, P], [k, P] -> [q, k]``."""
     if inputs.score.is_inner_product:
-        # Not the query: a matrix unit may round it to 16 bits, or it has no more.
+        # Scales the logits, not the query, which may be rounded to 16 bits.
         return scaled(inputs, matmul(inputs, query, key, (1, 1)), head_scale)
     dtype = inputs.accumulation_dtype
     shape = query.shape[0], key.shape[0]
@@ -145,10 +145,10 @@ def modify(
     Args:
         inputs: the canonical record.
         logits: ``[q, k]``.
-        tile: where they lie.
-        operands: of each modifier.
-        seen: ``[q or 1, k or 1]``, where a pair is visible: elsewhere no gradient
-            passes, whatever a modifier's slope may be there; None: everywhere.
+        tile: positions and head of the logits.
+        operands: operands of each modifier.
+        seen: ``[q or 1, k or 1]``, which pairs are visible: no gradient flows through
+            others, even if a modifier's derivative is not finite; None: all pairs.
     """
     shape, dtype = logits.shape, logits.dtype
     for modifier, own in zip(inputs.modifiers, operands, strict=True):
@@ -162,7 +162,7 @@ def modify(
 
 
 def _only_where(seen: Array, x: Array) -> Array:
-    """``x``; where a pair is not seen it is finite, and has no gradient."""
+    """``x``, but for pairs that are not seen made finite and without gradient."""
     other = lax.stop_gradient(x)
     return jnp.where(seen, x, jnp.where(jnp.isfinite(other), other, 0))
 
@@ -170,7 +170,7 @@ def _only_where(seen: Array, x: Array) -> Array:
 def _logits(
     name: str, shape: tuple[int, ...], dtype: Any, make: Callable[..., Any], *args: Any
 ) -> Array:
-    """``make(*args)``, if its author got it right: floating, and of that shape."""
+    """``make(*args)``, checked to be floating and of the shape of the tile."""
     where = f"for a tile of {shape[0]} x {shape[1]} pairs"
     try:
         found = make(*args)
@@ -192,13 +192,14 @@ def _logits(
 
 
 def check_tile(inputs: AttentionInputs) -> None:
-    """Asks the score and the modifiers for a small tile, and computes nothing.
+    """Checks score and modifiers by tracing them on a small tile.
 
-    The check does not depend on the implementation. Sides are not equal, and what is
-    transposed or broadcast shows.
+    The check does not depend on the implementation. The tile is not square, so that a
+    transposed or broadcast result is detected.
 
     Raises:
-        TypeError, ValueError: naming the class, what it yields, and what would do.
+        TypeError, ValueError: if the result is wrong; names the class, what it yields
+            and what is expected.
     """
     traced = _of_small_tile(inputs)
     if any(isinstance(x, jax.core.Tracer) for x in traced.consts):
@@ -210,7 +211,7 @@ def check_tile(inputs: AttentionInputs) -> None:
 
 
 def modifiers_read_head(inputs: AttentionInputs) -> bool:
-    """Whether a modifier asks which head it is at, as a user's own may."""
+    """Whether a modifier reads the head of a tile, as user-defined ones may."""
     if not inputs.modifiers:
         return False
     traced = _of_small_tile(inputs).jaxpr
@@ -218,7 +219,10 @@ def modifiers_read_head(inputs: AttentionInputs) -> bool:
 
 
 def _of_small_tile(inputs: AttentionInputs) -> Any:
-    """The logits of a tile as a jaxpr of query, key, their positions, the head, ..."""
+    """Jaxpr of the logits of a tile.
+
+    Its arguments are query, key, their positions, the head, and the operands.
+    """
     sides = 2, 3
 
     def logits(arrays: Any, params: PyTree, modifiers: PyTree) -> Array:
@@ -235,7 +239,7 @@ def _of_small_tile(inputs: AttentionInputs) -> Any:
 
 
 def kept(inputs: AttentionInputs, words: tuple[Array, Array]) -> Array:
-    """Which entries survive dropout: words ``[q, 1], [1, k] -> bool [q, k]``."""
+    """Which weights dropout keeps: words ``[q, 1], [1, k] -> bool [q, k]``."""
     x = words[0] ^ words[1]
     x ^= x >> 16
     x *= jnp.uint32(0x7FEB352D)
@@ -246,5 +250,5 @@ def kept(inputs: AttentionInputs, words: tuple[Array, Array]) -> Array:
 
 
 def squeeze_params(tree: PyTree) -> PyTree:
-    """Pair parameters of one tile, ``[1, 1, *payload] -> payload``."""
+    """Removes the leading axes of a tile's pair parameters, ``[1, 1, *payload]``."""
     return jax.tree.map(lambda x: x[0, 0], tree)

@@ -1,10 +1,10 @@
 """Pure XLA, tile by tile: walks the plan, forward and backward, on any backend.
 
-One loop over (batch, head, block of queries), one after another; inside, a loop of
-dynamic length over chunks of live key blocks, first the full ones without a mask, then
-the others with it. Softmax is online, so memory is O(T + S). The backward pass walks
-the same rows once; gradients of key and value are kept transposed, ``[block, size,
-slots]``, because XLA would otherwise transpose the probabilities of every tile.
+A sequential loop runs over (batch, head, block of queries); inside, a loop of dynamic
+length runs over chunks of live key blocks, first full ones without mask, then others
+with mask. Softmax is online, so memory is O(T + S). The backward pass walks the same
+rows once; gradients of key and value are stored transposed, ``[block, size, slots]``,
+because XLA would otherwise transpose the probabilities of every tile.
 """
 
 import functools
@@ -37,7 +37,7 @@ from attnlab._src.types import (
     Tile,
 )
 
-#: Floats that a comparison may hold for one tile (MLP: P for each pair).
+#: Greatest number of floats that a score may store for one tile (MLP: P per pair).
 TILE_FLOATS = 2**21
 
 
@@ -70,7 +70,7 @@ class Tiled(Implementation):
         return Tiles(inputs, plan_of(inputs, self.block_sizes(inputs), cols=False))
 
     def blocks_executed(self, plan: Plan) -> Any:
-        """See :class:`attnlab.extend.Implementation`: whole chunks of them."""
+        """See :class:`attnlab.extend.Implementation`: counts whole chunks."""
         walk = make_walk(plan)
         in_full, in_rest = walk.chunks()
         return in_full * walk.wide + in_rest * walk.chunk
@@ -115,14 +115,14 @@ class Tiled(Implementation):
                     p = jnp.where(kept(inputs, here.words), p, 0)
                 value = tiles.key_blocks(v, where, ids)
                 if seen is not None:
-                    # In a product, 0 of a hidden pair times NaN would be NaN.
+                    # The weight 0 of a hidden pair times NaN would be NaN.
                     p = jnp.where(seen & spoilt(value)[None], jnp.nan, p)
                     value = finite(value)
                 product = matmul(inputs, p, value, (1, 0))
                 return new, total, sums * shrink[:, None] + product
 
             top, total, sums = tiles.over_chunks(where, step, start)
-            alive = total != 0  # NaN is no zero: it shows
+            alive = total != 0  # True for NaN, which so reaches the output
             safe = jnp.where(alive, total, 1)
             output = sums / (safe * (1 - inputs.dropout_rate))[:, None]
             output = jnp.where(alive[:, None], output, 0)
@@ -149,7 +149,7 @@ class Tiled(Implementation):
         delta = (d_output.astype(dtype) * output.astype(dtype)).sum(-1)
         if d_lse is not None:
             delta = delta - d_lse
-        # A row that sees nothing, and a row of padding: exp(logits - inf) = 0.
+        # For a row that sees nothing, or of padding: exp(logits - inf) = 0.
         shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
         padding = [(0, 0), (0, tiles.nq * tiles.bq - s.T), (0, 0)]
         shift = jnp.pad(shift, padding, constant_values=jnp.inf)
@@ -179,7 +179,7 @@ class Tiled(Implementation):
             query, d_o, row_delta, row_shift = (
                 tiles.query_block(x, where).astype(dtype) for x in by_row
             )
-            # What is kept counts for what is dropped: here once, not in every tile.
+            # Scale of dropout, applied once and not in every tile.
             d_o = d_o * (1 / (1 - inputs.dropout_rate))
             lost = spoilt(query) | spoilt(d_o)
             finite_query, finite_d_o = finite(query), finite(d_o)
@@ -244,12 +244,12 @@ class Tiled(Implementation):
 
 
 class _Sums(NamedTuple):
-    """Gradients that many rows add to; None where they are not wanted.
+    """Sums of gradients that many rows add to; None if a gradient is not wanted.
 
     Attributes:
         key: ``[B * K, nk, P, bk]``.
         value: ``[B * K, nk, D, bk]``.
-        learned: of the pair parameters and of the modifiers, padded operands.
+        learned: gradients of pair parameters and modifier operands, padded as these.
     """
 
     key: Array | None
@@ -279,12 +279,12 @@ def _pullback(
     key: Array,
     seen: Array | None,
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, PyTree]]]:
-    """The logits of a tile, and what turns their gradient into those of its inputs.
+    """The logits of a tile, and their pullback to the tile's inputs.
 
     Returns:
         Logits ``[q, k]``, and a function from their gradient to those of query
         ``[q, P]`` (times ``head_scale``), of key, transposed ``[P, k]``, and of (pair
-        parameters, modifiers). What is not used of it, XLA does not compute.
+        parameters, modifiers). XLA removes computations of unused gradients.
     """
     if inputs.score.is_inner_product:
         logits = compare(inputs, here.params, here.head_scale, query, key)
@@ -313,7 +313,7 @@ def _pullback(
         hidden = d == 0
         d, d_modifiers = unmodify(d)
         if inputs.modifiers:
-            # A modifier's slope need not be finite where a pair is hidden.
+            # A modifier's derivative need not be finite at hidden pairs.
             d = jnp.where(hidden, 0, d)
         d_params, d_query, d_key = uncompare(d)
         d_params = jax.tree.map(lambda x: x[None, None], d_params)
@@ -326,13 +326,13 @@ def _estimate(inputs: AttentionInputs, size: tuple[int, int]) -> float:
     """Relative time of a block size: executed area over a measured rate."""
     structural = not jax.tree.leaves(inputs.mask_operands)
     if not (structural and inputs.index_positions):
-        # Unknown until it runs; small blocks leave little of a document undone.
+        # The plan is unknown until run time: prefer small blocks, which fit documents.
         return float(size[0])
     walk = make_walk(plan_of(inputs, size, cols=False))
 
     def seconds(chunks: Any, blocks: int) -> float:
         area = size[0] * size[1] * blocks
-        # In small tiles all cores but one wait.
+        # Small tiles have lower rates, as they use one core only.
         rate = next(rate for least, rate in measured().tile_rates if area >= least)
         return float(chunks.sum()) * area / rate
 

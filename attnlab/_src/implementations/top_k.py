@@ -1,4 +1,4 @@
-"""The greatest weights of each query, without ever holding ``[T, S]``."""
+"""The greatest weights of each query, without an array ``[T, S]``."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -17,13 +17,13 @@ def top_weights(
 
     Args:
         inputs: the canonical record.
-        plan: its live blocks.
-        lse: ``[B, T, N]``.
-        k: how many.
+        plan: the plan with its live blocks.
+        lse: log-sum-exp ``[B, T, N]``.
+        k: number of weights.
 
     Returns:
-        Weights after dropout ``[B, N, T, k]``, descending, without a gradient, and key
-        slots int32 ``[B, N, T, k]``, -1 where there is none.
+        Weights after dropout ``[B, N, T, k]``, descending, without a gradient; and key
+        slots int32 ``[B, N, T, k]``, -1 if a query sees fewer than k keys.
     """
     inputs, lse = lax.stop_gradient((inputs, lse))
     tiles = Tiles(inputs, plan)

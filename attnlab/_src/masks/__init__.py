@@ -1,1 +1,1 @@
-"""Who may attend to whom: lazy masks, their algebra, and the plans they yield."""
+"""Masks: which query may attend to which key, how masks combine, and their plans."""

@@ -1,4 +1,4 @@
-"""Masks, what combines them, and the masks that ``None`` and an array stand for."""
+"""The class ``Mask``, its combinations, and masks for ``None`` and for arrays."""
 
 import functools
 import math
@@ -27,14 +27,14 @@ from attnlab._src.types import Array, Intervals, Operand, Plan, PyTree, Tile, py
 
 
 class Mask(Rule):
-    """Who may attend to whom; True means attend.
+    """Which query may attend to which key; True means attend.
 
-    A mask is lazy: it holds structure and data, never a ``[T, S]`` array unless that is
+    A mask is lazy: it holds structure and data, and no ``[T, S]`` array unless that is
     what you gave it. Combine masks with ``&``, ``|`` and ``~``.
 
     To write one, subclass, decorate with ``attnlab.extend.pytree``, and define
-    ``visible``; and ``bounds``, so that blocks that hide all cost nothing. For a rule
-    without its own block arithmetic, :func:`attnlab.masks.predicate` is enough.
+    ``visible``; define ``bounds``, too, so that hidden blocks cost nothing. For a rule
+    without ``bounds``, :func:`attnlab.masks.predicate` is enough.
     """
 
     def plan(
@@ -52,19 +52,19 @@ class Mask(Rule):
             block_size: slots in a block, or (of queries, of keys).
 
         Returns:
-            NumPy arrays where the structure alone decides, else JAX arrays.
+            NumPy arrays, unless arrays of the mask are traced.
         """
         return plan_mask(self, query_length, key_length, block_size)
 
     def to_dense(self, query_length: int, key_length: int | None = None) -> Array:
-        """Boolean ``[T, S]``, or ``[B or 1, N or 1, T, S]`` where data say so."""
+        """Boolean ``[T, S]``; of data or per-head masks ``[B or 1, N or 1, T, S]``."""
         return dense_mask(self, query_length, key_length)
 
     def density(self, query_length: int, key_length: int | None = None) -> float:
         """The fraction of query-key pairs that are visible, exactly."""
         return mask_density(self, query_length, key_length)
 
-    #: NumPy leaves ``array & mask`` to the mask.
+    #: Makes NumPy leave ``array & mask`` to the mask.
     __array_ufunc__ = None
 
     def __and__(self, other: Any) -> "Mask":
@@ -87,7 +87,7 @@ class Mask(Rule):
 
 
 def common_block_multiple(masks: Sequence[Mask]) -> int | None:
-    """The greatest common divisor of what masks have; None: no mask has one."""
+    """The greatest common divisor of the masks' block multiples; None: none has one."""
     multiples = [m.block_multiple for m in masks if m.block_multiple is not None]
     return math.gcd(*multiples) if multiples else None
 
@@ -126,7 +126,7 @@ class _Combination(Mask):
 
 @pytree
 class And(_Combination):
-    """Visible where every part says so."""
+    """A pair is visible if every part shows it."""
 
     symbol: ClassVar[str] = "&"
 
@@ -165,7 +165,7 @@ class And(_Combination):
 
 @pytree
 class Or(_Combination):
-    """Visible where some part says so."""
+    """A pair is visible if some part shows it."""
 
     symbol: ClassVar[str] = "|"
 
@@ -202,7 +202,7 @@ class Or(_Combination):
 
 @pytree
 class Not(Mask):
-    """Visible where the other mask hides."""
+    """A pair is visible if the other mask hides it."""
 
     part: Mask
 
@@ -224,7 +224,7 @@ class Not(Mask):
         possible, certain = self.part.bounds(rows, cols, operands)
         full = complement(possible, cols.count)
         xp = namespace(*full)
-        # A complement reaches into an incomplete last block: that is never full.
+        # The complement may hold an incomplete last block, which is never full.
         full = Intervals(full.lo, xp.minimum(full.hi, cols.length // cols.size))
         return complement(certain, cols.count), full
 
@@ -261,7 +261,7 @@ def full() -> Mask:
 
 @pytree
 class Dense(Mask):
-    """A boolean array, as given."""
+    """A boolean array as a mask."""
 
     array: Any
 
@@ -333,7 +333,7 @@ def dense(array: Any) -> Mask:
 
 
 def as_mask(mask: Any) -> Mask:
-    """None -> everything; a boolean array -> that array; a mask -> itself."""
+    """None -> ``full()``; a boolean array -> ``dense(array)``; a mask -> itself."""
     if mask is None:
         return Full()
     if isinstance(mask, Mask):
@@ -341,7 +341,7 @@ def as_mask(mask: Any) -> Mask:
     if isinstance(mask, (list, tuple)) and any(isinstance(m, Mask) for m in mask):
         raise TypeError(
             f"mask: expected one mask, got a {type(mask).__name__} of them; combine "
-            "them with '&' or '|', or one a head with masks.per_head"
+            "them with '&' or '|', or give each head its own with masks.per_head"
         )
     if hasattr(mask, "dtype") or isinstance(mask, (list, tuple)):
         return dense(mask)

@@ -1,6 +1,6 @@
 """Masks that carry data: arrays are pytree leaves, so new data never recompiles.
 
-They run along the arrays they mask: they speak of slots.
+Lengths, documents and operands refer to slots of the arrays, not to positions.
 """
 
 import inspect
@@ -29,14 +29,14 @@ from attnlab._src.types import (
 
 
 def _flags(blocks: Blocks, operand: Any, how: str, fill: bool) -> Any:
-    """A boolean operand along one side -> ``[Bp, Np, count]``."""
+    """A boolean operand along one side, reduced by blocks: ``[Bp, Np, count]``."""
     other = 5 - blocks.axis
     return blocks.reduce(operand, blocks.axis, how, fill).squeeze(other)
 
 
 @pytree
 class Lengths(Mask):
-    """The first slots of each sequence hold something, the rest is padding."""
+    """The first slots of each sequence hold tokens, the rest is padding."""
 
     query: Any
     key: Any
@@ -169,7 +169,7 @@ class Documents(Mask):
 
 @pytree
 class Predicate(Mask):
-    """A rule of the user's own."""
+    """A user's function as a mask."""
 
     arrays: tuple[Any, ...]
     fn: Callable[..., Array] = static()
@@ -196,7 +196,7 @@ def documents(query_ids: ArrayLike, key_ids: ArrayLike | None = None) -> Mask:
 
     Raises:
         TypeError: if ids are no integers.
-        ValueError: if ids do not fit 32 bits, or there is one for all tokens.
+        ValueError: if ids do not fit 32 bits, or are a scalar.
 
     Example:
         >>> print(documents(np.array([0, 0, 1, -1])).to_dense(4).astype(int)[0, 0])
@@ -212,9 +212,9 @@ def documents(query_ids: ArrayLike, key_ids: ArrayLike | None = None) -> Mask:
 
 
 def document_ids(**named: Any) -> list[Any]:
-    """Ids of documents as int32, negative = padding, by the name of their argument.
+    """Ids of documents as int32, negative = padding; the keywords name them in errors.
 
-    What is traced in a wider type is numbered anew, all together, so that ids that
+    Traced ids of a wider type are renumbered, all arrays together, so that ids that
     differ stay different.
 
     Raises:
@@ -245,11 +245,11 @@ def _is_wide_tracer(x: Any) -> bool:
 
 
 def lengths(query: Any = None, key: Any = None) -> Mask:
-    """The first ``query`` / ``key`` slots of each sequence count, the rest is padding.
+    """The first ``query`` / ``key`` slots of each sequence are used; others are hidden.
 
     Args:
-        query: integers ``[*batch]``, or None: every query slot counts.
-        key: integers ``[*batch]``, or None: every key slot counts.
+        query: how many query slots are used, integers ``[*batch]``; None: all.
+        key: how many key slots are used, integers ``[*batch]``; None: all.
 
     Raises:
         ValueError: if neither is given.
@@ -268,10 +268,10 @@ def lengths(query: Any = None, key: Any = None) -> Mask:
 
 
 def predicate(fn: Callable[..., Array], *operands: ArrayLike) -> Mask:
-    """Your own rule, element by element.
+    """A mask from your own function of query and key positions.
 
-    A rule is never refined into blocks: alone it costs as much as no mask; combined by
-    ``&`` with a structural mask it inherits that mask's live blocks.
+    Its hidden blocks are not skipped: alone it costs as much as no mask; combined by
+    ``&`` with a structural mask, it is evaluated in that mask's live blocks only.
 
     Args:
         fn: ``fn(query_positions [q, 1], key_positions [1, k], *tiles) -> bool [q, k]``.
@@ -281,9 +281,9 @@ def predicate(fn: Callable[..., Array], *operands: ArrayLike) -> Mask:
             each, ``[q or 1, k or 1]``.
 
     Raises:
-        TypeError: if ``fn`` is no function of so many arguments, or an operand is no
+        TypeError: if ``fn`` does not take that many arguments, or an operand is no
             array of numbers.
-        ValueError: if an operand is known here and does not fit JAX's integers.
+        ValueError: if an operand holds integers that do not fit JAX's integer type.
 
     Example:
         >>> def even(t, s):
@@ -307,7 +307,7 @@ def predicate(fn: Callable[..., Array], *operands: ArrayLike) -> Mask:
 def _check_arity(fn: Callable[..., Array], count: int) -> None:
     try:
         signature = inspect.signature(fn)
-    except ValueError:  # of a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         return
     try:
         signature.bind(*[None] * (2 + count))

@@ -1,4 +1,4 @@
-"""One side of the logits cut into blocks, and which positions each block holds."""
+"""``Blocks``: one side of the logits, cut into blocks of slots with positions."""
 
 import dataclasses
 from typing import Any
@@ -17,8 +17,9 @@ class Blocks:
         side: "query" or "key".
         size: slots in a block; the last block may hold fewer.
         length: slots.
-        lo: ``[B or 1, count]``, the least position in each block: -1 if some slot is
-            empty because an offset makes its position negative, FAR if none is given.
+        lo: ``[B or 1, count]``, the least position in each block: -1 if an offset makes
+            the position of some slot negative (it is empty then), FAR if positions are
+            given and all slots are empty.
         hi: ``[B or 1, count]``, the greatest position in each block (-1 if none).
         offset: ``[B or 1]`` position of slot 0 where position = offset + slot; None
             where the positions are given one by one.

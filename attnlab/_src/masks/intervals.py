@@ -1,4 +1,4 @@
-"""Sets of block intervals: union, intersection, complement. NumPy or traced alike."""
+"""Sets of block intervals: union, intersection, complement; of NumPy or JAX arrays."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from jax import lax
 
 from attnlab._src.types import Intervals
 
-#: The greatest position; as the end of an interval of positions: that it has none.
+#: The greatest position; as the end of an interval of positions: no end.
 FAR = 2**31 - 1
 
 
@@ -35,7 +35,7 @@ def _cummax(x: Any) -> Any:
 
 
 def _shift(x: Any, fill: Any, xp: Any) -> Any:
-    """Moves entries one to the right, ``fill`` entering."""
+    """Moves entries one to the right; the first becomes ``fill``."""
     first = xp.full(x.shape[:-1] + (1,), fill, x.dtype)
     return xp.concatenate([first, x[..., :-1]], -1)
 
@@ -48,7 +48,10 @@ def _concatenate(parts: list[Any], xp: Any) -> Any:
 
 
 def merge(x: Intervals) -> Intervals:
-    """Sorts, joins what overlaps or touches, drops what is empty (NumPy: for good)."""
+    """Sorts, joins intervals that overlap or touch, drops empty ones.
+
+    NumPy arrays get shorter by that; JAX arrays keep empty intervals at the end.
+    """
     lo, hi = x
     xp = namespace(lo, hi)
     m = lo.shape[-1]
@@ -62,7 +65,7 @@ def merge(x: Intervals) -> Intervals:
         ends = xp.concatenate(
             [starts[..., 1:], xp.ones(starts.shape[:-1] + (1,), bool)], -1
         )
-        # Both sequences ascend and have one entry an interval: sorting aligns them.
+        # Both sequences ascend, with one entry for each interval: sorting aligns them.
         lo = xp.sort(xp.where(starts, lo, FAR), axis=-1)
         hi = xp.sort(xp.where(ends, reach, FAR), axis=-1)
     if xp is np:
@@ -142,7 +145,7 @@ def hull(flags: Any) -> Intervals:
 
 
 def first_run(flags: Any) -> Intervals:
-    """The first interval of Trues of ``[..., count]``: sound where a hull is not."""
+    """The first run of True in ``[..., count]``: unlike a hull it holds no False."""
     xp = namespace(flags)
     count = flags.shape[-1]
     lo = xp.where(flags.any(-1), flags.argmax(-1), count).astype(np.int32)

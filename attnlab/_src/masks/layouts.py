@@ -84,7 +84,7 @@ class BlockLayout(Mask):
             listed = _columns(operands[0][:, :, 0, 0], -(-rows.length // size))
         entries = listed.first.shape[-2]
         xp = namespace(*listed, rows.lo)
-        # A block of rows spans this many blocks of the layout, or one more if askew.
+        # A block of rows spans this many blocks of the layout; one more if unaligned.
         aligned = rows.size % size == 0 or size % rows.size == 0
         span = -(-rows.size // size) + (not (aligned and rows.starts_at_zero))
         first, last = rows.rows_lo // size, rows.rows_hi // size
@@ -105,7 +105,7 @@ class BlockLayout(Mask):
 
         listed = _Listed(*map(of_rows, listed))
         there = xp.repeat(there, listed.first.shape[-1] // span, axis=-1)
-        # Blocks from this one on begin beyond every position.
+        # The last block that begins within the positions of int32.
         most = FAR // size
         there = there & (listed.first >= 0) & (listed.first <= most)
         lo = xp.where(there, listed.first, 0) * size
@@ -117,7 +117,7 @@ class BlockLayout(Mask):
             lo, hi = xp.where(far, 0, lo), xp.where(far, FAR, hi)
         sure = listed.exact & (first == last)
         if not known:
-            # Of blocks beyond those of the length nothing was found.
+            # Blocks beyond the length are not in ``listed``: any block may be seen.
             beyond = last >= entries
             lo, hi = xp.where(beyond, 0, lo), xp.where(beyond, FAR, hi)
             sure = sure & ~beyond
@@ -131,12 +131,14 @@ class BlockLayout(Mask):
 
 
 def _lift(table: Any) -> Any:
-    """A layout without a head axis gets one."""
+    """The layout; one without an axis of heads gets one."""
     return table[None] if table.ndim == 2 else table
 
 
 def blocks(indices: Any, block_size: int) -> Mask:
-    """A given block layout, as Hugging Face BigBird draws one.
+    """Each block of queries sees the key blocks that are listed for it.
+
+    Hugging Face's BigBird draws its random blocks as such a list.
 
     Args:
         indices: integers ``[n, R]``, ``[N, n, R]`` or ``[*batch, N, n, R]``: the R key
@@ -162,7 +164,7 @@ def blocks(indices: Any, block_size: int) -> Mask:
         )
     block_size = size_argument("block_size", block_size, 1)
     if indices.shape[-1] == 0:
-        # No block of queries sees any: one entry that is none says so, too.
+        # No block sees any: one entry of -1 means the same.
         nothing_listed = [(0, 0)] * (indices.ndim - 1) + [(0, 1)]
         indices = namespace(indices).pad(indices, nothing_listed, constant_values=-1)
     return BlockLayout(indices, None, block_size, "blocks")
@@ -183,15 +185,15 @@ class _Listed(NamedTuple):
 
 
 def _columns(table: Any, count: int) -> _Listed:
-    """Query blocks for each of the first key blocks, in time that is linear.
+    """Query blocks for each of the first key blocks: the transpose of a table.
 
     Args:
         table: ``[B, N, n, R]``, key blocks for each query block; -1 = none.
-        count: key blocks.
+        count: how many key blocks.
 
     Returns:
         A fixed number of runs for each key block, whatever the table holds: several
-        times as many as there are on average. What is more joins the last one.
+        times the average. Further runs are merged into the last one.
     """
     xp = namespace(table)
     n, each = table.shape[2:]
@@ -231,7 +233,7 @@ def _columns(table: Any, count: int) -> _Listed:
     lead = table.shape[:2]
     flat = table.reshape((math.prod(lead), n, each))
     if xp is np:
-        # Of no example the shapes are known, too.
+        # A batch of 0 has shapes, too.
         some = flat if len(flat) else np.full((1, n, each), -1, flat.dtype)
         found = [np.stack(x)[: len(flat)] for x in zip(*map(one, some), strict=True)]
     else:
@@ -245,23 +247,25 @@ def random_blocks(
     """Each block of queries sees a few blocks of keys, drawn at random.
 
     The pattern is a pure function of ``rng`` and ``num_blocks``, not of the length in
-    use, so a prefix stays a prefix. Every block is seen equally often: query block i
-    sees key blocks ``b[(a[i] + c_r) mod n]`` for two random permutations a, b and
-    ``blocks_per_row`` distinct random shifts c_r.
+    use: a longer sequence keeps the blocks of a shorter one. Every block is seen
+    equally often: query block i sees key blocks ``b[(a[i] + c_r) mod n]`` for two
+    random permutations a, b and ``blocks_per_row`` distinct random shifts c_r.
 
     Args:
-        rng: a JAX PRNG key (traced or not: another one does not recompile) or an int.
-        blocks_per_row: R, key blocks for each query block.
+        rng: a JAX PRNG key (a new one does not recompile) or an int.
+        blocks_per_row: R, how many key blocks each query block sees.
         block_size: positions in a block.
         num_blocks: n, blocks in the longest sequence; longer arrays are refused, and
             positions beyond it (by an offset, in a cache) see no random block.
 
     Raises:
         TypeError: if ``rng`` is neither a key nor an int.
-        ValueError: if ``blocks_per_row`` exceeds ``num_blocks``, or a seed 32 bits.
+        ValueError: if ``blocks_per_row`` exceeds ``num_blocks``, or a seed does not fit
+            32 bits.
 
     References:
-        Zaheer et al., "Big Bird", 2020, section 2 (there drawn independently a row).
+        Zaheer et al., "Big Bird", 2020, section 2 (there, blocks of each row are drawn
+        independently).
     """
     num_blocks = size_argument("num_blocks", num_blocks, 1)
     blocks_per_row = size_argument("blocks_per_row", blocks_per_row, 1)

@@ -1,4 +1,4 @@
-"""Which slots are alive at all, and how many pairs are: exact, never ``[T, S]``."""
+"""Which slots are alive, and how many pairs are visible: exact, without ``[T, S]``."""
 
 from typing import Any
 
@@ -31,13 +31,13 @@ def scan_partial(
     key_positions: Array,
     plan: Plan,
 ) -> tuple[Array, Array]:
-    """Counts what is visible without ever holding ``[T, S]``.
+    """Counts visible pairs, without an array ``[T, S]``.
 
     Full blocks are counted whole, partial ones by evaluating the mask.
 
     Returns:
-        int32 ``[Bp, Np, T]``, the keys that each query sees, and ``[Bp, Np, S]``, the
-        queries that see each key, clipped to some blocks' worth where full.
+        int32 ``[Bp, Np, T]``, how many keys each query sees, and ``[Bp, Np, S]``, how
+        many queries see each key; there an incomplete full block counts as complete.
     """
     t, s, bq, bk = plan.query_length, plan.key_length, plan.block_q, plan.block_k
     nq, nk = -(-t // bq), -(-s // bk)
@@ -110,7 +110,7 @@ def alive(
     query: Blocks,
     key: Blocks,
 ) -> tuple[Array | None, Array | None]:
-    """Which query and key slots see, or are seen by, anything at all.
+    """Which query slots see some key, and which key slots some query sees.
 
     Args:
         mask: the mask.
@@ -121,7 +121,7 @@ def alive(
         key: the blocks of keys.
 
     Returns:
-        Booleans ``[Bp, Np, T]`` and ``[Bp, Np, S]``, exact; None, None where the
+        Booleans ``[Bp, Np, T]`` and ``[Bp, Np, S]``, exact; None for a side where the
         structure shows that every slot is alive.
     """
     at_zero = query.starts_at_zero and key.starts_at_zero
@@ -234,7 +234,7 @@ def _structurally_alive(plan: Plan) -> bool:
         return False
     count = -(-plan.key_length // plan.block_k)
     steps = np.zeros(count + 1, int)
-    real = full.hi > full.lo  # rows with fewer intervals are filled up
+    real = full.hi > full.lo  # rows with fewer intervals are padded
     np.add.at(steps, full.lo[real], 1)
     np.add.at(steps, full.hi[real], -1)
     return bool(full.per_row().all() and (steps.cumsum()[:count] > 0).all())

@@ -1,4 +1,4 @@
-"""Anchors, and the sparse patterns that the field knows by name."""
+"""Anchors, and sparse patterns named after their papers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from attnlab._src.types import Array, ArrayLike, Operand, PyTree, Tile, pytree, 
 
 @pytree
 class AnchorIndices(Mask):
-    """As ``Anchor``, the positions being data: ``[*batch, A]``, negative = none."""
+    """``Anchor`` with positions that are data: ``[*batch, A]``, negative = none."""
 
     indices: Any
     side: str = static()
@@ -56,11 +56,11 @@ def anchor(
     visible_to_all: bool = True,
     see_all: bool = True,
 ) -> Mask:
-    """Anchor (global) positions: everyone sees them, and they see everyone.
+    """Anchor (global) positions: every query sees them, and they see every key.
 
     Args:
-        positions: a count (the first so many), a sequence of ints (static structure),
-            or an index array ``[*batch, A]`` (data; negative = none).
+        positions: a count n (the first n positions), a sequence of ints (static
+            structure), or an index array ``[*batch, A]`` (data; negative = none).
         visible_to_all: whether every query sees the anchors.
         see_all: whether the anchors, as queries, see every key.
 
@@ -82,7 +82,9 @@ def anchor(
     """
     sides = [s for s, on in (("key", visible_to_all), ("query", see_all)) if on]
     if not sides:
-        raise ValueError("anchor: visible_to_all and see_all are both False")
+        raise ValueError(
+            "anchor: visible_to_all and see_all are both False; set one to True"
+        )
     masks: list[Mask]
     if isinstance(positions, (jax.Array, np.ndarray)) and positions.ndim > 0:
         indices = arguments.integers("positions", positions)
@@ -112,7 +114,7 @@ def longformer(*, window: int, anchors: int | Sequence[int] | ArrayLike = 0) -> 
     """A symmetric sliding window and anchors.
 
     Args:
-        window: positions seen to each side.
+        window: how many positions each side of its own a query sees.
         anchors: as for :func:`anchor`.
 
     References:
@@ -136,15 +138,15 @@ def big_bird(
     """Window, anchors and random blocks.
 
     Args:
-        window: positions seen to each side.
+        window: how many positions each side of its own a query sees.
         anchors: as for :func:`anchor`.
-        random_blocks: random key blocks for each block of queries.
+        random_blocks: how many random key blocks each block of queries sees.
         rng: a JAX PRNG key, or an int.
         block_size: positions in a random block.
-        num_blocks: random blocks in the longest sequence: its length over
-            ``block_size``, rounded up. The defaults are the paper's 4,096 positions:
-            longer arrays are refused, positions beyond (by an offset, in a cache) see
-            no random block; in a shorter sequence fewer draws fall inside.
+        num_blocks: blocks in the longest sequence: its length over ``block_size``,
+            rounded up. The defaults make the paper's 4,096 positions. Longer arrays are
+            refused; positions beyond it (by an offset, in a cache) see no random block;
+            in a shorter sequence some of the blocks drawn lie beyond its end.
 
     References:
         Zaheer et al., "Big Bird", 2020, section 2.
@@ -155,10 +157,10 @@ def big_bird(
 
 
 def streaming(*, anchors: int, window: int) -> Mask:
-    """Causal: the first positions ("attention sinks") and a window of recent ones.
+    """The first positions ("attention sinks") and a window of recent ones, causal.
 
     Args:
-        anchors: how many first positions stay visible.
+        anchors: how many of the first positions stay visible.
         window: how many positions before its own a query sees.
 
     Example:

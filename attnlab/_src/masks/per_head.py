@@ -1,4 +1,4 @@
-"""Another mask for each head."""
+"""A mask that differs by head."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,15 +25,15 @@ def _varies_by_head(operand: Operand) -> bool:
 
 @pytree
 class PerHead(Mask):
-    """Another mask for each query head."""
+    """A mask of its own for each query head."""
 
     parts: tuple[Mask, ...]
-    #: Of each head the number of its mask; empty: they are in order.
+    #: For each head its index in ``parts``; empty: head n has part n.
     which: tuple[int, ...] = static(default=())
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Of each head the number of its mask."""
+        """For each head the index of its mask in ``parts``."""
         return self.which or tuple(range(len(self.parts)))
 
     @property
@@ -57,7 +57,7 @@ class PerHead(Mask):
             ):
                 raise ValueError(
                     f"masks: per_head: {part!r} varies by head itself; give each head "
-                    "its own"
+                    "its own part of it"
                 )
         return each
 
@@ -120,19 +120,19 @@ def _stack(heads: list[Intervals]) -> Intervals:
 
 
 def per_head(masks: Sequence[Mask]) -> Mask:
-    """Another mask for each query head.
+    """A mask of its own for each query head.
 
     Args:
-        masks: N masks, one a head, none of which varies by head itself.
+        masks: N masks, one for each head; none of them may vary by head itself.
 
     Raises:
-        TypeError: if it is one mask, or something else.
+        TypeError: if ``masks`` is no list or tuple.
         ValueError: if there are none, or one is ``per_head`` itself.
     """
     if not isinstance(masks, (list, tuple)):
         raise TypeError(
             f"masks: expected a list, one mask for each query head, got {masks!r}; "
-            "a mask alone holds for all heads"
+            "a single mask holds for all heads: give it without per_head"
         )
     if not masks:
         raise ValueError("masks: expected one mask for each query head, got none")

@@ -1,4 +1,4 @@
-"""From a mask to the blocks that it leaves alive, and to the slots that are alive."""
+"""Plans of masks: the blocks that a mask leaves alive; and masks as whole arrays."""
 
 import dataclasses
 import functools
@@ -31,9 +31,9 @@ def normalise(operand: Operand, batch: tuple[int, ...], name: str) -> Any:
     """Brings an operand to ``[B or 1, N, T, S, *payload]``.
 
     Args:
-        operand: as its owner gave it.
+        operand: as the score, modifier or mask gave it.
         batch: the batch axes of the call, whose product is B.
-        name: what to call it in an error.
+        name: its name in an error.
 
     Raises:
         ValueError: if its batch axes do not broadcast to ``batch``.
@@ -75,10 +75,10 @@ def index_blocks(side: str, length: int, size: int, offset: Any = 0) -> Blocks:
     """Blocks of slots whose positions are ``offset + slot``; offset scalar or [B]."""
     xp = namespace(offset)
     offset = xp.asarray(offset, dtype=np.int32).reshape(-1)
-    offset = xp.maximum(offset, -FAR)  # which has a negative, unlike -FAR - 1
+    offset = xp.maximum(offset, -FAR)  # -FAR can be negated in int32, -FAR - 1 cannot
     starts = np.arange(0, length, size, dtype=np.int32)
     stops = np.minimum(starts + size, length) - 1
-    # Whatever is below 0 is empty.
+    # Slots with positions below 0 are empty.
     lo, hi = (
         xp.clip(offset[:, None], -1 - ends[None], FAR - ends[None]) + ends[None]
         for ends in (starts, stops)
@@ -142,12 +142,12 @@ def _live(mask: Rule, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
     possible, certain = mask.bounds(rows, cols, operands)
     possible, certain = merge(possible), merge(certain)
     if rows.offset is None or cols.offset is None:
-        # Some slot may be empty: let the mask look at every block.
+        # Some slot may be empty: no block is surely full.
         certain = Intervals(certain.lo[..., :0], certain.hi[..., :0])
     elif not (rows.starts_at_zero and cols.starts_at_zero):
         certain = _of_positions(certain, rows, cols)
     if rows.side == "key" and rows.length % rows.size:
-        # Like a last column, a last row of keys is full of what is no key.
+        # An incomplete last block of keys is never full, be it a column or a row.
         last = numbers(rows.count, certain.lo.ndim - 1)[..., None] == rows.count - 1
         xp = namespace(*certain)
         certain = Intervals(certain.lo, xp.where(last, certain.lo, certain.hi))
@@ -160,7 +160,7 @@ def _live(mask: Rule, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
 
 
 def _of_positions(certain: Intervals, rows: Blocks, cols: Blocks) -> Intervals:
-    """Less the blocks in which an offset makes positions negative: empty slots."""
+    """Removes blocks with empty slots, whose positions an offset makes negative."""
     xp = namespace(*certain, rows.lo, cols.offset)
     first = xp.maximum(-(cols.offset // cols.size), 0)[:, None, None, None]
     lo = xp.maximum(certain.lo, first)
@@ -219,7 +219,7 @@ def _static_plan(
 
 
 def alone(mask: Rule, t: int, s: int) -> tuple[PyTree, tuple[int, ...]]:
-    """Normalised operands of a mask that no call surrounds: it tells the batch."""
+    """Normalised operands of a mask outside of a call, and their batch axes."""
     operands = mask.operands(t, s)
     leaves = jax.tree.leaves(operands, is_leaf=lambda x: isinstance(x, Operand))
     batch = jnp.broadcast_shapes(
@@ -247,7 +247,7 @@ def plan_mask(
     given = block_size if isinstance(block_size, (tuple, list)) else [block_size] * 2
     if len(given) != 2:
         raise ValueError(
-            f"block_size: expected an int, or two, of queries and of keys, got "
+            f"block_size: expected an int, or two (for queries, for keys), got "
             f"{block_size}"
         )
     block_q, block_k = (arguments.size("block_size", n) for n in given)
@@ -263,7 +263,7 @@ def plan_mask(
 
 
 def visible(inputs: AttentionInputs) -> Array:
-    """Who may attend to whom, boolean ``[B or 1, N or 1, T, S]``: it is all in memory.
+    """The whole mask as an array in memory, boolean ``[B or 1, N or 1, T, S]``.
 
     Args:
         inputs: the canonical record.
@@ -279,7 +279,7 @@ def visible(inputs: AttentionInputs) -> Array:
 def dense_visible(
     mask: Rule, operands: PyTree, query_positions: Array, key_positions: Array
 ) -> Array:
-    """The whole mask, boolean ``[B or 1, N or 1, T, S]``: for the reference."""
+    """The whole mask as an array, boolean ``[B or 1, N or 1, T, S]``."""
     leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
     batch = next((x.shape[0] for x in leaves if x.shape[0] != 1), 1)
     heads = max([x.shape[1] for x in leaves] + [mask.head_count])
@@ -303,13 +303,13 @@ def dense_visible(
 
 
 def _shared(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """Axes for ``jax.vmap``: what has one of the leading axis is shared."""
+    """Axes for ``jax.vmap``, and the arrays: a first axis of 1 means shared."""
     axes = jax.tree.map(lambda x: None if x.shape[0] == 1 else 0, tree)
     return axes, jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, tree)
 
 
 def reads_head(mask: Rule, operands: PyTree) -> bool:
-    """Whether what a mask shows depends on the head, as a user's own may.
+    """Whether a mask's ``visible`` reads the head, as a user's own may.
 
     It traces a small tile and computes nothing, whatever implementation will run.
 
@@ -318,7 +318,8 @@ def reads_head(mask: Rule, operands: PyTree) -> bool:
         operands: its operands, normalised.
 
     Raises:
-        TypeError, ValueError: if its author did not get it right.
+        TypeError, ValueError: if ``visible`` fails, yields what is not boolean or of
+            another shape, or reads a traced array that is no operand.
     """
     mask = skeleton(mask)
 

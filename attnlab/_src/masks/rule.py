@@ -1,4 +1,4 @@
-"""What a mask says of pairs, of blocks and of slots: what planning needs to know."""
+"""What planning needs of a mask: visible pairs, bounds of blocks, live slots."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ Bounds = tuple[Intervals, Intervals]
 
 
 def visible_pairs(mask: "Rule", tile: Tile, operands: PyTree) -> Array:
-    """What the mask shows, less the slots that hold nothing: boolean ``[q, k]``."""
+    """The visible pairs of a tile, without empty slots: boolean ``[q, k]``."""
     occupied = (tile.query_positions >= 0) & (tile.key_positions >= 0)
     return seen_by(mask, tile, operands) & occupied
 
 
 def seen_by(mask: "Rule", tile: Tile, operands: PyTree) -> Array:
-    """What the mask shows, if it is a mask that its author got right.
+    """``mask.visible`` of a tile, checked.
 
     Raises:
         TypeError: if it yields no booleans, or fails.
-        ValueError: if they are not those of the tile.
+        ValueError: if its shape does not fit the tile, or it fails with a ValueError.
     """
     pairs = jnp.broadcast_shapes(tile.query_positions.shape, tile.key_positions.shape)
     where = f"for a tile of {pairs[0]} queries and {pairs[1]} keys"
@@ -58,10 +58,10 @@ def seen_by(mask: "Rule", tile: Tile, operands: PyTree) -> Array:
 
 
 class Rule:
-    """Who may attend to whom. :class:`attnlab.extend.Mask` is what one subclasses."""
+    """The base of :class:`attnlab.extend.Mask`, which is the class to subclass."""
 
     def __init_subclass__(cls, **options: Any):
-        """What a base says of its own ``visible`` does not hold for another one."""
+        """Drops what bases say of blocks and slots where ``visible`` is overridden."""
         super().__init_subclass__(**options)
         for name, unknown in _UNKNOWN.items():
             owner = next(c for c in cls.__mro__ if name in c.__dict__)
@@ -80,7 +80,7 @@ class Rule:
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """Boolean ``[q, k]`` (or broadcasting to it) for one tile.
 
-        Empty slots (position -1) need no care: they are hidden whatever this says.
+        Empty slots (position -1) need no care: they are hidden whatever this returns.
 
         Args:
             tile: the positions, and the head.
@@ -99,51 +99,51 @@ class Rule:
 
         Returns:
             Two ``Intervals``: the first holds at least every block with a visible
-            pair, the second at most the blocks whose pairs are all visible. Of a mask
-            that says no more: every block, and none.
+            pair, the second at most the blocks whose pairs are all visible. By default:
+            every block, and none.
         """
         where = np.ones((1, 1, rows.count), bool)
         return cols.every(where), cols.every(~where)
 
     def may_be_alive(self, side: str, operands: PyTree) -> Array | None:
-        """A necessary condition for a slot to be visible: an operand, or None."""
+        """An operand that is False only in dead slots of a side; None: not known."""
         return None
 
     @property
     def sees_itself(self) -> bool:
-        """Whether the structure surely lets each position see the same position."""
+        """Whether each position surely sees the same position, by structure alone."""
         return False
 
     @property
     def alive_sees_itself(self) -> bool:
-        """Whether each slot that ``may_be_alive``, on either side, sees itself."""
+        """Whether each slot that ``may_be_alive`` on either side surely sees itself."""
         return self.sees_itself
 
     @property
     def block_multiple(self) -> int | None:
-        """Positions in the blocks that the structure speaks of; None: of none.
+        """Positions in a block, for a mask that is made of blocks; else None.
 
-        Where a plan's blocks divide it, none of them need be partial.
+        If the block sizes of a plan divide it, no block needs to be partial.
         """
         return None
 
     @property
     def head_count(self) -> int:
-        """How many heads it tells apart by itself; 1: none."""
+        """How many heads have masks of their own; 1: all heads share one mask."""
         return max((part.head_count for part in _parts(self)), default=1)
 
     def check_heads(self, heads: int) -> None:
-        """Checks that it fits a number of query heads.
+        """Checks that the mask fits a number of query heads.
 
         Raises:
-            ValueError: if it tells another number of heads apart.
+            ValueError: if it has masks for another number of heads.
         """
         for part in _parts(self):
             part.check_heads(heads)
 
 
 def _parts(rule: Rule) -> list[Rule]:
-    """The masks of which it is made, as its fields hold them."""
+    """The masks that the fields of a mask hold."""
 
     def is_part(x: Any) -> bool:
         return isinstance(x, Rule) and x is not rule
@@ -151,7 +151,7 @@ def _parts(rule: Rule) -> list[Rule]:
     return list(filter(is_part, jax.tree.leaves(rule, is_leaf=is_part)))
 
 
-#: What a class that changes ``visible``, and says no more, has of these.
+#: The defaults for a class that overrides ``visible`` and not these.
 _UNKNOWN: dict[str, Any] = {
     name: getattr(Rule, name)
     for name in (

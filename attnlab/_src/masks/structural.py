@@ -16,9 +16,9 @@ def size_argument(name: str, value: Any, least: int, else_: str = "") -> int:
 
     Args:
         name: of the argument.
-        value: of it.
-        least: what it may be.
-        else_: what would do where it is too large.
+        value: what was given.
+        least: the least value that is allowed.
+        else_: what the error says after a value that is too large.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(
@@ -53,8 +53,8 @@ class Window(Mask):
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""
-        # The limits are [q, 1] and [1, k]: a tile costs one or two comparisons. They
-        # are differences: of two positions, and sizes, none is beyond int32.
+        # The limits are [q, 1] and [1, k]: a tile costs one or two comparisons. A sum
+        # of a position and a size may overflow int32; these differences do not.
         t, s = tile.query_positions, tile.key_positions
         result = s >= (0 if self.left is None else t - self.left)
         if self.right is not None:
@@ -91,9 +91,9 @@ class Window(Mask):
 
 @pytree
 class Anchor(Mask):
-    """Positions that one side holds in common: visible to all, or seeing all.
+    """Positions that all queries see (side "key"), or that see all keys ("query").
 
-    ``runs`` are ascending, disjoint, half-open.
+    ``runs`` are half-open intervals of positions, ascending and disjoint.
     """
 
     runs: tuple[tuple[int, int], ...] = static()
@@ -127,7 +127,7 @@ class Anchor(Mask):
 
 @pytree
 class Chunked(Mask):
-    """Positions attend within their own chunk of ``size``."""
+    """A position sees its own chunk of ``size`` positions."""
 
     size: int = static()
 
@@ -199,8 +199,8 @@ def dilated_window(left: int, right: int, step: int) -> Mask:
     """A sliding window that sees every ``step``-th position, its own among them.
 
     Args:
-        left: farthest position before its own, in positions.
-        right: farthest position after its own, in positions.
+        left: how many positions before its own the window covers.
+        right: how many positions after its own the window covers.
         step: distance between visible positions, at least 1.
 
     Example:
@@ -233,7 +233,7 @@ def prefix(size: int) -> Mask:
 
 
 def chunked(size: int) -> Mask:
-    """A position sees the positions of its own chunk of ``size``, and no other.
+    """A position sees its own chunk of ``size`` positions, and no other position.
 
     Example:
         >>> print(chunked(2).to_dense(4).astype(int))

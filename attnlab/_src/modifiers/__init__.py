@@ -1,1 +1,1 @@
-"""What is done to the logits, in the order given, before the mask."""
+"""Modifiers: changes of the logits, in the order given, before the mask."""

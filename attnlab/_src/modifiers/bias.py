@@ -1,4 +1,4 @@
-"""Additive bias, soft cap."""
+"""Modifiers: additive bias and soft cap."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ def soft_cap(cap: Any) -> Modifier:
 
     Raises:
         TypeError: if it is no real number, nor an array of them.
-        ValueError: if it is known, and not positive or not finite.
+        ValueError: if it is not traced, and not positive or not finite.
 
     References:
         Gemma Team, "Gemma 2", 2024, section 2 (logit soft-capping).

@@ -50,14 +50,14 @@ class RelativeTable(Modifier):
         return logits + table[self.bucket(offset, table.shape[-1])]
 
     def bucket(self, offset: Array, count: int) -> Array:
-        """The place in a table of ``count`` numbers of each offset ``s - t``."""
+        """The index of each offset ``s - t`` in a table of ``count`` numbers."""
         if self.bidirectional is None:
             return jnp.clip(offset, -self.left, self.right) + self.left
         return _bucket(offset, count, self.left, self.bidirectional)
 
     @property
     def reach(self) -> tuple[int, int]:
-        """How far offsets differ: (before, after) the query; beyond, all are alike."""
+        """Distances (before, after) the query beyond which all share one bucket."""
         return self.left, self.right if self.bidirectional is None else self.left
 
 
@@ -78,10 +78,10 @@ def _bucket(offset: Array, count: int, far: int, bidirectional: bool) -> Array:
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """The paper's slopes ``[N]``: geometric, from ``2^(-8/N)``.
+    """The slopes ``[N]`` of the ALiBi paper: a geometric sequence from ``2^(-8/N)``.
 
-    For N that is no power of two: those of the next lower power, then every other one
-    of the next higher power.
+    If N is no power of two, they are the slopes of the next lower power, then every
+    other one of the next higher power.
 
     Example:
         >>> [float(s) for s in alibi_slopes(4)]

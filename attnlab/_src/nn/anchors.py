@@ -27,14 +27,14 @@ from attnlab._src.types import (
 
 @pytree
 class Rows(Mask):
-    """Some rows of another mask: what its arrays say of their slots."""
+    """Some query rows of another mask: slices its arrays to those query slots."""
 
     whole: Mask
     slots: tuple[int, ...] = static()
     length: int = static()
 
     def operands(self, query_length: int, key_length: int) -> PyTree:
-        """See :class:`attnlab.masks.Mask`; of as many queries as there are slots."""
+        """See :class:`attnlab.masks.Mask`; the query length is the number of slots."""
 
         def cut(operand: Operand) -> Operand:
             array = jnp.asarray(operand.array)
@@ -64,9 +64,9 @@ class Rows(Mask):
 
 
 class AnchorProjections(nnx.Module):
-    """Projections of their own for anchors that see everything, Longformer style.
+    """Query, key and value projections for the anchors of :class:`AnchoredAttention`.
 
-    For :class:`AnchoredAttention`.
+    Longformer calls them the projections of global attention.
     """
 
     def __init__(
@@ -78,21 +78,22 @@ class AnchorProjections(nnx.Module):
         positions: int | Sequence[int],
         **options: Any,
     ):
-        """Three projections.
+        """Makes the three projections.
 
         Args:
-            in_features: of the residual stream.
-            num_heads: N.
-            head_size: H.
-            positions: which slots are anchors; an int A: the first A.
-            **options: as of ``flax.nnx.LinearGeneral``: ``rngs``, and ``use_bias``,
-                ``dtype``, ``param_dtype``, ``precision``, ``kernel_init``.
+            in_features: size of the residual stream.
+            num_heads: N, the number of query heads.
+            head_size: H, the size of a query or key head.
+            positions: slots of the anchors; an int A stands for the first A slots.
+            **options: further arguments of ``flax.nnx.LinearGeneral``: ``rngs``, and
+                ``use_bias``, ``dtype``, ``param_dtype``, ``precision``,
+                ``kernel_init``.
         """
         if isinstance(positions, int):
             positions = range(positions)
         self.slots = tuple(int(p) for p in positions)
         if not self.slots or min(self.slots) < 0:
-            raise ValueError(f"positions: expected slots from 0 on, got {self.slots}")
+            raise ValueError(f"positions: expected slots >= 0, got {self.slots}")
         self.query, self.key, self.value = (
             heads_projection(
                 (in_features,),
@@ -104,14 +105,14 @@ class AnchorProjections(nnx.Module):
         )
 
     def rows(self, mask: Mask | ArrayLike | None, length: int) -> Mask | None:
-        """What a mask of so many queries says of the anchors."""
+        """The rows of the anchors in a mask of ``length`` queries."""
         return None if mask is None else Rows(as_mask(mask), self.slots, length)
 
     def within(self, length: int) -> np.ndarray:
-        """The slots of the anchors among so many queries.
+        """The slots of the anchors, checked against ``length``, the number of queries.
 
         Raises:
-            ValueError: if there are fewer queries.
+            ValueError: if a slot is beyond the queries.
         """
         slots = np.asarray(self.slots, np.int32)
         if slots.max() >= length:
@@ -124,8 +125,9 @@ class AnchorProjections(nnx.Module):
 class AnchoredAttention(MultiHeadAttention):
     """Multi-head attention whose anchors have projections of their own.
 
-    What the anchors see is compared by these, with the positions and norms of all; what
-    others see of the anchors, by the ordinary ones.
+    Queries of anchors attend to all keys by the anchors' query, key and value
+    projections; position encoding and norms are shared. All other queries attend, to
+    anchors, too, by the ordinary projections.
 
     Example:
         >>> from attnlab import masks
@@ -157,23 +159,27 @@ class AnchoredAttention(MultiHeadAttention):
         """Puts parts together.
 
         Args:
-            in_features: of the residual stream.
-            num_heads: N.
-            anchors: their projections; ``mask`` says who else sees whom
-                (``masks.longformer(...)``).
-            rngs: Flax's.
-            **options: as of :class:`MultiHeadAttention`.
+            in_features: size of the residual stream.
+            num_heads: N, the number of query heads.
+            anchors: slots and projections of the anchors. Their queries attend to all
+                keys that the mask of the call allows; ``mask``, for instance
+                ``masks.longformer(...)``, applies to the other queries.
+            rngs: Flax's random streams.
+            **options: further arguments of :class:`MultiHeadAttention`.
         """
         super().__init__(in_features, num_heads, rngs=rngs, **options)
         self.anchors = anchors
 
     def attend(self, query: Array, memory: KeyValue, **options: Any) -> Array:
-        """Anchors need the inputs of all positions, not keys projected before.
+        """Not supported: anchors project the inputs with projections of their own.
 
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("anchors: their own projections need all inputs")
+        raise NotImplementedError(
+            "attend: anchors have projections of their own, which need the inputs, not "
+            "projected keys and values; call the layer instead"
+        )
 
     def _heads(
         self,
@@ -183,7 +189,10 @@ class AnchoredAttention(MultiHeadAttention):
         where: tuple[Any, Array | None, Array | None],
         options: dict[str, Any],
     ) -> AttentionResult:
-        """As of the others, but for the rows of anchors; weights are without them."""
+        """Ordinary attention, then the output rows of the anchors are replaced.
+
+        Log-sum-exp and weights stay those of the ordinary attention.
+        """
         found = super()._heads(query, memory, mask, where, options)
         length = query.shape[-2]
         slots = self.anchors.within(length)

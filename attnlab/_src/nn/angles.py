@@ -1,8 +1,8 @@
-"""Sines and cosines of positions times rates, exact to their dtype at any position.
+"""Sines and cosines of positions times rates, accurate to their dtype at any position.
 
-A rate is held in turns as a binary fraction of 64 or 96 bits. Its product with a
-position wraps around as an unsigned integer does, and what is left is the angle modulo
-a full turn: nothing is lost, however far the position is.
+A rate is stored in turns per position, as a binary fraction of 64 or 96 bits. Its
+product with a position overflows as an unsigned integer does, which leaves the angle
+modulo a full turn: large positions lose no accuracy.
 """
 
 import decimal
@@ -29,24 +29,24 @@ def sinusoids(
     interleaved: bool = True,
     dtype: Any = jnp.float32,
 ) -> Array:
-    """``sin`` and ``cos`` of positions in geometric wavelengths.
+    """``sin`` and ``cos`` of positions, with wavelengths in a geometric series.
 
-    They are as exact as their dtype at every position.
+    They are accurate to their dtype at every position.
 
     Args:
         positions: ``[*, T]`` integers.
-        features: even.
-        base: the longest wavelength is ``2 pi base``.
-        interleaved: ``sin`` in the even features and ``cos`` in the odd ones, as in the
-            paper, instead of all ``sin`` first (Marian's).
+        features: number of features, even.
+        base: the wavelengths go from ``2 pi`` to nearly ``2 pi base``.
+        interleaved: whether even features are ``sin`` and odd ones ``cos``, as in the
+            paper, instead of all ``sin`` before all ``cos`` (Marian).
         dtype: float32 or float64.
 
     Returns:
         ``[*, T, features]``.
 
     Raises:
-        TypeError: if positions are no integers.
-        ValueError: if features are odd.
+        TypeError: if positions are not integers.
+        ValueError: if ``features`` is odd.
 
     References:
         Vaswani et al., 2017, section 3.5.
@@ -67,14 +67,14 @@ def sin_cos(
     offset: int = 0,
     dtype: Any,
 ) -> tuple[Array, Array]:
-    """Of ``(positions + offset) / scaling * base ** (-i / features)``, i even.
+    """Sine and cosine of ``(positions + offset) / scaling * base ** (-i / features)``.
 
     Args:
         positions: ``[*]`` integers.
-        features: even.
+        features: number of features, even; i is 0, 2, ..., ``features - 2``.
         base: the longest wavelength is nearly ``2 pi base``.
-        scaling: positions are divided by it.
-        offset: is added to positions first.
+        scaling: number that positions are divided by.
+        offset: number added to positions before the division.
         dtype: float32 or float64.
 
     Returns:
@@ -90,21 +90,21 @@ def sin_cos(
 def _sin_cos(
     positions: Array, rates: ArrayLike, starts: ArrayLike, dtype: Any
 ) -> tuple[Array, Array]:
-    """Of positions times rates plus starts, in turns."""
+    """Sines and cosines of positions times rates plus starts, both in turns."""
     shape = (1,) * positions.ndim + (-1,)
-    # Position + 2^31 counts from 0 on; the starts make up for it.
+    # Position + 2^31 is an unsigned integer; ``starts`` corrects for it.
     counts = lax.bitcast_convert_type(positions, jnp.uint32) ^ np.uint32(1 << 31)
     counts = counts[..., None]
 
     found, above, carries = [], jnp.zeros_like(counts), [jnp.zeros_like(counts)] * 2
-    for rate, start in zip(rates[::-1], starts[::-1], strict=True):  # least word first
+    for rate, start in zip(rates[::-1], starts[::-1], strict=True):  # low word first
         high, low = _product(counts, rate.reshape(shape))
         word, carries[0] = _sum(low, above, carries[0])
         word, carries[1] = _sum(word, start.reshape(shape), carries[1])
         found.append(word)
         above = high
     most, *less = found[::-1]
-    # The nearest quarter of a turn, and what is left: at most an eighth.
+    # The nearest quarter of a turn, and a remainder of at most an eighth.
     quarter = (most + np.uint32(1 << 29)) >> 30
     left = lax.bitcast_convert_type(most - (quarter << 30), jnp.int32)
     turn = left.astype(dtype) * 2.0**-32
@@ -120,7 +120,10 @@ def _sin_cos(
 def _turns(
     base: float, features: int, scaling: float, offset: int, words: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Turns a position, and at position -2^31: uint32 ``[words, features / 2]``."""
+    """Rates and angles at position -2^31, in turns: uint32 ``[words, features / 2]``.
+
+    The first word is the most significant one.
+    """
     whole = 1 << 32 * words
     with decimal.localcontext(prec=60):
         unit = whole / (2 * _PI * decimal.Decimal(scaling))
@@ -136,7 +139,7 @@ def _turns(
 
 
 def _product(a: Array, b: np.ndarray) -> tuple[Array, Array]:
-    """The upper and the lower word of a product of two."""
+    """The upper and the lower word of a product of two words."""
     a1, a0, b1, b0 = a >> 16, a & 0xFFFF, b >> 16, b & 0xFFFF
     middle = a1 * b0 + (a0 * b0 >> 16)
     other = a0 * b1 + (middle & 0xFFFF)
@@ -144,7 +147,7 @@ def _product(a: Array, b: np.ndarray) -> tuple[Array, Array]:
 
 
 def _sum(a: Array, b: Array, carry: Array) -> tuple[Array, Array]:
-    """A word, and what is carried to the next."""
+    """The sum of two words and a carry: a word, and the carry to the next word."""
     part = a + b
     total = part + carry
     return total, ((part < a) | (total < part)).astype(jnp.uint32)

@@ -1,4 +1,4 @@
-"""Multi-head attention, composed from the pure function."""
+"""The multi-head attention module: projections around the attention function."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -28,9 +28,9 @@ from attnlab._src.types import Array, ArrayLike, AttentionResult, Modifier, Scor
 
 
 class MultiHeadAttention(nnx.Module):
-    """Projects to heads, attends, and projects back.
+    """Multi-head attention: projects to heads, attends, and projects back.
 
-    Self-attention with one argument, cross-attention with two or three.
+    A call with one argument is self-attention, with two or three cross-attention.
 
     Example:
         >>> from attnlab import masks
@@ -63,35 +63,39 @@ class MultiHeadAttention(nnx.Module):
         """Puts parts together.
 
         Args:
-            in_features: of what the queries are made from.
-            num_heads: N.
-            projections: ``projections(in_features, num_heads, precision=, rngs=,
-                **options)`` makes what leads to heads and back.
-            score: what similarity is; its arrays are learned. Scaled dot product if
+            in_features: size of the inputs that queries are made from.
+            num_heads: N, the number of query heads.
+            projections: makes the query, key, value and output projections; called as
+                ``projections(in_features, num_heads, precision=, rngs=, **options)``.
+            score: score function; its arrays become parameters. Scaled dot product if
                 not given.
-            mask: who may attend to whom, in every call.
-            modifiers: what is done to the logits; their arrays are not learned.
-            position: rotary, ALiBi, relative: what positions do here.
-            sinks: ``[N]`` initial values of learned sinks.
-            dropout_rate: of the weights, where the module is not deterministic (see
-                ``nnx.Module.train`` and ``eval``).
-            cache: which positions decoding keeps.
-            implementation: as of :func:`attnlab.attention`.
-            precision: of matrix products.
-            rngs: Flax's; ``params``, and ``dropout`` where it is used.
-            **options: of the projections, as of :meth:`Projections.linear`:
-                ``num_key_heads``, ``head_size``, ``use_bias``, ``dtype``, ...
+            mask: which query may attend to which key, in every call.
+            modifiers: applied to the logits in this order, after those of ``position``;
+                their arrays are not learned.
+            position: how positions enter the attention: ``Rotary()``, ``Alibi(...)``,
+                ``RelativeBias(...)``; not at all if not given.
+            sinks: ``[N]`` initial values of learned sink logits.
+            dropout_rate: dropout rate of the attention weights, while the module is not
+                deterministic (see ``nnx.Module.train`` and ``eval``).
+            cache: which positions the cache keeps in decoding.
+            implementation: see :func:`attnlab.attention`.
+            precision: precision of matrix products, as in JAX.
+            rngs: Flax's random streams: ``params``, and ``dropout`` if the rate is
+                positive.
+            **options: further arguments of ``projections``; of
+                :meth:`Projections.linear`: ``num_key_heads``, ``head_size``,
+                ``use_bias``, ``dtype``, ...
 
         Raises:
             ValueError: if sizes do not fit each other.
-            TypeError: if a position or the modifiers are something else.
+            TypeError: if ``position`` or ``modifiers`` has the wrong type.
         """
         if isinstance(modifiers, Modifier):
             raise TypeError("modifiers: expected a sequence; write modifiers=[...]")
         parts = projections(
             in_features, num_heads, precision=precision, rngs=rngs, **options
         )
-        # One by one: their names are those of parameters in checkpoints.
+        # Attributes of the module itself: checkpoints name parameters by these paths.
         self.query, self.key, self.value, self.out = parts[:4]
         self.query_norm, self.key_norm = parts.query_norm, parts.key_norm
         self.num_heads, self.head_size = parts.query.out_features
@@ -123,18 +127,19 @@ class MultiHeadAttention(nnx.Module):
     ) -> Array:
         """Attends.
 
-        Queries that see nothing, and keys that no query sees, are zeroed before they
-        are projected: with ``masks.lengths(n, n)`` the queries and keys of padding.
+        Inputs at queries that may attend to no key, and at keys that no query may
+        attend to, are set to zero before they are projected: with
+        ``masks.lengths(n, n)`` those are the padding.
 
         Args:
             query: ``[*batch, T, in_features]``.
             key: ``[*batch, S, key_features]``; the query if not given.
             value: ``[*batch, S, key_features]``; the key if not given.
-            mask: of this call, besides the module's own: lengths, documents.
+            mask: mask of this call (lengths, documents), combined with the module's.
             query_offset: position of the first query.
-            query_positions: ``[T]`` or ``[*batch, T]``; -1 = empty.
-            key_positions: ``[S]`` or ``[*batch, S]``; -1 = empty.
-            rngs: of dropout, instead of the module's own.
+            query_positions: ``[T]`` or ``[*batch, T]``; -1 marks an empty slot.
+            key_positions: ``[S]`` or ``[*batch, S]``; -1 marks an empty slot.
+            rngs: random streams for dropout, instead of the module's own.
 
         Returns:
             ``[*batch, T, out_features]``.
@@ -156,7 +161,7 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs | None = None,
         top_k: int | Literal["all"] | None = None,
     ) -> AttentionResult:
-        """As a call, with log-sum-exp and, on request, the weights: for pictures.
+        """As a call, but also returns the log-sum-exp and, with ``top_k``, the weights.
 
         For ``top_k`` see :func:`attnlab.attention_with_stats`.
         """
@@ -171,13 +176,13 @@ class MultiHeadAttention(nnx.Module):
         *,
         positions: Array | None = None,
     ) -> KeyValue:
-        """Keys and values, once for many queries: what :meth:`attend` and caches take.
+        """Projects keys and values once, to be used by :meth:`attend` or a cache.
 
         Args:
             key: ``[*batch, S, key_features]``.
             value: ``[*batch, S, key_features]``; the key if not given.
-            positions: ``[S]`` or ``[*batch, S]``, -1 = empty; slot numbers if not
-                given.
+            positions: ``[S]`` or ``[*batch, S]``, -1 marks an empty slot; slot numbers
+                if not given.
         """
         value = key if value is None else value
         for name, x in (("key", key), ("value", value)):
@@ -199,7 +204,7 @@ class MultiHeadAttention(nnx.Module):
         key_positions: Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Array:
-        """As a call, to keys and values that :meth:`project` made."""
+        """As a call, but attends to keys and values that :meth:`project` returned."""
         check_features("query", query, self.query)
         where = positions_of(query, query_offset, query_positions)
         query = self.query(zero_empty(query, query_positions))
@@ -218,17 +223,17 @@ class MultiHeadAttention(nnx.Module):
     def decode(
         self, x: Array, cache: Cache, *, positions: Array | None = None
     ) -> tuple[Array, Cache]:
-        """Self-attention of the tokens that come next, one or many.
+        """Self-attention of the next tokens, one or several, and those in the cache.
 
         Args:
             x: ``[B, T, in_features]``.
-            cache: what was held before.
-            positions: ``[B, T]``, ascending in each example, -1 = padding; those that
-                follow what is held if not given.
+            cache: keys and values of the tokens before.
+            positions: ``[B, T]``, ascending in each example, -1 marks padding; the
+                positions that follow those in the cache if not given.
 
         Returns:
-            ``[B, T, out_features]``, and the next cache. An example that outgrows a
-            full cache is refused; where it is traced, it yields NaN.
+            ``[B, T, out_features]``, and the next cache. A position beyond a full cache
+            raises a ValueError; if positions are traced, the example yields NaN.
         """
         check_examples("x", x, cache.length.shape[0], "in_features")
         if positions is None:
@@ -247,12 +252,12 @@ class MultiHeadAttention(nnx.Module):
         return jnp.where(lost, jnp.nan, output), following
 
     def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-        """An empty cache for :meth:`decode`, by the layer's policy.
+        """An empty cache for :meth:`decode`, made by the layer's cache policy.
 
         Args:
-            batch: B.
-            length: slots of a full cache: positions 0 to ``length - 1`` can be held.
-            dtype: of keys and values: what the layer computes in.
+            batch: B, the batch size.
+            length: number of slots of a full cache, for positions 0 to ``length - 1``.
+            dtype: type of keys and values: the one that the layer computes in.
         """
         return self.cache.make(
             batch,
@@ -265,7 +270,7 @@ class MultiHeadAttention(nnx.Module):
 
     @property
     def compared_size(self) -> int:
-        """P: what the score makes of a key's head, the head size of caches."""
+        """P: size of a key head as the score projects it, the head size of caches."""
         head = (1, 1, self.num_key_heads, self.head_size)
         keys = jax.ShapeDtypeStruct(head, jnp.float32)
         return jax.eval_shape(as_arrays(self.score).project_key, keys).shape[-1]
@@ -277,7 +282,7 @@ class MultiHeadAttention(nnx.Module):
         where: tuple[Any, Array | None, Array | None],
         options: dict[str, Any],
     ) -> AttentionResult:
-        """A call: attends, and projects the heads back."""
+        """Attends, and applies the output projection."""
         query, key, value = given
         memory = query if key is None else key
         memory = memory, memory if value is None else value
@@ -292,7 +297,7 @@ class MultiHeadAttention(nnx.Module):
         where: tuple[Any, Array | None, Array | None],
         options: dict[str, Any],
     ) -> AttentionResult:
-        """What the heads see, ``[*batch, T, N, D]``."""
+        """Attends: outputs ``[*batch, T, N, D]``, before the output projection."""
         own = self.mask if mask is None else self.mask & mask
         return self._see(self, query, memory, own, where, options)
 
@@ -305,7 +310,7 @@ class MultiHeadAttention(nnx.Module):
         where: tuple[Any, Array | None, Array | None],
         options: dict[str, Any],
     ) -> AttentionResult:
-        """Attends by the projections of ``by``."""
+        """Attends with the query, key and value projections of ``by``."""
         for name, x in zip(("query", "key", "value"), (query, *memory), strict=True):
             check_features(name, x, getattr(by, name))
         names = "query_offset", "query_positions", "key_positions"

@@ -1,4 +1,4 @@
-"""Beam search: a compiled loop over one step of many hypotheses."""
+"""Beam search: a compiled loop that decodes several hypotheses of each example."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,30 +25,30 @@ def beam_search(
     padding: int = 0,
     length_penalty: float | ArrayLike = 0.0,
 ) -> Decoded:
-    """The best of what a beam of hypotheses finds.
+    """Decodes with beam search and returns the best hypotheses.
 
     A hypothesis that ends leaves the beam; its score is the sum of log-probabilities
     divided by ``((5 + tokens) / 6) ** length_penalty``. Decoding stops when no running
-    hypothesis can overtake the worst finished one, or at ``length``, where hypotheses
-    that have not ended count as they are.
+    hypothesis can reach a higher score than the worst finished one, or at ``length``,
+    where running hypotheses are scored as if they had ended.
 
     Args:
         step: see :mod:`attnlab._src.nn.decoding`.
-        state: before the prompt; leaves lead with B.
+        state: the step's state before the prompt; its arrays lead with B.
         prompt: ``[B, T]`` integers, at least the start token.
-        beams: hypotheses an example; also how many are returned.
-        length: tokens to decode at most.
-        end: the token that ends a sentence, or several.
-        padding: what follows ``end``.
-        length_penalty: a number, at least 0; 0: none.
+        beams: number of hypotheses of each example that are kept, and returned.
+        length: greatest number of tokens to decode.
+        end: the token that ends a sentence, or several such tokens.
+        padding: token that fills the output after ``end``.
+        length_penalty: exponent, at least 0; 0 is no penalty.
 
     Returns:
-        Best first, ``[B, beams, length]``; hypotheses that do not exist have a score of
-        -inf.
+        Hypotheses ``[B, beams, length]``, best first. If there are fewer than ``beams``
+        of them, the rest has a score of -inf.
 
     Raises:
-        TypeError, ValueError: naming the argument; also if the step changes its module
-            (dropout).
+        TypeError, ValueError: if an argument does not fit; the message names it. Also
+            if the step changes its module, as dropout does.
 
     Example:
         >>> step = lambda tokens, state: (jax.nn.one_hot(tokens + 1, 5), state)
@@ -93,7 +93,7 @@ def _search(
         return ((5.0 + tokens) / 6.0) ** length_penalty.astype(like.dtype)
 
     def unfinished(c: _Carry) -> Array:
-        # Sums only fall; the penalty of the longest hypothesis is the greatest.
+        # An upper bound: sums only decrease, and the penalty grows with the length.
         best = c.sums.max(1) / penalty(length, c.sums)
         worst = c.finished.scores.min(1)
         return (c.count < length) & (best > worst).any()
@@ -102,8 +102,8 @@ def _search(
         gains = jax.nn.log_softmax(c.logits)
         vocabulary = gains.shape[-1]
         sums = (c.sums[..., None] + gains).reshape(batch, -1)
-        # Each hypothesis ends in as many ways as there are end tokens: as many more
-        # are needed, so that enough of them run on.
+        # Each hypothesis has ends.size continuations that end it. With these many
+        # candidates, at least ``beams`` are left that go on.
         candidates = min((1 + ends.size) * beams, beams * vocabulary)
         best, index = lax.top_k(sums, candidates)
         parent, token = index // vocabulary, (index % vocabulary).astype(jnp.int32)
@@ -147,7 +147,7 @@ def _search(
         jnp.int32(0),
         jnp.broadcast_to(first, (batch, beams, first.shape[-1])),
         empty,
-        # One hypothesis to begin with, not as many copies of it.
+        # The beam starts with one hypothesis, not with copies of it.
         never.at[:, 0].set(0),
         Decoded(empty, jnp.zeros((batch, beams), jnp.int32), never),
         jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), state),
@@ -159,8 +159,8 @@ def _check_state(state: PyTree, batch: int) -> None:
     for path, array in jax.tree.leaves_with_path(state):
         if jnp.shape(array)[:1] != (batch,):
             raise ValueError(
-                f"state: expected arrays that lead with the batch of {batch}, since "
-                f"beams are reordered, got shape {jnp.shape(array)} at "
+                f"state: expected arrays that lead with the batch of {batch}, as beams "
+                f"are reordered along it, got shape {jnp.shape(array)} at "
                 f"state{jax.tree_util.keystr(path)}; jnp.broadcast_to would do"
             )
 
@@ -173,5 +173,5 @@ def _as_penalty(given: Any) -> Array:
         )
     if jnp.ndim(given) or (known and not given >= 0):
         got = f"shape {jnp.shape(given)}" if jnp.ndim(given) else given
-        raise ValueError(f"length_penalty: expected at least 0, a number, got {got}")
+        raise ValueError(f"length_penalty: expected a number, at least 0, got {got}")
     return jnp.asarray(given, float)

@@ -1,4 +1,4 @@
-"""The block of a Transformer: attention and feed-forward, each a residual."""
+"""A Transformer block: attention and feed-forward layers with residuals."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,11 +17,11 @@ from attnlab._src.types import Array
 
 
 class BlockState(NamedTuple):
-    """What a block holds between steps of decoding.
+    """State of a block between steps of decoding.
 
     Attributes:
-        cache: of its self-attention.
-        memory: keys and values of what its cross-attention sees, or None.
+        cache: cache of its self-attention.
+        memory: projected keys and values of its cross-attention, or None.
     """
 
     cache: Cache
@@ -29,9 +29,10 @@ class BlockState(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention if there is any, feed-forward; each a residual.
+    """Self-attention, optional cross-attention, feed-forward; each with a residual.
 
-    With a causal mask in its self-attention it is a decoder's block, else an encoder's.
+    With a causal mask in its self-attention it is a decoder block, without one an
+    encoder block.
 
     Example:
         >>> from attnlab.nn import FeedForward, PreNorm
@@ -61,8 +62,8 @@ class Block(nnx.Module):
         Args:
             attention: self-attention.
             feed_forward: ``[*, features] -> [*, features]``.
-            cross_attention: of the block's features to a memory.
-            residual: makes what surrounds each layer; called once for each of them.
+            cross_attention: attention to a memory, between the other two.
+            residual: makes a residual connection; called once for each layer.
         """
         self.attention, self.feed_forward = attention, feed_forward
         self.cross_attention = cross_attention
@@ -79,15 +80,16 @@ class Block(nnx.Module):
         memory_mask: Any = None,
         query_positions: Array | None = None,
     ) -> Array:
-        """Transforms a sequence.
+        """Applies the block to a sequence.
 
         Args:
-            x: ``[*batch, T, features]``. What the mask of this call, or a position of
-                -1, hides from all, and all from it, counts as zeros.
-            memory: ``[*batch, S, features of memory]`` for the cross-attention.
-            mask: of this call, for the self-attention: lengths, documents.
-            memory_mask: likewise for the cross-attention.
-            query_positions: ``[T]`` or ``[*batch, T]`` of ``x``; -1 = empty.
+            x: ``[*batch, T, features]``. A token is replaced by zeros if, by this
+                call's mask and positions, it neither attends nor is attended to.
+            memory: ``[*batch, S, features of memory]``, for the cross-attention.
+            mask: mask of this call for the self-attention: lengths, documents.
+            memory_mask: mask of this call for the cross-attention.
+            query_positions: positions of ``x``, ``[T]`` or ``[*batch, T]``; -1 marks an
+                empty slot.
 
         Returns:
             ``[*batch, T, features]``.
@@ -123,7 +125,7 @@ class Block(nnx.Module):
         memory_mask: Any = None,
         positions: Array | None = None,
     ) -> tuple[Array, BlockState]:
-        """The next tokens, as :meth:`MultiHeadAttention.decode`."""
+        """Applies it to the next tokens, see :meth:`MultiHeadAttention.decode`."""
         following: list[Cache] = []
         x = zero_empty(x, positions)
         if positions is None:
@@ -148,9 +150,9 @@ class Block(nnx.Module):
         return self._feed(x), state._replace(cache=following[0])
 
     def types(self, x: Array) -> tuple[Array, Array]:
-        """Queries of the self-attention, and an output: only their types count.
+        """Queries of the self-attention and an output of the block: for their types.
 
-        Nothing is attended to, nor is there a memory: caches are yet to be made.
+        It skips the attention itself, and so needs neither a cache nor a memory.
         """
         found: list[Array] = []
 
@@ -194,11 +196,13 @@ class Block(nnx.Module):
         return self.feed_forward_residual(x, feed)
 
     def _cross(self, x: Array, memory: Any, attend: Callable[..., Array]) -> Array:
-        """Through ``attend(cross_attention, x, memory)``, if there is one."""
+        """Applies ``attend(cross_attention, x, memory)``, if there is one."""
         cross, residual = self.cross_attention, self.cross_residual
         if cross is None or residual is None:
             if memory is not None:
-                raise ValueError("memory: the block has no cross_attention for it")
+                raise ValueError(
+                    "memory: the block has no cross_attention that could use it"
+                )
             return x
         if memory is None:
             raise ValueError("memory: the block's cross_attention needs one, got None")
@@ -208,7 +212,10 @@ class Block(nnx.Module):
 def _needed(
     cross: MultiHeadAttention, mask: Any, positions: Array | None
 ) -> Array | None:
-    """None where nothing speaks of positions: then a plan need not know them."""
+    """``positions``, or None if no part of the cross-attention depends on them.
+
+    Without them, planning depends on slot numbers alone.
+    """
     silent = (
         exactly(cross, MultiHeadAttention)
         and mask is None

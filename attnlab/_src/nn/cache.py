@@ -1,4 +1,4 @@
-"""Keys and values of what was already decoded: pytrees of a fixed size."""
+"""Caches of decoded keys and values: pytrees of a fixed size."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,10 +14,10 @@ from attnlab._src.types import Array, pytree, static
 
 
 class KeyValue(NamedTuple):
-    """Keys and values as the comparison sees them.
+    """Keys and values ready for attention.
 
     Attributes:
-        key: ``[*batch, S, K, P]``, projected, turned, normalised.
+        key: ``[*batch, S, K, P]``, projected, normalised and rotated.
         value: ``[*batch, S, K, D]``.
     """
 
@@ -26,12 +26,12 @@ class KeyValue(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the queries of one step attend to.
+    """Keys and values that the queries of one step attend to.
 
     Attributes:
         key: ``[B, S, K, P]``.
         value: ``[B, S, K, D]``.
-        positions: ``[B, S]``, -1 = empty.
+        positions: ``[B, S]``, -1 marks an empty slot.
     """
 
     key: Array
@@ -41,17 +41,18 @@ class View(NamedTuple):
 
 @pytree
 class Cache:
-    """A full cache, a ring, or anchors and a ring; make one by the functions below.
+    """A full cache, a ring buffer, or anchor slots followed by a ring buffer.
 
-    Examples of a batch may be at different positions: each token carries its own.
+    Make one with :func:`full_cache`, :func:`ring_cache` or :func:`streaming_cache`.
+    Examples of a batch may be at different positions: each slot stores its own.
 
     Attributes:
         key: ``[B, slots, K, P]``.
         value: ``[B, slots, K, D]``.
-        positions: ``[B, slots]`` int32: what each slot holds, -1 = nothing.
-        length: ``[B]`` int32: one past the last position held so far.
-        anchors: positions that are never overwritten.
-        window: slots of the ring behind them; None: there is no ring.
+        positions: ``[B, slots]`` int32: position in each slot, -1 marks an empty slot.
+        length: ``[B]`` int32: one past the greatest position written so far.
+        anchors: number of first positions that are never overwritten.
+        window: number of slots of the ring after the anchors; None: there is no ring.
     """
 
     key: Array
@@ -62,13 +63,13 @@ class Cache:
     window: int | None = static()
 
     def next_positions(self, count: int) -> Array:
-        """``[B, count]``: the positions that follow what is held."""
+        """``[B, count]``: the positions that follow those in the cache."""
         steps = jnp.arange(count, dtype=jnp.int32)[None]
-        # No position is beyond the greatest one.
+        # Clipped at the greatest position, so that int32 does not overflow.
         return jnp.minimum(self.length[:, None], FAR - steps) + steps
 
     def mask(self) -> Mask:
-        """Who may attend to whom where nothing beyond the cache is kept."""
+        """The mask of attention to those keys that the cache keeps."""
         if self.window is None:
             return causal()
         recent = sliding_window(self.window - 1, 0)
@@ -77,29 +78,30 @@ class Cache:
     def append(
         self, key: Array, value: Array, positions: Array
     ) -> tuple["Cache", View]:
-        """Holds T more tokens.
+        """Adds T tokens.
 
         Args:
             key: ``[B, T, K, P]``.
             value: ``[B, T, K, D]``.
-            positions: ``[B, T]``, ascending in each example; -1 = padding.
+            positions: ``[B, T]``, ascending in each example; -1 marks padding.
 
         Returns:
-            The next cache, and what the T queries may attend to: all that was held and
-            all that is new, also where a ring keeps less of it for the next step.
+            The next cache, and the keys and values for the T queries: old and new ones,
+            including those that the ring of the next cache no longer keeps.
 
         Raises:
-            TypeError: if positions are no integers.
-            ValueError: if a position is known not to fit a full cache, or 32 bits.
+            TypeError: if positions are not integers.
+            ValueError: if a position (not traced) does not fit a full cache, or is not
+                below the greatest int32.
         """
         positions = jnp.asarray(arguments.integers("positions", positions))
         lost = self.overflows(positions)
         if not isinstance(lost, jax.core.Tracer) and lost.any():
             what = f"a full cache of {self.positions.shape[1]}"
-            hint = "make it longer, or take a ring"
+            hint = "make it longer, or use a ring"
             if self.window is not None:
                 what = f"a ring, which holds positions below {FAR}"
-                hint = "begin a new one"
+                hint = "start a new cache"
             raise ValueError(
                 f"cache: position {positions.max()} does not fit {what}; {hint}"
             )
@@ -116,14 +118,14 @@ class Cache:
         following = dataclasses.replace(self, length=last, **written._asdict())
         if self.window is None or key.shape[1] == 1:
             return following, written
-        # Early queries see what late keys overwrite.
+        # Late keys overwrite slots that early queries of this call attend to.
         pairs = zip(held, new, strict=True)
         return following, View(
             *(jnp.concatenate([a, b.astype(a.dtype)], 1) for a, b in pairs)
         )
 
     def _slots(self, positions: Array, last: Array) -> Array:
-        """Where each position is written; one past the end where it is not."""
+        """The slot each position is written to; one past the end if it is dropped."""
         count = self.positions.shape[1]
         slots = positions
         dropped = positions < 0
@@ -134,12 +136,12 @@ class Cache:
         return jnp.where(dropped, count, slots)
 
     def overflows(self, positions: Array) -> Array:
-        """``[B]``: whether some of these positions have no slot, or no next one."""
+        """``[B]``: whether a position exceeds the slots, or leaves no next int32."""
         end = self.positions.shape[1] if self.window is None else FAR
         return (positions >= end).any(1)
 
     def take(self, examples: Array) -> "Cache":
-        """The cache of other examples, ``[B']`` indices into B: for beams."""
+        """The cache of the examples with these indices ``[B']``: reorders beams."""
         return jax.tree.map(lambda x: jnp.take(x, examples, axis=0), self)
 
 
@@ -173,15 +175,15 @@ def full_cache(
     value_size: int | None = None,
     dtype: Any = jnp.float32,
 ) -> Cache:
-    """A slot for each position.
+    """An empty cache with a slot for each position.
 
     Args:
-        batch: B.
-        length: positions 0 to ``length - 1`` can be held.
-        num_heads: K.
-        head_size: P, what the score makes of a key.
+        batch: B, the batch size.
+        length: number of slots, for positions 0 to ``length - 1``.
+        num_heads: K, the number of key and value heads.
+        head_size: P, the size of a key head as the score projects it.
         value_size: D; ``head_size`` if not given.
-        dtype: of keys and values.
+        dtype: type of keys and values.
 
     Example:
         >>> full_cache(2, 16, 4, 8).key.shape
@@ -200,9 +202,10 @@ def ring_cache(
     value_size: int | None = None,
     dtype: Any = jnp.float32,
 ) -> Cache:
-    """The last ``window`` positions, the present one among them.
+    """An empty cache that keeps the last ``window`` positions, with the current one.
 
-    Enough for ``sliding_window(window - 1, 0)``; see :func:`full_cache`.
+    It suffices for ``sliding_window(window - 1, 0)``. Arguments as of
+    :func:`full_cache`.
 
     Example:
         >>> from flax import nnx
@@ -231,9 +234,9 @@ def streaming_cache(
     value_size: int | None = None,
     dtype: Any = jnp.float32,
 ) -> Cache:
-    """The first ``anchors`` positions and the last ``window``: endless decoding.
+    """An empty cache that keeps the first ``anchors`` and last ``window`` positions.
 
-    See :func:`full_cache`.
+    Decoding can go on without end. Arguments as of :func:`full_cache`.
 
     Example:
         >>> cache = streaming_cache(1, 2, 3, 1, 4)
@@ -244,7 +247,7 @@ def streaming_cache(
 
     References:
         Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024,
-        section 3.2 (here keys keep the positions that they had in the text).
+        section 3.2 (here keys keep their positions in the text, not in the cache).
     """
     _at_least("anchors", anchors, 1)
     _at_least("window", window, 1)
@@ -256,11 +259,11 @@ def streaming_cache(
 
 @dataclasses.dataclass(frozen=True)
 class CachePolicy:
-    """Which positions a layer keeps when it decodes.
+    """Which positions the cache of a layer keeps when it decodes.
 
     Attributes:
-        window: the last so many; None: all.
-        anchors: the first so many, besides a window.
+        window: number of last positions; None: all positions.
+        anchors: number of first positions kept besides the window.
 
     Example:
         >>> from flax import nnx
@@ -283,7 +286,7 @@ class CachePolicy:
     def __post_init__(self) -> None:
         if self.window is None and self.anchors:
             raise ValueError(
-                f"anchors: expected 0 without a window, which keeps all, got "
+                "anchors: expected 0 without a window, as all positions are kept, got "
                 f"{self.anchors}"
             )
 
@@ -307,27 +310,27 @@ class CachePolicy:
         return streaming_cache(batch, self.anchors, self.window, *sizes, **types)
 
 
-#: The policy of layers that are given none.
+#: The default policy: a full cache.
 KEEP_ALL = CachePolicy()
 
 
 def check_examples(name: str, x: Array, batch: int, *features: str) -> None:
-    """Refuses what is not ``[B, T, *features]``, B being that of the caches."""
+    """Raises unless x is ``[B, T, *features]`` with the batch size B of the caches."""
     if x.ndim != 2 + len(features) or x.shape[0] != batch:
         axes = ", ".join([str(batch), "T", *features])
         raise ValueError(
             f"{name}: expected [{axes}], as the caches are of a batch of {batch}, got "
-            f"shape {x.shape}; start a state for this batch"
+            f"shape {x.shape}; start a state with this batch size"
         )
 
 
 def check_type(cache: Cache, dtype: Any) -> None:
-    """Refuses a cache of another type than the layer computes in."""
+    """Raises if the cache has another type than the layer computes in."""
     if cache.key.dtype != dtype:
         raise TypeError(
             f"cache: expected dtype {dtype}, which the layer computes in, got "
-            f"{cache.key.dtype}; make it with dtype=jnp.{dtype}, which "
-            "start(..., dtype=None) finds by itself"
+            f"{cache.key.dtype}; make it with dtype=jnp.{dtype}, or by "
+            "start(..., dtype=None), which chooses it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which tokens may follow, and which one does."""
+"""Choice of the next token: top-k and top-p restriction, and sampling."""
 
 import operator
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from attnlab._src.arguments import integers
 from attnlab._src.ops.validate import is_wide_float
 from attnlab._src.types import Array, ArrayLike, accumulation_dtype
 
-#: The smallest number that float32 divides by; what is below counts as 0.
+#: The smallest normal float32; a lower temperature counts as 0.
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -22,22 +22,22 @@ def restrict(
     top_k: int | ArrayLike | None = None,
     top_p: float | ArrayLike | None = None,
 ) -> Array:
-    """Logits with -inf for tokens that ``top_k`` or ``top_p`` leaves out.
+    """Sets the logits of tokens that ``top_k`` or ``top_p`` excludes to -inf.
 
-    Of equal logits, the one of the lowest index comes first, as in ``argmax``.
+    Among equal logits, the lower index ranks as more probable, as in ``argmax``.
 
     Args:
         logits: ``[*, V]``, of at least 16 bits.
-        top_k: only the k most probable tokens, exactly k of them: an int, or integers
+        top_k: keep the k most probable tokens, exactly k of them: an int, or integers
             ``[*]``.
-        top_p: only the fewest most probable tokens (of those k) whose probabilities
-            reach ``top_p``, in (0, 1]; 1: all. A number, or ``[*]``.
+        top_p: keep (of those k) the fewest most probable tokens whose probabilities sum
+            to at least ``top_p``, in (0, 1]; 1 keeps all. A number, or ``[*]``.
 
     Returns:
         ``[*, V]``.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: if an argument does not fit; the message names it.
 
     Example:
         >>> restrict(jnp.array([2.0, 1.0, -5.0]), top_p=0.9)
@@ -51,7 +51,7 @@ def restrict(
         )
     rows = logits.shape[:-1]
     top_k, top_p = as_top_k(top_k, rows), as_top_p(top_p, rows)
-    with jax.debug_infs(False):  # here -inf is what it should be
+    with jax.debug_infs(False):  # -inf is intended here
         kept, index = _leading(logits, top_k, top_p)
         nothing = jnp.full_like(logits, -jnp.inf)
         return jnp.put_along_axis(nothing, index, kept, axis=-1, inplace=False)
@@ -64,14 +64,14 @@ def draw(
     top_k: int | Array | None,
     top_p: Array | None,
 ) -> Array:
-    """Tokens ``[*]`` drawn at random, from what :func:`restrict` leaves.
+    """Draws tokens ``[*]`` at random from those that :func:`restrict` keeps.
 
     Args:
         logits: ``[*, V]``, at least float32.
         rng: a PRNG key.
-        temperature: of :func:`as_temperature`.
-        top_k: of :func:`as_top_k`.
-        top_p: of :func:`as_top_p`.
+        temperature: result of :func:`as_temperature`.
+        top_k: result of :func:`as_top_k`.
+        top_p: result of :func:`as_top_p`.
     """
     cold = temperature < _SMALLEST
     heat = jnp.where(cold, 1, temperature).astype(logits.dtype)
@@ -91,13 +91,14 @@ def _leading(
     top_p: Array | None,
     heat: Array | None = None,
 ) -> tuple[Array, Array]:
-    """The most probable tokens in order, -inf where they are left out; their indices.
+    """Logits sorted by probability, -inf for excluded tokens; and the tokens' indices.
 
-    Which ones are the k does not depend on ``heat``, what the logits are divided by.
+    The logits are divided by ``heat`` after the k greatest are chosen and before
+    ``top_p`` is applied.
     """
     size = logits.shape[-1]
     count = min(top_k, size) if isinstance(top_k, int) else size
-    # To top_k, 0 is more than -0; to argmax they are equal.
+    # lax.top_k ranks 0 above -0; argmax treats them as equal.
     values, index = lax.top_k(jnp.where(logits == 0, 0, logits), count)
     rank = jnp.arange(count, dtype=jnp.int32).reshape((1,) * (values.ndim - 1) + (-1,))
     if not (top_k is None or isinstance(top_k, int)):
@@ -105,7 +106,7 @@ def _leading(
     values = values if heat is None else _above_greatest(values) / heat
     if top_p is not None:
         wide = values.astype(accumulation_dtype(values.dtype))
-        # Not divided by their sum: sums of equal numbers are then exact.
+        # Not normalised: cumulative sums of equal numbers (1 each) are then exact.
         mass = jnp.exp(_above_greatest(wide)).cumsum(-1)
         before = jnp.where(rank == 0, 0, jnp.roll(mass, 1, axis=-1))
         p = top_p.astype(mass.dtype)
@@ -115,18 +116,18 @@ def _leading(
 
 
 def _above_greatest(logits: Array) -> Array:
-    """Logits less the greatest: what they are divided by then may be tiny."""
+    """Logits minus the greatest, so that the greatest does not overflow if divided."""
     greatest = logits.max(-1, keepdims=True)
     return logits - jnp.where(jnp.isfinite(greatest), greatest, 0)
 
 
 def as_temperature(value: Any, rows: tuple[int, ...]) -> Array:
-    """Checked: a number, or one for each row, ``[*rows, 1]``."""
+    """Checks temperatures: returns a number, or one for each row, ``[*rows, 1]``."""
     return _numbers("temperature", value, rows, "at least 0", lambda x: x >= 0)
 
 
 def as_top_p(value: Any, rows: tuple[int, ...]) -> Array | None:
-    """Checked, as :func:`as_temperature`."""
+    """Checks ``top_p`` and returns it in the shape of :func:`as_temperature`."""
     if value is None:
         return None
     return _numbers(
@@ -135,7 +136,7 @@ def as_top_p(value: Any, rows: tuple[int, ...]) -> Array | None:
 
 
 def as_top_k(value: Any, rows: tuple[int, ...]) -> int | Array | None:
-    """Checked: an int is structure, an array is data, as :func:`as_temperature`."""
+    """Checks ``top_k``: an int stays static, an array as in :func:`as_temperature`."""
     if value is None:
         return None
     if not isinstance(value, (jax.Array, np.ndarray)):
@@ -145,10 +146,10 @@ def as_top_k(value: Any, rows: tuple[int, ...]) -> int | Array | None:
 
 
 def as_count(name: str, value: Any) -> int:
-    """An int from 1 on.
+    """Checks that the value is an int of at least 1.
 
     Raises:
-        TypeError: if it is no int, or traced.
+        TypeError: if it is not an int, or traced.
         ValueError: if it is less than 1.
     """
     try:

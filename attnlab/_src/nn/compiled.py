@@ -1,4 +1,4 @@
-"""Searches that are compiled once for a module, whatever its weights are by then."""
+"""Compiles a search once for a module, with the module's weights as arguments."""
 
 import functools
 from collections.abc import Callable, Hashable
@@ -13,17 +13,17 @@ from flax.errors import TraceContextError
 def compile_once(
     search: Callable[..., Any], step: Callable[..., Any], *data: Any, **static: Hashable
 ) -> Any:
-    """``search(step, *data, **static)``; a module's own step is compiled once a shape.
+    """``search(step, *data, **static)``, compiled once per shape if step is a module's.
 
-    Of a module, or a bound method of one, the structure is part of the key under which
-    the program is kept, and the arrays are data. What any other function reads may have
-    changed since the last call: it is traced in every call.
+    If the step is a module, or a bound method of one, the module's structure is part of
+    the key of the compiled program, and its arrays are arguments. Any other function is
+    traced in every call, because values that it reads may have changed.
 
     Args:
-        search: a function defined once.
-        step: what it searches with.
-        *data: arrays.
-        **static: what the program depends on.
+        search: a module-level function; it is part of the key, too.
+        step: passed to ``search``.
+        *data: arrays, arguments of the compiled program.
+        **static: hashable values that the program depends on.
 
     Raises:
         ValueError: if the step changes its module.
@@ -41,8 +41,8 @@ def compile_once(
         return _run(*key, arrays, data)
     except TraceContextError as error:
         raise ValueError(
-            "step: expected one that leaves its module as it is, got one that changes "
-            "it, as dropout does; model.eval() would do"
+            "step: expected one that does not change its module, got one that does, as "
+            "dropout does; call model.eval() first"
         ) from error
 
 

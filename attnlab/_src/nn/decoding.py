@@ -2,12 +2,13 @@
 
 A step is ``step(tokens [B, T], state) -> (logits [B, T, V], state)``, for instance
 ``decoder.decode``. Every array of its state leads with the batch, so that beams can be
-reordered. Full caches among them need a slot for each token but the last:
+reordered. Full caches in the state need a slot for each token but the last:
 ``T + length - 1``.
 
-Where the step is a method of a module, or a module, its search is compiled once for a
-shape, and the weights are data: those of the moment. Any other function is compiled in
-every call, unless the whole search is under ``jax.jit``.
+If the step is a module, or a method of one, the search is compiled once for each shape;
+the module's weights are arguments of the compiled program, so that changes of them take
+effect. Any other function is traced and compiled in every call, unless the whole search
+is under ``jax.jit``.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,14 +30,14 @@ Step = Callable[[Array, PyTree], tuple[Array, PyTree]]
 
 
 class Decoded(NamedTuple):
-    """What was decoded.
+    """Decoded tokens and their scores.
 
     Attributes:
-        tokens: ``[B, length]`` or, of beams, ``[B, beams, length]``, int32: what
-            follows the prompt; the token that ended it included, then padding.
-        lengths: ``[B]`` or ``[B, beams]``: tokens before the padding.
-        scores: ``[B]`` or ``[B, beams]``: the sum of their log-probabilities; of beams
-            divided by the length penalty, best first.
+        tokens: int32 ``[B, length]``, from beam search ``[B, beams, length]``: the
+            tokens after the prompt, up to and including the end token, then padding.
+        lengths: ``[B]`` or ``[B, beams]``: number of tokens before the padding.
+        scores: ``[B]`` or ``[B, beams]``: the sum of the tokens' log-probabilities;
+            from beam search divided by the length penalty, best first.
     """
 
     tokens: Array
@@ -53,20 +54,20 @@ def greedy(
     end: int | Sequence[int] | ArrayLike,
     padding: int = 0,
 ) -> Decoded:
-    """The most probable token, one after another.
+    """Decodes the most probable token in each step.
 
     Args:
-        step: see the module's text.
-        state: before the prompt.
+        step: function or method as described in the module docstring.
+        state: the step's state before the prompt.
         prompt: ``[B, T]`` integers, at least the start token.
-        length: tokens to decode at most.
-        end: the token that ends a sentence, or several, any of which does; decoding
-            stops when all sentences have ended.
-        padding: what follows ``end``.
+        length: greatest number of tokens to decode.
+        end: the token that ends a sentence, or several such tokens; decoding stops
+            when all sentences have ended.
+        padding: token that fills the output after ``end``.
 
     Raises:
-        TypeError, ValueError: naming the argument; also if the step changes its module
-            (dropout).
+        TypeError, ValueError: if an argument does not fit; the message names it. Also
+            if the step changes its module, as dropout does.
 
     Example:
         >>> step = lambda tokens, state: (jax.nn.one_hot(tokens + 1, 5), state)
@@ -91,24 +92,26 @@ def sample(
     top_k: int | ArrayLike | None = None,
     top_p: float | ArrayLike | None = None,
 ) -> Decoded:
-    """Tokens drawn at random.
+    """Draws the token of each step at random from the model's distribution.
 
     Args:
-        step: see the module's text.
-        state: before the prompt.
+        step: function or method as described in the module docstring.
+        state: the step's state before the prompt.
         prompt: ``[B, T]`` integers, at least the start token.
         rng: a PRNG key.
-        length: tokens to decode at most.
-        end: the token that ends a sentence, or several.
-        padding: what follows ``end``.
-        temperature: below 1 sharper, above 1 flatter; 0, and what float32 cannot
-            divide by, is greedy. A number, or one for each example, ``[B]``.
-        top_k: only the k most probable tokens: an int, or ``[B]`` integers.
-        top_p: only the fewest most probable tokens whose probabilities reach ``top_p``,
-            in (0, 1]. A number, or ``[B]``. See :func:`restrict` for both.
+        length: greatest number of tokens to decode.
+        end: the token that ends a sentence, or several such tokens.
+        padding: token that fills the output after ``end``.
+        temperature: number that logits are divided by, or one for each example,
+            ``[B]``: below 1 the distribution gets sharper, above 1 flatter; 0, or less
+            than the smallest normal float32, is greedy.
+        top_k: draw only from the k most probable tokens: an int, or ``[B]`` integers.
+        top_p: draw only from the fewest most probable tokens whose probabilities sum to
+            at least ``top_p``, in (0, 1]. A number, or ``[B]``. See :func:`restrict`
+            for both.
 
     Raises:
-        TypeError, ValueError: as of :func:`greedy`.
+        TypeError, ValueError: see :func:`greedy`.
 
     Example:
         >>> step = lambda tokens, state: (jax.nn.one_hot(tokens + 1, 5), state)
@@ -216,7 +219,7 @@ def _decode(
 
 
 def last(logits: Array) -> Array:
-    """Of ``[B, T, V]`` those of the last token, at least float32."""
+    """The logits of the last token, ``[B, T, V] -> [B, V]``, at least float32."""
     return logits[:, -1].astype(accumulation_dtype(logits.dtype))
 
 
@@ -229,10 +232,13 @@ def is_one_of(tokens: Array, ends: Array) -> Array:
 def check(
     step: Any, state: PyTree, prompt: Any, length: Any, end: Any, padding: Any
 ) -> tuple[Array, Array, Array]:
-    """What every search is given: prompt, end tokens ``[E]`` and padding, as int32.
+    """Checks the arguments that every search takes.
+
+    Returns:
+        Prompt, end tokens ``[E]`` and padding, as int32.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: if an argument does not fit; the message names it.
     """
     prompt, ends = integers("prompt", prompt), integers("end", end)
     padding = integers("padding", padding)
@@ -249,8 +255,8 @@ def check(
 
 
 def _check_room(step: Any, state: PyTree, given: int, length: int) -> None:
-    """Refuses what full caches, or learned positions, are too short for."""
-    # The last token takes no slot: what would follow it is not read.
+    """Raises if full caches, or learned positions, are too short for the search."""
+    # The last token needs no slot: the logits after it are not used.
     taken = given + length - 1
     caches = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Cache))
     for cache in [x for x in caches if isinstance(x, Cache)]:
@@ -258,19 +264,19 @@ def _check_room(step: Any, state: PyTree, given: int, length: int) -> None:
         if not isinstance(cache.length, jax.core.Tracer):
             with jax.ensure_compile_time_eval():  # known, also where the rest is traced
                 held = int(cache.length.max(initial=0))
-        beside = f"{taken}{f' besides {held} that are held' if held else ''}"
+        beside = f"{taken}{f' besides {held} that are in use' if held else ''}"
         slots = cache.positions.shape[-1]
         if cache.window is None and slots < held + taken:
             raise ValueError(
                 f"state: a full cache of {slots} slots is too short for "
                 f"{given} tokens of prompt and length={length}, which need "
-                f"{beside}; make it by start(length={held + taken}), or take a ring"
+                f"{beside}; make it by start(length={held + taken}), or use a ring"
             )
         decoder = getattr(step, "__self__", None)
         learned = isinstance(decoder, Decoder) and decoder.embedding.position
         if isinstance(learned, Learned) and learned.table.shape[0] < held + taken:
             raise ValueError(
                 f"length: {given} tokens of prompt and length={length} need {beside} "
-                f"positions, expected at most the {learned.table.shape[0]} that were "
-                "learned"
+                f"positions, expected at most the {learned.table.shape[0]} that "
+                "Learned has"
             )

@@ -1,4 +1,4 @@
-"""attnlab's engine inside Flax's own multi-head attention, Linen and NNX."""
+"""An ``attention_fn`` for Flax's own multi-head attention, Linen and NNX."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,38 +23,39 @@ def attention_fn(
     sinks: ArrayLike | None = None,
     implementation: str | None = None,
 ) -> Callable[..., Array]:
-    """What Flax's multi-head attention takes as ``attention_fn=``.
+    """Makes an attention function to pass to Flax as ``attention_fn=``.
 
-    For ``flax.linen.MultiHeadDotProductAttention``, ``flax.linen.MultiHeadAttention``
-    and ``flax.nnx.MultiHeadAttention``: parameters, caches and calls stay Flax's. With
-    no argument the result is Flax's own.
+    It works with ``flax.linen.MultiHeadDotProductAttention``,
+    ``flax.linen.MultiHeadAttention`` and ``flax.nnx.MultiHeadAttention``: parameters,
+    caches and calls stay Flax's. Without arguments it computes what Flax computes.
 
     While decoding (one query, several keys, and the mask that Flax makes of its cache)
-    the query stands where the last key stands that this mask shows it, in each example
-    by itself. Causality, ``mask`` and ``modifiers`` speak of that position. A mask of
-    your own must therefore not hide the current key.
+    the position of the query is taken from that mask: the last key that it shows, in
+    each example. Causality, ``mask`` and ``modifiers`` use this position. A mask that
+    you pass to the call must therefore not hide the current key.
 
     Args:
-        score: what similarity is; scaled dot product if not given.
-        mask: attnlab mask or boolean array, in addition to those of the call. A call
-            takes an attnlab mask, too, where Flax hands it on (not while decoding).
-        modifiers: applied to the logits in this order; Flax's ``bias`` comes after.
-        sinks: ``[N]`` logits of a key that everyone sees and whose value is zero.
-        implementation: as :func:`attnlab.attention`'s.
+        score: score function; scaled dot product if not given.
+        mask: attnlab mask or boolean array, combined with those of the call. A call
+            may also pass an attnlab mask, if Flax hands it on (not while decoding).
+        modifiers: applied to the logits in this order, before Flax's ``bias``.
+        sinks: ``[N]`` logits of an extra key that every query attends to and whose
+            value is zero.
+        implementation: see :func:`attnlab.attention`.
 
     Returns:
         A function with the arguments of Flax's ``dot_product_attention`` (Linen's and
-        NNX's together). It refuses those that replace Flax's einsum, which attnlab
-        does not have. Arrays of ``score``, ``modifiers``, ``mask`` and ``sinks`` are
-        constants of the function: to learn them, make the function, and the module
-        that holds it, from the parameters within what you differentiate.
+        NNX's together). Arguments that replace Flax's einsum raise an error, as attnlab
+        has no such einsum. Arrays in ``score``, ``modifiers``, ``mask`` and ``sinks``
+        are constants of the function: to learn them, make the function, and the module
+        that holds it, from the parameters inside the function that you differentiate.
 
     Numerics:
-        Softmax is float32 (float64 for float64), so ``force_fp32_for_softmax`` is
-        always met. A query that sees nothing yields 0 and weights 0 (Flax: the mean of
-        the values). Dropout has Flax's distribution, but not its numbers; with
-        ``broadcast_dropout`` one pattern serves all examples and heads. Weights are
-        sown before dropout, as Flax does.
+        Softmax is float32 (float64 for float64), whatever ``force_fp32_for_softmax``
+        is. A query that may attend to nothing yields 0 and weights 0 (in Flax: the mean
+        of the values). Dropout has Flax's distribution, but other random numbers; with
+        ``broadcast_dropout`` all examples and heads share one pattern. Weights are
+        sown as they are before dropout, as in Flax.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -119,7 +120,7 @@ def attention_fn(
         full = (*batch, heads, t, key.shape[-3])
         extra = mask
         if mask is not None and not isinstance(mask, Mask):
-            # Flax makes masks of any dtype: what is not 0 is visible.
+            # Flax makes masks of any dtype; nonzero means visible.
             visible = as_array("mask", mask).astype(bool)
             extra = as_visible(visible, full)
             if t == 1 and key.shape[-3] > 1:
@@ -145,7 +146,7 @@ def _refuse(**replacements: Any) -> None:
 
 
 def _last_visible(mask: Array, full: tuple[int, ...]) -> Array:
-    """The position of the one query: ``[*batch]``, its last visible key in any head."""
+    """The position ``[*batch]`` of the one query: the last key visible in any head."""
     *batch, _, _, length = full
     mask = jnp.broadcast_to(mask, (*(1,) * (len(full) - mask.ndim), *mask.shape))
     slots = jnp.arange(length, dtype=jnp.int32)

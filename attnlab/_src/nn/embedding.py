@@ -1,4 +1,4 @@
-"""Tokens to vectors and back."""
+"""Embedding of tokens, and logits by the same vectors."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from attnlab._src.types import Array
 
 
 class Embedding(nnx.Module):
-    """Tokens to vectors, with positions; and back to logits where it is shared.
+    """Maps tokens to vectors and adds positions; also makes logits by the same vectors.
 
     Example:
         >>> from attnlab.nn import Sinusoidal
@@ -40,20 +40,20 @@ class Embedding(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Normal vectors of variance ``1 / features``.
+        """Draws the vectors from a normal distribution of variance ``1 / features``.
 
         Args:
-            vocabulary_size: V.
-            features: of the residual stream.
-            position: ``Sinusoidal()``, ``Learned(...)``, or None where attention
-                brings the positions.
-            scale: what vectors are multiplied with; ``sqrt(features)`` if not given.
-            norm: applied to the sum.
-            dropout_rate: of the sum.
-            logits_bias: whether logits add a learned number for each token.
-            dtype: of the result; ``param_dtype`` if not given.
-            param_dtype: of the parameters.
-            rngs: Flax's.
+            vocabulary_size: V, the number of tokens.
+            features: size of the residual stream.
+            position: ``Sinusoidal()``, ``Learned(...)``, or None if positions enter in
+                the attention.
+            scale: factor of the vectors; ``sqrt(features)`` if not given.
+            norm: applied to the sum of vector and position.
+            dropout_rate: dropout rate of the (normed) sum.
+            logits_bias: whether a learned number for each token is added to the logits.
+            dtype: type of the result; ``param_dtype`` if not given.
+            param_dtype: type of the parameters.
+            rngs: Flax's random streams.
         """
         self.table = nnx.Embed(
             vocabulary_size,
@@ -87,7 +87,7 @@ class Embedding(nnx.Module):
         return x if self.dropout is None else self.dropout(x)
 
     def logits(self, x: Array) -> Array:
-        """``[*, features] -> [*, V]``, by the same vectors."""
+        """Logits ``[*, features] -> [*, V]``: products with the tokens' vectors."""
         logits = self.table.attend(x)
         if self.bias is None:
             return logits

@@ -1,4 +1,4 @@
-"""Residuals with normalisation, and feed-forward layers."""
+"""Residual connections with normalisation, and feed-forward layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ def _sum(x: Array, added: Array) -> Array:
 
 
 class Residual(nnx.Module):
-    """``x + dropout(layer(x))``: the previous layer is preserved.
+    """Residual connection ``x + dropout(layer(x))``.
 
     Example:
         >>> Residual()(jnp.ones(3), lambda x: 2 * x)
@@ -30,16 +30,16 @@ class Residual(nnx.Module):
     """
 
     def __init__(self, *, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None):
-        """What surrounds a layer.
+        """Makes the connection; the layer itself is an argument of the call.
 
         Args:
-            dropout_rate: of what the layer adds.
-            rngs: Flax's; needed for dropout.
+            dropout_rate: dropout rate of the layer's output.
+            rngs: Flax's random streams; needed for dropout.
         """
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs) if dropout_rate else None
 
     def __call__(self, x: Array, layer: Layer) -> Array:
-        """``[*, features]``, and a function of that shape."""
+        """Applies the layer, which keeps the shape, to ``x [*, features]``."""
         return _sum(x, self._added(layer(x)))
 
     def _added(self, x: Array) -> Array:
@@ -50,12 +50,12 @@ class _Normed(Residual):
     def __init__(
         self, norm: Layer, *, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None
     ):
-        """What surrounds a layer.
+        """Makes the connection; the layer itself is an argument of the call.
 
         Args:
-            norm: ``nnx.LayerNorm`` or ``nnx.RMSNorm`` of the features, or any function.
-            dropout_rate: of what the layer adds.
-            rngs: Flax's; needed for dropout.
+            norm: ``nnx.LayerNorm`` or ``nnx.RMSNorm``, or any function of features.
+            dropout_rate: dropout rate of the layer's output.
+            rngs: Flax's random streams; needed for dropout.
         """
         super().__init__(dropout_rate=dropout_rate, rngs=rngs)
         self.norm = norm
@@ -95,7 +95,7 @@ class PostNorm(_Normed):
 
 
 class NoResidual(_Normed):
-    """``dropout(layer(norm(x)))``: to see what residuals are good for.
+    """``dropout(layer(norm(x)))``, without residual: for ablation.
 
     Example:
         >>> NoResidual(jnp.sign)(jnp.array([2.0, -3.0]), lambda x: 10 * x)
@@ -108,7 +108,7 @@ class NoResidual(_Normed):
 
 
 class FeedForward(nnx.Module):
-    """``activation(x W_1 + b_1) W_2 + b_2``, token by token.
+    """``activation(x W_1 + b_1) W_2 + b_2``, applied to each token.
 
     Example:
         >>> FeedForward(8, 32, rngs=nnx.Rngs(0))(jnp.ones((2, 3, 8))).shape
@@ -131,18 +131,18 @@ class FeedForward(nnx.Module):
         kernel_init: Initializer = GLOROT,
         rngs: nnx.Rngs,
     ):
-        """Two projections.
+        """Makes the projections.
 
         Args:
-            features: in and out.
-            hidden_features: between them.
-            activation: elementwise.
-            dropout_rate: of the hidden features.
+            features: size of inputs and outputs.
+            hidden_features: size of the hidden layer.
+            activation: elementwise function.
+            dropout_rate: dropout rate of the hidden features.
             use_bias: whether projections add a bias.
-            dtype: of the computation; that of inputs and parameters if not given.
-            param_dtype: of the parameters.
-            kernel_init: of the weights.
-            rngs: Flax's.
+            dtype: type of the computation; that of inputs and parameters if not given.
+            param_dtype: type of the parameters.
+            kernel_init: initializer of the weights.
+            rngs: Flax's random streams.
         """
         self.activation = activation
 
@@ -165,7 +165,7 @@ class FeedForward(nnx.Module):
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs) if dropout_rate else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle holds; the activation is found by its name."""
+        """The state for a pickle, in which the activation is stored by name."""
         state = super().__getstate__()
         return state | {"activation": by_name(self.activation)}
 

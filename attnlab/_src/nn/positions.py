@@ -1,4 +1,4 @@
-"""Positions: added to embeddings, turned into queries and keys, or added to logits."""
+"""Positions: added to embeddings, rotating queries and keys, or added to logits."""
 
 import math
 from typing import Any
@@ -24,16 +24,16 @@ from attnlab._src.types import (
 
 
 def _of_rank(x: Array, rank: int) -> Array:
-    """With leading axes of 1, where it has fewer than ``rank`` axes."""
+    """Adds leading axes of size 1, up to ``rank`` axes in all."""
     return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
 def positions_of(x: Array, offset: Any, given: Array | None) -> Array:
-    """``[T]`` or ``[*batch, T]``: those given, or slot numbers and an offset.
+    """Positions ``[T]`` or ``[*batch, T]``: as given, or slot numbers plus an offset.
 
     Args:
         x: ``[*batch, T, features]``.
-        offset: an int, an array of no axes, or ``[*batch]``.
+        offset: an int, a scalar array, or ``[*batch]``.
         given: ``[T]`` or ``[*batch, T]``.
     """
     if given is not None:
@@ -44,7 +44,7 @@ def positions_of(x: Array, offset: Any, given: Array | None) -> Array:
 
 
 def zero_empty(x: Array, positions: Array | None) -> Array:
-    """With zeros where the position is -1: before anything is made of x.
+    """Sets x to zero where the position is -1.
 
     Args:
         x: ``[*batch, T, features]``.
@@ -69,7 +69,7 @@ class Sinusoidal(nnx.Module):
     """
 
     def __init__(self, *, base: float = 10_000.0, interleaved: bool = True):
-        """Arguments as of :func:`sinusoids`."""
+        """See :func:`sinusoids` for the arguments."""
         self.base, self.interleaved = base, interleaved
 
     def __call__(self, x: Array, positions: Array) -> Array:
@@ -104,14 +104,14 @@ class Learned(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Normal vectors of standard deviation 0.02.
+        """Draws the vectors from a normal distribution of standard deviation 0.02.
 
         Args:
-            length: positions 0 to ``length - 1`` have a vector; others are refused
-                where they are known and yield NaN where they are traced.
-            features: of the embeddings.
-            param_dtype: of the parameters.
-            rngs: Flax's.
+            length: number of positions; others than 0 to ``length - 1`` raise an error
+                or, if they are traced, yield NaN.
+            features: size of an embedding vector.
+            param_dtype: type of the parameters.
+            rngs: Flax's random streams.
         """
         table = 0.02 * jax.random.normal(rngs.params(), (length, features), param_dtype)
         self.table = nnx.Param(table, **named("positions", "embed"))
@@ -124,17 +124,19 @@ class Learned(nnx.Module):
             most = int(np.max(positions, initial=-1))
         if most >= length:
             raise ValueError(
-                f"positions: expected less than {length}, the positions that were "
-                f"learned, got {most}"
+                f"positions: expected less than {length}, the number of learned "
+                f"positions, got {most}"
             )
-        # An empty slot (-1) has some vector, which is never seen.
+        # An empty slot (-1) gets the vector of position 0, but no query attends to it.
         index = jnp.maximum(positions, 0)
         rows = jnp.take(self.table[...], index, axis=0, mode="fill", fill_value=jnp.nan)
         return x + _of_rank(rows, x.ndim).astype(x.dtype)
 
 
 class Positions(nnx.Module):
-    """What positions do inside attention; override what differs.
+    """Base class of positions inside attention; override one or both methods.
+
+    As it is, positions change nothing.
 
     Example:
         >>> from attnlab import modifiers
@@ -146,16 +148,16 @@ class Positions(nnx.Module):
     """
 
     def rotate(self, x: Array, positions: Array) -> Array:
-        """Queries or keys ``[*batch, T, heads, H]`` at their positions."""
+        """Transforms queries or keys ``[*batch, T, heads, H]`` by their positions."""
         return x
 
     def modifiers(self, query: Array) -> tuple[Modifier, ...]:
-        """What is done to the logits, given the queries ``[*batch, T, N, H]``."""
+        """Modifiers of the logits, given the queries ``[*batch, T, N, H]``."""
         return ()
 
 
 def as_positions(position: Any) -> Positions:
-    """An instance; None: positions do nothing."""
+    """Checks that it is a ``Positions``; None becomes one that changes nothing."""
     if position is None:
         return Positions()
     if isinstance(position, Positions):
@@ -169,7 +171,7 @@ def as_positions(position: Any) -> Positions:
 
 
 def refuse_added(position: Any) -> None:
-    """Refuses what belongs elsewhere, the class or an instance."""
+    """Raises for positions that are added to embeddings, a class or an instance."""
     kind = position if isinstance(position, type) else type(position)
     if issubclass(kind, (Sinusoidal, Learned)):
         raise TypeError(
@@ -179,9 +181,10 @@ def refuse_added(position: Any) -> None:
 
 
 class Rotary(Positions):
-    """Turns pairs of features of queries and keys by an angle that grows with position.
+    """Rotates pairs of features of queries and keys by angles proportional to position.
 
-    The first ``size`` features turn, the rest stay. Logits then depend on offsets only.
+    The first ``size`` features are rotated, the rest stay. Their dot products then
+    depend on position differences only.
 
     Example:
         >>> x = jnp.ones((1, 3, 2, 4))
@@ -202,18 +205,18 @@ class Rotary(Positions):
         offset: int = 0,
         interleaved: bool = False,
     ):
-        """What turns, and how fast.
+        """Sets which features are rotated, and how fast.
 
         Args:
-            base: of the wavelengths.
-            size: features that turn, even; all of them if not given.
-            scaling: positions are divided by it.
-            offset: is added to positions first.
-            interleaved: pairs are neighbours (RoFormer's own layout) instead of
-                feature i and ``i + size / 2`` (Llama's and Mistral's).
+            base: base of the geometric series of wavelengths.
+            size: number of features that are rotated, even; all if not given.
+            scaling: number that positions are divided by.
+            offset: number added to positions before the division.
+            interleaved: whether pairs are neighbouring features (RoFormer's layout)
+                instead of features i and ``i + size / 2`` (Llama's and Mistral's).
         """
         if size is not None and (size < 2 or size % 2):
-            raise ValueError(f"size: expected an even number from 2 on, got {size}")
+            raise ValueError(f"size: expected an even number >= 2, got {size}")
         if scaling <= 0:
             raise ValueError(f"scaling: expected a positive number, got {scaling}")
         self.base, self.size = base, size
@@ -224,8 +227,8 @@ class Rotary(Positions):
         size = x.shape[-1] if self.size is None else self.size
         if size % 2 or size > x.shape[-1]:
             raise ValueError(
-                f"size: {size} features cannot turn in heads of size {x.shape[-1]}; "
-                "give an even size= that fits"
+                f"size: {size} features cannot be rotated in heads of size "
+                f"{x.shape[-1]}; give an even size= that fits"
             )
         turning, rest = x[..., :size], x[..., size:]
         pairs = turning.astype(accumulation_dtype(x.dtype))
@@ -255,7 +258,7 @@ class Rotary(Positions):
 
 
 class Alibi(Positions):
-    """Subtracts from each logit a slope times the distance; nothing is learned.
+    """Subtracts from each logit the head's slope times the distance; not learned.
 
     Example:
         >>> Alibi(4).slopes
@@ -274,7 +277,7 @@ class Alibi(Positions):
 
 
 class RelativeBias(Positions):
-    """T5's learned bias for each head and bucket of offsets.
+    """T5's relative bias: a learned number for each head and bucket of offsets.
 
     Example:
         >>> bias = RelativeBias(4, rngs=nnx.Rngs(0))
@@ -295,15 +298,15 @@ class RelativeBias(Positions):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Normal numbers of standard deviation 0.02.
+        """Draws the biases from a normal distribution of standard deviation 0.02.
 
         Args:
-            num_heads: N.
-            buckets: numbers a head.
-            max_distance: offsets beyond share the last bucket.
-            bidirectional: whether keys after the query have buckets of their own.
-            param_dtype: of the parameters.
-            rngs: Flax's.
+            num_heads: N, the number of query heads.
+            buckets: number of buckets.
+            max_distance: offsets of at least this size share the last bucket.
+            bidirectional: whether half of the buckets are for keys after the query.
+            param_dtype: type of the parameters.
+            rngs: Flax's random streams.
         """
         shape = (num_heads, buckets)
         table = 0.02 * jax.random.normal(rngs.params(), shape, param_dtype)
@@ -322,10 +325,10 @@ class RelativeBias(Positions):
 
 
 class ClippedRelative(Positions):
-    """A learned key for each offset of a local window: adds ``q . a[clip(s - t)]``.
+    """Shaw's relative keys: adds ``q . a[clip(s - t)] / sqrt(H)`` to the logits.
 
-    As in the paper the sum is divided by ``sqrt(H)``. Memory is ``left + right + 1``
-    numbers a query, never ``[T, S]``.
+    ``a`` is a learned vector for each offset from ``-left`` to ``right``. Memory is
+    ``left + right + 1`` numbers for each query and head, never ``[T, S]``.
 
     Example:
         >>> local = ClippedRelative(8, left=4, right=4, rngs=nnx.Rngs(0))
@@ -334,7 +337,7 @@ class ClippedRelative(Positions):
 
     References:
         Shaw, Uszkoreit, Vaswani, 2018, equations 4 and 5 (keys only: section 4.3 finds
-        that those for values add nothing).
+        that relative values add nothing).
     """
 
     def __init__(
@@ -346,14 +349,14 @@ class ClippedRelative(Positions):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Normal vectors of standard deviation 0.02, shared by all heads.
+        """Draws the vectors, shared by all heads, from N(0, 0.02^2).
 
         Args:
-            head_size: H.
-            left: offsets before the query with a vector of their own.
-            right: offsets after it.
-            param_dtype: of the parameters.
-            rngs: Flax's.
+            head_size: H, the size of a query or key head.
+            left: number of offsets before the query that have their own vector.
+            right: number of offsets after the query that have their own vector.
+            param_dtype: type of the parameters.
+            rngs: Flax's random streams.
         """
         if min(left, right) < 0:
             raise ValueError(f"left, right: expected at least 0, got {left}, {right}")
@@ -365,7 +368,7 @@ class ClippedRelative(Positions):
     def modifiers(self, query: Array) -> tuple[Modifier, ...]:
         """See :class:`Positions`."""
         scale = 1 / math.sqrt(query.shape[-1])
-        # Parts of logits: never in 16 bits.
+        # These are added to logits, so they are not computed in 16 bits.
         wide = accumulation_dtype(query.dtype)
         pair = query.astype(wide), self.table[...].astype(wide)
         sums = jnp.einsum("...tnh,rh->...ntr", *pair) * scale
@@ -374,7 +377,7 @@ class ClippedRelative(Positions):
 
 @pytree
 class _OffsetSums(Modifier):
-    """``logits + sums[t, clip(s - t)]``, a number for each query and offset."""
+    """``logits + sums[t, clip(s - t)]``; sums hold a number per query and offset."""
 
     flops_per_pair = 4
 

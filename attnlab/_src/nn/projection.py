@@ -1,4 +1,4 @@
-"""Learned projections whose axes have names."""
+"""Learned projections whose axes have logical names."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,18 +23,18 @@ def projection(
     bias_init: Initializer = ZEROS,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """``x W`` or ``x W + b``: of features of the stream to what ``name`` says.
+    """A layer ``x W`` or ``x W + b`` from features of the residual stream.
 
     Args:
-        in_features: of the inputs.
-        out_features: of the outputs.
-        name: what runs along the outputs, see :mod:`attnlab._src.nn.parameters`.
+        in_features: size of the inputs.
+        out_features: size of the outputs.
+        name: logical name of the output axis, see :mod:`attnlab._src.nn.parameters`.
         use_bias: whether there is a bias.
-        dtype: of the computation; that of inputs and parameters if not given.
-        param_dtype: of the parameters.
-        kernel_init: of the weights.
-        bias_init: of the bias.
-        rngs: Flax's.
+        dtype: type of the computation; that of inputs and parameters if not given.
+        param_dtype: type of the parameters.
+        kernel_init: initializer of the weights.
+        bias_init: initializer of the bias.
+        rngs: Flax's random streams.
     """
     return nnx.Linear(
         in_features,
@@ -51,7 +51,7 @@ def projection(
 
 
 def check_features(name: str, x: Array, linear: nnx.LinearGeneral) -> None:
-    """Refuses what a projection cannot take."""
+    """Raises if the projection cannot take x, by its shape or type."""
     (expected,) = linear.in_features
     if x.ndim < 2 or x.shape[-1] != expected:
         raise ValueError(
@@ -65,15 +65,15 @@ def check_features(name: str, x: Array, linear: nnx.LinearGeneral) -> None:
 
 
 class Projections(NamedTuple):
-    """How heads are made from features, and features from heads.
+    """The projections of an attention layer: features to heads, and heads to features.
 
     Attributes:
         query: ``[*, in_features] -> [*, N, H]``.
         key: ``[*, key_features] -> [*, K, H]``.
         value: ``[*, key_features] -> [*, K, D]``.
         out: ``[*, N, D] -> [*, out_features]``.
-        query_norm: applied to queries ``[*, T, N, H]``; None: nothing is.
-        key_norm: applied to keys ``[*, S, K, H]``; None: nothing is.
+        query_norm: norm applied to queries ``[*, T, N, H]``, or None.
+        key_norm: norm applied to keys ``[*, S, K, H]``, or None.
     """
 
     query: nnx.LinearGeneral
@@ -101,27 +101,31 @@ class Projections(NamedTuple):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "Projections":
-        """A matrix each, and biases.
+        """Linear projections, a matrix each, with or without biases.
 
         Args:
-            in_features: of what the queries are made from.
-            num_heads: N.
-            num_key_heads: K, a divisor of N; N if not given.
-            key_features: of what keys and values are made from; ``in_features`` if not
-                given.
-            head_size: H; ``in_features / num_heads`` if not given.
-            value_size: D; H if not given.
-            out_features: ``in_features`` if not given.
+            in_features: size of the inputs that queries are made from.
+            num_heads: N, the number of query heads.
+            num_key_heads: K, the number of key and value heads, a divisor of N; N if
+                not given.
+            key_features: size of the inputs that keys and values are made from;
+                ``in_features`` if not given.
+            head_size: H, the size of a query or key head; ``in_features / num_heads``
+                if not given.
+            value_size: D, the size of a value head; H if not given.
+            out_features: size of the outputs; ``in_features`` if not given.
             query_norm: applied to queries.
             key_norm: applied to keys.
             use_bias: whether projections add a bias.
-            out_bias: whether the output's does; ``use_bias`` if not given.
-            rngs: Flax's.
-            **options: of every matrix, as of ``flax.nnx.LinearGeneral``: ``dtype``,
-                ``param_dtype``, ``precision``, ``kernel_init``, ``bias_init``.
+            out_bias: whether the output projection adds a bias; ``use_bias`` if not
+                given.
+            rngs: Flax's random streams.
+            **options: further arguments of ``flax.nnx.LinearGeneral`` for each
+                projection: ``dtype``, ``param_dtype``, ``precision``, ``kernel_init``,
+                ``bias_init``.
 
         Raises:
-            ValueError: if the heads do not fit each other, or the features.
+            ValueError: if K does not divide N, or N does not divide ``in_features``.
         """
         key_heads = num_heads if num_key_heads is None else num_key_heads
         if key_heads < 1 or num_heads % key_heads:
@@ -177,15 +181,16 @@ def heads_projection(
     bias_init: Initializer = ZEROS,
     **options: Any,
 ) -> nnx.LinearGeneral:
-    """Between features and heads.
+    """A projection from features to heads, or from heads to features.
 
     Args:
-        inputs: sizes of the last axes of what comes in.
-        outputs: sizes of the axes that take their place.
-        axes: names of both, see :mod:`attnlab._src.nn.parameters`.
-        kernel_init: of the weights.
-        bias_init: of the bias.
-        **options: as of ``flax.nnx.LinearGeneral``.
+        inputs: sizes of the last axes of inputs.
+        outputs: sizes of the last axes of outputs.
+        axes: logical names of input axes, then of output axes, see
+            :mod:`attnlab._src.nn.parameters`.
+        kernel_init: initializer of the weights.
+        bias_init: initializer of the bias.
+        **options: further arguments of ``flax.nnx.LinearGeneral``.
     """
     inward = len(inputs)
     return nnx.LinearGeneral(

@@ -1,4 +1,4 @@
-"""Blocks one after another."""
+"""A stack of Transformer blocks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from attnlab._src.types import Array
 
 
 class Stack(nnx.Module):
-    """Blocks one after another, and a last normalisation.
+    """Blocks one after another, and a final norm.
 
     ``remat`` and ``scan`` change memory and compile time, not results.
 
@@ -43,14 +43,17 @@ class Stack(nnx.Module):
         """Puts blocks together.
 
         Args:
-            blocks: each may have another mask; with ``scan`` all are alike.
+            blocks: blocks, which may differ (in their masks, for example); with
+                ``scan`` all must have the same structure.
             norm: applied to the last block's output (pre-norm Transformers need it).
-            remat: whether the backward pass computes a block again instead of keeping
-                what it held. (XLA for CPUs undoes it, unless ``scan`` is on, too.)
-            scan: whether one block is compiled for all: their parameters are stacked.
+            remat: whether the backward pass recomputes the intermediate results of a
+                block instead of storing them. (XLA on CPU reverts this unless ``scan``
+                is on, too.)
+            scan: whether parameters are stacked and one compiled block runs in a loop
+                over them.
 
         Raises:
-            ValueError: if there is no block, or ``scan`` is asked of unlike ones.
+            ValueError: if there is no block, or with ``scan`` if structures differ.
         """
         if not blocks:
             raise ValueError("blocks: expected at least one, got none")
@@ -77,7 +80,7 @@ class Stack(nnx.Module):
         memory_mask: Any = None,
         query_positions: Array | None = None,
     ) -> Array:
-        """As :class:`Block`, through all of them."""
+        """Applies all blocks and the norm; arguments as of :class:`Block`."""
 
         def run(block: Block, x: Array) -> Array:
             return block(
@@ -107,7 +110,7 @@ class Stack(nnx.Module):
         memory_mask: Any = None,
         positions: Array | None = None,
     ) -> tuple[Array, tuple[BlockState, ...]]:
-        """The next tokens; see :meth:`Block.decode`."""
+        """Applies blocks and norm to the next tokens; see :meth:`Block.decode`."""
         following = []
         for block, state in zip(self.each(), states, strict=True):
             x, after = block.decode(
@@ -123,12 +126,12 @@ class Stack(nnx.Module):
 
         Args:
             make_cache: makes each block's cache.
-            memory: what cross-attention sees.
+            memory: ``[B, S, features]``, for cross-attention.
         """
         return tuple(b.start(make_cache(b), memory) for b in self.each())
 
     def each(self) -> list[Block]:
-        """The blocks one by one; of a scanned stack, copies."""
+        """A list of the blocks; with ``scan``, of copies."""
         if not self.scan:
             return list(self.blocks)
         structure, state = nnx.split(self.blocks)
@@ -137,7 +140,7 @@ class Stack(nnx.Module):
 
 
 def _lead_with_layers(block: Block) -> None:
-    """Names the axis along which parameters were stacked."""
+    """Names the first axis, along which parameters are stacked, ``layers``."""
     for _, variable in nnx.to_flat_state(nnx.state(block, nnx.Param)):
         names = variable.get_metadata().get("out_sharding")
         if names:

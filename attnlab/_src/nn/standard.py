@@ -1,4 +1,4 @@
-"""The parts of the standard Transformer, made together."""
+"""Functions that make the parts of the standard Transformer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,26 +31,31 @@ def make_blocks(
     attention: Callable[..., MultiHeadAttention] = MultiHeadAttention,
     rngs: nnx.Rngs,
 ) -> list[Block]:
-    """Blocks of the standard Transformer; each part may be another.
+    """Blocks of the standard Transformer; each part can be replaced.
 
     Args:
-        num_layers: blocks.
-        features: of the residual stream.
-        num_heads: N.
-        num_key_heads: K; N if not given.
-        hidden_features: of the feed-forward layers; four times ``features`` if not
-            given.
-        dropout_rate: of what each layer adds.
-        mask: of the self-attention (an array is one mask), or a list: one for each
-            block.
-        cross_attention: whether blocks attend to a memory.
-        position: makes the positions of one self-attention: ``Rotary``, a lambda.
-        norm: ``norm(features, rngs=rngs)``; None with a ``residual`` that has none.
-        residual: ``PostNorm``, ``PreNorm``, ``Residual``, ...
-        feed_forward: ``feed_forward(features, hidden_features, rngs=rngs)``.
-        attention: ``attention(features, num_heads, ...)``; bind further arguments by
-            ``functools.partial``: a score, an implementation, types.
-        rngs: Flax's.
+        num_layers: number of blocks.
+        features: size of the residual stream.
+        num_heads: N, the number of query heads.
+        num_key_heads: K, the number of key and value heads; N if not given.
+        hidden_features: hidden size of the feed-forward layers; four times
+            ``features`` if not given.
+        dropout_rate: dropout rate of each layer's output before the residual sum.
+        mask: mask of the self-attention of all blocks (a mask or an array), or a list
+            of one mask for each block.
+        cross_attention: whether blocks also attend to a memory (an encoder's output).
+        position: called without arguments for each block, returns the ``Positions`` of
+            its self-attention: ``Rotary``, ``lambda: Alibi(8)``.
+        norm: makes a norm, ``norm(features, rngs=rngs)``; None if ``residual`` takes no
+            norm.
+        residual: makes the residual connection around a layer: ``PostNorm``,
+            ``PreNorm``, ``Residual``, ...
+        feed_forward: makes a feed-forward layer,
+            ``feed_forward(features, hidden_features, rngs=rngs)``.
+        attention: makes an attention layer, ``attention(features, num_heads, ...)``;
+            bind further arguments (score, implementation, types) with
+            ``functools.partial``.
+        rngs: Flax's random streams.
 
     Example:
         >>> from attnlab import masks
@@ -101,7 +106,7 @@ def make_blocks(
 
 
 def _positions(make: Any) -> Positions | None:
-    """What ``make()`` makes, for each block anew; None: nothing."""
+    """The positions that ``make()`` returns for one block; None if it is None."""
     if make is None:
         return None
     refuse_added(make)
@@ -109,8 +114,8 @@ def _positions(make: Any) -> Positions | None:
         name = type(make).__name__
         hint = f"lambda: {name}(...)" if isinstance(make, Positions) else "Rotary"
         raise TypeError(
-            "position: expected what makes the positions of a block, got an instance "
-            f"of {name}; write position={hint}"
+            "position: expected a callable that returns the positions of a block, got "
+            f"an instance of {name}; write position={hint}"
         )
     try:
         return make()
@@ -126,7 +131,7 @@ def _positions(make: Any) -> Positions | None:
 def last_norm(
     blocks: Sequence[Block], options: dict[str, Any], rngs: nnx.Rngs
 ) -> nnx.Module | None:
-    """The norm after the last block: pre-norm blocks leave their sum unnormalised."""
+    """The norm after the last block, for pre-norm blocks only; else None."""
     norm = options.get("norm", nnx.LayerNorm)
     pre_norm = blocks and isinstance(blocks[-1].feed_forward_residual, PreNorm)
     if not pre_norm or norm is None:
@@ -137,7 +142,7 @@ def last_norm(
 def make_embedding(
     vocabulary_size: int, options: dict[str, Any], rngs: nnx.Rngs
 ) -> Embedding:
-    """Sinusoids where attention brings no positions."""
+    """An embedding with sinusoids, unless the self-attention encodes positions."""
     return Embedding(
         vocabulary_size,
         options.get("features", 512),

@@ -18,7 +18,7 @@ from attnlab._src.types import Array, ArrayLike
 
 
 class Encoder(nnx.Module):
-    """Tokens to a vector for each of them that knows its context.
+    """Encodes tokens: one vector for each, which depends on the tokens around it.
 
     Example:
         >>> encoder = Encoder.standard(100, features=16, num_heads=2, rngs=nnx.Rngs(0))
@@ -41,16 +41,16 @@ class Encoder(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "Encoder":
-        """The encoder of Vaswani et al., 2017, section 3.1, or a part-wise variant.
+        """The encoder of Vaswani et al., 2017, section 3.1; parts can be replaced.
 
         Args:
-            vocabulary_size: V.
-            num_layers: blocks.
-            embedding: one made before, to share it.
+            vocabulary_size: V, the number of tokens.
+            num_layers: number of blocks.
+            embedding: an existing embedding to share; a new one if not given.
             remat: see :class:`Stack`.
             scan: see :class:`Stack`.
-            rngs: Flax's.
-            **options: as of :func:`make_blocks`.
+            rngs: Flax's random streams.
+            **options: further arguments of :func:`make_blocks`.
         """
         blocks = make_blocks(num_layers, rngs=rngs, **options)
         norm = last_norm(blocks, options, rngs)
@@ -64,15 +64,15 @@ class Encoder(nnx.Module):
 
         Args:
             tokens: integers.
-            mask: lengths, documents: besides the blocks' own.
-            positions: ``[T]`` or ``[*batch, T]``; -1 = empty.
+            mask: mask of this call (lengths, documents), combined with the blocks' own.
+            positions: ``[T]`` or ``[*batch, T]``; -1 marks an empty slot.
         """
         x = self.embedding(tokens, positions)
         return self.stack(x, mask=mask, query_positions=positions)
 
 
 class MaskedLanguageModel(nnx.Module):
-    """An encoder, and the logits of the tokens that were hidden from it.
+    """An encoder with an output layer that predicts the masked tokens.
 
     Example:
         >>> encoder = Encoder.standard(100, features=16, num_heads=2, rngs=nnx.Rngs(0))
@@ -87,8 +87,9 @@ class MaskedLanguageModel(nnx.Module):
         """Puts parts together.
 
         Args:
-            encoder: of tokens.
-            head: ``[*, features] -> [*, V]``; the embedding's vectors if not given.
+            encoder: encoder of tokens.
+            head: output layer, ``[*, features] -> [*, V]``; the embedding's
+                :meth:`~Embedding.logits` if not given.
         """
         self.encoder, self.head = encoder, head
 
@@ -101,11 +102,11 @@ class MaskedLanguageModel(nnx.Module):
 
 
 class DecoderState(NamedTuple):
-    """What a decoder holds between steps; every array leads with the batch.
+    """State of a decoder between steps; the first axis of every array is the batch.
 
     Attributes:
         blocks: for each block its cache and its memory.
-        memory_mask: who may see what of the memory.
+        memory_mask: which query may attend to which slot of the memory.
     """
 
     blocks: tuple[BlockState, ...]
@@ -113,9 +114,10 @@ class DecoderState(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """Tokens, and a memory if there is one, to the logits of the tokens that follow.
+    """Maps tokens to the logits of the next token at each position.
 
-    Without cross-attention it is a language model.
+    With cross-attention it also attends to a memory (an encoder's output); without, it
+    is a language model.
 
     Example:
         >>> decoder = Decoder.standard(100, features=16, num_heads=2, rngs=nnx.Rngs(0))
@@ -132,9 +134,10 @@ class Decoder(nnx.Module):
         """Puts parts together.
 
         Args:
-            embedding: of tokens.
-            stack: of blocks with causal self-attention.
-            head: ``[*, features] -> [*, V]``; the embedding's vectors if not given.
+            embedding: embedding of tokens.
+            stack: blocks with causal self-attention.
+            head: output layer, ``[*, features] -> [*, V]``; the embedding's
+                :meth:`~Embedding.logits` if not given.
         """
         self.embedding, self.stack, self.head = embedding, stack, head
 
@@ -152,19 +155,19 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "Decoder":
-        """The decoder of Vaswani et al., 2017, section 3.1, or a part-wise variant.
+        """The decoder of Vaswani et al., 2017, section 3.1; parts can be replaced.
 
         Args:
-            vocabulary_size: V.
-            num_layers: blocks.
-            mask: of the self-attention (an array is one mask), or a list: one for
-                each block; ``causal()`` if not given.
-            cross_attention: whether blocks attend to a memory.
-            embedding: one made before, to share it.
+            vocabulary_size: V, the number of tokens.
+            num_layers: number of blocks.
+            mask: mask of the self-attention of all blocks (a mask or an array), or a
+                list of one mask for each block; ``causal()`` if not given.
+            cross_attention: whether blocks also attend to a memory.
+            embedding: an existing embedding to share; a new one if not given.
             remat: see :class:`Stack`.
             scan: see :class:`Stack`.
-            rngs: Flax's.
-            **options: as of :func:`make_blocks`.
+            rngs: Flax's random streams.
+            **options: further arguments of :func:`make_blocks`.
         """
         blocks = make_blocks(
             num_layers,
@@ -191,9 +194,9 @@ class Decoder(nnx.Module):
         Args:
             tokens: integers.
             memory: ``[*batch, S, features]``, for cross-attention.
-            mask: lengths, documents: besides the blocks' own.
-            memory_mask: likewise for the memory.
-            positions: ``[T]`` or ``[*batch, T]``; -1 = empty.
+            mask: mask of this call (lengths, documents), combined with the blocks' own.
+            memory_mask: mask of the cross-attention in this call.
+            positions: ``[T]`` or ``[*batch, T]``; -1 marks an empty slot.
         """
         x = self.stack(
             self.embedding(tokens, positions),
@@ -217,15 +220,17 @@ class Decoder(nnx.Module):
         """The state before the first token.
 
         Args:
-            batch: B.
-            length: slots of the full caches, one for each token that follows; to
-                decode n after a prompt of T takes ``T + n - 1``.
+            batch: B, the batch size.
+            length: number of slots of full caches, one for each token that is read;
+                decoding n tokens after a prompt of T takes ``T + n - 1``.
             memory: ``[B, S, features]``, for cross-attention.
-            memory_mask: who may see what of it: a boolean array that broadcasts to
-                ``[B, N, T, S]``, or a mask whose arrays lead with B.
-            make_cache: a cache for a block; by the policy of its self-attention
-                (:class:`CachePolicy`) if not given.
-            dtype: of those caches; what each self-attention computes in if not given.
+            memory_mask: which query may attend to which slot of the memory: a boolean
+                array that broadcasts to ``[B, N, T, S]``, or a mask whose arrays have
+                B as their first axis.
+            make_cache: makes the cache of a block; by the cache policy of its
+                self-attention (:class:`CachePolicy`) if not given.
+            dtype: type of caches made by policy; the type that each self-attention
+                computes in if not given.
         """
         types = iter(self._types() if dtype is None and make_cache is None else ())
 
@@ -240,13 +245,13 @@ class Decoder(nnx.Module):
     def decode(
         self, tokens: Array, state: DecoderState, *, positions: Array | None = None
     ) -> tuple[Array, DecoderState]:
-        """The next tokens, one or many.
+        """Reads the next tokens, one or several.
 
         Args:
             tokens: ``[B, T]`` integers.
-            state: of :meth:`start`, or of the step before.
-            positions: ``[B, T]``, ascending, -1 = padding; those that follow if not
-                given.
+            state: from :meth:`start`, or returned by the step before.
+            positions: ``[B, T]``, ascending, -1 marks padding; the positions that
+                follow those in the caches if not given.
 
         Returns:
             Logits ``[B, T, V]``, and the next state.
@@ -263,7 +268,7 @@ class Decoder(nnx.Module):
         return self._logits(x), state._replace(blocks=blocks)
 
     def _types(self) -> list[Any]:
-        """What each self-attention computes in; inputs and norms have a say in it."""
+        """The type each self-attention computes in, found by abstract evaluation."""
 
         def queries(decoder: Decoder, tokens: Array) -> list[Array]:
             x, found = decoder.embedding(tokens, tokens), []
@@ -280,7 +285,7 @@ class Decoder(nnx.Module):
 
 
 class EncoderDecoder(nnx.Module):
-    """The standard Transformer: every decoder block sees the encoder's output.
+    """The standard Transformer: every decoder block attends to the encoder's output.
 
     Example:
         >>> model = EncoderDecoder.standard(
@@ -307,18 +312,19 @@ class EncoderDecoder(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "EncoderDecoder":
-        """Both sides alike; the base model of the paper if nothing else is given.
+        """Encoder and decoder of the same sizes; by default the paper's base model.
 
         Args:
-            vocabulary_size: of the sources; of both, with shared vectors, if
-                ``target_size`` is not given.
-            target_size: of the targets.
-            mask: of the self-attention of both sides (an array is one mask), or a
-                list: one for each block; the decoder's is causal besides.
-            embedding: of the sources (of both, if ``target_size`` is not given), made
-                before.
-            rngs: Flax's.
-            **options: as of :meth:`Encoder.standard`.
+            vocabulary_size: number of source tokens; if ``target_size`` is not given,
+                of target tokens, too, and both share one embedding.
+            target_size: number of target tokens.
+            mask: mask of the self-attention of encoder and decoder (a mask or an
+                array), or a list of one mask for each block; in the decoder it is
+                combined with ``causal()``.
+            embedding: an existing embedding of source tokens (and of target tokens, if
+                ``target_size`` is not given); a new one if not given.
+            rngs: Flax's random streams.
+            **options: further arguments of :meth:`Encoder.standard`.
         """
         encoder = Encoder.standard(
             vocabulary_size, mask=mask, embedding=embedding, rngs=rngs, **options
@@ -350,9 +356,10 @@ class EncoderDecoder(nnx.Module):
         Args:
             source: ``[*batch, S]`` integers.
             target: ``[*batch, T]`` integers, beginning with the start token.
-            source_mask: of the sources among themselves: lengths, documents.
-            target_mask: of the targets among themselves.
-            memory_mask: of targets (queries) to sources (keys).
+            source_mask: mask of the encoder's self-attention: lengths, documents.
+            target_mask: mask of the decoder's self-attention.
+            memory_mask: mask of the cross-attention, targets (queries) to sources
+                (keys).
 
         Returns:
             ``[*batch, T, V]``.
@@ -362,7 +369,7 @@ class EncoderDecoder(nnx.Module):
 
 
 def _for_batch(mask: Any, batch: int) -> Mask | None:
-    """A mask whose arrays lead with the batch, as every array of a state does."""
+    """The mask with the batch as first axis of its arrays, as states need it."""
     if mask is None:
         return None
 

@@ -1,1 +1,1 @@
-"""The verbs, their validation and dispatch, and what they will cost."""
+"""The attention functions: validation, dispatch, derivatives, and their cost."""

@@ -1,4 +1,4 @@
-"""The one verb."""
+"""The functions ``attention`` and ``attention_with_stats``."""
 
 import functools
 from collections.abc import Sequence
@@ -51,31 +51,34 @@ def attention(
     precision: Any = None,
     implementation: str | None = None,
 ) -> Array:
-    """``softmax(modifiers(score(query, key)) where mask) . value``.
+    """Attention: ``softmax(modifiers(score(query, key)) where mask) . value``.
 
     Args:
-        query: ``[*batch, T, N, H]``.
-        key: ``[*batch, S, K, H]``; N is a multiple of K.
-        value: ``[*batch, S, K, D]``.
-        score: what similarity is; default ``scores.scaled_dot()``.
-        mask: who may attend to whom: an attnlab mask, a boolean array that broadcasts
-            to ``[*batch, N, T, S]`` (True = attend), or None: everyone to everyone.
-        modifiers: applied to the logits in this order, before the mask.
-        sinks: ``[N]`` learnable logits of a key that everyone sees and whose value is
-            zero.
+        query: ``[*batch, T, N, H]``: T queries, N heads of size H.
+        key: ``[*batch, S, K, H]``: S keys, K heads; N is a multiple of K.
+        value: ``[*batch, S, K, D]``: values of size D.
+        score: the similarity of a query and a key; None: ``scores.scaled_dot()``.
+        mask: which query may attend to which key: an attnlab mask, a boolean array that
+            broadcasts to ``[*batch, N, T, S]`` (True = attend), or None: each query to
+            every key.
+        modifiers: changes of the logits, applied in this order, before the mask.
+        sinks: ``[N]``, for each head the logit of an extra key that every query sees
+            and whose value is zero; may be learned.
         dropout_rate: the fraction of weights set to 0, in [0, 1); others are scaled by
             ``1 / (1 - rate)``. The pattern is a pure function of (rng, example, head,
             query position, key position).
         dropout_rng: a PRNG key, needed where ``dropout_rate > 0``.
-        query_offset: position of the first query, a scalar or ``[*batch]``, at least 0.
+        query_offset: position of the first query, a scalar or ``[*batch]``, at least 0;
+            if it is traced and negative, slots with a position below 0 are empty.
             Positions of keys start at 0.
-        query_positions: ``[T]`` or ``[*batch, T]`` integers from 0 to 2**31 - 1; -1 =
-            empty slot, and so is what a traced negative offset brings below 0.
-        key_positions: ``[S]`` or ``[*batch, S]`` integers, likewise. What does not fit
-            32 bits is refused; where it is traced, it stops at their ends.
-        precision: of matrix products; None: JAX's own setting.
+        query_positions: the position of each query, ``[T]`` or ``[*batch, T]``
+            integers from 0 to 2**31 - 1; -1 = empty slot.
+        key_positions: the position of each key, ``[S]`` or ``[*batch, S]``, likewise.
+            Integers that do not fit 32 bits are refused; traced ones are clipped.
+        precision: of matrix products; None: ``jax.default_matmul_precision``.
         implementation: None for the automatic choice, or a name that
-            :func:`attnlab.explain` lists. A name never falls back.
+            :func:`attnlab.explain` lists; if the one named cannot run, there is an
+            error, not another implementation.
 
     Returns:
         ``[*batch, T, N, D]`` in the query's dtype.
@@ -86,10 +89,11 @@ def attention(
             does not run on the platform.
 
     Numerics:
-        Logits, softmax and sums are float32 (float64 for float64). A query that may
-        attend to nothing yields 0 and gradient 0. What the mask hides from every query
-        reaches nothing, NaN included. Reverse mode to second order; for forward mode
-        use ``implementation="reference"`` (any score but additive and concat).
+        Logits, softmax and sums are float32 (float64 for float64 inputs). The output
+        and the gradient of a query that may attend to no key are 0. A key that the mask
+        hides from every query affects no output and no gradient, even if it is NaN.
+        Reverse-mode differentiation works to second order; forward mode needs
+        ``implementation="reference"`` and a score other than additive and concat.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -141,8 +145,8 @@ def attention_with_stats(
         **options: every keyword argument of :func:`attention`.
 
     Returns:
-        ``AttentionResult``; ``output`` is the same whatever ``top_k`` is, and ``lse``
-        ``[*batch, T, N]`` has a gradient.
+        ``AttentionResult``. ``output`` does not depend on ``top_k``; ``lse``,
+        ``[*batch, T, N]``, is differentiable.
 
     Example:
         >>> import jax.numpy as jnp
@@ -165,7 +169,7 @@ def attend(
     top_k: int | Literal["all"] | None = None,
     **options: Unpack[Options],
 ) -> AttentionResult:
-    """Either verb: :func:`attention_with_stats`, and without ``stats`` no ``lse``."""
+    """As :func:`attention_with_stats`; ``lse`` is None where ``stats`` is False."""
     args, settings = check(query, key, value, **options)
     top_k = as_top_k(top_k, key.shape[-3])
     return run_attention(args, settings.but(stats=stats, top_k=top_k))
@@ -173,7 +177,7 @@ def attend(
 
 @functools.partial(jax.jit, static_argnames="settings")
 def run_attention(args: Arguments, settings: Settings) -> AttentionResult:
-    """The whole computation on validated arguments, compiled once a structure."""
+    """The whole computation on validated arguments, compiled once for a structure."""
     placed = _explicitly_placed(args, settings.top_k)
     if placed is not None:
         settings = settings.but(place=_flat(placed.lse))
@@ -186,10 +190,10 @@ def run_attention(args: Arguments, settings: Settings) -> AttentionResult:
 
 
 def _explicitly_placed(args: Arguments, top_k: int | str | None) -> Any:
-    """Where the results lie on a mesh with explicit axes: as the queries do.
+    """The shardings of the results on a mesh with explicit axes: those of the queries.
 
-    What lies between is for the compiler to place: blocks are cut as masks have it.
-    None where no axis is explicit.
+    The compiler shards the arrays in between, whose blocks depend on the mask. None
+    where no axis is explicit.
     """
     types = [jax.typeof(x) for x in jax.tree.leaves(args)]
     meshes = [x.sharding.mesh for x in types if x.sharding.mesh.explicit_axes]
@@ -261,7 +265,7 @@ def _nothing(args: Arguments, top_k: int | str | None) -> AttentionResult:
 def _with_sinks(lse: Array, sinks: Array) -> Array:
     """Log-sum-exp ``[B, T, N]`` with a sink ``[N or 1]`` that every query sees."""
     sinks = jnp.broadcast_to(jnp.asarray(sinks).astype(lse.dtype), lse.shape)
-    # Of two that are nothing the sum is nothing; its gradient is 0, not 0 / 0.
+    # Where both are -inf, so is the result, and its gradient is 0, not 0 / 0.
     nothing = jnp.isneginf(lse) & jnp.isneginf(sinks)
     lse, sinks = (jnp.where(nothing, 0, x) for x in (lse, sinks))
     return jnp.where(nothing, -jnp.inf, jnp.logaddexp(lse, sinks))

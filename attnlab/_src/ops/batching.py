@@ -1,4 +1,4 @@
-"""Under ``vmap`` a pass is one pass still: the mapped axis folds into another one."""
+"""The ``vmap`` rule of the primitive: the mapped axis folds into another axis."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ def _mapped(
     structure: Any,
     **_: Any,
 ) -> tuple[list[Array], list[int]]:
-    """Under ``vmap`` it is one pass still."""
+    """One pass with the mapped axis folded; the results have it in front."""
     on = [axis is not None for axis in axes]
     size = next(x.shape[a] for x, a in zip(values, axes, strict=True) if a is not None)
     values = [

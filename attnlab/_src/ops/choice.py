@@ -11,7 +11,7 @@ from attnlab._src.implementations import (
 )
 from attnlab._src.types import AttentionInputs, Implementation
 
-#: What a program may be lowered for.
+#: The platforms that a program may be lowered for.
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -23,7 +23,7 @@ def default_platform() -> str:
 
 
 def as_platform(platform: str | None) -> str:
-    """The default backend's for None; else as it is.
+    """A platform that lowering knows; for None, the default backend's.
 
     Raises:
         ValueError: if lowering knows no such platform.
@@ -46,7 +46,7 @@ def _elsewhere(
     shared: bool,
     divided: bool,
 ) -> tuple[str, ...]:
-    """Why it cannot run in such a program, whatever the inputs are."""
+    """Why an implementation cannot run in such a program, whatever the inputs are."""
     only = implementation.platforms
     where: tuple[str, ...] = ()
     if only is not None and platform is not None and platform not in only:
@@ -61,7 +61,7 @@ def _elsewhere(
 
 
 def symbolic_sizes(inputs: AttentionInputs, letters: str = "BTS") -> dict[str, str]:
-    """Sizes that are not known (``jax.export``), by the letter of their axis."""
+    """Sizes that are symbolic (``jax.export``), by the letter of their axis."""
     sizes = {letter: getattr(inputs.sizes, letter) for letter in letters}
     return {n: str(size) for n, size in sizes.items() if not isinstance(size, int)}
 
@@ -69,7 +69,7 @@ def symbolic_sizes(inputs: AttentionInputs, letters: str = "BTS") -> dict[str, s
 def _reasons(
     implementation: Implementation, inputs: AttentionInputs
 ) -> tuple[str, ...]:
-    """Why it cannot take the inputs."""
+    """Why an implementation cannot take the inputs."""
     unknown = symbolic_sizes(inputs)
     where = [f"{n} ({unknown[n]})" for n in unknown if n not in implementation.symbolic]
     if not where:
@@ -82,7 +82,7 @@ def _reasons(
 
 
 def named(name: str) -> Implementation:
-    """The implementation of a name.
+    """The implementation with a name.
 
     Raises:
         ValueError: if there is none.
@@ -108,7 +108,7 @@ def choose(
     Args:
         inputs: the canonical record; arrays may be shapes only.
         name: the implementation asked for; None: the automatic choice.
-        platform: as lowering names it; None: not known yet, which excludes none.
+        platform: as lowering names it; None: not known yet, so not checked.
         exported: whether the program is to run elsewhere (``jax.export``).
         shared: whether it is one program for several platforms.
         divided: whether XLA divides the arrays among several devices by itself.
@@ -119,7 +119,7 @@ def choose(
             every reason. Or if a length is symbolic and none was asked for.
     """
     if name is None:
-        # Stop at the first capable one: to answer, some trace the user's functions.
+        # Stop at the first capable one: some must trace the user's functions to tell.
         for made in map(IMPLEMENTATIONS.__getitem__, automatic()):
             elsewhere = _elsewhere(made, platform, exported, shared, divided)
             if not elsewhere and not _reasons(made, inputs):
@@ -127,12 +127,11 @@ def choose(
         lengths = symbolic_sizes(inputs, "TS")
         unknown = " and ".join(f"{n} ({x})" for n, x in lengths.items())
         raise NotImplementedError(
-            f"implementation: a plan needs lengths that are known, got {unknown}; "
-            "implementation='reference' needs none: it holds [T, S], and runs only "
-            "when asked for"
+            f"implementation: a plan needs known lengths, got symbolic {unknown}; "
+            "give implementation='reference', which needs no plan but holds [T, S]"
         )
     made = named(name)
-    # JAX reports unsupported exports of one that was asked for.
+    # If it was asked for and cannot be exported, JAX raises the error.
     reasons = _elsewhere(made, platform, False, shared, divided)
     reasons += _reasons(made, inputs)
     if reasons:
@@ -147,7 +146,8 @@ def chosen_name(inputs: AttentionInputs, name: str | None) -> str | None:
 
     Args:
         inputs: the canonical record; arrays may be shapes only.
-        name: the implementation asked for, on any platform; None: the automatic choice.
+        name: the implementation asked for, whose platform is not checked; None: the
+            automatic choice.
     """
     try:
         return choose(inputs, name, default_platform() if name is None else None).name

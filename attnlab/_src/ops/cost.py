@@ -23,11 +23,11 @@ from attnlab._src.types import AttentionInputs, Plan
 
 
 class Cost(NamedTuple):
-    """The answer of :func:`cost`; ``str`` of it is readable text.
+    """The result of :func:`cost`; ``str`` of it is readable text.
 
     Attributes:
-        inputs: a line that describes them.
-        implementation: the one that would run.
+        inputs: a line that describes the inputs.
+        implementation: the name of the implementation that would run.
         exact: False where only shapes of the mask's data are known: then pairs, blocks
             and everything that follows from them are upper bounds.
         pairs: visible query-key pairs, all heads and examples.
@@ -36,15 +36,16 @@ class Cost(NamedTuple):
         blocks_partial: live blocks that need it.
         blocks_total: blocks, dead ones included.
         flops_forward: useful floating-point operations of the forward pass.
-        flops_backward: of the backward pass.
+        flops_backward: useful operations of the backward pass.
         flops_forward_executed: operations that the forward pass executes.
         flops_backward_executed: operations that the backward pass executes.
-        bytes_least: every input read once, the output written once.
-        bytes_moved: as the forward walks the plan: key and value read again for each
-            block of queries.
-        temporary_forward: peak bytes beside inputs and outputs, from the compiler; None
-            for a platform that is not here.
-        temporary_backward: the same of forward and backward together.
+        bytes_least: bytes if query, key and value are read once and the output is
+            written once.
+        bytes_moved: bytes that the forward pass moves: it reads keys and values again
+            for each block of queries that sees them.
+        temporary_forward: peak bytes beside inputs and outputs, as the compiler reports
+            them; None if the platform is not the default backend's.
+        temporary_backward: the same for forward and backward together.
     """
 
     inputs: str
@@ -102,7 +103,7 @@ def cost(
         key: ``[*batch, S, K, H]``.
         value: ``[*batch, S, K, D]``.
         platform: the default backend's if not given; temporaries are known for that
-            one only, because the compiler tells them.
+            one only, because its compiler reports them.
         **options: every keyword argument of :func:`attnlab.attention`.
 
     Example:
@@ -213,7 +214,7 @@ def _count(
             return plan, jnp.zeros((1, 1, 1))
         return plan, scan_partial(args.mask, operands, query, key, plan)[0]
 
-    # Only the mask's data run: query, key and value may be shapes.
+    # A function of the mask's data and positions: query, key and value may be shapes.
     def from_data(data: Any) -> Any:
         names = ("mask", "query_offset", "query_positions", "key_positions")
         return work(args._replace(**dict(zip(names, data, strict=True))))
@@ -242,7 +243,7 @@ def _flops_per_pair(args: Arguments, inputs: AttentionInputs) -> tuple[int, int]
 
 
 def _temporary(args: Arguments, settings: Settings, backward: bool) -> int:
-    """Peak temporary bytes as the compiler of the default backend tells them."""
+    """Peak temporary bytes, as the compiler of the default backend reports them."""
     call = functools.partial(run_attention, settings=settings)
 
     def loss(arrays: Any, args: Arguments) -> Any:

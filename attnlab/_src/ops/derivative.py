@@ -1,4 +1,4 @@
-"""The derivatives around all implementations: one rule, the same residuals for all."""
+"""The derivative of a pass: one rule and the same residuals for all implementations."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from attnlab._src.reverse import reverse_only
 from attnlab._src.types import Array, AttentionInputs, PyTree, pytree, static
 from attnlab._src.varying import vary_like
 
-#: What it would need.
+#: Ends the error of forward mode: "forward mode (...) of <this>".
 _FORWARD_MODE = 'attention needs implementation="reference"'
 
 
@@ -51,7 +51,7 @@ def run(
             output, lse = implementation.forward(apply_deferred(inputs))
             sees = ~jnp.isneginf(lse)
             return jnp.where(sees[..., None], output, 0), jnp.where(sees, lse, -jnp.inf)
-    # Inside shard_map every input must vary alike: then JAX, not we, sums gradients.
+    # Inside shard_map all must vary over the same axes: then JAX sums the gradients.
     inputs = jax.tree.map(
         lambda x: vary_like(x, inputs), reverse_only(inputs, _FORWARD_MODE)
     )
@@ -62,10 +62,11 @@ def run(
 def _differentiated(
     primals: Sequence[Array], tangents: Sequence[Any], *, asked: Asked, **static: Any
 ) -> tuple[Sequence[Array], Sequence[Any]]:
-    """The forward pass of what has a gradient: here the residuals are kept.
+    """The derivative rule of the primitive: a forward pass that keeps residuals.
 
-    Not where it is called: mapped axes are folded by then, so that keys that were not
-    mapped have one gradient, not one for each example, to be added up.
+    They are kept here and not where attention is called, because here mapped axes are
+    folded: keys that are not mapped have one gradient, not one for each example that
+    JAX would have to sum.
     """
     moves = [not isinstance(x, ad.Zero) for x in tangents]
 
@@ -103,7 +104,7 @@ def _with_backward(asked: Asked) -> Callable[[AttentionInputs], tuple[Array, Arr
     def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
         wanted, inputs, output, kept = saved
         lse, (d_output, d_lse) = with_inf(kept), cotangents
-        # Whatever gradient comes to a query that sees nothing, it stops here.
+        # No gradient passes a query that sees nothing.
         sees = ~jnp.isneginf(lse)
         if isinstance(d_output, SymbolicZero):
             d_output = jnp.zeros_like(output)
@@ -127,7 +128,7 @@ def _backward(
     d_output: Array,
     d_lse: Array | None,
 ) -> list[Array]:
-    """Gradients of the wanted leaves; differentiable itself, by the reference."""
+    """Gradients of the wanted leaves; the reference differentiates them once more."""
 
     @jax.custom_vjp
     def call(*arguments: Any) -> list:

@@ -1,4 +1,4 @@
-"""The signature of ``jax.nn.dot_product_attention``, on attnlab's own engine."""
+"""A function with the signature of ``jax.nn.dot_product_attention``."""
 
 import functools
 import operator
@@ -71,10 +71,10 @@ def dot_product_attention(
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """``jax.nn.dot_product_attention``, argument for argument, by attnlab.
+    """``jax.nn.dot_product_attention``, with the same arguments, computed by attnlab.
 
-    Causality and windows stay structure: dead blocks are skipped, forward and backward,
-    and no ``[T, S]`` array is made.
+    Causality and windows are static structure: dead blocks are skipped, forward and
+    backward, and no ``[T, S]`` array is made.
 
     Args:
         query: ``[B, T, N, H]`` or ``[T, N, H]``.
@@ -82,10 +82,11 @@ def dot_product_attention(
         value: ``[B, S, K, D]`` or ``[S, K, D]``.
         bias: added to the logits; broadcasts to ``[B, N, T, S]``.
         mask: booleans, True = attend; broadcasts to ``[B, N, T, S]``.
-        scale: of the logits, a scalar; ``1 / sqrt(H)`` if not given.
+        scale: a scalar factor of the logits; ``1 / sqrt(H)`` if not given.
         is_causal: query t sees keys 0 to t.
-        query_seq_lengths: integers ``[B]``; queries from there on yield 0.
-        key_value_seq_lengths: integers ``[B]``; keys from there on are hidden.
+        query_seq_lengths: how many queries are used, integers ``[B]``; others yield 0.
+        key_value_seq_lengths: how many keys are used, integers ``[B]``; others are
+            hidden.
         local_window_size: (left, right), or one number for both: query t sees keys
             ``t - left`` to ``t + right``.
         implementation: None for attnlab's automatic choice, or a name that
@@ -103,11 +104,12 @@ def dot_product_attention(
             take the inputs.
 
     Numerics:
-        attnlab's laws hold where they are stricter than jax.nn's. A query that sees
-        nothing yields 0 and gradient 0 (there: the mean of the values, and a residual
-        that is a large negative number; here it is -inf). What the mask hides from
-        every query reaches nothing, NaN included. Softmax is float64 for float64, and
-        16-bit inputs keep float32 weights.
+        Some results differ from those of ``jax.nn``. A query that sees no key has
+        output 0, gradient 0 and residual -inf (in ``jax.nn``: the mean of the values,
+        and a large negative residual). A key that the mask hides from every query
+        affects nothing, even if it is NaN. Softmax is float64 for float64 inputs. The
+        weights of 16-bit inputs are float32, unless a kernel rounds them for a product
+        (at JAX's default precision).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -131,7 +133,7 @@ def dot_product_attention(
     for name, flag in (("is_causal", is_causal), ("return_residual", return_residual)):
         if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(
-                f"{name}: expected a bool, which is structure, got {flag!r}"
+                f"{name}: expected a bool (it must not be traced), got {flag!r}"
             )
     if implementation == "cudnn":
         raise NotImplementedError(
@@ -165,13 +167,13 @@ def dot_product_attention(
 
 
 def all_of(*masks: Mask | None) -> Mask:
-    """Visible where every mask says so; None says so everywhere."""
+    """The conjunction of the masks; None stands for no mask."""
     given = [mask for mask in masks if mask is not None]
     return functools.reduce(operator.and_, given) if given else full_mask()
 
 
 def as_array(name: str, x: Any) -> Array:
-    """What ``jnp.asarray`` takes, or an error that names the argument.
+    """``jnp.asarray(x)``, or an error that names the argument.
 
     Raises:
         TypeError: if it is no array.
@@ -242,7 +244,7 @@ def _length(name: str, given: Any, batch: int) -> Array | None:
 
 
 def _scale(scale: Any) -> Any:
-    """A number or a scalar array: data, so that another one does not recompile."""
+    """A number or a scalar as an array, so that a new scale does not recompile."""
     if scale is None:
         return None
     scale = as_array("scale", scale)

@@ -17,16 +17,17 @@ from attnlab._src.types import AttentionInputs, Implementation
 
 
 class Explanation(NamedTuple):
-    """The answer of :func:`explain`; ``str`` of it is readable text.
+    """The result of :func:`explain`; ``str`` of it is readable text.
 
     Attributes:
-        inputs: a line that describes them.
-        platform: where it would run.
-        implementation: the name of the one that runs.
+        inputs: a line that describes the inputs.
+        platform: the platform that attention would run on.
+        implementation: the name of the implementation that would run.
         block_sizes: (queries, keys) in a block of its plan.
-        passed_over: for each other implementation, every reason.
-        crossover: how the mask's time compares with that of full attention, from which
-            length on it is less, and on which machine; None if nothing was measured.
+        passed_over: for each other implementation, every reason why it does not run.
+        crossover: the share of full attention's time that the mask takes, from which
+            length on it is faster, and the machine of the measurements; None if nothing
+            comparable was measured.
     """
 
     inputs: str
@@ -52,7 +53,7 @@ class Explanation(NamedTuple):
 def canonical(
     query: Any, key: Any, value: Any, options: Options
 ) -> tuple[Arguments, Settings, AttentionInputs]:
-    """What ``check`` returns, and the shapes of what implementations would get."""
+    """What ``check`` returns, and the inputs of an implementation, as shapes."""
     args, settings = check(query, key, value, **options)
     return args, settings, jax.eval_shape(lambda a: prepare(a, settings), args)
 
@@ -78,11 +79,12 @@ def describe(args: Arguments, inputs: AttentionInputs) -> str:
 def crossover(
     mask: Mask, inputs: AttentionInputs, chosen: Implementation
 ) -> str | None:
-    """When the mask pays, by the times that were measured of an implementation.
+    """How much time the mask saves, by measured times of the implementation.
 
     Returns:
-        None where the mask is full, where its blocks are not known, or where nothing
-        like the inputs was measured: inner products in float32, without modifiers.
+        A line of text; None where the mask is full, where its arrays are traced, or
+        where nothing like the inputs was measured: inner products in float32, without
+        modifiers, T = S, positions that are slot numbers.
     """
     s, fits = inputs.sizes, measured().fits.get(chosen.name, {})
     known = all(
@@ -101,7 +103,7 @@ def crossover(
     blocks = chosen.block_sizes(inputs)
 
     def work(mask: Mask, length: int) -> tuple[float, float, float]:
-        """Queries, pairs as if of head size 64, and blocks."""
+        """How many queries, executed pairs (scaled to head size 64) and live blocks."""
         plan = mask.plan(length, block_size=blocks)
         live = np.asarray(chosen.blocks_executed(plan))
         count = float(live.sum()) * (s.B * s.N // math.prod(live.shape[:2]))
@@ -109,11 +111,11 @@ def crossover(
         return float(s.B * s.N * length), count * size, count
 
     def shares(length: int) -> dict[str, float]:
-        """Of full attention's time, by direction."""
+        """The share of full attention's time, for each direction."""
         sparse, dense = work(mask, length), work(full(), length)
         return {d: f.seconds(*sparse) / f.seconds(*dense) for d, f in fits.items()}
 
-    text = "of full attention's time about " + ", ".join(
+    text = "share of full attention's time: about " + ", ".join(
         f"{share:.0%} {direction}" for direction, share in shares(s.T).items()
     )
     # The mask's arrays at another length are unknown.
@@ -126,7 +128,7 @@ def crossover(
             )
         )
         if pays:
-            text += f"; less from T = {pays[-1]:,} on"
+            text += f"; faster from T = {pays[-1]:,} on"
     return f"{text} (fitted: {measured().where})"
 
 

@@ -1,7 +1,7 @@
-"""A mapped axis (``vmap``) folds into an axis that is there: kernels see none.
+"""Folds the mapped axis of ``vmap`` into the heads or the batch; kernels see no other.
 
-Into the heads where keys and values are not mapped: heads share a key head as they do
-anyway, and nothing of the keys is copied. Else into the batch.
+Where keys and values are not mapped, it folds into the query heads that share a key
+head, so that no keys are copied; otherwise into the batch.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from attnlab._src.masks.planning import reads_head
 from attnlab._src.ops.choice import chosen_name
 from attnlab._src.types import Array, PyTree
 
-#: What a pass is given: the inputs, and a backward pass arrays ``[B, T, N, ...]``, too.
+#: Arguments of a pass: the inputs; for a backward pass also arrays ``[B, T, N, ...]``.
 Given = tuple[Any, ...]
-#: Which leaves of the inputs a pass makes gradients of; None: the forward pass.
+#: Which leaves of the inputs need a gradient; None: the pass is a forward pass.
 Wanted = tuple[bool, ...] | None
 
 
 class IntoBatch(NamedTuple):
-    """Each example of the mapped axis becomes as many of the batch.
+    """Each entry of the mapped axis becomes B examples of the batch.
 
     Attributes:
         size: of the mapped axis.
@@ -38,7 +38,7 @@ class IntoBatch(NamedTuple):
     batch: int
 
     def fold(self, mapped: Given, given: Given, wanted: Wanted) -> Given:
-        """Spread out are query, key, value and what has a gradient.
+        """Query, key, value and leaves with a gradient get the full batch axis.
 
         Other arrays that are not mapped stay shared where their batch axis is 1.
         """
@@ -68,7 +68,7 @@ class IntoBatch(NamedTuple):
 
         Args:
             found: the results of the pass.
-            batches: the batch axis that each has without the mapped one, B or 1.
+            batches: size of each result's batch axis without the mapped one, B or 1.
         """
         result = []
         for folded, own in zip(found, batches, strict=True):
@@ -78,9 +78,9 @@ class IntoBatch(NamedTuple):
 
 
 class IntoHeads(NamedTuple):
-    """Each example of the mapped axis becomes as many heads.
+    """Each entry of the mapped axis becomes N heads.
 
-    Those of one key head follow each other: ``[K, size, group]`` is the axis of heads.
+    Heads that share a key head are adjacent: the axis of heads is ``[K, size, group]``.
 
     Attributes:
         size: of the mapped axis.
@@ -93,11 +93,11 @@ class IntoHeads(NamedTuple):
     group: int
 
     def fold(self, mapped: Given, given: Given, wanted: Wanted) -> Given:
-        """Key and value, and what is the same for all heads, stay as they are."""
+        """Key and value, and arrays that all heads share, stay as they are."""
         inputs, marks = given[0], mapped[0]
         parts = jax.tree.map(self._operand, _operands(marks), _operands(inputs))
         living = inputs.living[1]
-        if marks.living[1]:  # an example that does not see a slot hides it itself
+        if marks.living[1]:  # live for some entry; the masks of others hide it
             living = living.any(0)
         query, *others = jax.tree.map(
             self._by_token, (marks.query, *mapped[1:]), (inputs.query, *given[1:])
@@ -112,7 +112,7 @@ class IntoHeads(NamedTuple):
         return self._one(mark, x, 1)
 
     def _mask(self, mask: Mask) -> Mask:
-        """Each head has the mask that it had."""
+        """The mask, in which each head keeps its part of ``per_head``."""
 
         def one(mask: Any) -> Any:
             if not exactly(mask, PerHead):
@@ -127,7 +127,7 @@ class IntoHeads(NamedTuple):
         return self._one(mark, x, 2)
 
     def _one(self, mark: bool, x: Array, axis: int) -> Array:
-        """``axis`` is that of the heads, 1 or all of them, without the mapped one."""
+        """``axis``: where the heads (1 or N) are, not counting the mapped axis."""
         x = jnp.moveaxis(x, 0, axis) if mark else jnp.expand_dims(x, axis)
         lead, rest = x.shape[:axis], x.shape[axis + 2 :]
         size, heads = x.shape[axis : axis + 2]
@@ -148,7 +148,7 @@ class IntoHeads(NamedTuple):
 
 
 def _operands(inputs: Any) -> dict[str, PyTree]:
-    """What has an axis of heads behind that of the batch, and need not run along it."""
+    """Arrays whose second axis is that of the heads, N or 1."""
     names = ("pair_params", "modifier_operands", "mask_operands", "dropout_words")
     names = (*names, "query_positions", "key_positions", "head_scale")
     parts = {name: getattr(inputs, name) for name in names}
@@ -162,8 +162,8 @@ def fold_of(
 
     Args:
         size: of the mapped axis.
-        mapped: which leaves it leads.
-        given: to the pass.
+        mapped: which leaves have it as their first axis.
+        given: the arguments of the pass.
         wanted: see ``Wanted``.
         name: the implementation asked for; None: the automatic choice.
     """
@@ -171,7 +171,7 @@ def fold_of(
     heads, key_heads = inputs.query.shape[-2], inputs.key.shape[-2]
     into_batch = IntoBatch(size, inputs.query.shape[1 if marks.query else 0])
     into_heads = IntoHeads(size, key_heads, heads // key_heads)
-    # Plans know no positions by the head; and each example wants its own gradients.
+    # Plans take no positions that differ by head; each entry has its own gradients.
     along = marks.key, marks.value, marks.query_positions, marks.key_positions
     if any(along) or (wanted is not None and any(wanted[1:])):
         return into_batch
@@ -188,16 +188,16 @@ def fold_of(
         return into_batch
     if modifiers_read_head(alone) or mask_reads_head(alone.mask, alone.mask_operands):
         return into_batch
-    # What a mask for each head is given, all heads share.
+    # Operands of ``per_head`` masks cannot differ by head.
     of_head = alone.mask.head_count > 1 and any(jax.tree.leaves(marks.mask_operands))
-    # Many heads on one key head must not lead to another implementation.
+    # More heads for each key head must not lead to another implementation.
     if of_head or chosen_name(alone, name) != chosen_name(shared, name):
         return into_batch
     return into_heads
 
 
 def mask_reads_head(mask: Mask, operands: PyTree) -> bool:
-    """Whether a rule of the user's asks which head it is at: that must be as it was."""
+    """Whether a rule of the user's reads the number of the head."""
     if exactly(mask, And, Or, PerHead):
         parts = zip(mask.parts, operands, strict=True)
         return any(mask_reads_head(part, own) for part, own in parts)

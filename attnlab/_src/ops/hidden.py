@@ -21,16 +21,16 @@ def zero_hidden(
     query_positions: Any = None,
     key_positions: Any = None,
 ) -> tuple[Array, ...]:
-    """The same with zeros where a query sees nothing, or no query sees the key.
+    """The arrays with zeros in slots that see nothing, or that no query sees.
 
-    Whatever is there, NaN included, then reaches neither a projection of it nor the
-    projection's gradient.
+    What these slots hold, NaN included, then reaches neither a projection of them nor
+    the projection's gradient.
 
     Args:
         query: ``[*batch, T, features]``.
-        *memory: ``[*batch, S, features]``: what keys and values are made of.
-        num_heads: N; a slot is hidden if it is for each of them.
-        mask: as of :func:`attnlab.attention`, like the rest.
+        *memory: ``[*batch, S, features]``: arrays that make keys and values.
+        num_heads: N; a slot is hidden if it is hidden for every head.
+        mask: as of :func:`attnlab.attention`, like the further arguments.
         query_offset: position of the first query.
         query_positions: ``[T]`` or ``[*batch, T]``; -1 = empty.
         key_positions: ``[S]`` or ``[*batch, S]``; -1 = empty.

@@ -34,14 +34,15 @@ from attnlab._src.types import (
     skeleton,
 )
 
-#: Blocks in which liveness of slots is decided.
+#: Slots in the blocks by which liveness is decided.
 _ALIVE_BLOCK = 512
-#: Or smaller, where nothing is partial then; still smaller, a plan grows too large.
+#: The least size of those that divide a mask's ``block_multiple``: smaller blocks would
+#: make a plan too large.
 _FINEST_ALIVE_BLOCK = 32
 
 
 def prepare(args: Arguments, settings: Settings) -> AttentionInputs:
-    """Canonical form: 4-D arrays, normalised operands, dead slots zeroed, projected."""
+    """Canonical form: 4-D projected arrays, normalised operands, dead slots marked."""
     precision, dropout_rate = settings.precision, settings.dropout_rate
     batch = args.query.shape[:-3]
     query, key, value = (
@@ -63,7 +64,7 @@ def prepare(args: Arguments, settings: Settings) -> AttentionInputs:
         grouped = key_alive.reshape(key_alive.shape[0], key_heads, -1, s)
         key_alive = grouped.any(2)
     score, logit_scale, head_scale = _without_scale(args.score, query)
-    # Kernels leave out dead slots when they read; a projection must not see them.
+    # Kernels skip dead slots when they read; a projection needs zeros there.
     name = type(args.score).__name__
     projected = _project(score, query, key, name, precision)
     has_dead = query_alive is not None or key_alive is not None
@@ -104,10 +105,10 @@ def prepare(args: Arguments, settings: Settings) -> AttentionInputs:
 
 
 class Seen(NamedTuple):
-    """What a mask says of the slots.
+    """Which slots a mask leaves alive.
 
     Attributes:
-        operands: of the mask, normalised.
+        operands: operands of the mask, normalised.
         query_positions: ``[B or 1, N or 1, T, 1]``.
         key_positions: ``[B or 1, 1, 1, S]``.
         query_alive: ``[B or 1, N or 1, T]``; None: every query sees something.
@@ -124,14 +125,14 @@ class Seen(NamedTuple):
 def what_is_seen(
     args: Arguments, batch: tuple[int, ...], heads: int, t: int, s: int
 ) -> Seen:
-    """Which slots are alive; of the arguments, mask and positions count."""
+    """Which slots are alive; of ``args``, only mask and positions are read."""
     operands = normalise_tree(args.mask.operands(t, s), batch, "mask")
     check_operand_shapes(operands, (heads, t, s), "mask")
     args.mask.check_heads(heads)
     operands = jax.lax.stop_gradient(operands)
     query, key = positions_of(args, batch, t, s)
     if reads_head(args.mask, operands) and args.mask.head_count == 1:
-        # Where positions run along the heads, each head is asked.
+        # With positions that run along the heads, plans evaluate each head.
         query = jnp.broadcast_to(query, (query.shape[0], heads, t, 1))
     positions = query, key
     if not isinstance(t, int) or not isinstance(s, int):
@@ -161,7 +162,7 @@ def positions_of(
         offset = 0 if args.query_offset is None else args.query_offset
         offset = arguments.as_int32(jnp.asarray(offset))[..., None, None, None]
         slots = jnp.arange(t, dtype=jnp.int32).reshape(*[1] * (offset.ndim - 2), t, 1)
-        # No position is beyond the greatest one.
+        # The same as offset + slots, clipped to the greatest position.
         positions = jnp.minimum(offset, FAR - slots) + slots
     query = normalise(Operand(positions), batch, "query_positions")
     if args.key_positions is not None:
@@ -175,7 +176,7 @@ def project_key(score: Score, key: Array, precision: Any) -> Array:
     """``score.project_key``, in the precision that is asked for.
 
     Args:
-        score: whose projection it is.
+        score: the score.
         key: ``[*batch, S, K, H]``.
         precision: as of :func:`attnlab.attention`.
     """
@@ -184,7 +185,7 @@ def project_key(score: Score, key: Array, precision: Any) -> Array:
 
 
 def _without_scale(score: Score, query: Array) -> tuple[Score, float, Array | None]:
-    """The score, the factor of its logits that is structure, and that which is data."""
+    """The score without its scale; the scale as a float (or 1.0), as data (or None)."""
     if not score.is_inner_product:
         return score, 1.0, None
     name = type(bare(score)).__name__
@@ -218,7 +219,7 @@ def _project(
         if jnp.shape(after)[:-1] != before.shape[:-1]:
             raise ValueError(
                 f"score: {name}.{method} makes shape {jnp.shape(after)} of "
-                f"{before.shape}, expected {before.shape[:-1]} and a size"
+                f"{before.shape}, expected {before.shape[:-1]} and one more axis"
             )
         if not is_wide_float(after.dtype):
             raise TypeError(
@@ -230,7 +231,8 @@ def _project(
     if len(wide) > 1 or len(types - wide) > 1:
         raise TypeError(
             f"score: {name} projects the query to {projected[0].dtype} and the key to "
-            f"{projected[1].dtype}; they must agree, or one be float32 and one 16 bits"
+            f"{projected[1].dtype}; they must agree, unless one is float32 and the "
+            "other has 16 bits"
         )
     sizes = [x.shape[-1] for x in projected]
     if sizes[0] != sizes[1]:
@@ -246,7 +248,8 @@ def _pair_operand(x: Array, heads: int) -> Array:
     x = jnp.asarray(x)
     if x.ndim == 0 or x.shape[0] not in (1, heads):
         raise ValueError(
-            f"score: pair_params must lead with {heads} heads or 1, got {x.shape}"
+            f"score: the first axis of each array of pair_params must be {heads} "
+            f"(heads) or 1, got shape {x.shape}"
         )
     return x.reshape((1, x.shape[0], 1, 1, *x.shape[1:]))
 

@@ -1,8 +1,8 @@
-"""One pass as one primitive, whose implementation is chosen when it is lowered.
+"""A pass as one primitive, whose implementation is chosen when it is lowered.
 
-While a program is traced, a forward or a backward pass is one primitive. What it does
-is decided when the program is lowered, because only then its platform is known; and
-only what is chosen is ever traced.
+While a program is traced, a forward or a backward pass is one primitive. Its
+implementation is chosen when the program is lowered, because only then the platform is
+known; no other implementation is traced.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ class Asked:
 
     Attributes:
         implementation: a name; None: the automatic choice.
-        place: of the query, see ``Settings``.
-        precision: of matrix products that name none.
-        x64: whether 64-bit types exist.
+        place: sharding of the query, see ``Settings``.
+        precision: JAX's default, for matrix products that name none.
+        x64: whether JAX's x64 mode is on.
     """
 
     implementation: str | None
@@ -48,14 +48,14 @@ class Asked:
 
     @classmethod
     def now(cls, implementation: str | None, place: NamedSharding | None) -> "Asked":
-        """With the settings of JAX that hold now."""
+        """With JAX's current settings."""
         config: Any = jax.config
         precision = config.jax_default_matmul_precision
         return cls(implementation, place, precision, config.jax_enable_x64)
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
-        """A program may be lowered where the settings it was traced under are gone."""
+        """Restores the settings of the call: lowering may happen under others."""
         with jax.default_matmul_precision(self.precision), jax.enable_x64(self.x64):
             yield
 
@@ -68,8 +68,8 @@ def _mesh_for(platforms: Sequence[str], is_share: bool) -> Iterator[None]:
 
     Args:
         platforms: which the program is for.
-        is_share: whether each device has its share of the arrays already: then there is
-            no axis that anything could be divided along.
+        is_share: whether the arrays are one device's share already; then there is no
+            mesh to divide them over.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
@@ -83,9 +83,9 @@ def _mesh_for(platforms: Sequence[str], is_share: bool) -> Iterator[None]:
         yield
 
 
-#: One pass over ``leaves``, the flat arguments: ``(inputs,)`` where ``wanted`` is None,
-#: the forward pass; else ``(inputs, output, lse, d_output, d_lse)``, and ``wanted``
-#: tells the leaves of the inputs that need a gradient.
+#: One pass over the leaves of its arguments. Where ``wanted`` is None it is a forward
+#: pass over ``(inputs,)``; else a backward pass over ``(inputs, output, lse, d_output,
+#: d_lse)``, and ``wanted`` says which leaves of the inputs need a gradient.
 attention_p = jax.extend.core.Primitive("attention")
 attention_p.multiple_results = True
 
@@ -105,7 +105,7 @@ def _types(*avals: Any, wanted: Any, structure: Any, **_: Any) -> list[Any]:
     ]
 
 
-# Inlined: behind a call, XLA would not see that liveness has made the same plan.
+# Inlined: across a call, XLA would not merge this plan with the one that liveness made.
 @functools.partial(
     jax.jit, static_argnames=("name", "wanted", "structure"), inline=True
 )
@@ -183,7 +183,7 @@ def _lower(
     if others:
         call = functools.partial(lax.platform_dependent, default=call, **others)
     is_share = is_divided(module.axis_context)
-    # On a device nothing varies: implementations need not care for shard_map.
+    # Without the manual axes of shard_map: implementations see one device's arrays.
     avals = [
         jax.core.ShapedArray(
             x.shape, x.dtype, x.weak_type, sharding=None if is_share else x.sharding
@@ -204,8 +204,8 @@ def _bind(*leaves: Array, **static: Any) -> list[Array]:
 
 @attention_p.def_impl
 def _run_alone(*leaves: Array, **static: Any) -> list[Array]:
-    # What JAX runs step by step to find a NaN is one step here, and a log-sum-exp of
-    # -inf is what it should be: the next step that yields one is named.
+    # Where JAX runs a program step by step to find a NaN, a pass is one step. Its
+    # log-sum-exp may be -inf; a later step that yields NaN or -inf is reported.
     with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         return _bind(*leaves, **static)
 

@@ -1,4 +1,4 @@
-"""Implementations of others: they come and go by name."""
+"""Registers implementations of users, and removes them, by name."""
 
 import contextlib
 import math
@@ -15,14 +15,14 @@ from attnlab._src.types import Implementation
 def register(implementation: Implementation, *, priority: float | None = None) -> None:
     """Lets ``attention(..., implementation=name)`` find an implementation.
 
-    Registering another one of the same name takes the place of the first. Programs that
-    were compiled before keep what they have.
+    A second one of the same name replaces the first. Programs that were compiled before
+    keep the implementation that they were compiled with.
 
     Args:
-        implementation: an instance; its ``name`` is what callers say.
-        priority: where the automatic choice considers it: before all of less priority.
-            attnlab's own have 20 (``native``), 10 (``pallas_tpu``) and 0 (``tiled``).
-            None: it runs only when asked for by name.
+        implementation: an instance; callers give its ``name``.
+        priority: the automatic choice takes the capable implementation of the greatest
+            priority. attnlab's own have 20 (``native``), 10 (``pallas_tpu``) and 0
+            (``tiled``). None: it runs only when asked for by name.
 
     Raises:
         TypeError: if it is no instance of :class:`attnlab.extend.Implementation`, lacks
@@ -89,7 +89,7 @@ def checked_name(implementation: Any) -> str:
 
 @contextlib.contextmanager
 def instead(implementation: Implementation) -> Iterator[None]:
-    """Within this, calls find it under its name, whatever was registered there.
+    """Registers an implementation under its name for a while, in place of any other.
 
     Raises:
         TypeError, ValueError: as :func:`register`.
@@ -109,7 +109,7 @@ def instead(implementation: Implementation) -> Iterator[None]:
 
 
 def unregister(name: str) -> None:
-    """Takes back :func:`register`.
+    """Removes an implementation that was registered with :func:`register`.
 
     Raises:
         ValueError: if no implementation was registered under that name.
@@ -122,7 +122,7 @@ def unregister(name: str) -> None:
 
 
 def _forget() -> None:
-    """The next call is traced anew: another implementation may be chosen."""
+    """Clears caches: the next call is traced again and may choose another one."""
     jitted: tuple[Any, ...] = (run_attention, compute)
     for function in jitted:
         function.clear_cache()

@@ -1,6 +1,6 @@
-"""What a forward pass keeps for the backward pass, by name, for policies of remat.
+"""Residuals of the forward pass, with names for the policies of ``jax.checkpoint``.
 
-The log-sum-exp is kept without its -inf: jax.debug_infs looks at what is kept.
+The log-sum-exp is kept without -inf, because ``jax.debug_infs`` checks residuals.
 """
 
 import jax.numpy as jnp
@@ -17,5 +17,5 @@ def keep(output: Array, lse: Array) -> tuple[Array, Array]:
 
 
 def with_inf(kept: Array) -> Array:
-    """The log-sum-exp that :func:`keep` was given."""
+    """The log-sum-exp, -inf included, from what :func:`keep` made of it."""
     return jnp.where(kept == jnp.finfo(kept.dtype).min, -jnp.inf, kept)

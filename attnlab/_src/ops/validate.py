@@ -1,4 +1,4 @@
-"""Checks of what the user gave: each failure names the argument, and what would do."""
+"""Checks of the user's arguments: an error names the argument and what is expected."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,15 +57,16 @@ class Arguments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a call settles beside its arrays: structure, one static argument.
+    """The settings of a call beside its arrays: structure, one static argument.
 
     Attributes:
         dropout_rate: in [0, 1).
-        precision: of matrix products; None: JAX's own setting.
+        precision: of matrix products; None: ``jax.default_matmul_precision``.
         implementation: a name; None: the automatic choice.
         stats: whether the caller reads log-sum-exp.
-        top_k: None, no weights; "all" of them; or how many of each query.
-        shared_dropout: whether all examples and heads have one dropout pattern, as of
+        top_k: None: no weights; "all": all weights; or the number of greatest weights
+            for each query.
+        shared_dropout: whether all examples and heads have one dropout pattern, as with
             Flax's ``broadcast_dropout``.
         place: of the query, ``[B, T, N]``, on a mesh with explicit axes; None: unknown.
     """
@@ -79,7 +80,7 @@ class Settings:
     place: NamedSharding | None = None
 
     def but(self, **changes: Any) -> "Settings":
-        """The same with some of them changed."""
+        """A copy with some of them changed."""
         return dataclasses.replace(self, **changes)
 
 
@@ -89,7 +90,7 @@ def is_wide_float(dtype: Any) -> bool:
 
 
 def _check_arrays(query: Any, key: Any, value: Any, projected: bool) -> None:
-    """``projected``: the score made the key, and may have made it wider."""
+    """``projected``: the key is a projection, whose type may be a wider one."""
     for name, x, letters in (
         ("query", query, "[..., T, N, H]"),
         ("key", key, "[..., S, K, H]"),
@@ -154,13 +155,13 @@ def _check_positions(args: Arguments) -> None:
         )
     if args.query_positions is not None and offset is not None:
         raise ValueError(
-            "query_offset, query_positions: give one of the two, got both; positions "
-            "already say where each query stands"
+            "query_offset, query_positions: give one of the two, got both; "
+            "query_positions already has the position of each query"
         )
 
 
 def _as_offset(offset: Any, length: int) -> Any:
-    """None for 0, which is structure; else data: a new one does not recompile."""
+    """None for 0, which is structure; else an array: a new one does not recompile."""
     is_int = isinstance(offset, (int, np.integer)) and not isinstance(offset, bool)
     if not is_int and not hasattr(offset, "dtype"):
         raise TypeError(
@@ -175,7 +176,7 @@ def _as_offset(offset: Any, length: int) -> Any:
         if checked.min() < 0:
             raise ValueError(
                 f"query_offset: expected positions of at least 0, got {checked.min()}; "
-                "slots that hold no query have query_positions of -1"
+                "for slots that hold no query, give query_positions of -1"
             )
         if isinstance(length, int) and int(checked.max()) + length - 1 > FAR:
             raise ValueError(
@@ -186,7 +187,7 @@ def _as_offset(offset: Any, length: int) -> Any:
 
 
 def _check_leaves(name: str, owner: Any) -> None:
-    """What it holds must be arrays and numbers, and it a pytree."""
+    """Checks that ``owner`` is a pytree of arrays and numbers."""
     kind = type(owner).__name__
     for path, leaf in jax.tree.leaves_with_path(owner):
         if isinstance(leaf, (Mask, Modifier, Score)):
@@ -236,16 +237,16 @@ def as_top_k(top_k: Any, length: int) -> Any:
         )
     if not isinstance(length, int):
         raise NotImplementedError(
-            f"top_k: the greatest weights need a plan, and S is symbolic ({length}); "
-            "top_k='all' takes it, with implementation='reference'"
+            f"top_k: the greatest weights need a plan, but S is symbolic ({length}); "
+            "use top_k='all' with implementation='reference'"
         )
     if top_k > length:
-        raise ValueError(f"top_k: got {top_k} of S={length} keys")
+        raise ValueError(f"top_k: expected at most S={length} (keys), got {top_k}")
     return int(top_k)
 
 
 def check_names(caller: str, options: Mapping[str, Any]) -> None:
-    """The names of keyword arguments, for functions that pass them on.
+    """Checks the names of keyword arguments that a function passes on.
 
     Raises:
         TypeError: naming the function, and what it takes.
@@ -261,14 +262,14 @@ def check_names(caller: str, options: Mapping[str, Any]) -> None:
 def check(
     query: Any, key: Any, value: Any, **options: Unpack[Options]
 ) -> tuple[Arguments, Settings]:
-    """Validates everything that shapes tell.
+    """Validates the arguments of a call: types, shapes, and values that are known.
 
     Returns:
-        The arrays of the call, and its settings, without a request for ``lse`` or
-        weights yet.
+        The arrays of the call, and its settings, in which ``stats`` and ``top_k`` are
+        not set yet.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got, and what would do.
+        TypeError, ValueError: naming the argument, what it got, and what is expected.
     """
     # Checked whatever implementation runs.
     precision = options.get("precision")
@@ -299,7 +300,7 @@ def check(
         if x is not None:
             arguments.dtype_of(name, x)
     if dropout_rng is not None:
-        hint = "; of Flax's nnx.Rngs call a stream: rngs.dropout()"
+        hint = "; with Flax's nnx.Rngs, give rngs.dropout()"
         arguments.prng_key("dropout_rng", dropout_rng, hint)
     if sinks is not None:
         arguments.floating("sinks", sinks)
@@ -350,7 +351,7 @@ def check_fits(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> None
 def check_operand_shapes(
     operands: Any, shape: tuple[int, int, int], owner: str
 ) -> None:
-    """Each axis of a normalised operand must be full or 1.
+    """Checks that each axis of normalised operands is full or 1.
 
     Args:
         operands: pytree of arrays ``[B, N, T, S, *payload]``.

@@ -1,1 +1,1 @@
-"""What similarity is: pure functions of a query and a key, with their parameters."""
+"""Scores: similarities of a query and a key, as pure functions with parameters."""

@@ -11,13 +11,13 @@ from attnlab._src.types import Score
 
 
 class ScoreCost(NamedTuple):
-    """The price of a score, for one head.
+    """The cost of a score, for one head.
 
     Attributes:
-        parameters: numbers that the score holds, all heads together.
-        projected_size: P, what the comparison sees.
+        parameters: how many numbers the score holds, all heads together.
+        projected_size: P, the size of projected queries and keys.
         flops_per_pair: floating-point operations for each query-key pair.
-        transcendentals_per_pair: of these, how many are tanh, exp and their like.
+        transcendentals_per_pair: evaluations of tanh, exp and their like for each pair.
         flops_per_query: operations to project one query token.
         flops_per_key: operations to project one key token.
     """
@@ -31,8 +31,8 @@ class ScoreCost(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.parameters:,} parameters; {self.flops_per_pair:,} FLOPs a pair "
-            f"(of these {self.transcendentals_per_pair:,} transcendental), "
+            f"{self.parameters:,} parameters; {self.flops_per_pair:,} FLOPs and "
+            f"{self.transcendentals_per_pair:,} transcendentals a pair, "
             f"{self.flops_per_query:,} a query, {self.flops_per_key:,} a key"
         )
 
@@ -49,10 +49,10 @@ def cost(score: Score, head_size: int, num_heads: int = 1) -> ScoreCost:
         >>> import jax
         >>> from attnlab import scores
         >>> print(scores.cost(scores.scaled_dot(), 64))
-        0 parameters; 128 FLOPs a pair (of these 0 transcendental), 64 a query, 0 a key
+        0 parameters; 128 FLOPs and 0 transcendentals a pair, 64 a query, 0 a key
         >>> additive = scores.additive.init(jax.random.key(0), 64, hidden_size=64)
         >>> print(scores.cost(additive, 64))  # doctest: +NORMALIZE_WHITESPACE
-        8,320 parameters; 192 FLOPs a pair (of these 64 transcendental),
+        8,320 parameters; 192 FLOPs and 64 transcendentals a pair,
         8,192 a query, 8,192 a key
     """
     check_score(score)

@@ -1,4 +1,4 @@
-"""Scores that are inner products of what they project: every kernel runs them."""
+"""Scores that are inner products of their projections: every kernel runs them."""
 
 import math
 from typing import Any
@@ -135,8 +135,8 @@ class Cosine(_Directions):
         temperature: a number or ``[N]``; may be traced and differentiated.
 
     Numerics:
-        Unit vectors are float32 where queries and keys have 16 bits, which would round
-        them; a zero vector has cosine 0 with everything.
+        Unit vectors of 16-bit queries and keys are float32, so that they are not
+        rounded; a zero vector has cosine 0 with every vector.
 
     References:
         Graves, Wayne, Danihelka, "Neural Turing Machines", 2014, equation 6;
@@ -174,7 +174,7 @@ class Cosine(_Directions):
 
 
 def _default_scale(head_size: int) -> float:
-    # Of no numbers the product is 0, whatever its scale.
+    # For H = 0 every inner product is 0, whatever its scale.
     return 1 / math.sqrt(max(head_size, 1))
 
 
@@ -183,7 +183,7 @@ def _widened(x: Array) -> Array:
 
 
 def _factor(name: str, x: Any) -> Array:
-    """A number or ``[N]``; ``name``: of it, for errors."""
+    """The factor as an array, a scalar or ``[N]``; ``name`` is for errors."""
     factor = jnp.asarray(arguments.real(name, x))
     if factor.ndim > 1:
         raise ValueError(f"{name}: expected a number or [N], got shape {factor.shape}")
@@ -193,7 +193,7 @@ def _factor(name: str, x: Any) -> Array:
 def _times(x: Array, name: str, factor: Any) -> Array:
     """``[*, N, H]`` times a number or ``[N]``, in the accumulation type.
 
-    ``name``: of the factor, for errors.
+    ``name``: that of the factor, for errors.
     """
     x, factor = _widened(x), _factor(name, factor)
     heads = x.shape[-2]
@@ -212,10 +212,10 @@ def _unit(x: Array) -> Array:
 
 
 def check_weight(name: str, x: Any, *shape: Any) -> None:
-    """A floating array of a shape in which letters stand for any size.
+    """Checks for a floating array of a shape, in which a string stands for any size.
 
     Raises:
-        TypeError, ValueError: naming it.
+        TypeError, ValueError: if it is none, naming the array.
     """
     arguments.floating(name, x)
     fits = len(x.shape) == len(shape) and all(
@@ -232,7 +232,7 @@ def check_weight(name: str, x: Any, *shape: Any) -> None:
 def project(x: Array, name: str, weight: Array, bias: Array | None = None) -> Array:
     """``[B, L, heads, H] , [heads or 1, H, P] -> [B, L, heads, P]``.
 
-    ``name``: of the weight, for errors.
+    ``name``: that of the weight, for errors.
     """
     heads = tuple(dict.fromkeys((x.shape[2], 1)))
     check_weight(name, weight, heads, x.shape[-1], "P")

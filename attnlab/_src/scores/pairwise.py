@@ -21,7 +21,7 @@ from attnlab._src.types import (
 )
 from attnlab._src.varying import vary_like
 
-#: What it would need.
+#: Ends the error of forward mode: "forward mode (...) of <this>".
 _FORWARD_MODE = "additive and concat scores does not exist"
 
 
@@ -34,10 +34,10 @@ def tanh_sum(weight: Array, query: Array, key: Array) -> Array:
 
     ``[P], [q, P], [k, P] -> [q, k]``
 
-    One hidden unit after another is added into the tile, so that nothing of the size
-    ``[q, k, P]`` exists, forward or backward.
+    One hidden unit after another is added into the tile, so that no array ``[q, k, P]``
+    exists, forward or backward.
     """
-    # Inside shard_map all must vary alike: then JAX, not we, sums gradients.
+    # Inside shard_map all must vary over the same axes: then JAX sums the gradients.
     everything = reverse_only((weight, query, key), _FORWARD_MODE)
     return _tanh_sum(*(vary_like(x, everything) for x in everything))
 
@@ -45,7 +45,7 @@ def tanh_sum(weight: Array, query: Array, key: Array) -> Array:
 @jax.custom_vjp
 def _tanh_sum(weight: Array, query: Array, key: Array) -> Array:
     dtype = _tile_type(weight, query, key)
-    # Units lead, so that each is a contiguous row.
+    # Hidden units come first, so that each is a contiguous row.
     query, key = query.astype(dtype).T, key.astype(dtype).T
     weight = weight.astype(dtype)
 
@@ -73,7 +73,7 @@ def _tanh_sum_backward(
     def unit(_: None, xs: tuple[Array, Array, Array]) -> tuple[None, tuple]:
         q_p, k_p, w_p = xs
         t = jnp.tanh(q_p[:, None] + k_p[None, :])
-        # One array is written and read; tanh is not evaluated again for each sum.
+        # The barrier makes one array, so that tanh is not evaluated again for each sum.
         weighted = lax.optimization_barrier(d_tile * (1 - t * t))
         d_q = weighted.sum(1)
         d_k = weighted.sum(0)
@@ -125,7 +125,7 @@ class Additive(Score):
     ) -> "Additive":
         """Weights of variance ``1 / fan-in``, a zero bias.
 
-        (Bahdanau starts v at 0, which starts from uniform weights; set it so with
+        (Bahdanau's v is 0 at first, so that all keys have equal weights; do so with
         ``dataclasses.replace(score, weight=jnp.zeros_like(score.weight))``.)
 
         Args:
@@ -211,7 +211,7 @@ class Concat(Additive):
 
     @classmethod
     def init(cls, rng: Array, *args: Any, **kwargs: Any) -> "Concat":
-        """As :meth:`Additive.init`, less ``bias``."""
+        """As :meth:`Additive.init`, without the argument ``bias``."""
         if "bias" in kwargs:
             raise TypeError("bias: concat has none; use additive")
         made = Additive.init(rng, *args, **kwargs, bias=False)
@@ -258,8 +258,8 @@ class Mlp(Score):
     ) -> "Mlp":
         """Normal weights, zero biases.
 
-        Of variance ``1 / H`` in the first layer (each side its own H), ``2 / fan-in``
-        in the further ones (He et al., 2015), ``1 / fan-in`` in v.
+        The variance is ``1 / H`` in the first layer (H of the query or of the key),
+        ``2 / fan-in`` in the further ones (He et al., 2015), ``1 / fan-in`` in v.
 
         Args:
             rng: a PRNG key.
@@ -342,8 +342,8 @@ class Mlp(Score):
             lambda x: vary_like(x.astype(dtype), everything), everything
         )
 
-        # One query after another, again in the backward pass: what the layers hold
-        # stays in the cache.
+        # One query after another, computed again in the backward pass: the arrays of
+        # the layers then fit the cache.
         @jax.checkpoint
         def row(query: Array) -> Array:
             x = self.activation(query[None] + key)

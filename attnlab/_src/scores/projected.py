@@ -1,4 +1,4 @@
-"""A score whose keys were projected before: for caches, and for many queries."""
+"""Scores of keys that are projected already: for caches, and for repeated calls."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from attnlab._src.types import Array, PyTree, Score, pytree
 
 @pytree
 class ProjectedKeys(Score):
-    """The same score, for keys that ``score.project_key`` has seen already."""
+    """A score of keys that its ``project_key`` has projected already."""
 
     score: Score
 
@@ -59,7 +59,7 @@ class ProjectedKeys(Score):
 def check_score(score: Any) -> None:
     """Raises a TypeError if it is no score."""
     if not isinstance(score, Score):
-        hint = "; that is a class: call it, or its init"
+        hint = "; that is a class: call it, or its init, to make a score"
         raise TypeError(
             f"score: expected an attnlab score, got {score!r}"
             f"{hint if isinstance(score, type) else ''}"
@@ -67,16 +67,16 @@ def check_score(score: Any) -> None:
 
 
 def bare(score: Score) -> Any:
-    """Without the mark that its keys are projected already."""
+    """The score within a ``ProjectedKeys``; any other score as it is."""
     return score.score if exactly(score, ProjectedKeys) else score
 
 
 def known(score: Score) -> type[Score] | None:
-    """The class whose comparison a kernel of its own may take for the score's.
+    """The class whose comparison the score has, for kernels with one of their own.
 
     Returns:
-        ``Score`` for inner products, ``Additive`` or ``Mlp``; None for a comparison
-        that only the score itself knows, as a subclass may have one.
+        ``Score`` for inner products, ``Additive`` or ``Mlp``; None for any other
+        comparison, such as that of a subclass.
     """
     score = bare(score)
     if score.is_inner_product:
@@ -88,7 +88,7 @@ def known(score: Score) -> type[Score] | None:
 
 
 def projected_keys(score: Score) -> Score:
-    """The score for keys that were projected before.
+    """The score for keys that ``score.project_key`` has projected already.
 
     Args:
         score: any score.

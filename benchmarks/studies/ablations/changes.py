@@ -1,4 +1,4 @@
-"""The changes that are tried, one at a time."""
+"""The changes of the base model, each tried alone."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from attnlab import nn, scores
 from benchmarks.studies.machinery.models.language_models import Budget, Sizes
 
 RATE = 2e-3
-#: Where the best rate may be another one, both are tried.
+#: Both rates are tried for changes whose best rate may differ from the base's.
 RATES = (1e-3, 2e-3)
 SEEDS = 3
 
@@ -20,14 +20,13 @@ QUICK = Budget(4, 32, 4, 400, limit=12, test=2, dev=2, sizes=Sizes(16, 2, 1))
 
 
 class Change(NamedTuple):
-    """One way in which a model differs from the base.
+    """A change of the base model.
 
     Attributes:
-        options: of ``language_model``, given
-            the budget and random numbers.
-        heads: instead of the base's.
-        causal: whether it predicts what follows; else what is hidden.
-        rates: of learning; the best of them counts.
+        options: ``(budget, rngs)`` to options of ``language_model``.
+        heads: number of heads; the base's if None.
+        causal: True: predict the next token; False: predict hidden tokens.
+        rates: learning rates to try; the best run counts.
     """
 
     options: Callable[[Budget, nnx.Rngs], Mapping[str, Any]]
@@ -50,7 +49,7 @@ def _residual(make: Any, **options: Any) -> Any:
 
 
 def _embedded(position: Callable[[Budget, nnx.Rngs], Any]) -> Any:
-    """Positions in the embedding (or none at all)."""
+    """Options of positions that are added to the embeddings, or of none."""
 
     def options(budget: Budget, rngs: nnx.Rngs) -> Mapping[str, Any]:
         return {"position": None, "embedded_position": position(budget, rngs)}
@@ -89,8 +88,9 @@ def placed(kind: str) -> dict[str, str]:
     return {label: f"{kind}/{label.replace(' ', '-')}" for label in POSITIONS}
 
 
-#: Queries and keys of normalised inputs have components of variance 1, as where the
-#: paper explains the scale (footnote 4); Glorot's own depends on the head size.
+#: With this initialiser, queries and keys of normalised inputs have components of
+#: variance 1, as the paper assumes where it explains the scale (footnote 4). With
+#: Glorot's the variance depends on the head size.
 UNIT = nnx.initializers.lecun_normal()
 HEAD_SIZES, HEAD_COUNTS = (16, 64, 256), (1, 2, 4, 8, 16)
 RESIDUALS = {
@@ -99,7 +99,7 @@ RESIDUALS = {
     "no norm": _residual(nn.Residual, norm=None),
     "no residual": _residual(nn.NoResidual, last_norm=True),
 }
-#: By name of its run. The base has rotary positions, pre-norm and four heads.
+#: The changes by name. The base has rotary positions, pre-norm and four heads.
 CHANGES: dict[str, Change] = {
     "base": Change(_nothing),
     **{
@@ -121,14 +121,14 @@ CHANGES: dict[str, Change] = {
         for name, options in RESIDUALS.items()
     },
 }
-#: What the quick form leaves out: each takes seconds to compile.
+#: Changes that the quick form leaves out, because each takes seconds to compile.
 NOT_QUICK = {
     *(f"{name}/64" for name in ("dot", "scaled_dot")),
     *(f"heads/{n}" for n in (2, 8, 16)),
     *(f"causal/{name}" for name in ("sinusoidal", "learned", "clipped-relative")),
     *(f"masked/{name}" for name in ("sinusoidal", "clipped-relative")),
 }
-#: Runs that are the base by another name.
+#: Changes that equal the base, which are not trained again.
 SAME = {
     "heads/4": "base",
     "causal/rotary": "base",

@@ -1,4 +1,4 @@
-"""What attention does inside a model."""
+"""Statistics of attention inside a model."""
 
 from typing import Any, NamedTuple
 
@@ -11,15 +11,14 @@ from benchmarks.studies.machinery.data.stretches import Stretch
 
 
 class Inside(NamedTuple):
-    """What attention does in each layer, averaged over heads and positions.
+    """Statistics of attention in each layer, means over heads and queries.
 
     Attributes:
-        deviation: standard deviation of the logits that a query sees, before
-            modifiers.
-        entropy: of its weights, over that of equal ones.
-        itself: how often its greatest weight is its own position's.
-        own_weight: that position's weight over that of equal ones.
-        kept: cosine between what goes into a block and what comes out.
+        deviation: standard deviation of a query's visible logits, before modifiers.
+        entropy: entropy of a query's weights over that of equal weights.
+        itself: how often a query's greatest weight is on its own position.
+        own_weight: the weight on its own position over that of equal weights.
+        kept: cosine similarity of a block's input and output.
     """
 
     deviation: list[float]
@@ -65,7 +64,7 @@ def _logits(attention: nn.MultiHeadAttention, x: jax.Array) -> jax.Array:
 
 
 def _seen(length: int, is_causal: bool) -> jax.Array:
-    """``[T - 1, T]``: the keys of every query but the first, which may see but one."""
+    """Visible keys ``[T - 1, T]`` of all queries but the first, which may see one."""
     keys = jnp.arange(length)
     seen = keys[None] <= keys[1:, None]
     return seen if is_causal else jnp.ones_like(seen)

@@ -1,4 +1,4 @@
-"""What the ablations found, on a page."""
+"""The page of the ablations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,17 +31,17 @@ def page(
     budget: Budget,
     summaries: Sequence[Json],
 ) -> Page:
-    """What was found.
+    """The page of the study.
 
     Args:
-        rows: by name of the change.
-        moved: by kind of task and kind of position, how far outputs move with order.
+        rows: results by name of the change.
+        moved: results of ``order_matters``, by kind of task and kind of positions.
         budget: of every run.
         summaries: of every run.
     """
 
     def named(names: Mapping[str, str]) -> dict[str, str]:
-        """Those that were trained."""
+        """The entries of ``names`` that were trained."""
         return {label: name for label, name in names.items() if name in rows}
 
     def losses(names: Mapping[str, str]) -> dict[str, tuple[float, float | None]]:
@@ -79,7 +79,7 @@ def page(
     ends = losses(residuals)
     kept = {n: rows[name]["over_seeds"]["kept"] for n, name in residuals.items()}
     by_place = {kind: losses(positions[kind]) for kind in KINDS}
-    # The best of several rates is at an end of them where there are two.
+    # Changes for which several rates were tried.
     swept = [n for n in rows if n not in SAME and len(CHANGES[n].rates) > 1]
 
     def best_first(kind: str) -> str:

@@ -1,4 +1,4 @@
-"""What are scaling, heads, positions, residuals and normalisation good for?"""
+"""What do scaling, heads, positions, residuals and normalisation contribute?"""
 
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from benchmarks.studies.machinery.training import Run, Trained
 
 
 class Task:
-    """Language models that differ in one thing from a base."""
+    """Language models that each differ from a base model by one change."""
 
     def __init__(self, context: Context):
         self.budget = budget = QUICK if context.quick else BUDGET
@@ -54,7 +54,7 @@ class Task:
         return self._stretches[part, causal].all()
 
     def make(self, name: str, seed: int = 0) -> nnx.Module:
-        """A new model."""
+        """An untrained model with a change."""
         change, budget = CHANGES[name], self.budget
         rngs = nnx.Rngs(seed)
         sizes = budget.sizes
@@ -82,7 +82,7 @@ class Task:
         """One training run."""
         budget, causal = self.budget, CHANGES[name].causal
         train = self._stretches["train", causal]
-        # Another seed, another part of the text first.
+        # Each seed starts with another epoch.
         first = seed * train.steps
 
         def batch_at(step: int) -> Stretch:
@@ -109,7 +109,7 @@ class Task:
         )
 
     def measure(self, name: str, model: Any, log: list[Json]) -> Json:
-        """Of a trained model."""
+        """The numbers of a trained model that the page needs."""
         return {
             "test_loss": self.test_loss(name, model),
             "gradient_norm": [gradient_norm(log, s) for s in (0.1, -0.1)],
@@ -117,7 +117,11 @@ class Task:
         }
 
     def train(self, name: str) -> "Trial | None":
-        """A change at its best rate, with every seed; None where runs are left out."""
+        """Trains a change at its best rate with every seed.
+
+        Returns:
+            The runs; None if ``--only`` left out runs that are not finished.
+        """
         context, quick = self.context, self.context.quick
         rates = CHANGES[name].rates[-1:] if quick else CHANGES[name].rates
         found = {rate: context.train(self.run(name, rate, 0)) for rate in rates}
@@ -138,7 +142,7 @@ class Task:
         return MeanLoss(loss, batches, self.context.mesh)(model)["loss"]
 
     def look_inside(self, name: str, model: Any) -> Inside:
-        """What attention does, on a few stretches of the test documents."""
+        """Statistics of attention on two batches of the test documents."""
         batches = self.batches("test", CHANGES[name].causal)[:2]
         run = over_batch(inside, self.context.mesh)
         found = np.concatenate([np.asarray(run(model, b), np.float64) for b in batches])
@@ -146,11 +150,11 @@ class Task:
 
 
 class Trial(NamedTuple):
-    """One change, trained.
+    """The runs of one change.
 
     Attributes:
-        rate: the best.
-        seeds: a run for each seed at that rate.
+        rate: the best rate.
+        seeds: the run of each seed at that rate.
         summaries: of every run.
     """
 
@@ -160,10 +164,11 @@ class Trial(NamedTuple):
 
 
 def order_matters(task: Task, name: str) -> float:
-    """How far outputs move when the words of a text change places, relatively.
+    """The relative change of an untrained model's outputs when words are shuffled.
 
-    Each output goes with its word; 0 means that the model cannot tell the order. Under
-    a causal mask the last output alone is compared, with the words before it shuffled.
+    Outputs of the same word are compared; 0 means that the model cannot tell the order.
+    For a causal model only the output of the last word is compared, with the words
+    before it shuffled.
     """
     model: Any = task.make(name)
     model.eval()
@@ -179,7 +184,7 @@ def order_matters(task: Task, name: str) -> float:
 
 
 def study(context: Context) -> Page | None:
-    """Every change, a training run for each seed."""
+    """Trains every change with every seed, and compares them."""
     task = Task(context)
     left_out = {*SAME, *(NOT_QUICK if context.quick else ())}
     wanted = [name for name in CHANGES if name not in left_out]

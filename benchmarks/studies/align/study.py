@@ -1,4 +1,4 @@
-"""To say *he* one must find *il*: does attention find it?"""
+"""Does the attention weight of *he* fall on *il*?"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,26 +23,26 @@ from benchmarks.studies.machinery.models.translation_runs import (
 from benchmarks.studies.machinery.page import Page, cost_of, table
 from benchmarks.studies.machinery.parallel import over_batch
 
-#: Target words, and the source words that they should look at.
+#: Target words, and the source words that they should attend to.
 LINKS = {"he": ("il",), "she": ("elle",), "we": ("nous",), "who": ("qui",)}
-#: Words of a sentence in a picture, at most.
+#: The most words of a sentence that is drawn.
 LONGEST_SHOWN = 14
 
 
 def weights_of(model: Any, batch: Batch) -> jax.Array:
-    """``[B, T, S]``: what the right translation looks at, token by token."""
+    """Attention weights ``[B, T, S]`` with the reference translation as target."""
     return model.with_weights(
         batch.source, batch.target[:, :-1], source_lengths=batch.source_lengths
     )[1]
 
 
 class Words(NamedTuple):
-    """The weights of one sentence pair, words instead of tokens.
+    """The attention weights of one sentence pair, by words instead of tokens.
 
     Attributes:
-        pair: of sentences.
-        weights: ``[target words, source words + 1]``, means over the tokens of a target
-            word, sums over those of a source word; last what the source's END gets.
+        pair: the sentences.
+        weights: ``[target words, source words + 1]``: means over the tokens of a target
+            word of the sums over the tokens of a source word; the last column is END.
     """
 
     pair: Pair
@@ -50,11 +50,14 @@ class Words(NamedTuple):
 
 
 def by_words(pair: Pair, weights: np.ndarray, vocabulary: Vocabulary) -> Words | None:
-    """From ``[T, S]`` of tokens; None where tokens divide the words otherwise."""
+    """Weights by words, from weights ``[T, S]`` by tokens.
+
+    None if the tokens do not have the same words as ``text.split()``.
+    """
     source, target = vocabulary.encode(pair.source), vocabulary.encode(pair.target)
     columns = np.array(vocabulary.words(source))
     rows = np.array(vocabulary.words(target))
-    # Characters that one takes for a space need not be one for the other.
+    # SentencePiece and ``split`` take different characters for spaces.
     for text, found in ((pair.source, columns), (pair.target, rows)):
         if sorted({*found.tolist()}) != list(range(len(text.split()))):
             return None
@@ -76,7 +79,7 @@ def by_words(pair: Pair, weights: np.ndarray, vocabulary: Vocabulary) -> Words |
 
 
 def look(task: Task, model: Any, pairs: list[Pair]) -> list[Words | None]:
-    """Weights of sentence pairs, in batches of few shapes; see :func:`by_words`."""
+    """For each sentence pair the result of :func:`by_words`."""
     vocabulary, devices = task.corpus.vocabulary, task.context.mesh.size
     run = over_batch(weights_of, task.context.mesh)
     encoded = task.corpus.encode(pairs)
@@ -96,13 +99,13 @@ def look(task: Task, model: Any, pairs: list[Pair]) -> list[Words | None]:
 
 
 class Rate(NamedTuple):
-    """How often something falls on the right word.
+    """How often three ways to choose a source word find the right one, as shares.
 
     Attributes:
-        attention: the strongest weight, which may be that of END.
-        chance: a word of the sentence at random.
+        attention: the word of the strongest weight, which may be END.
+        chance: a random word of the sentence.
         ibm1: the word that IBM model 1 chooses.
-        count: how many words were asked about, at least one.
+        count: number of target words, at least one.
     """
 
     attention: float
@@ -114,10 +117,10 @@ class Rate(NamedTuple):
 def hit_rate(
     seen: Iterable[Words], word: str, wanted: tuple[str, ...], ibm1: Ibm1
 ) -> Rate | None:
-    """Over all places of ``word`` in targets whose source has one of ``wanted``.
+    """Shares over all occurrences of ``word`` whose source has one of ``wanted``.
 
     Returns:
-        None where there is no such place.
+        None if there is no such occurrence.
     """
     hits = []
     for pair, weights in seen:
@@ -139,7 +142,7 @@ def hit_rate(
 
 
 def heatmaps(seen: list[Words]) -> Any:
-    """Source across, target down, one panel a sentence pair."""
+    """A figure of weights: source across, target down, a panel for each pair."""
     columns = 2
     rows = max(-(-len(seen) // columns), 1)
     figure, axes = plt.subplots(
@@ -161,7 +164,7 @@ def heatmaps(seen: list[Words]) -> Any:
 
 
 def chosen(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
-    """Short pairs with *il* and *he* in them, and pairs drawn at random."""
+    """Short pairs with *il* and *he*, and random other short pairs."""
     short = [
         p
         for p in pairs
@@ -178,7 +181,7 @@ def chosen(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
 
 
 def study(context: Context) -> Page | None:
-    """Where the translator with additive attention looks."""
+    """Measures the alignments of the translator with additive attention."""
     task = Task(context, BUDGET, SIZES)
     found = translators(task, ["additive"])
     if found is None:
@@ -186,7 +189,7 @@ def study(context: Context) -> Page | None:
     model, pairs = found["additive"].trained.model, task.corpus.split.test
     seen = [words for words in look(task, model, pairs) if words is not None]
     if len(seen) < len(pairs):
-        context.say(f"{len(pairs) - len(seen)} pairs have words of unusual spaces")
+        context.say(f"{len(pairs) - len(seen)} pairs with unusual spaces are left out")
     ibm1 = Ibm1(task.corpus.split.train)
     found_rates = {w: hit_rate(seen, w, wanted, ibm1) for w, wanted in LINKS.items()}
     rates = {word: rate for word, rate in found_rates.items() if rate is not None}

@@ -1,4 +1,4 @@
-"""Which word belongs to which? IBM model 1, which knows nothing but co-occurrence."""
+"""Word alignment by IBM model 1, which only counts which words occur together."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.studies.machinery.data.pairs import Pair
 
-#: Stands among the source words for target words that nothing explains.
+#: An extra source word, for target words that translate no source word.
 NULL = ""
 
 
@@ -17,9 +17,8 @@ class Word(NamedTuple):
     """A word without case or punctuation.
 
     Attributes:
-        text: of it.
-        place: index of what it is part of in ``text.split()``: "qu'il" is two words in
-            one place.
+        text: the word.
+        place: index into ``text.split()``; "qu'il" is two words with the same place.
     """
 
     text: str
@@ -36,7 +35,7 @@ def words_of(text: str) -> list[Word]:
 
 
 class Ibm1:
-    """Probabilities that a source word brings forth a target word.
+    """Translation probabilities of target words given a source word.
 
     References:
         Brown et al., "The Mathematics of Statistical Machine Translation", 1993,
@@ -44,11 +43,11 @@ class Ibm1:
     """
 
     def __init__(self, pairs: Sequence[Pair], iterations: int = 5):
-        """Expectation maximisation from equal probabilities.
+        """Learns by expectation maximisation, from equal probabilities.
 
         Args:
-            pairs: sentences.
-            iterations: of it.
+            pairs: sentences to learn from.
+            iterations: of expectation maximisation.
         """
         sides = [
             [[w.text for w in words_of(text)] for text in texts]
@@ -58,7 +57,7 @@ class Ibm1:
             {word: i for i, word in enumerate(sorted({NULL, *chain(*side)}))}
             for side in sides
         )
-        # Every co-occurrence, and which target word of which sentence it is about.
+        # For each co-occurrence: the code of its word pair, and its target occurrence.
         codes, places, count = [], [], 0
         for source, target in zip(*sides, strict=True):
             s = np.array([self._source[w] for w in (*source, NULL)], np.int64)
@@ -78,7 +77,7 @@ class Ibm1:
         self._table = table
 
     def probability(self, target: str, source: str) -> float:
-        """Of a target word, given a source word; 0 for words never seen together."""
+        """Of a target word given a source word; 0 if they never occur together."""
         if source not in self._source or target not in self._target:
             return 0.0
         code = self._source[source] * len(self._target) + self._target[target]
@@ -87,11 +86,11 @@ class Ibm1:
         return float(self._table[at]) if known else 0.0
 
     def place_of(self, target: str, sentence: str) -> int:
-        """Where the word is that most probably brought forth a target word.
+        """The place of the source word that a target word most probably translates.
 
         Args:
-            target: the word.
-            sentence: source.
+            target: the target word.
+            sentence: the source sentence.
 
         Returns:
             An index into ``sentence.split()``.

@@ -1,4 +1,4 @@
-"""How many layers of a pattern carry a word from anywhere to anywhere?"""
+"""How many layers of a pattern does it take until every word can reach every other?"""
 
 import math
 import time
@@ -11,7 +11,7 @@ from benchmarks.studies.machinery.context import Context
 from benchmarks.studies.machinery.models.language_models import PATTERNS, layer_masks
 from benchmarks.studies.machinery.page import Page, lines, table
 
-#: Longformer's own projections change weights, not who sees whom.
+#: Without Longformer's own projections, which do not change the graph.
 NAMES = tuple(name for name in PATTERNS if name != "own projections")
 
 
@@ -28,7 +28,7 @@ def row(name: str, density: float, found: Reach) -> list[str | int]:
 
 
 def study(context: Context) -> Page:
-    """Every pattern, in both directions and causal; nothing is trained."""
+    """Graph measures of every pattern, in both directions and causal."""
     length = 128 if context.quick else 1024
     started = time.perf_counter()
     found: dict[str, dict[str, Reach]] = {}

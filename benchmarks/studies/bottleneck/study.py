@@ -32,7 +32,7 @@ from benchmarks.studies.machinery.record import Json
 from benchmarks.studies.machinery.sweep import Chosen, train_at_best_rate
 from benchmarks.studies.machinery.training import Run
 
-#: Reversing sequences needs no language.
+#: Task of reversing sequences: lengths in training and in the test, and symbols.
 LENGTHS, TESTED, SYMBOLS = (1, 40), (5, 10, 15, 20, 25, 30, 35, 40), 20
 REVERSE_SIZES = Sizes(features=128, hidden_size=128, layers=2, dropout_rate=0.0)
 REVERSE_STEPS, REVERSE_ROWS = 2500, 128
@@ -51,7 +51,7 @@ def reverse_runs(context: Context) -> dict[str, Chosen] | None:
     rates = REVERSE_RATES[:1] if quick else REVERSE_RATES
     whole = 6 if quick else REVERSE_STEPS
     task = Symbols("reverse", symbols=SYMBOLS, lengths=lengths, rows=rows)
-    # Another seed than that of the test.
+    # The test has another seed.
     apart = Symbols("reverse", symbols=SYMBOLS, lengths=lengths, rows=rows, seed=1)
     seen = apart.test(sorted({*lengths, sum(lengths) // 2}))
     dev = MeanLoss(forced(logits), seen, context.mesh)
@@ -120,9 +120,9 @@ def exact_by_length(
 
 
 def share(part: Json, whole: Json) -> tuple[float, float]:
-    """A quotient of two scores with intervals, and half the width of its own.
+    """The quotient of two scores with intervals, and half the width of its interval.
 
-    0 where there is nothing to have a share of, as after a few steps.
+    Both are 0 if ``whole`` is almost 0, as after a few steps of training.
     """
     if whole["value"] < 0.1:
         return 0.0, 0.0
@@ -132,7 +132,7 @@ def share(part: Json, whole: Json) -> tuple[float, float]:
 
 
 def study(context: Context) -> Page | None:
-    """Quality by length: of translations, and of sequences reversed."""
+    """Measures quality by length, for translation and for reversing sequences."""
     task = Task(context, BUDGET, SIZES)
     found, reversing = translators(task), reverse_runs(context)
     if found is None or reversing is None:
@@ -143,7 +143,8 @@ def study(context: Context) -> Page | None:
         name: score_by_length(sources, task.translate(chosen.trained.model), references)
         for name, chosen in found.items()
     }
-    # Of the shortest sentences', and of the next class's, which are more.
+    # Shares of the BLEU on the shortest sentences, and on the next class, which has
+    # more of them.
     heads = [row["words"] for row in next(iter(classes.values()))]
     starts = (0, 1)[: len(heads) - 1]
     kept = {

@@ -10,7 +10,7 @@ HEADS, HEAD_SIZE = 8, 64
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 #: Positions in a block of the random patterns.
 BLOCK = 64
-#: Of the same number of pairs a query, whatever the length: about 385.
+#: Patterns with about 385 visible keys per query, whatever the length.
 PATTERNS: dict[str, Callable[[int], Mask]] = {
     "window": lambda length: masks.sliding_window(192, 192),
     "causal window": lambda length: masks.sliding_window(384, 0),
@@ -23,11 +23,11 @@ PATTERNS: dict[str, Callable[[int], Mask]] = {
     ),
     "dilated": lambda length: masks.dilated_window(768, 768, 4),
 }
-#: Against which the others are held: what a causal pattern leaves out matters.
+#: The dense masks to compare with: causal patterns are compared with "causal".
 DENSE = {"full": masks.full(), "causal": masks.causal()}
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 DIRECTIONS = ("forward", "training")
-#: Where no TPU is, its compiler tells: bfloat16, eight heads of 128, forward.
+#: Cycles from the TPU's compiler: bfloat16, eight heads of 128, forward.
 TARGET, TPU_LENGTHS = "tpu:v5e", (512, 1024, 2048, 4096, 8192, 16384)
 TPU_PATTERNS = ("full", "causal", "window", "causal_window")
 
@@ -41,9 +41,9 @@ class Case(NamedTuple):
     """One mask at one length.
 
     Attributes:
-        series: which line of a chart it belongs to.
+        series: the line of a chart that it belongs to.
         length: T.
-        mask: lazy.
+        mask: the mask.
     """
 
     series: str
@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 
 def groups_of(quick: bool) -> list[list[Case]]:
-    """All cases, by length; at one length by density, too."""
+    """The cases of each length; those of one length include several densities."""
     lengths = LENGTHS[:2] if quick else LENGTHS
     groups = []
     for length in lengths:

@@ -1,4 +1,4 @@
-"""What measurements of sparse and dense attention say, on a page."""
+"""The page of the crossover study."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +22,14 @@ from benchmarks.studies.machinery.record import Json
 
 
 def crossing(points: Sequence[tuple[float, float]]) -> tuple[float | None, bool]:
-    """From where on a ratio of times is below 1, between the points that were measured.
+    """The length from which a ratio of times stays below 1, interpolated.
 
     Args:
         points: (length, ratio), ascending.
 
     Returns:
-        None where it is not below 1 at the end; and whether it is below 1 at all
-        points, so that it may be already before the first.
+        The length, None if the ratio at the last point is not below 1; and whether the
+        ratio is below 1 at all points: then the crossing may be before the first.
     """
     places, gains = zip(*((np.log(x), -np.log(y)) for x, y in points), strict=True)
     if gains[-1] <= 0:
@@ -42,7 +42,7 @@ def crossing(points: Sequence[tuple[float, float]]) -> tuple[float | None, bool]
 
 
 def tpu_table(rows: Sequence[Json]) -> str:
-    """Cycles over those of full attention; - where they are unknown."""
+    """A table of cycles over those of full attention; - where they are unknown."""
     cycles = {(row["pattern"], row["length"]): row["cycles"] for row in rows}
 
     def ratio(pattern: str, length: int) -> str:
@@ -61,7 +61,7 @@ def page(
     rates: Sequence[tuple[int, float]],
     tpu: Sequence[Json] | None,
 ) -> Page:
-    """What the measurements say."""
+    """The page of these measurements."""
     at = {(row["series"], row["length"]): row for row in rows}
     lengths = sorted({n for name, n in at if name == "full"})
     longest = lengths[-1]
@@ -211,7 +211,7 @@ def density_below(points: Sequence[tuple[float, float]]) -> str:
     Args:
         points: (density, ratio of times), ascending.
     """
-    # From the dense end on: as a length, something that grows.
+    # ``crossing`` wants ascending values: 1 / density, from the dense end on.
     where, _ = crossing([(1 / x, y) for x, y in reversed(points)])
     if where is None:
         return "none"

@@ -1,4 +1,4 @@
-"""From which length, and below which density, does a sparse pattern pay?"""
+"""From which length, and below which density, is a sparse pattern faster?"""
 
 import datetime as dt
 import json
@@ -42,9 +42,10 @@ from benchmarks.studies.machinery.record import Json, as_json, read_json
 
 
 def measure(cases: Sequence[Case], repeats: Repeats) -> dict[str, Json]:
-    """Time, memory and work, forward and in training, of cases of one length.
+    """Time, memory and work of cases of one length, by name of the case.
 
-    All take turns: what one is over another does not depend on when it was measured.
+    They are measured forward and in training (forward and backward), all in turns, so
+    that ratios do not depend on when a case was measured.
     """
     random = np.random.default_rng(0)
     shape = (1, cases[0].length, HEADS, HEAD_SIZE)
@@ -85,15 +86,15 @@ def measure(cases: Sequence[Case], repeats: Repeats) -> dict[str, Json]:
     return rows
 
 
-#: Tiles of pure XLA whose rates are worth knowing: (queries, keys in a block, keys at
-#: once). Large ones are measured as dense attention walks them, many in a row; small
-#: ones as windows do, one in a row.
+#: Tiles of pure XLA whose rates are measured: (queries, keys in a block, keys at once).
+#: Large ones are measured as in dense attention, where each block of queries has many;
+#: small ones as in a window, where it has one.
 LARGE = ((1024, 512, 1024), (512, 512, 1024), (256, 128, 1024))
 SMALL = ((256, 512, 512), (256, 256, 256), (256, 128, 128))
 
 
 def tile_rates(length: int, repeats: Repeats) -> list[tuple[int, float]]:
-    """Areas of tiles of pure XLA, and GFLOP/s; all take turns."""
+    """(area of a tile, GFLOP/s) for tiles of pure XLA, all measured in turns."""
     random = np.random.default_rng(0)
     query, key, value = (
         jnp.asarray(random.standard_normal((1, length, HEADS, HEAD_SIZE), np.float32))
@@ -125,7 +126,7 @@ def tile_rates(length: int, repeats: Repeats) -> list[tuple[int, float]]:
 
 
 def on_tpu() -> list[Json]:
-    """Cycles by pattern and length.
+    """Cycles of the forward pass on ``TARGET``, by pattern and length.
 
     Raises:
         CompilerMissing: if the TPU's compiler is not installed.
@@ -149,7 +150,7 @@ def for_dispatch(
     fits: dict[str, Fit], rates: Sequence[tuple[int, float]], implementation: str
 ) -> Json:
     """The file that :mod:`attnlab._src.implementations.measured` reads."""
-    # Of smaller tiles than the least nothing is known but that they are no faster.
+    # Tiles smaller than the smallest are taken to be as fast as that.
     (_, least), *others = sorted(rates)
     ranked = [*reversed(others), (0, least)]
     date = dt.datetime.now(dt.UTC).date().isoformat()
@@ -161,7 +162,7 @@ def for_dispatch(
 
 
 def fit(rows: Sequence[Json], direction: str) -> Fit:
-    """Least squares of relative errors, nothing negative."""
+    """Least squares of the relative errors, with non-negative coefficients."""
     work = np.array([
         [1, row["length"] * HEADS, row["pairs_executed"], row["blocks"]] for row in rows
     ])
@@ -174,13 +175,13 @@ def fit(rows: Sequence[Json], direction: str) -> Fit:
 
 
 class Measurements:
-    """What was measured so far, on disk, and of what."""
+    """The measurements so far, on disk, with what identifies them."""
 
     def __init__(self, context: Context):
-        """Reads what is there, or begins anew.
+        """Reads the file if the study is resumed, otherwise starts anew.
 
         Raises:
-            StudyError: if what is there is of other sizes, masks, or another machine.
+            StudyError: if the file is of other sizes, masks, or another machine.
         """
         self._path = context.folder / "rows.json"
         groups = groups_of(context.quick)
@@ -194,13 +195,13 @@ class Measurements:
         found = read_json(self._path) if context.resume else None
         if found is not None and found["identity"] != json.loads(as_json(identity)):
             raise StudyError(
-                f"{self._path} was measured of something else, or somewhere else; run "
-                "without --resume to measure anew, or give another --out"
+                f"{self._path} has measurements of other cases or of another machine; "
+                "run without --resume to measure anew, or give another --out"
             )
         self.content: Json = found or {"identity": identity}
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What was measured by that name; measures it where it was not."""
+        """The measurement of that name; measured now if it is not in the file."""
         if name not in self.content:
             self.content[name] = measure()
             write_atomically(self._path, as_json(self.content).encode())
@@ -208,10 +209,10 @@ class Measurements:
 
 
 def study(context: Context) -> Page:
-    """Measures what is not measured yet, then fits.
+    """Measures what is not measured yet, then fits the times.
 
-    ``measured.json``, beside the page, is for
-    ``attnlab._src.implementations.measured``.
+    It also writes ``measured.json``, next to the page, which
+    ``attnlab._src.implementations.measured`` can read.
     """
     kept = Measurements(context)
     repeats = Repeats(3, 3) if context.quick else Repeats(7, 15, 60, settle=0.02)

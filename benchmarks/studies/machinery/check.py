@@ -1,4 +1,4 @@
-"""Are the committed numbers those that this machine finds?"""
+"""Compares the numbers of a new run with the committed ones."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from typing import Any
 from benchmarks.studies.machinery.errors import StudyError
 from benchmarks.studies.machinery.record import Json, read_json
 
-#: Relative: sums come in another order on another machine, and training carries that
-#: on. Quick runs learn little: what is wrong may move a loss no more than this.
+#: Relative tolerance. Other machines sum in another order, and training amplifies the
+#: difference. Quick runs learn little, so a fault may change a loss by little more.
 TOLERANCE = 0.001
-#: Numbers that are close to zero, and shares, may be off by so much.
+#: Absolute tolerance, for shares and for numbers close to zero.
 ABSOLUTE = 0.001
-#: Parts of the results that are times, follow from them, or are the compiler's.
+#: Results that are times, depend on times, or come from the compiler.
 TIMES = frozenset({
     "compile_seconds",
     "crossover",
@@ -33,10 +33,10 @@ TIMES = frozenset({
 
 
 def committed(path: Path) -> Json:
-    """The results of a quick form that are to be found again.
+    """The results of a quick form, from its JSON file.
 
     Raises:
-        StudyError: if there are none.
+        StudyError: if there is no such file.
     """
     found = read_json(path)
     if found is None:
@@ -45,11 +45,11 @@ def committed(path: Path) -> Json:
 
 
 def differences(old: Json, new: Json) -> list[str]:
-    """What is not the same, a line each: all numbers but times.
+    """A line for each number that differs, times excepted.
 
     Args:
-        old: a study's JSON, committed.
-        new: the same, made anew.
+        old: the committed JSON of a study.
+        new: the JSON of a new run.
     """
     before, after = numbers(old), numbers(json.loads(json.dumps(new)))
     lines = []
@@ -61,7 +61,7 @@ def differences(old: Json, new: Json) -> list[str]:
 
 
 def numbers(content: Json) -> dict[str, float]:
-    """What a study's JSON holds but times, by name."""
+    """All numbers of a study's JSON except times, by name."""
     parts = ("runs", "results")
     return {n: v for part in parts for n, v in _numbers(part, content[part])}
 

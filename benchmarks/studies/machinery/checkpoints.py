@@ -1,4 +1,4 @@
-"""Checkpoints of a run by Orbax: whole or not at all, and checked when read."""
+"""Checkpoints of a run with Orbax, written atomically and verified when read."""
 
 import contextlib
 import hashlib
@@ -17,16 +17,16 @@ from attnlab._src.bench.files import write_atomically
 from benchmarks.studies.machinery.errors import StudyError
 from benchmarks.studies.machinery.record import as_json, read_json
 
-#: Written last: the SHA-256 of every file. Without it a checkpoint is none.
+#: The SHA-256 of every file, written last; without it a checkpoint is incomplete.
 FILES = "files.json"
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
         state: a pytree of host arrays.
-        record: JSON: the step, what was counted so far, the best evaluation so far.
+        record: JSON: the step, counters, and the best evaluation so far.
     """
 
     state: Any
@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by their path; a flat dict needs no structure to be read."""
+    """Leaves by path: a flat dict can be read without knowing the tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
@@ -44,7 +44,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What goes wrong is told by us, once, without the tracebacks of threads."""
+    """Silences absl's logging: the errors that it reports are raised as StudyError."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -55,7 +55,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Of the files of a checkpoint, but for the list itself."""
+    """SHA-256 of each file of a checkpoint, except of ``FILES``."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -64,33 +64,33 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: one folder a step, the best and the last few kept."""
+    """The checkpoints of one run, a folder each; keeps the best and the last few."""
 
     def __init__(self, folder: Path, keep: int = 2):
-        """A place for checkpoints.
+        """A folder of checkpoints.
 
         Args:
-            folder: where they go.
-            keep: how many of the last ones, besides the best.
+            folder: the folder.
+            keep: how many of the last checkpoints to keep, besides the best.
         """
         self.folder, self.keep = folder.absolute(), keep
         self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
     def steps(self) -> list[int]:
-        """Of those that were written to the end, ascending."""
+        """Steps of the checkpoints in the folder, ascending."""
         if not self.folder.is_dir():
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
 
     def save(self, checkpoint: Checkpoint, best: int) -> None:
-        """Writes a checkpoint, then removes those that nobody needs any more.
+        """Writes a checkpoint, then removes those that need not be kept.
 
         Args:
-            checkpoint: its record says the ``step``.
-            best: the step of the best one so far, which stays.
+            checkpoint: its record has the ``step``.
+            best: step of the best checkpoint so far, which is kept.
 
         Raises:
-            StudyError: if it cannot be written; those before are as they were.
+            StudyError: if it cannot be written; earlier ones are unchanged.
         """
         step = checkpoint.record["step"]
         arrays = jax.tree.map(np.asarray, _named(checkpoint.state))
@@ -111,9 +111,9 @@ class Checkpoints:
             raise StudyError(
                 f"the checkpoint of step {step} cannot be written to {self.folder} "
                 f"({_first_line(error)}); those of steps {self.steps()} are kept: make "
-                "room and go on with --resume"
+                "room and continue with --resume"
             ) from error
-        # Damaged ones of later steps may lie there still; they are none of the last.
+        # Damaged checkpoints of later steps do not count as the last ones.
         before = [s for s in self.steps() if s <= step]
         for old in before[: -self.keep]:
             if old != best:
@@ -124,7 +124,7 @@ class Checkpoints:
 
         Args:
             step: one of :meth:`steps`.
-            like: a pytree of its shapes and types.
+            like: a pytree of arrays of the same shapes and dtypes.
 
         Raises:
             StudyError: if it is damaged.
@@ -140,7 +140,7 @@ class Checkpoints:
         wrong = [n for n, digest in expected.items() if found.get(n) != digest]
         if wrong:
             raise StudyError(f"{path} is damaged (in {wrong[0]})")
-        # A file of another version of Orbax may raise anything.
+        # Files of another version of Orbax may raise any exception.
         try:
             with _quiet():
                 read = self._orbax.restore(
@@ -157,25 +157,25 @@ class Checkpoints:
         return Checkpoint(jax.tree.unflatten(jax.tree.structure(like), leaves), record)
 
     def newest(self, like: Any) -> Checkpoint | None:
-        """The newest one that can be read; a warning for each that cannot.
+        """The newest checkpoint that can be read; warns of each that cannot.
 
         Args:
-            like: a pytree of its shapes and types.
+            like: a pytree of arrays of the same shapes and dtypes.
         """
         for step in reversed(self.steps()):
             try:
                 return self.load(step, like)
             except StudyError as error:
-                # It stays where it is until its step is reached again.
-                warnings.warn(f"{error}; the one before is tried", stacklevel=2)
+                # It is overwritten when its step is reached again.
+                warnings.warn(f"{error}; trying the one before", stacklevel=2)
         return None
 
 
 def room_for(folder: Path, state: Any, checkpoints: int) -> None:
-    """Is there space for so many checkpoints?
+    """Checks that the disk has space for a number of checkpoints of a state.
 
     Raises:
-        StudyError: if not.
+        StudyError: if it has not.
     """
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     needed, free = size * checkpoints, shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""What a study is given: options, a place to train, data."""
+"""What a study gets: the options of the command line, places to train, data."""
 
 import dataclasses
 import functools
@@ -32,20 +32,20 @@ from benchmarks.studies.machinery.training import (
 
 @dataclasses.dataclass
 class Context:
-    """What the command line says, and what follows from it.
+    """The options of a study, and methods that use them.
 
     Attributes:
-        name: of the study.
+        name: name of the study.
         out: folder of the results.
-        mesh: of devices.
-        console: for those who wait.
-        quick: tiny sizes, to see that everything runs.
-        resume: go on with runs that are there, and do not repeat those that are done.
-        only: names of runs, or of groups of them; empty: all.
-        pairs: a table of sentence pairs; None: the verses.
-        text: a folder of long documents; None: the addresses.
+        mesh: devices that share a batch.
+        console: for progress and messages.
+        quick: use tiny sizes, to test that everything runs.
+        resume: continue interrupted runs, and do not repeat finished ones.
+        only: names of the runs, or groups of runs, to train; empty: all.
+        pairs: file of sentence pairs; None: the Bible verses.
+        text: folder of long documents; None: the State of the Union addresses.
         seen: names of the runs that the study asked for.
-        best: of the runs that are done, by name, what their best evaluation found.
+        best: the best evaluation of each finished run, by name.
     """
 
     name: str
@@ -62,26 +62,30 @@ class Context:
 
     @property
     def folder(self) -> Path:
-        """Of what the study's runs leave."""
+        """Folder of the study's runs."""
         return self.out / "runs" / self.name
 
     @property
     def ledger(self) -> Ledger:
-        """Of the study's runs that are done."""
+        """The ledger of the study's finished runs."""
         return Ledger(self.out / f"{self.name}.runs.jsonl")
 
     def shared(self, name: str) -> "Context":
-        """The same for runs that several studies share."""
+        """A context for runs that several studies share.
+
+        Args:
+            name: names their folder.
+        """
         return dataclasses.replace(self, name=name)
 
     def wants(self, name: str) -> bool:
-        """Whether a run, or the group before its ``/``, is asked for."""
+        """Whether ``--only`` includes a run, by its name or its group's."""
         return not self.only or any(
             name == wanted or name.startswith(f"{wanted}/") for wanted in self.only
         )
 
     def expect_only(self) -> None:
-        """To be asked once all runs are known.
+        """Checks ``--only``; call it when the study has asked for all its runs.
 
         Raises:
             StudyError: if ``--only`` names a run that the study does not have.
@@ -94,10 +98,10 @@ class Context:
                 )
 
     def train(self, run: Run) -> Trained | None:
-        """Trains a run, or reads it where it is done and need not be repeated.
+        """Trains a run, or reads a finished one that is not to be repeated.
 
         Returns:
-            The run; None where ``--only`` leaves it out and it is not done yet.
+            The run; None if ``--only`` leaves it out and it is not finished.
 
         Raises:
             StudyError: see ``train``.
@@ -110,8 +114,8 @@ class Context:
         return trained
 
     def _measure(self, run: Run, measure: Measure) -> Trained | None:
-        """The numbers of a run alone, from the ledger if they are there."""
-        # What cannot be kept is better known before hours of training.
+        """The numbers of a run, without its model; from the ledger if possible."""
+        # Read first: a damaged ledger must be reported before hours of training.
         identity, ledger = run.identity(self.mesh), self.ledger
         wanted, summary = self.wants(run.name), None
         if self.resume or not wanted:
@@ -143,9 +147,9 @@ class Context:
         return train(run, place._replace(resume=True)) if done else None
 
     def model(self, run: Run) -> nnx.Module:
-        """The model of a run that others begin with.
+        """The model of a run that other runs start from.
 
-        The run is trained where it is not done, or where its folder was lost.
+        The run is trained if it is not finished, or if its folder is lost.
         """
         place = Place(self.folder / run.name, self.mesh, self.console, resume=True)
         return train(run, place).model
@@ -154,14 +158,14 @@ class Context:
         """Trains runs one after another.
 
         Returns:
-            By name; None where ``--only`` leaves some out that are not done yet.
+            The runs by name; None if ``--only`` leaves out unfinished ones.
         """
         found = {run.name: self.train(run) for run in runs}
         done = {name: trained for name, trained in found.items() if trained is not None}
         return done if len(done) == len(found) else None
 
     def step_seconds(self, runs: Iterable[Run]) -> dict[str, float]:
-        """Of a training step of each run, one beside the other: the machine varies.
+        """Seconds of a training step of each run, all measured in turns.
 
         Returns:
             Medians, by name of the run.
@@ -178,26 +182,26 @@ class Context:
         return {name: t.median for name, t in interleave(calls, rounds).items()}
 
     def corpus(self, **options: Any) -> Corpus:
-        """Parallel text: the table of ``--pairs``, or the verses.
+        """Parallel text: the file of ``--pairs``, or the Bible verses.
 
         Args:
-            **options: as of ``load_corpus``.
+            **options: options of ``load_corpus``.
         """
         return load_corpus(self.pairs, self.out / "runs", say=self.say, **options)
 
     def batches(self, examples: Sequence[Example], **options: Any) -> Batches:
-        """Batches that the devices can share.
+        """Batches whose rows the devices share evenly.
 
         Args:
-            examples: of a corpus.
-            **options: as of ``Batches``.
+            examples: tokens of a corpus.
+            **options: options of ``Batches``.
         """
         return Batches(examples, devices=self.mesh.size, **options)
 
     def dividing(self, rows: int) -> "Context":
-        """The same with as many devices as share so many rows evenly.
+        """This context with as many devices as can share ``rows`` evenly.
 
-        What a run learns from must not depend on who trains it.
+        The data of a run must not depend on the number of devices.
         """
         mesh = make_mesh(math.gcd(rows, self.mesh.size))
         return dataclasses.replace(self, mesh=mesh)
@@ -206,10 +210,10 @@ class Context:
         """Long documents: the folder of ``--text``, or the addresses.
 
         Args:
-            **options: as of ``load_addresses``.
+            **options: options of ``load_addresses``.
         """
         return load_addresses(self.out / "runs", folder=self.text, **options)
 
     def say(self, message: str) -> None:
-        """Tells those who wait."""
+        """Prints a message."""
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)

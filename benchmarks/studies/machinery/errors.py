@@ -1,19 +1,19 @@
-"""What a study ends with: messages for whoever started it, never a traceback."""
+"""Errors that the command line reports as a message without a traceback."""
 
 
 class StudyError(Exception):
-    """Something that the user can put right; the message says how."""
+    """An error that the user can correct; the message says how."""
 
 
 class Diverged(StudyError):
-    """The loss is no number any more."""
+    """The loss became infinite or NaN."""
 
 
 class Interrupted(StudyError):
-    """Someone asked to stop; what was trained is kept.
+    """The run was interrupted, after a checkpoint was saved.
 
     Attributes:
-        signal: its number.
+        signal: number of the signal.
     """
 
     def __init__(self, message: str, signal: int):

@@ -15,15 +15,15 @@ from benchmarks.studies.machinery.parallel import over_batch
 
 
 class MeanLoss:
-    """``evaluate(model) -> {"loss": a token, "perplexity": its exponential}``."""
+    """``evaluate(model)``: the mean loss per token, and its exponential, perplexity."""
 
     def __init__(self, loss: Loss, batches: Sequence[Any], mesh: Mesh):
         """An evaluation.
 
         Args:
-            loss: without smoothing.
-            batches: all of them are seen.
-            mesh: of devices.
+            loss: see :data:`Loss`; without label smoothing.
+            batches: the evaluation data.
+            mesh: devices that share a batch.
         """
 
         def sums(model: nnx.Module, batch: Any) -> jax.Array:
@@ -34,7 +34,7 @@ class MeanLoss:
         self._sums = over_batch(sums, mesh)
 
     def __call__(self, model: nnx.Module) -> dict[str, float]:
-        """A model whose dropout is off."""
+        """Evaluates a model whose dropout is off."""
         sums = [np.asarray(self._sums(model, b), np.float64) for b in self.batches]
         total, count = np.concatenate(sums).sum(0)
         mean = float(total / count)

@@ -1,4 +1,4 @@
-"""Stopping between two steps, where nothing is half done."""
+"""Delays Ctrl-C to the end of a training step."""
 
 import signal
 from types import FrameType, TracebackType
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class Interrupts:
-    """While it is entered, Ctrl-C and a request to end are noted, not raised.
+    """A context in which the first SIGINT or SIGTERM is only recorded.
 
-    A second one is raised as always, for those who cannot wait.
+    A second signal has its usual effect.
 
     Attributes:
-        seen: the number of the signal; None: nobody asked.
+        seen: number of the recorded signal; None: none was received.
     """
 
     def __init__(self) -> None:

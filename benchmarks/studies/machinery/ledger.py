@@ -1,4 +1,4 @@
-"""Finished runs in one small file: a table may be filled in several sittings."""
+"""Summaries of finished runs in one small file, so that they are not repeated."""
 
 import json
 from pathlib import Path
@@ -11,32 +11,32 @@ from benchmarks.studies.machinery.record import Json, same_run
 
 
 class Ledger:
-    """What a page needs of each run that is done, a line each; no model is needed.
+    """What a page needs of each finished run, in one line of a file per run.
 
-    Where folders of runs are lost, or were left on another machine, these runs need not
-    be trained again.
+    These runs need not be trained again where their folders, which hold the models, are
+    lost or on another machine.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path):
-        """Reads what is there.
+        """Reads the file, if it exists.
 
         Raises:
-            StudyError: if that is not what was written.
+            StudyError: if the file is damaged.
         """
         self.path, self._lines = path, _read(path)
 
     def find(self, identity: Json, *, any_devices: bool) -> Json | None:
-        """The summary of a run.
+        """The summary of a run, or None if it is not in the file.
 
         Args:
-            identity: see ``identity``.
-            any_devices: whether it counts on however many it was trained.
+            identity: as returned by ``Run.identity``.
+            any_devices: whether the number of devices may differ.
 
         Raises:
-            StudyError: if there is one of that name with another config.
+            StudyError: if the file has a run of that name with another config.
         """
         known = self._lines.get(identity["name"])
         if known is None:
@@ -48,12 +48,12 @@ class Ledger:
         return known["summary"]
 
     def keep(self, identity: Json, summary: Json) -> None:
-        """Writes a run down, in the place of an earlier one of its name.
+        """Adds a run to the file, or replaces the one of that name.
 
-        What other processes wrote since the file was read is kept.
+        Lines that other processes have written meanwhile are kept.
 
         Raises:
-            StudyError: if the file cannot be written to; it stays as it was.
+            StudyError: if the file cannot be written to; it is not changed.
         """
         line = {"identity": identity, "summary": summary}
         try:
@@ -65,12 +65,12 @@ class Ledger:
         except OSError as error:
             raise StudyError(
                 f"{self.path} cannot be written to ({error.strerror}); the run itself "
-                "is kept: make room and go on with --resume"
+                "is kept: make room and continue with --resume"
             ) from error
 
 
 def _read(path: Path) -> dict[str, Json]:
-    """By name of the run."""
+    """The lines of the file, by name of the run."""
     found: dict[str, Json] = {}
     if not path.exists():
         return found
@@ -80,7 +80,6 @@ def _read(path: Path) -> dict[str, Json]:
             found[line["identity"]["name"]] = line
         except (ValueError, KeyError, TypeError) as error:
             raise StudyError(
-                f"{path}: line {number} is not what was written there; mend or remove "
-                "it"
+                f"{path}: line {number} is damaged; correct or remove it"
             ) from error
     return found

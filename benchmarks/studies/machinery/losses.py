@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, over what is no padding."""
+"""Cross-entropy of the next token, without padding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from flax import nnx
 from benchmarks.studies.machinery.data.batches import Batch
 
 #: ``(model, batch, rng) -> (sum of losses, number of target tokens)``; a batch is a
-#: tuple of arrays that lead with the batch's axis.
+#: tuple of arrays whose first axis is the batch.
 Loss = Callable[[nnx.Module, Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -21,9 +21,9 @@ def cross_entropy(
     """The sum over target tokens, and their number.
 
     Args:
-        logits: ``[B, T - 1, V]``, of ``batch.target[:, 1:]``.
-        batch: targets ``[B, T]``.
-        smoothing: the share of the label that all tokens have alike.
+        logits: ``[B, T - 1, V]``, predictions of ``batch.target[:, 1:]``.
+        batch: with targets ``[B, T]``.
+        smoothing: the share of a label that is divided equally among all tokens.
 
     References:
         Szegedy et al., "Rethinking the Inception Architecture", 2016, section 7
@@ -33,7 +33,7 @@ def cross_entropy(
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if smoothing:
-        # optax.smooth_labels, without its [B, T, V] of labels.
+        # As optax.smooth_labels, without an array of labels [B, T, V].
         alike = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
         losses = (1 - smoothing) * losses + smoothing * alike
     places = jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
@@ -42,11 +42,11 @@ def cross_entropy(
 
 
 def forced(logits: Callable[[Any, Batch], jax.Array], smoothing: float = 0.0) -> Loss:
-    """A loss that shows the model the right tokens before each.
+    """The loss with teacher forcing.
 
     Args:
-        logits: ``(model, batch) -> [B, T - 1, V]``: of what follows each token of
-            ``batch.target[:, :-1]``.
+        logits: ``(model, batch) -> [B, T - 1, V]``: predictions of the token after each
+            of ``batch.target[:, :-1]``.
         smoothing: see :func:`cross_entropy`.
     """
 

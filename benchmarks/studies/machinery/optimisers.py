@@ -1,4 +1,4 @@
-"""Adam with clipped gradients and a rate that warms up and falls."""
+"""Adam with clipped gradients, warm-up and decay of the learning rate."""
 
 from typing import Literal, NamedTuple
 
@@ -11,12 +11,12 @@ Decay = Literal["cosine", "inverse_sqrt"]
 
 
 class Optimiser(NamedTuple):
-    """What turns gradients into updates.
+    """An optimiser, and its settings for the config of a run.
 
     Attributes:
-        transform: optax's.
-        rate: learning rate at a step, for the log.
-        settings: JSON, all that tells it from others.
+        transform: the optax transformation.
+        rate: the learning rate of each step, for the log.
+        settings: JSON, what distinguishes it from other optimisers.
     """
 
     transform: optax.GradientTransformation
@@ -27,13 +27,13 @@ class Optimiser(NamedTuple):
 def schedule(
     rate: float, *, steps: int, warmup: int, decay: Decay = "cosine"
 ) -> optax.Schedule:
-    """From 0 to ``rate`` in a straight line, then down.
+    """A learning rate that rises linearly from 0 to ``rate``, then decays.
 
     Args:
-        rate: the highest.
-        steps: of the whole run.
-        warmup: steps until the highest.
-        decay: ``cosine`` to 0 at ``steps``; ``inverse_sqrt``: ``rate * sqrt(warmup /
+        rate: the highest rate.
+        steps: steps of the whole run.
+        warmup: steps until the highest rate.
+        decay: ``cosine``: to 0 at ``steps``; ``inverse_sqrt``: ``rate * sqrt(warmup /
             step)``.
 
     References:
@@ -46,7 +46,7 @@ def schedule(
     if decay == "cosine":
         falling = optax.cosine_decay_schedule(rate, steps - warmup)
     elif decay == "inverse_sqrt":
-        # During the warm-up it is asked, too, and then not heard.
+        # It is also evaluated during the warm-up, where its value is not used.
         falling = lambda after: rate * jnp.sqrt(warmup / jnp.maximum(warmup + after, 1))
     else:
         raise ValueError(f"decay: expected cosine or inverse_sqrt, got {decay!r}")
@@ -65,11 +65,11 @@ def adam(
     """Adam, gradients clipped by their global norm.
 
     Args:
-        rate: the highest.
+        rate: the highest learning rate.
         steps: see :func:`schedule`.
         warmup: see :func:`schedule`.
         decay: see :func:`schedule`.
-        clip: the longest gradient.
+        clip: the greatest norm of a gradient; longer ones are scaled down.
         b2: decay of the second moments.
 
     References:

@@ -1,4 +1,4 @@
-"""A study's result on one page: Markdown to read, JSON to compute with, SVG to see."""
+"""The page of a study: a Markdown file, a JSON file and charts as SVG."""
 
 import dataclasses
 import re
@@ -19,11 +19,11 @@ from benchmarks.studies.machinery.training import surroundings
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown, columns of numbers to the right.
+    """A table in Markdown, with columns of numbers aligned to the right.
 
     Args:
         header: names of the columns.
-        rows: as many cells each.
+        rows: the cells of each row, one for each column.
     """
     if any(len(row) != len(header) for row in rows):
         raise ValueError(f"rows: expected {len(header)} cells in each")
@@ -43,14 +43,14 @@ def _cell(value: object) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What a study found.
+    """The result of a study.
 
     Attributes:
         template: a Markdown file with a ``{name}``, or ``{name:.3f}``, for each of
             ``values``, and an image ``NAME-CHART.svg`` for each of ``charts``.
-        values: numbers, names and tables, by the name that the template gives them.
-        charts: Matplotlib's figures by name, for instance of :func:`lines`.
-        results: all numbers, as JSON.
+        values: numbers, names and tables, by their name in the template.
+        charts: Matplotlib figures by name, for instance from :func:`lines`.
+        results: all numbers, for the JSON file.
     """
 
     template: Path
@@ -60,7 +60,7 @@ class Page:
 
 
 def cost_of(summaries: Iterable[Json]) -> str:
-    """Number, sizes, tokens and time of training runs, with machines and dates."""
+    """A sentence: number, sizes, tokens, time, machines and dates of training runs."""
     runs = list(summaries)
     sizes = sorted({run["parameters"] for run in runs})
     parameters = " to ".join(f"{n:,}" for n in dict.fromkeys([sizes[0], sizes[-1]]))
@@ -76,7 +76,7 @@ def cost_of(summaries: Iterable[Json]) -> str:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half the 95 % interval of Student's t; None for one value alone."""
+    """Mean, and half of Student's 95 % interval; None instead for a single value."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None
@@ -94,7 +94,7 @@ def shown(value: tuple[float, float | None], digits: int = 3) -> str:
 def smooth(
     points: Sequence[tuple[float, float]], width: int
 ) -> list[tuple[float, float]]:
-    """Means of ``width`` neighbours, each at the last one's place."""
+    """Means of each ``width`` successive points, at the x of the last of them."""
     return [
         (
             points[end - 1][0],
@@ -105,7 +105,7 @@ def smooth(
 
 
 def dots(panels: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> Any:
-    """A figure of numbers by name, with half an interval each, one panel a question."""
+    """A figure of numbers with intervals, by name; one panel for each question."""
     figure, axes = side_by_side(panels, 3.6, 3)
     for axis, values in zip(axes, panels.values(), strict=True):
         names = list(values)
@@ -120,21 +120,21 @@ def dots(panels: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> Any:
 
 
 def write_page(folder: Path, name: str, page: Page, **more: Any) -> Path:
-    """Writes ``NAME.md``, ``NAME.json`` and ``NAME-CHART.svg``, each whole or not.
+    """Writes ``NAME.md``, ``NAME.json`` and ``NAME-CHART.svg``, each atomically.
 
-    The page is written last, when everything that it shows exists.
+    The Markdown file is written last, when everything that it shows exists.
 
     Args:
-        folder: of the results.
-        name: of the study.
-        page: what it found.
-        **more: for the JSON file.
+        folder: folder of the results.
+        name: name of the study.
+        page: its result.
+        **more: further entries of the JSON file.
 
     Returns:
         Path of the Markdown file.
 
     Raises:
-        ValueError: if the template and the page do not name the same values and charts.
+        ValueError: if template and page have different values or charts.
     """
     around = surroundings()
     text = filled(page.template, page.values)
@@ -157,10 +157,10 @@ def write_page(folder: Path, name: str, page: Page, **more: Any) -> Path:
 
 
 def filled(template: Path, values: Mapping[str, object]) -> str:
-    """The text of a template with its values.
+    """The text of a template with its fields filled in.
 
     Raises:
-        ValueError: if it names other values than there are.
+        ValueError: if its fields are not exactly ``values``.
     """
     text = template.read_text()
     fields = [name for _, name, _, _ in string.Formatter().parse(text) if name]

@@ -11,17 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.studies.machinery.errors import StudyError
 
-#: Of the one axis of the mesh.
+#: Name of the only axis of the mesh.
 AXIS = "batch"
 
 
 def ask_for_devices(count: int) -> None:
-    """Divides the processor into devices; before anything touches the backend."""
+    """Divides the CPU into ``count`` devices; call it before JAX's backend starts."""
     jax.config.update("jax_num_cpu_devices", count)
 
 
 def make_mesh(count: int) -> Mesh:
-    """``count`` devices in a row.
+    """A mesh of ``count`` devices.
 
     Raises:
         StudyError: if there are fewer.
@@ -29,28 +29,28 @@ def make_mesh(count: int) -> Mesh:
     devices = jax.devices()
     if len(devices) < count:
         raise StudyError(
-            f"--devices: expected at most {len(devices)}, which is what there is "
+            f"--devices: expected at most {len(devices)}, the number of devices "
             f"({devices[0].device_kind}), got {count}"
         )
     return Mesh(devices[:count], (AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on each device."""
+    """Sharding: the whole array on each device."""
     return NamedSharding(mesh, P())
 
 
 def divided(mesh: Mesh) -> NamedSharding:
-    """Each device has its share of the first axis."""
+    """Sharding: each device has its share of the first axis."""
     return NamedSharding(mesh, P(AXIS))
 
 
 def on_shares(
     function: Callable[..., Any], mesh: Mesh, inputs: tuple[P, ...], outputs: P
 ) -> Callable[..., Any]:
-    """``function`` on each device; sums over :data:`AXIS` are its own business."""
-    # The check of what varies over devices refuses every loop whose carry starts with
-    # constants, an RNN's among them. Gradients are local and summed by us.
+    """Runs ``function`` on each device; it must sum over :data:`AXIS` itself."""
+    # check_vma would refuse loops whose carry starts as a constant, as an RNN's does.
+    # Without it, gradients are those of one device; callers sum them.
     return jax.shard_map(
         function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False
     )
@@ -60,8 +60,8 @@ def over_batch(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """A compiled ``function(model, *arrays)``, the batch divided among devices.
 
     Args:
-        function: its arrays, and what it returns, lead with the batch.
-        mesh: of devices.
+        function: the first axis of its arrays and of its results is the batch.
+        mesh: devices that share a batch.
 
     Returns:
         The same function; equal models and shapes compile once.

@@ -1,4 +1,4 @@
-"""What those who wait see: a bar, and a line for each evaluation."""
+"""Progress of a run in the terminal: a bar, and a line for each evaluation."""
 
 from types import TracebackType
 
@@ -14,9 +14,9 @@ from rich.progress import (
 
 
 class Bar:
-    """Steps, loss, tokens a second, time left; on a terminal only.
+    """A progress bar: steps, loss, tokens per second, time left.
 
-    Lines are printed above it, everywhere.
+    The bar is shown on a terminal only; lines are printed above it in any case.
     """
 
     def __init__(self, name: str, done: int, steps: int, console: Console):
@@ -49,11 +49,11 @@ class Bar:
         self._progress.stop()
 
     def step(self, done: int, loss: float, rate: float) -> None:
-        """A step is done."""
+        """Updates the bar after a step."""
         self._progress.update(self._task, completed=done, loss=loss, rate=rate)
 
     def say(self, step: int, numbers: dict[str, float], rate: float) -> None:
-        """A line that stays."""
+        """Prints a line with the numbers of an evaluation."""
         found = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         self._progress.console.print(
             f"{self._name}: step {step:,} of {self._steps:,}: {found} "

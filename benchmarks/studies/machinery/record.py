@@ -1,4 +1,4 @@
-"""What a run writes down: its config, a log of its steps, and a summary at the end."""
+"""The files of a run: its config, a log of its steps, and a summary at the end."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def as_json(content: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file; None if there is none or it is no JSON."""
+    """The content of a JSON file; None if it does not exist or is not JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -30,7 +30,7 @@ def read_json(path: Path) -> Any:
 
 
 def fingerprint(*trees: Any) -> str:
-    """Of every array in them: for the config of a run that depends on them."""
+    """A hash of every array in ``trees``, for the config of a run."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(trees):
         secret = jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
@@ -40,15 +40,15 @@ def fingerprint(*trees: Any) -> str:
 
 
 def same_run(found: Json, identity: Json, where: str) -> None:
-    """Is what was found the run that is asked for?
+    """Checks that a run on disk is the run that is wanted.
 
     Args:
-        found: what was written of its identity.
-        identity: as asked for.
-        where: it was found.
+        found: the identity of the run on disk.
+        identity: the identity that is wanted.
+        where: the place of the run on disk, for the message.
 
     Raises:
-        StudyError: if it is not.
+        StudyError: if they differ.
     """
     wanted = json.loads(as_json(identity))
     if found == wanted:
@@ -58,15 +58,20 @@ def same_run(found: Json, identity: Json, where: str) -> None:
         f"{name} was {_short(old)}, is {_short(new)}" for name, old, new in changed
     )
     if [name for name, *_ in changed] == ["devices"]:
-        # Bit for bit only as it was begun: devices sum in another order.
-        remedy = f"give --devices {found['devices']} to go on with it"
+        # Another number of devices sums in another order: not the same bits.
+        remedy = f"give --devices {found['devices']} to continue it"
     else:
         remedy = "run without --resume to train it anew, or give another --out"
     raise StudyError(f"{where} holds a run of another config ({differences}); {remedy}")
 
 
 def gradient_norm(log: Iterable[Json], share: float) -> float:
-    """Median over the first (or, with a negative share, the last) steps of a run."""
+    """Median gradient norm over a share of the steps of a run.
+
+    Args:
+        log: lines of the run's log.
+        share: 0.1: the first tenth of the steps; -0.1: the last tenth.
+    """
     norms = [line["gradient_norm"] for line in log if "gradient_norm" in line]
     count = max(int(abs(share) * len(norms)), 1)
     return float(np.median(norms[:count] if share > 0 else norms[-count:]))
@@ -76,8 +81,8 @@ class Record:
     """The folder of one run.
 
     Attributes:
-        folder: of the run.
-        log: JSON lines, a step or an evaluation each.
+        folder: folder of the run.
+        log: path of the log: JSON lines, one for each step and each evaluation.
     """
 
     def __init__(self, folder: Path):
@@ -90,13 +95,13 @@ class Record:
         return self.folder / "checkpoints"
 
     def begin(self, identity: Json) -> None:
-        """Starts anew; what an earlier run of this name left is removed.
+        """Starts a new run; the files of an earlier run of this name are removed.
 
         Raises:
             StudyError: if the folder cannot be written to.
         """
         try:
-            # The config first: a folder without one holds nothing that is believed.
+            # The config first: without it the other files are ignored.
             (self.folder / "config.json").unlink(missing_ok=True)
             (self.folder / "summary.json").unlink(missing_ok=True)
             self.log.unlink(missing_ok=True)
@@ -110,10 +115,10 @@ class Record:
             ) from error
 
     def check(self, identity: Json) -> bool:
-        """Is there a run of this name to go on with?
+        """Whether the folder has a run that can be continued.
 
         Raises:
-            StudyError: if there is one, but with another config.
+            StudyError: if it has a run with another config.
         """
         found = read_json(self.folder / "config.json")
         if found is None:
@@ -122,11 +127,11 @@ class Record:
         return True
 
     def summary(self) -> Json | None:
-        """Of a run that reached its end."""
+        """The summary of a finished run; None if it is not finished."""
         return read_json(self.folder / "summary.json")
 
     def finish(self, summary: Json) -> None:
-        """Writes the summary: from now on the run is done."""
+        """Writes the summary, which marks the run as finished."""
         self.close()
         self._guard(
             lambda: write_atomically(
@@ -135,10 +140,10 @@ class Record:
         )
 
     def open(self, step: int) -> None:
-        """Goes on with the log; lines of later steps are dropped.
+        """Opens the log to continue it; lines of later steps are removed.
 
         Args:
-            step: steps that are done.
+            step: number of steps that are done.
         """
         kept = [json.dumps(line) for line in self.lines() if line["step"] <= step]
         text = "".join(line + "\n" for line in kept)
@@ -146,7 +151,7 @@ class Record:
         self._file = self.log.open("a")
 
     def write(self, line: Json) -> None:
-        """Adds a line; on disk when this returns."""
+        """Adds a line to the log, and flushes it."""
         if self._file is None:
             raise ValueError("the log is not open")
         file = self._file
@@ -154,13 +159,13 @@ class Record:
         self._guard(lambda: (file.write(text), file.flush()))
 
     def close(self) -> None:
-        """Ends the log."""
+        """Closes the log."""
         if self._file is not None:
             file, self._file = self._file, None
             self._guard(file.close)
 
     def lines(self) -> Iterator[Json]:
-        """The log; a last line that was not written to its end is left out."""
+        """The lines of the log; an incomplete last line is left out."""
         if not self.log.exists():
             return
         for text in self.log.read_text(errors="replace").splitlines():
@@ -175,7 +180,7 @@ class Record:
         except OSError as error:
             raise StudyError(
                 f"{self.folder} cannot be written to ({error.strerror}); what is in "
-                f"{self.checkpoints} is kept: make room and go on with --resume"
+                f"{self.checkpoints} is kept: make room and continue with --resume"
             ) from error
 
 

@@ -18,11 +18,11 @@ from benchmarks.studies.machinery.parallel import AXIS, divided, on_shares, repl
 
 
 class State(NamedTuple):
-    """What a step changes.
+    """The training state.
 
     Attributes:
-        params: of the model.
-        optimiser: optax's.
+        params: parameters of the model.
+        optimiser: state of the optax transformation.
     """
 
     params: Any
@@ -30,13 +30,13 @@ class State(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What is known after a step.
+    """Measurements of one step.
 
     Attributes:
-        loss: a target token, before the update.
-        gradient_norm: before clipping.
-        learning_rate: of the update.
-        tokens: target tokens of the batch.
+        loss: mean over target tokens, before the update.
+        gradient_norm: global norm, before clipping.
+        learning_rate: of this update.
+        tokens: target tokens in the batch.
     """
 
     loss: jax.Array
@@ -46,10 +46,10 @@ class Measured(NamedTuple):
 
 
 def reseed(model: nnx.Module, rng: jax.Array) -> None:
-    """Lets every stream of random numbers in a model follow from ``rng``.
+    """Reseeds every stream of random numbers in a model from ``rng``.
 
-    A stream has the name that ``nnx.Rngs`` was given: ``Rngs(0)`` makes ``default``
-    ones, of dropout, too.
+    A stream has the name that ``nnx.Rngs`` gave it; those of ``Rngs(0)``, including
+    dropout's, are named ``default``.
     """
     graph = nnx.iter_graph(model)
     tags = sorted({s.key.tag for _, s in graph if isinstance(s, nnx.RngStream)})
@@ -62,9 +62,9 @@ class Step:
     """A compiled step, and the state of the model that it trains.
 
     Attributes:
-        state: after the last step.
-        compile_seconds: spent so far; each shape of batch is compiled once.
-        devices: how many share a batch.
+        state: the state after the last step.
+        compile_seconds: compile time so far; each shape of batch is compiled once.
+        devices: how many devices share a batch.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Step:
         """A step that has not run.
 
         Args:
-            model: its dropout is on.
+            model: a new model, with dropout on.
             loss: see :data:`Loss`.
-            optimiser: of gradients into updates.
-            seed: of dropout.
-            mesh: of devices.
+            optimiser: see :class:`Optimiser`.
+            seed: seed of dropout.
+            mesh: devices that share a batch.
         """
         transform, rate, _ = optimiser
         self._structure, params, rest = nnx.split(model, nnx.Param, ...)
@@ -118,7 +118,7 @@ class Step:
         ) -> tuple[State, Measured]:
             rng = jax.random.fold_in(jax.random.key(seed), number)
             total, count, gradient = summed(state.params, rest, batch, rng)
-            # A batch may hold nothing that counts.
+            # A batch may have no target token.
             least = jnp.maximum(count, 1)
             gradient = jax.tree.map(lambda g: g / least.astype(g.dtype), gradient)
             updates, optimiser = transform.update(
@@ -132,11 +132,11 @@ class Step:
         self._step = step
 
     def __call__(self, batch: Any, number: int) -> Measured:
-        """Does one step.
+        """Makes one step.
 
         Args:
-            batch: of this step.
-            number: of this step, from 0.
+            batch: the batch of this step.
+            number: number of this step, from 0.
         """
         arguments = (self.state, self._rest, batch, np.uint32(number))
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), tuple(batch))
@@ -148,18 +148,18 @@ class Step:
         return jax.device_get(measured)
 
     def model(self, params: Any = None) -> nnx.Module:
-        """The model as it is now, dropout off.
+        """The model with dropout off.
 
         Args:
-            params: others than the present ones.
+            params: its parameters; the present ones if not given.
         """
         given = self.state.params if params is None else params
-        # The step donates what it gets: the model has its own copy.
+        # Copies, because the next step donates its arguments.
         copy = jax.tree.map(jnp.copy, (given, self._rest))
         model = nnx.merge(self._structure, *copy)
         model.eval()
         return model
 
     def restore(self, state: State) -> None:
-        """Goes on from another state, of host arrays."""
+        """Continues from another state, a pytree of host arrays."""
         self.state = jax.device_put(state, self._whole)

@@ -1,4 +1,4 @@
-"""Which learning rate? Short runs of the same config, the best by its evaluation."""
+"""Chooses a learning rate by short runs."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from benchmarks.studies.machinery.errors import Diverged
 from benchmarks.studies.machinery.record import Json
 from benchmarks.studies.machinery.training import Run, Trained
 
-#: How many rates are tried beyond those given, while the best is the first or the last.
+#: How many rates are tried beyond those given, while the best is the lowest or highest.
 FURTHER = 3
 
 
@@ -18,9 +18,9 @@ class Sweep(NamedTuple):
     """What a sweep found.
 
     Attributes:
-        rate: the best.
-        found: by rate the number that decides; None where the run diverged.
-        summaries: of the runs, for what they cost.
+        rate: the best rate.
+        found: the number that decides, by rate; None if the run diverged.
+        summaries: of the runs, for their cost.
     """
 
     rate: float
@@ -31,20 +31,21 @@ class Sweep(NamedTuple):
 def sweep(
     context: Context, make_run: Callable[[float], Run], rates: Sequence[float]
 ) -> Sweep | None:
-    """Trains at each rate, each its own run that can be gone on with.
+    """Trains a run at each rate.
 
     Args:
         context: of the study.
         make_run: a short run at a rate; it is named ``NAME/rate-RATE`` here, and its
             config gets the rate.
-        rates: at least one; one alone is not tried. Where the best of them has none on
-            one side, the next by a factor of two is tried, too, at most ``FURTHER``.
+        rates: at least one; a single rate is returned untried. While the best is the
+            lowest or the highest, half or twice that is tried, too, at most ``FURTHER``
+            times.
 
     Returns:
-        What was found; None where ``--only`` left out a rate that is not done yet.
+        The best rate; None if ``--only`` left out a rate whose run is not finished.
 
     Raises:
-        Diverged: if all of them do.
+        Diverged: if the runs of all rates diverge.
     """
     found: dict[float, float | None] = {}
     if len(rates) == 1:
@@ -91,10 +92,10 @@ class Chosen(NamedTuple):
 
     Attributes:
         trained: the run.
-        rate: the best.
-        sweep: which rates were worth a whole run.
-        whole: by rate what whole runs reached.
-        summaries: of every run that it took.
+        rate: its rate.
+        sweep: the short runs.
+        whole: the number that decides of the whole runs, by rate.
+        summaries: of all short and whole runs.
     """
 
     trained: Trained
@@ -109,18 +110,18 @@ def train_at_best_rate(
     make_run: Callable[[float, bool], Run],
     rates: Sequence[float],
 ) -> Chosen | None:
-    """Sweeps, then trains at the best rate and at the next lower one.
+    """Sweeps, then trains whole runs at the best rate and at the next lower one.
 
-    Short runs flatter high rates: what is fast at first need not be good at last.
+    A rate that is best for short runs may be too high for whole runs.
 
     Args:
         context: of the study.
-        make_run: ``make_run(rate, short)``: a run, or a short one for the sweep; a
-            whole one is named ``NAME/whole-RATE`` here.
+        make_run: ``make_run(rate, short)``: a short run for the sweep, or a whole one,
+            which is named ``NAME/whole-RATE`` here.
         rates: see :func:`sweep`.
 
     Returns:
-        The better of the two; None where ``--only`` left out what is not done yet.
+        The better of the two; None if ``--only`` left out a run that is not finished.
     """
     swept = sweep(context, lambda rate: make_run(rate, True), rates)
     if swept is None:

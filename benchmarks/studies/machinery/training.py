@@ -1,4 +1,4 @@
-"""One training run: killed, interrupted or not, it ends with the same numbers."""
+"""One training run; interrupted and resumed, it gives the same numbers."""
 
 import dataclasses
 import datetime as dt
@@ -28,38 +28,37 @@ from benchmarks.studies.machinery.progress import Bar
 from benchmarks.studies.machinery.record import Json, Record
 from benchmarks.studies.machinery.step import State, Step
 
-#: Of what is on disk; another one is another config.
+#: Version of the files on disk; runs of another version are not continued.
 FORMAT = 1
 
-#: ``measure(model, log)``, of a run that is done.
+#: ``measure(model, log)``: numbers of a finished run.
 Measure = Callable[[nnx.Module, list[Json]], Json]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything that decides how a training goes.
+    """Everything that affects the result of a training run.
 
     Attributes:
-        name: of its folder; a ``/`` makes it one of a group.
-        config: JSON, all that tells this run from others: sizes, rates, the data's
-            fingerprint. A run on disk is gone on with only if its config is the same.
-        make_model: a new model, always the same one, dropout on.
+        name: name of its folder; ``GROUP/NAME`` makes it part of a group.
+        config: JSON, what distinguishes this run from others: sizes, rates, the data's
+            fingerprint. A run on disk is continued only if its config is the same.
+        make_model: makes the untrained model, always the same one, with dropout on.
         loss: ``(model, batch, rng) -> (sum of losses, number of target tokens)``.
-            Dropout of the model is seeded already; ``rng`` is for anything else.
+            The model's dropout is seeded already; ``rng`` is for other random numbers.
         batch_at: the batch of a step, a pure function of the step's number.
         optimiser: see ``adam``.
-        steps: how many.
-        evaluate: numbers of a model whose dropout is off.
+        steps: number of updates.
+        evaluate: returns numbers, by name, of a model with dropout off.
         evaluate_every: steps between evaluations, each of which saves a checkpoint.
-        best: which of the numbers says what the best checkpoint is.
-        higher_is_better: whether it does so by being high.
-        seed: of dropout.
-        begin: changes a new model before its first step, for instance to parameters
-            that another run trained; ``config`` must tell which.
-        batches_by_devices: whether their number decides what is in a batch.
-        measure: numbers of the best model and the log, for a page that needs no more;
-            they are kept, see ``Ledger``. None: the
-            page needs the model.
+        best: name of the number that determines the best checkpoint.
+        higher_is_better: whether a higher number is better.
+        seed: seed of dropout.
+        begin: changes a new model before its first step, for instance copies the
+            parameters of another run, which ``config`` must identify.
+        batches_by_devices: whether the batches depend on the number of devices.
+        measure: computes numbers from the best model and the log, which are kept in
+            the ``Ledger``, for a page that needs no model. None: the page needs it.
     """
 
     name: str
@@ -79,13 +78,13 @@ class Run:
     measure: Measure | None = None
 
     def parameters(self) -> str:
-        """Names and shapes of the model's, in short."""
+        """A hash of the names and shapes of the model's parameters."""
         made = nnx.state(nnx.eval_shape(self.make_model), nnx.Param)
         shapes = [(path, x.shape) for path, x in nnx.to_flat_state(made)]
         return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
 
     def identity(self, mesh: Mesh) -> Json:
-        """What must be the same for a run to be gone on with."""
+        """A run on disk is continued only if all of this is the same."""
         return {
             "format": FORMAT,
             "name": self.name,
@@ -102,13 +101,13 @@ class Run:
 
 
 class Trained(NamedTuple):
-    """A run that reached its end.
+    """A finished run.
 
     Attributes:
-        summary: as ``summary.json`` has it; ``measured`` is what ``Run.measure`` said.
-        model: with the parameters of the best evaluation, dropout off; None where
-            ``Run.measure`` is there, instead of it.
-        log: of every step and evaluation; empty where there is no model.
+        summary: content of ``summary.json``; ``measured`` is from ``Run.measure``.
+        model: with the parameters of the best evaluation, dropout off; None if the run
+            has a ``measure``.
+        log: lines of every step and evaluation; empty if there is no model.
     """
 
     summary: Json
@@ -117,14 +116,14 @@ class Trained(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where and how a run is trained, which does not change its numbers.
+    """Where a run is trained; none of it changes the numbers, rounding excepted.
 
     Attributes:
-        folder: of this run alone.
-        mesh: of devices.
-        console: for those who wait.
-        resume: go on with what the folder holds; False: begin anew.
-        keep: last checkpoints to keep, besides the best one.
+        folder: folder of this run.
+        mesh: devices that share a batch.
+        console: for progress and messages.
+        resume: True: continue the run in the folder; False: start anew.
+        keep: how many of the last checkpoints to keep, besides the best.
     """
 
     folder: Path
@@ -135,22 +134,22 @@ class Place(NamedTuple):
 
 
 def finished(run: Run, place: Place) -> Json | None:
-    """The summary of a run that is done already, with the same config."""
+    """The summary of a finished run of the same config; None if not finished."""
     record = Record(place.folder)
     summary = record.summary()
     return summary if summary and record.check(run.identity(place.mesh)) else None
 
 
 def train(run: Run, place: Place) -> Trained:
-    """Trains a run to its end, or reads it where that was done.
+    """Trains a run to its end, or reads it if it is finished.
 
     Args:
-        run: what is trained.
-        place: where.
+        run: the run.
+        place: where it is trained.
 
     Raises:
         StudyError: if there is another run of that name, or the disk is full or
-            cannot be written to. What was saved before stays.
+            cannot be written to. Earlier checkpoints are kept.
         Diverged: if the loss becomes infinite or NaN.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
@@ -172,14 +171,14 @@ def train(run: Run, place: Place) -> Trained:
         best = checkpoints.load(summary["best"]["step"], step.state)
     except StudyError as error:
         raise StudyError(
-            f"{run.name}: the best checkpoint is lost: {error}; train the run anew, "
-            f"without --resume and with --only {run.name}"
+            f"{run.name}: the best checkpoint cannot be read: {error}; train the run "
+            f"anew, without --resume and with --only {run.name}"
         ) from error
     return Trained(summary, step.model(best.state.params), list(record.lines()))
 
 
 class _Training:
-    """The loop, and what it counts."""
+    """The training loop and its counters."""
 
     def __init__(
         self,
@@ -201,7 +200,7 @@ class _Training:
             self._step.restore(saved.state)
             counts |= saved.record
         self._record.open(-1 if saved is None else counts["step"])
-        # Programs are compiled again by each process that goes on.
+        # Each process that continues a run compiles again.
         compiled_before = counts["compile_seconds"]
         bar = Bar(run.name, counts["step"], run.steps, self._console)
         with Interrupts() as interrupts, bar:
@@ -224,7 +223,7 @@ class _Training:
         if interrupts.seen is not None:
             raise Interrupted(
                 f"{run.name}: interrupted after step {done:,} of {run.steps:,}, which "
-                f"is saved; go on with: {resuming()}",
+                f"is saved; continue with: {resuming()}",
                 interrupts.seen,
             )
         return summary
@@ -307,7 +306,7 @@ class _Training:
 
 
 def surroundings() -> Json:
-    """What numbers were measured on, when, and by which command."""
+    """Machine, versions, date and command of a measurement."""
     return {
         "machine": machine_line(),
         "versions": versions(),
@@ -317,6 +316,6 @@ def surroundings() -> Json:
 
 
 def resuming() -> str:
-    """The command that goes on."""
+    """The command that continues this one."""
     arguments = [a for a in sys.argv[1:] if a != "--resume"]
     return shlex.join(["python", "-m", "benchmarks.studies", *arguments, "--resume"])

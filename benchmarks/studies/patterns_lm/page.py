@@ -1,4 +1,4 @@
-"""What the pattern study found, on a page."""
+"""The page of the study of sparse patterns in language models."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from benchmarks.studies.machinery.page import Page, cost_of, lines, shown, table
 from benchmarks.studies.machinery.record import Json
 from benchmarks.studies.machinery.sweep import Sweep
 
-#: Nats from full attention beyond which a line would flatten all others.
+#: Lines that differ by more nats from full attention are not drawn in its panel.
 FAR = 0.25
 #: Masked accuracy in percent, best first (Zaheer et al., 2020, table 1).
 PAPER = {"full": 64.2, "window+random": 62.7, "random": 60.1, "window": 58.3}
@@ -21,7 +21,7 @@ HEADER = (
 
 
 def table_of(rows: Sequence[Json]) -> str:
-    """The numbers of one kind of task."""
+    """The table of masked or of causal language models."""
     return table(
         HEADER.split(", "),
         [
@@ -44,7 +44,7 @@ def table_of(rows: Sequence[Json]) -> str:
 
 
 def summary_of(rows: Sequence[Json]) -> Json:
-    """What a table says, for the answer."""
+    """The numbers of a table that the answer names."""
     by_name = {row["pattern"]: row for row in rows}
     sparse = [row for row in rows if row["density"] < 0.25]
     slowest = min(sparse, key=lambda row: row["speed_against_full"])
@@ -61,7 +61,7 @@ def summary_of(rows: Sequence[Json]) -> Json:
 
 
 def beside_paper(rows: Sequence[Json]) -> str:
-    """Accuracy here beside the paper's, a row for each of its patterns, and anchors."""
+    """A table of accuracy here and in the paper, for its patterns and for anchors."""
     accuracy = {row["pattern"]: shown(row["test_accuracy"], 1) for row in rows}
     return table(
         ["pattern", "accuracy %", "in the paper, %"],
@@ -74,7 +74,7 @@ def beside_paper(rows: Sequence[Json]) -> str:
 
 
 def tokens(budget: Budget) -> str:
-    """How much a run reads, and how much at once."""
+    """How many tokens a run is trained on, and the length of its contexts, as text."""
     read = budget.steps * budget.rows * budget.length
     return f"{read:,} subwords in contexts of {budget.length:,}"
 
@@ -92,15 +92,15 @@ def page(
     counts: Json,
     summaries: Iterable[Json],
 ) -> Page:
-    """What was found.
+    """The page of the study. Kinds of task are "masked" and "causal".
 
     Args:
         found: rows by kind of task, best first.
-        swept: how the rate of each kind was found.
-        pattern: for which it was found.
-        budgets: of what every run begins with, and of every run.
-        bases: by kind of task, the dev loss of what runs begin with.
-        counts: of the documents.
+        swept: the sweep of learning rates, by kind of task.
+        pattern: the pattern of the sweeps.
+        budgets: the budget of the base models, and that of the runs.
+        bases: mean dev loss of the base models, and its interval, by kind of task.
+        counts: numbers of documents and tokens.
         summaries: of every run.
     """
     base, budget = budgets

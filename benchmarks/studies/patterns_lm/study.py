@@ -1,4 +1,4 @@
-"""Do sparse patterns do well on long text, and what do they save?"""
+"""How good are sparse patterns in language models, and how much time do they save?"""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from benchmarks.studies.machinery.sweep import Sweep, sweep
 from benchmarks.studies.machinery.training import Run, Trained
 from benchmarks.studies.patterns_lm.page import page
 
-#: Masked: every pattern. Causal: the ones that decoders use.
+#: Patterns of causal models; masked models use all patterns.
 CAUSAL = (
     "full",
     "window",
@@ -44,18 +44,21 @@ CAUSAL = (
     "all three",
     "dilated",
 )
-#: Of whole runs, for :data:`SWEPT`; all patterns get the best one.
+#: Learning rates that are tried in whole runs with the pattern :data:`SWEPT`; the best
+#: one is used for all patterns.
 RATES = (2e-3, 4e-3)
 SWEPT = "window"
-#: Nats between neighbours in the table below which chance is asked to speak.
+#: Patterns whose loss is this close to a neighbour's in the table, in nats, are trained
+#: with more seeds.
 CLOSE = 0.05
 SEEDS = 3
-#: Parts of a context whose losses are told apart.
+#: A context is divided into this many parts for the loss by position.
 PARTS = 16
 
-#: What every pattern begins with: a model that read short contexts with full attention,
-#: as BigBird's and Longformer's begin with RoBERTa. From nothing, a masked model that
-#: sees 4,096 words at once has not begun to use them after 2.6 million.
+#: The base model that every run continues, trained on short contexts with full
+#: attention, as BigBird and Longformer continue RoBERTa. A masked model that is trained
+#: from scratch on contexts of 4,096 does not use its context yet after 2.6 million
+#: tokens.
 BASE, BASE_RATE = Budget(steps=640, length=512, rows=8), 8e-3
 BUDGET = Budget(steps=320, length=4096, rows=1)
 QUICK = Budget(6, 128, 2, 400, limit=12, test=2, dev=2, sizes=Sizes(16, 2, 2))
@@ -77,11 +80,11 @@ class Task:
         """Cuts the documents.
 
         Args:
-            context: of the study.
+            context: context of the study.
             data: the documents.
-            causal: whether the next token is asked for; else what is hidden.
-            budget: of a run.
-            base: what runs begin with; None: nothing.
+            causal: True: predict the next token; False: predict hidden tokens.
+            budget: budget of each run.
+            base: the task whose models the runs continue; None: train from scratch.
         """
         self.context, self.causal = context.dividing(budget.rows), causal
         self.data, self.budget, self.base = data, budget, base
@@ -150,23 +153,23 @@ class Task:
         )
 
     def base_run(self, seed: int) -> Run:
-        """What others begin with."""
+        """The run of the base model, for a seed."""
         return self.run(f"base/seed-{seed}", "full", BASE_RATE, seed)
 
     def masks(self, pattern: str, seed: int = 0) -> list[Mask]:
-        """Of each layer."""
+        """The mask of each layer."""
         name = "window+anchor" if pattern == OWN else pattern
         length, layers = self.budget.length, self.budget.sizes.layers
         return layer_masks(name, length, layers, self.causal, seed)
 
     def step_seconds(self, rate: float) -> dict[str, float]:
-        """Of a step with each pattern."""
+        """Seconds of a training step with each pattern."""
         runs = [self.run(pattern, pattern, rate) for pattern in self.names]
         found = self.context.step_seconds(runs)
         return dict(zip(self.names, found.values(), strict=True))
 
     def attention_flops(self, pattern: str) -> tuple[float, float]:
-        """Of a training step a token, useful and executed, all layers together."""
+        """FLOPs of attention per token of training, all layers: useful, executed."""
         length, sizes = self.budget.length, self.budget.sizes
         shape = (1, length, sizes.heads, sizes.features // sizes.heads)
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -179,9 +182,9 @@ class Task:
         """Loss and accuracy on the test documents.
 
         Returns:
-            ``loss`` a token, ``accuracy``: the share of tokens of which the right one
-            is the most probable, ``by_position``: ``[position, loss]`` in each part of
-            the context.
+            ``loss``: the mean per token; ``accuracy``: how often the most probable
+            token is right; ``by_position``: ``[position, loss]`` for each part of the
+            context.
         """
         sums = over_batch(_by_position, self.context.mesh)
         rows = [np.asarray(sums(model, batch), np.float64) for batch in self.test]
@@ -197,13 +200,13 @@ class Task:
 
 
 def _by_position(model: Any, batch: Any) -> jax.Array:
-    """``[B, 3, T]``: loss, hit, and whether the token is asked for."""
+    """``[B, 3, T]``: loss, hit (0 or 1), and whether the token counts."""
     found = losses_and_hits(model, batch)
     return jnp.stack([*found, batch.counted.astype(jnp.float32)], 1)
 
 
 def close_rows(found: dict[str, float]) -> list[str]:
-    """Those with a neighbour within :data:`CLOSE`, best first."""
+    """Names whose loss is within :data:`CLOSE` of a neighbour's, best first."""
     ranked = sorted(found, key=lambda name: found[name])
     gaps = [found[b] - found[a] for a, b in zip(ranked, ranked[1:], strict=False)]
     near = [gap < CLOSE for gap in gaps]
@@ -215,12 +218,12 @@ def close_rows(found: dict[str, float]) -> list[str]:
 
 
 class Runs(NamedTuple):
-    """What was trained for one task.
+    """The runs of one task.
 
     Attributes:
-        bases: what others begin with, by seed.
-        swept: for the rate of all, of which :data:`SWEPT` has the best.
-        by_pattern: by name, then by seed.
+        bases: the base models, by seed.
+        swept: the sweep with the pattern :data:`SWEPT`, which sets the rate of all.
+        by_pattern: by name of the pattern, then by seed.
     """
 
     bases: dict[int, Trained]
@@ -228,14 +231,14 @@ class Runs(NamedTuple):
     by_pattern: dict[str, dict[int, Trained]]
 
     def summaries(self) -> list[Json]:
-        """Of every run."""
+        """The summaries of all runs."""
         each = [self.bases, *self.by_pattern.values()]
         kept = [trained.summary for runs in each for trained in runs.values()]
         return [*kept, *(s for s in self.swept.summaries if s not in kept)]
 
 
 def train_patterns(task: Task, base: Task) -> Runs | None:
-    """Each pattern once, then full attention and the close ones with more seeds."""
+    """Trains each pattern once, then full attention and close ones with more seeds."""
     context = task.context
     bases: dict[int, Trained] = {}
     found: dict[str, dict[int, Trained]] = {}
@@ -258,7 +261,7 @@ def train_patterns(task: Task, base: Task) -> Runs | None:
             found[SWEPT] = {0: Trained(summary, None, [])}
 
     def train_all(patterns: Iterable[str], seed: int) -> bool:
-        """Whether none is left out."""
+        """Trains the patterns; returns whether none is left out."""
         for pattern in patterns:
             if seed in found.get(pattern, {}):
                 continue
@@ -290,7 +293,7 @@ def results_of(task: Task, found: Runs) -> list[Json]:
     for name, runs in found.by_pattern.items():
         useful, executed = task.attention_flops(name)
         own, full = tests[name], tests["full"]
-        # A seed gives all patterns the same data in the same order.
+        # Runs of one seed have the same data in the same order.
         apart = [own[s]["loss"] - full[s]["loss"] for s in own]
         curve, beside = (
             np.mean([each[s]["by_position"] for s in own], 0) for each in (own, full)
@@ -321,9 +324,9 @@ def results_of(task: Task, found: Runs) -> list[Json]:
 
 
 def study(context: Context) -> Page | None:
-    """Each pattern, masked and causal."""
+    """Trains and compares all patterns, for masked and causal language models."""
     budget, short = (QUICK, QUICK_BASE) if context.quick else (BUDGET, BASE)
-    # What a run learns from must not depend on who trains it: one row, one device.
+    # The data of a run must not depend on the number of devices: one row, one device.
     alone = context.dividing(budget.rows)
     data = budget.read(context)
     tasks, trained = [], []

@@ -1,4 +1,4 @@
-"""What the recall study found, on a page."""
+"""The page of the recall study."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks.studies.machinery.page import Page, cost_of, lines, table
 from benchmarks.studies.machinery.record import Json
 from benchmarks.studies.recall.puzzles import VALUES
 
-#: What each of the two puzzles is.
+#: The two puzzles by name, as titles.
 TITLES = {"reach": "one pair", "recall": "eight pairs"}
 
 
@@ -29,7 +29,7 @@ def cells(rows: Sequence[Json]) -> list[tuple[str, Json]]:
 
 
 def beside_graph(rows: Sequence[Json]) -> Json:
-    """How far accuracy is from what the graph predicts, over patterns and distances."""
+    """Differences of accuracy and prediction, over patterns and distances."""
     found = cells(rows)
     over = np.array([at["accuracy"] - at["predicted"] for _, at in found])
     pattern, worst = found[int(np.abs(over).argmax())]
@@ -46,7 +46,7 @@ def beside_graph(rows: Sequence[Json]) -> Json:
 
 
 def distance_table(rows: Sequence[Json]) -> str:
-    """Of one puzzle, by distance."""
+    """The table of one puzzle, by distance."""
     distances = (span(at["distances"]) for at in rows[0]["at"])
     return table(
         ["pattern", "connected", "layers", "never", *distances],
@@ -86,11 +86,11 @@ def page(
     """The page of the study.
 
     Args:
-        puzzles: rows of "reach" and of "recall", a pattern each.
-        lists: those of ListOps.
-        commonest: share of the answers of ListOps that are the commonest one.
-        length: of the texts.
-        layers: of the models.
+        puzzles: the rows, one for each pattern, of "reach" and of "recall".
+        lists: the rows of ListOps.
+        commonest: share of the most frequent answer of ListOps.
+        length: tokens in a text.
+        layers: layers of the models.
         summaries: of every run.
     """
     ranked = sorted(lists, key=lambda row: -row["accuracy"])

@@ -7,16 +7,17 @@ import numpy as np
 
 from benchmarks.studies.machinery.data.stretches import Stretch
 
-#: What follows a question, and whom it is asked of: tokens 0 to 15 are fillers.
+#: Numbers of filler tokens, keys and values. Tokens 0 to 15 are fillers; then come
+#: keys, questions for keys, and values.
 FILLERS, KEYS, VALUES = 16, 16, 16
 
 
 class Recall:
-    """Somewhere a key and its value; far behind, the key again: which value?
+    """Recall of the value of a key that stands at some distance before the question.
 
-    A row has some questions for each pair, each at a distance of its own; keys differ,
-    so there is one answer. The value stands right behind its key; a question for a key
-    is another sign than the key itself.
+    A row is fillers, pairs of a key and the value after it, and questions. The question
+    for a key is another token than the key. Keys of a row differ, so each question has
+    one answer.
 
     Attributes:
         vocabulary_size: V.
@@ -40,10 +41,10 @@ class Recall:
             length: T.
             rows: B, a multiple of the number of devices.
             distances: the least and the greatest number of positions from a value to
-                the question for it; each question draws one, its logarithm uniform.
-            pairs: in a row, at most ``KEYS``.
-            questions: for each pair, at most: those that find no place are left out.
-            seed: of everything drawn.
+                the question for it; distances are drawn log-uniformly.
+            pairs: pairs in a row, at most ``KEYS``.
+            questions: questions for each pair; those without a free place are left out.
+            seed: seed of all random numbers.
         """
         low, high = distances
         if not 1 <= low <= high <= length - 2:
@@ -63,12 +64,12 @@ class Recall:
     def apart(
         self, distances: tuple[int, int], batches: int, *, purpose: str
     ) -> list[Stretch]:
-        """Batches of some distances alone, drawn apart from those of every step.
+        """Batches drawn independently of the training batches.
 
         Args:
-            distances: the least and the greatest.
-            batches: how many.
-            purpose: another one, other batches.
+            distances: the least and the greatest distance.
+            batches: number of batches.
+            purpose: purposes, such as "dev" and "test", get different batches.
         """
         random = np.random.default_rng((self._seed, 1, *purpose.encode(), *distances))
         return [self._make(random, distances) for _ in range(batches)]
@@ -94,12 +95,12 @@ class Recall:
         values = random.integers(0, VALUES, self._pairs)
         low, high = np.log(distances)
         for key, value in zip(keys, values, strict=True):
-            # The first question finds the pair a place, others are for it where it is.
+            # The first question places the pair; further ones use that place.
             places = free[:-1] & free[1:]
             for _ in range(self._questions):
                 distance = round(float(np.exp(random.uniform(low, high))))
                 (starts,) = np.nonzero(places[:-distance] & free[distance + 1 :])
-                # Where a long distance finds no place any more, one question less.
+                # No free place at this distance: the question is left out.
                 if not starts.size:
                     continue
                 start = int(random.choice(starts))
@@ -120,17 +121,18 @@ def _median(values: Sequence[int]) -> int:
     return int(np.median(values))
 
 
-#: Tokens 0 to 9 are the digits; then what opens a list, what closes it, and padding.
+#: Tokens 0 to 9 are digits; then come the operators, which open a list, the token that
+#: closes it, and padding.
 OPERATORS = {10: min, 11: max, 12: _median, 13: _sum_modulo}
 CLOSE, EMPTY = 14, 15
 DEPTH, ARGUMENTS, LIST_SHARE = 10, 10, 0.25
 
 
 def draw_list(random: Random, longest: int) -> list[int] | None:
-    """The tokens of a nested list; None where they are more than ``longest``.
+    """The tokens of a random nested list; None if there are more than ``longest``.
 
-    Each argument is a list with probability ``LIST_SHARE``, else a digit, as all are at
-    ``DEPTH``; a list has 2 to ``ARGUMENTS`` of them.
+    A list has 2 to ``ARGUMENTS`` arguments. Each is a list with probability
+    ``LIST_SHARE``, otherwise a digit; at ``DEPTH`` all are digits.
 
     References:
         Nangia and Bowman, "ListOps", 2018, and its generator (5 arguments, depth 20);
@@ -139,7 +141,7 @@ def draw_list(random: Random, longest: int) -> list[int] | None:
     tokens: list[int] = []
 
     def build(depth: int) -> bool:
-        """Whether there was room."""
+        """Adds a list; returns whether it is short enough."""
         tokens.append(random.choice(tuple(OPERATORS)))
         for _ in range(random.randint(2, ARGUMENTS)):
             if len(tokens) >= longest:
@@ -156,7 +158,7 @@ def draw_list(random: Random, longest: int) -> list[int] | None:
 
 
 def value(tokens: Sequence[int]) -> int:
-    """What a list comes to.
+    """The value of a list.
 
     Example:
         >>> value([11, 2, 13, 7, 4, 14, 0, 14])  # [MAX 2 [SM 7 4] 0]
@@ -176,7 +178,7 @@ def value(tokens: Sequence[int]) -> int:
 
 
 class ListOps:
-    """What does a nested list come to? Asked at the last position, its closing sign.
+    """Evaluation of nested lists; the answer is predicted at the last position.
 
     Attributes:
         vocabulary_size: V.
@@ -192,8 +194,8 @@ class ListOps:
         Args:
             length: T; shorter lists have padding before them.
             rows: B, a multiple of the number of devices.
-            shortest: tokens of a list; a quarter of ``length`` if not given.
-            seed: of everything drawn.
+            shortest: the least tokens of a list; a quarter of ``length`` if not given.
+            seed: seed of all random numbers.
         """
         self._length, self._rows, self._seed = length, rows, seed
         self._shortest = length // 4 if shortest is None else shortest
@@ -203,7 +205,7 @@ class ListOps:
         return self._make(Random(f"{self._seed} train {step}"))
 
     def apart(self, batches: int, *, purpose: str) -> list[Stretch]:
-        """Batches drawn apart from those of every step, others for each purpose."""
+        """Batches drawn independently of training, different for each ``purpose``."""
         random = Random(f"{self._seed} {purpose}")
         return [self._make(random) for _ in range(batches)]
 

@@ -1,4 +1,4 @@
-"""Does the graph of a pattern tell from how far a model can recall?"""
+"""Does the graph of a pattern predict from how far a model can recall?"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,24 +31,25 @@ from benchmarks.studies.recall.puzzles import KEYS, VALUES, ListOps, Recall
 
 SIZES = Sizes(features=64, heads=4, layers=3)
 LENGTH, ROWS, STEPS, RATE = 256, 32, 1500, 2e-3
-#: From a value to the question for it: each row of the table has its own.
+#: Ranges of distances from a value to the question for it, tested separately.
 DISTANCES = ((1, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 224))
-#: Batches of the test, for each distance; of ListOps in all; likewise to choose by.
+#: Batches of the test and of the dev set for each range of distances; for ListOps four
+#: times as many in all.
 TESTED, DEV = 16, 4
-#: What is asked: for the one value of a row, wherever the question stands; or for that
-#: of several which the question names.
+#: "reach": a row has one value, and eight questions for it. "recall": a row has eight
+#: values, and a question for each.
 PUZZLES = {
     "reach": {"pairs": 1, "questions": 8},
     "recall": {"pairs": 8, "questions": 1},
 }
-#: Of ListOps.
+#: Patterns that are tried on ListOps.
 LISTS = ("full", "window", "anchor", "random", "window+anchor", "all three")
 
 
 class Task:
-    """One puzzle, solved by models that differ in their pattern alone.
+    """One puzzle, solved by models that differ only in their pattern.
 
-    A model reads in both directions, as where anchors can pass on what they have seen.
+    Models are not causal, so that anchors can pass on what they see.
     """
 
     def __init__(self, context: Context, name: str):
@@ -65,7 +66,7 @@ class Task:
             self.patterns = self.patterns[:2]
 
     def data(self) -> Recall | ListOps:
-        """What the models learn from."""
+        """The puzzle as training data."""
         if self.name == "listops":
             return ListOps(length=self.length, rows=self.rows)
         return Recall(
@@ -76,14 +77,14 @@ class Task:
         )
 
     def apart(self, count: int, purpose: str) -> dict[tuple[int, int], list[Stretch]]:
-        """Batches that no model learns from, by distance; ListOps knows none."""
+        """Batches not used in training, by distances; ``(0, 0)`` for ListOps."""
         data, count = self.data(), 1 if self.context.quick else count
         if isinstance(data, Recall):
             return {d: data.apart(d, count, purpose=purpose) for d in self.distances}
         return {(0, 0): data.apart(4 * count, purpose=purpose)}
 
     def masks(self, pattern: str) -> list[Mask]:
-        """Of each layer."""
+        """The mask of each layer."""
         return layer_masks(pattern, self.length, self.sizes.layers, False)
 
     def run(self, pattern: str, dev: Sequence[Stretch]) -> Run:
@@ -115,16 +116,16 @@ class Task:
         )
 
     def train(self) -> dict[str, Trained] | None:
-        """A run for each pattern."""
+        """Trains a model with each pattern."""
         dev = [b for batches in self.apart(DEV, "dev").values() for b in batches]
         return self.context.train_all(self.run(p, dev) for p in self.patterns)
 
     def tests(self) -> dict[tuple[int, int], list[Stretch]]:
-        """Batches to report, by distance."""
+        """Batches of the test, by range of distances."""
         return self.apart(TESTED, "test")
 
     def accuracy(self, model: Any) -> list[float]:
-        """Share of the questions of :meth:`tests` that are answered right."""
+        """Share of right answers in :meth:`tests`, for each range of distances."""
         counts = over_batch(_counts, self.context.mesh)
         found = []
         for batches in self.tests().values():
@@ -135,13 +136,13 @@ class Task:
     def predicted(
         self, pattern: str, batches: Sequence[Stretch]
     ) -> tuple[float, float]:
-        """What the graph says of some questions of :class:`Recall`.
+        """The accuracy that the graph predicts for questions of :class:`Recall`.
 
         Returns:
-            The share that can be answered, because paths lead to the question from the
-            value and, unless it is the only one, from its key, and a guess for each of
-            the others; and what nobody can exceed: a guess only where the value itself
-            is out of reach.
+            The predicted accuracy: a question is answered if paths lead to it from the
+            value and, unless there is only one value, from its key; other answers are
+            guesses. And an upper bound: only questions that no path from the value
+            reaches are guesses.
         """
         seen = reach_through(self.masks(pattern), self.length)
         only = PUZZLES[self.name]["pairs"] == 1
@@ -160,13 +161,13 @@ class Task:
 
 
 def _counts(model: Any, batch: Stretch) -> jax.Array:
-    """``[B, 2]``: right answers, and questions."""
+    """``[B, 2]``: numbers of right answers and of questions."""
     _, hits = losses_and_hits(model, batch)
     return jnp.stack([hits.sum(1), batch.counted.sum(1)], 1)
 
 
 def half_width(share: float, count: int) -> float:
-    """Half the 95 % interval of a share, two of each kind added to those counted.
+    """Half the 95 % interval of a share, with two successes and two failures added.
 
     References:
         Agresti and Coull, "Approximate is better than exact for interval estimation of
@@ -177,7 +178,7 @@ def half_width(share: float, count: int) -> float:
 
 
 def recall_rows(task: Task, found: dict[str, Trained]) -> list[Json]:
-    """Accuracy by distance, and what the graph says of it."""
+    """A row for each pattern: accuracy and prediction by distance."""
     tests = task.tests()
     rows: list[Json] = []
     for pattern, trained in zip(task.patterns, found.values(), strict=True):
@@ -190,7 +191,7 @@ def recall_rows(task: Task, found: dict[str, Trained]) -> list[Json]:
         for (distances, batches), measured in zip(tests.items(), shares, strict=True):
             counted = np.concatenate([np.asarray(b.counted) for b in batches])
             predicted, most = task.predicted(pattern, batches)
-            # Questions of one text may ask for the same value: texts are independent.
+            # Answers within one text are not independent: count texts.
             half = half_width(measured, int(counted.any(1).sum()))
             at.append({
                 "distances": distances,
@@ -212,7 +213,7 @@ def recall_rows(task: Task, found: dict[str, Trained]) -> list[Json]:
 
 
 def list_rows(task: Task, found: dict[str, Trained]) -> tuple[list[Json], float]:
-    """Accuracy on ListOps, and that of the commonest answer alone."""
+    """A row for each pattern on ListOps, and the share of the most frequent answer."""
     (batches,) = task.tests().values()
     answers = np.concatenate([b.labels[np.asarray(b.counted)] for b in batches])
     rows: list[Json] = []
@@ -228,7 +229,7 @@ def list_rows(task: Task, found: dict[str, Trained]) -> tuple[list[Json], float]
 
 
 def study(context: Context) -> Page | None:
-    """Reach and recall by distance, and ListOps, through every pattern."""
+    """Trains and tests reach and recall by distance, and ListOps."""
     tasks = [Task(context, name) for name in (*PUZZLES, "listops")]
     trained = [runs for task in tasks if (runs := task.train()) is not None]
     if len(trained) < len(tasks):

@@ -27,22 +27,23 @@ from benchmarks.studies.machinery.training import Run
 #: A run takes five to sixteen minutes of one core.
 BUDGET = Budget(steps=2000, tokens=2048, evaluate_every=250)
 SIZES = Sizes(features=128, hidden_size=128, dropout_rate=0.0)
-#: Of learning. Whole runs of `translate` settled on the greater one for decoders like
-#: these; each score at each size may do better with another: the best of them counts.
+#: Learning rates. The study `translate` chose the higher one for similar decoders.
+#: Every score at every size is trained at both, and the better run counts.
 RATES = (2e-3, 4e-3)
-#: Of the space in which states are compared.
+#: Sizes of the space in which decoder and encoder states are compared.
 ATTENTION_SIZES = (64, 256, 1024)
 #: Units of the second hidden layer of the perceptron.
 SECOND = 32
-#: Logits are divided by one of them to be read from weights: the first with which none
-#: of those is rounded to 0. With a greater one than it takes, small logits are rounded.
+#: Logits are computed back from weights. So that no weight is rounded to 0, logits are
+#: first divided by the first of these numbers that suffices; a larger one would round
+#: small logits.
 HEATS = (64.0, 8192.0)
 
 Make = Callable[[Any, int, int, int], Any]
 
-#: ``make(rng, query features, key features, attention size)``: a score by name, and
-#: whether query and key are projected to the attention size before it. "general" knows
-#: no size but theirs.
+#: By name: ``make(rng, query features, key features, attention size)``, which makes a
+#: score, and whether query and key are projected to the attention size before it.
+#: "general" has no attention size.
 SCORES: dict[str, tuple[Make, bool]] = {
     "dot": (lambda rng, q, k, a: scores.dot(), True),
     "scaled dot": (lambda rng, q, k, a: scores.scaled_dot(), True),
@@ -65,7 +66,7 @@ SCORES: dict[str, tuple[Make, bool]] = {
 
 
 def alignment(name: str, attention_size: int, sizes: Sizes, rngs: nnx.Rngs) -> Any:
-    """The attention of a decoder whose encoder reads in both directions."""
+    """The attention of a decoder whose encoder is bidirectional."""
     make, projected = SCORES[name]
     query, key = sizes.hidden_size, 2 * sizes.hidden_size
     made = make(rngs.params(), query, key, attention_size)
@@ -75,7 +76,7 @@ def alignment(name: str, attention_size: int, sizes: Sizes, rngs: nnx.Rngs) -> A
 
 
 def model_maker(name: str, attention_size: int) -> Callable[..., Any]:
-    """Luong's decoder without input feeding: all steps attend at once."""
+    """Makers of Luong's decoder without input feeding: all steps attend at once."""
 
     def make(vocabulary: int, sizes: Sizes, rngs: nnx.Rngs) -> Any:
         return nn.RecurrentEncoderDecoder.luong(
@@ -117,7 +118,7 @@ class Heated(Score):
 
 
 def heated(model: Any, heat: float) -> Any:
-    """The same decoder, whose logits are divided by a number."""
+    """A copy of the model whose attention logits are divided by ``heat``."""
     model = nnx.clone(model)
     attention = model.decoder.attention
     attention.score = nnx.data(as_params(Heated(as_arrays(attention.score), heat)))
@@ -125,10 +126,10 @@ def heated(model: Any, heat: float) -> Any:
 
 
 def shape_of(model: Any, batch: Batch) -> jax.Array:
-    """How sharp attention is: three numbers a sentence, ``[B, 3]``.
+    """How sharp attention is: three sums over the target tokens of a row, ``[B, 3]``.
 
     The standard deviation of the logits over the source, the entropy of the weights
-    over that of equal ones, and how many target tokens there are.
+    over that of equal weights, and 1, so that the last is the number of tokens.
     """
 
     def weights_of(model: Any) -> jax.Array:
@@ -143,7 +144,7 @@ def shape_of(model: Any, batch: Batch) -> jax.Array:
     spread = jnp.full(weights.shape[:-1], -jnp.inf)
     for heat in HEATS:
         flat = jnp.where(seen, weights_of(heated(model, heat)), 1)
-        # Logits, but for a number that all of a row share; -inf where one is cut.
+        # The logits less a constant for each row; -inf if a weight is 0.
         logits = heat * jnp.log(flat)
         found = jnp.where(flat.min(-1) > 0, logits.std(-1, where=seen), -jnp.inf)
         spread = jnp.where(jnp.isfinite(spread), spread, found)
@@ -155,7 +156,7 @@ def shape_of(model: Any, batch: Batch) -> jax.Array:
 
 
 def sharpness(task: Task, model: Any) -> tuple[float, float]:
-    """Deviation of logits, and relative entropy of weights, a target token."""
+    """Means over target tokens: deviation of logits, relative entropy of weights."""
     run = over_batch(shape_of, task.context.mesh)
     batches = task.dev[:: max(len(task.dev) // 8, 1)]
     rows = np.concatenate([np.asarray(run(model, b), np.float64) for b in batches])
@@ -164,7 +165,7 @@ def sharpness(task: Task, model: Any) -> tuple[float, float]:
 
 
 def run_of(task: Task, name: str, size: int, rate: float) -> Run:
-    """A score of a size, trained at a rate."""
+    """The training run of a score of one size, at one learning rate."""
     folder = f"{name.replace(' ', '-')}/{size}/rate-{rate:g}"
 
     def measure(model: Any, log: list[Json]) -> Json:
@@ -181,7 +182,7 @@ def run_of(task: Task, name: str, size: int, rate: float) -> Run:
 
 
 def study(context: Context) -> Page | None:
-    """Each score at each size and rate, one training run each."""
+    """Trains each score at each size and rate, one run each, and compares them."""
     task = Task(context, BUDGET, SIZES)
     rates = RATES[-1:] if context.quick else RATES
     attention_sizes = (16,) if context.quick else ATTENTION_SIZES

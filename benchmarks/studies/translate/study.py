@@ -1,4 +1,4 @@
-"""How well do three translators do, with the same data and the same budget?"""
+"""How well do three models translate, given the same data and budget?"""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ SHOWN = 6
 
 
 def study(context: Context) -> Page | None:
-    """Trains all three, translates the test set with each."""
+    """Trains all three models, and translates the test set with each."""
     task = Task(context, BUDGET, SIZES)
     found = translators(task)
     if found is None:

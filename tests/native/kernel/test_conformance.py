@@ -1,7 +1,7 @@
-"""Law 1 for another build of the native kernel: by another compiler, or sanitized.
+"""Law 1 for another build of the native kernel: another compiler, or sanitizers.
 
-The library that is installed has its part of ``tests/test_conformance.py``.
-``ATTNLAB_EVERY=n`` takes each n-th cell only: for builds that are slow.
+The installed library is tested in ``tests/test_conformance.py``. ``ATTNLAB_EVERY=n``
+tests only every n-th cell, for slow builds.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What no grid of values shows: threads, devices, run to run, rounding to 16 bits."""
+"""The native kernel: threads, devices, reproducibility, rounding to 16 bits."""
 
 import ctypes
 import hashlib
@@ -40,7 +40,7 @@ def both_ways(q, k, v, above, implementation="native", score=None, **options):
 
 
 def gradients(implementation, **options):
-    """Jitted (above, q, k, v, score): output, and gradients of all but above."""
+    """Jitted ``run(cotangent, q, k, v, score)``: output, and gradients."""
 
     @jax.jit
     def run(above, *data):
@@ -96,10 +96,10 @@ def test_several_devices():
     ids=lambda sizes: "-".join(map(str, sizes.values())),
 )
 def test_more_than_caches_hold(sizes):
-    """Over 10 MB of results, or of keys and values, take another way to memory."""
+    """The kernel accesses over 10 MB of results, or of keys and values, differently."""
     x = arrays(b=1, **sizes)
     assert max(4 * x[3].size, 4 * (x[1].size + x[2].size)) > 10 << 20
-    # Of many queries most see no key, of a single one all of them are seen.
+    # With many queries most see no key; a single query sees all keys.
     mask = masks.sliding_window(sizes["s"], 0)
     options = {"mask": mask, "query_offset": max(0, sizes["s"] - sizes["t"])}
     found, wanted = (
@@ -110,20 +110,20 @@ def test_more_than_caches_hold(sizes):
 
 
 def flags_at(address):
-    """What Linux keeps of the mapping at an address: two letters a flag."""
+    """Linux's VmFlags of the mapping at an address, two letters each."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
         if first == "VmFlags:" and inside:
             return rest
-        if not first.endswith(":"):  # a mapping's head
+        if not first.endswith(":"):  # the header of a mapping
             low, high = (int(x, 16) for x in first.split("-"))
             inside = low <= address < high
     return []
 
 
 def huge_pages_can_be_asked_for():
-    """Whether advice about a mapping is taken, and told."""
+    """Whether the system accepts MADV_HUGEPAGE, and shows it in VmFlags."""
     with mmap.mmap(-1, 4 << 20) as memory:
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -135,9 +135,9 @@ def huge_pages_can_be_asked_for():
 
 @pytest.mark.skipif("not huge_pages_can_be_asked_for()", reason="the system has none")
 def test_large_results_ask_for_huge_pages():
-    """So that what is mapped anew for each call is not faulted in by 4 KiB.
+    """Otherwise newly mapped results cause a page fault for each 4 KiB.
 
-    Whether the system then has any is not up to us.
+    Whether the system provides huge pages is not tested.
     """
     x = arrays(b=1, t=1 << 15, s=1, n=8, k=8, h=16, d=64)  # a result of 64 MB
     call = jax.jit(lambda q, k, v: attention(q, k, v, implementation="native"))
@@ -146,13 +146,13 @@ def test_large_results_ask_for_huge_pages():
     assert "hg" in flags_at(middle)
 
 
-#: In a process of one thread.
+#: Prints the digest from a process with one core.
 PROGRAM = """
 import os
 cores = sorted(os.sched_getaffinity(0))
 os.sched_setaffinity(0, cores[:1])
 import jax
-import tests.conftest  # as here
+import tests.conftest  # same settings
 from tests.native.kernel import test_running as here
 print(jax.devices()[0].client.platform, here.digest())
 """
@@ -190,7 +190,7 @@ def results(name):
 
 
 def digest():
-    """Of all results, three times."""
+    """A hash of the results of all cases, each computed three times."""
     found = hashlib.sha256()
     for case in CASES:
         for _ in range(3):
@@ -237,7 +237,7 @@ def test_16_bit_products_stay_within_their_rounding(shape, mask):
     for a, b in zip(found, exact, strict=True):
         assert a.dtype == jnp.bfloat16
         error = np.abs(np.asarray(a, np.float32) - b)
-        # Weights and their gradients are rounded to 8 bits, results once more.
+        # Weights and their gradients are rounded to 8 bits, and so are results.
         assert error.max() <= 3 * 2.0**-8 * np.abs(b).max()
 
 
@@ -276,8 +276,8 @@ def test_activations_of_a_perceptron(activation, sizes):
         activation=activation,
     )
     if activation is jax.nn.sigmoid:
-        # It is all but linear else, and nothing is left of the sum of its last bias's
-        # gradient but what rounding leaves.
+        # Larger parameters: the sigmoid of small ones is almost linear, and the terms
+        # of the last bias's gradient would cancel up to rounding.
         score = jax.tree.map(lambda x: 2 * x, score)
     *x, above = arrays(70, 50)
 
@@ -308,7 +308,7 @@ OPTIONS = {
 
 
 def _few_queries():
-    """Each score and each of the options once or twice; the rest is slow."""
+    """Cases of few queries; each score and option is not slow once or twice."""
     for i, score in enumerate(("product", "additive", "perceptron", "deep")):
         for j, options in enumerate(OPTIONS):
             for t in (1, 4):
@@ -379,7 +379,7 @@ def test_a_rule_of_the_users_own_reaches_it_as_bits():
 
 @pytree
 class Mine(Window):
-    """A class of the user's, which the kernel cannot know, with bounds."""
+    """A user's mask with bounds, which the kernel does not support itself."""
 
 
 @pytest.mark.parametrize("mask", [Mine(100, None), ~Mine(100, None)], ids=str)
@@ -394,7 +394,7 @@ def test_a_class_of_the_users_own_with_bounds(mask):
 
 @pytree
 class Widening(scores.Score):
-    """Projects to another type than the value has."""
+    """Projects to another dtype than that of the value."""
 
     dtype: object = static(default=jnp.float32)
 
@@ -463,7 +463,7 @@ def test_slots_that_nobody_sees_are_not_read(t, dtype):
                 v,
                 mask=seen,
                 modifiers=(modifiers.bias(added), modifiers.soft_cap(5.0)),
-                # So that 16-bit inputs are multiplied as such, in forms of their own.
+                # Lets the kernel multiply 16-bit inputs directly, by separate code.
                 precision="default",
                 implementation="native",
             )
@@ -492,7 +492,7 @@ def test_slots_that_nobody_sees_are_not_read(t, dtype):
     ],
 )
 def test_arrays_are_read_where_they_lie(t, mask, backward):
-    """Neither their scale nor dead slots cost a copy."""
+    """Neither the scale nor dead slots cause a copy of keys or values."""
     q, k, v = (
         jax.ShapeDtypeStruct((1, n, 4, 64), jnp.float32) for n in (t, 4096, 4096)
     )
@@ -512,7 +512,7 @@ def test_arrays_are_read_where_they_lie(t, mask, backward):
     entry = program[program.index("\nENTRY") :]
     made = re.findall(r"= f32\[1,4096,4,64\]\S* ([\w-]+)\(", entry)
     assert "parameter" in made
-    # In training, the gradient from above is zeroed where a query sees nothing.
+    # Backward, the cotangent is zeroed for queries without visible keys.
     assert made.count("fusion") == (backward and t > 1)
     assert set(made) <= {"parameter", "fusion", "get-tuple-element"}
 

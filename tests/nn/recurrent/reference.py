@@ -1,4 +1,4 @@
-"""The recurrent models of the papers, one example and one step after another.
+"""Reference implementations of the papers' recurrent models, in plain loops.
 
 ``xp`` is NumPy, for values in float64, or ``jax.numpy``, for gradients. Nothing here
 calls attnlab; only the parameters are read from its modules.
@@ -61,7 +61,7 @@ def zeros(cell, xp):
 
 
 def read(layer, xs, xp):
-    """Outputs ``[S, hidden_size]`` of one direction, and the last one."""
+    """The outputs ``[S, hidden_size]`` of one direction, and its last output."""
     state, outputs = zeros(layer.cell, xp), {}
     places = range(len(xs))
     for t in reversed(places) if layer.reverse else places:
@@ -75,7 +75,7 @@ def embed(embedding, tokens):
 
 
 def encode(encoder, tokens, xp):
-    """States ``[S, features]`` and the last outputs of the directions."""
+    """The states ``[S, features]``, and the last outputs of the directions."""
     x = embed(encoder.embedding, tokens)
     for layer in encoder.layers:
         directions = (
@@ -87,7 +87,7 @@ def encode(encoder, tokens, xp):
 
 
 def similarity(score, q, k, xp):
-    """Of a query and a key."""
+    """The score of one query and one key."""
     get = lambda x: x[...][0]
     if isinstance(score, scores.dot):
         return q @ k
@@ -107,7 +107,7 @@ def similarity(score, q, k, xp):
 
 
 def align(attention, query, states, t, window, xp):
-    """Context and weights; ``window`` is D of local-m, or None."""
+    """Context and weights; ``window`` is D of Luong's local-m, or None."""
     size = len(states)
     if not size:
         return xp.zeros(states.shape[1]), xp.zeros(0)

@@ -1,4 +1,4 @@
-"""The attention of recurrent decoders, one call for all steps or one for each."""
+"""The attention of recurrent decoders: all steps in one call, or step by step."""
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ def test_contexts_and_weights(name):
 
 @pytest.mark.parametrize("name", few(ALIGNMENTS, "mlp", "local_p additive"))
 def test_gradients(name):
-    """Of queries, states and parameters; of the predicted position, too."""
+    """Gradients of queries, states and parameters, also through predicted positions."""
     alignment = drawn(ALIGNMENTS[name])
     query, states = data()
     where = dict(query_positions=np.tile(np.arange(T), (B, 1)), key_positions=POSITIONS)
@@ -151,7 +151,7 @@ def test_numbers_of_a_score_are_not_learned():
 
 
 def test_windows_hide_without_infinities():
-    """What ``jax.debug_infs`` looks for is nowhere, not even where nothing is seen."""
+    """No infinities for ``jax.debug_infs``, even for queries without visible keys."""
     alignment = ALIGNMENTS["local_p"]()
     memory = alignment.project(jnp.ones((B, S, E)))
 

@@ -80,7 +80,7 @@ MODELS = {
         attention=predictive(scores.scaled_dot()), input_feeding=True
     ),
 }
-#: Slow are those of which each part is in another one.
+#: Models whose parts are all in other models are slow.
 EACH = pytest.mark.parametrize(
     "name",
     few(
@@ -111,7 +111,7 @@ def window(name):
 
 @EACH
 def test_equations_of_the_papers(name):
-    """Also with weights, and without what lies in the padding of the source."""
+    """Also ``with_weights``, and independent of the padding of the source."""
     model = made(name)
     attends = hasattr(model.decoder, "attention")
 
@@ -138,7 +138,7 @@ def test_equations_of_the_papers(name):
 
 @pytest.mark.parametrize("name", few(SOME, "bahdanau"))
 def test_gradients(name):
-    """Of every parameter, against the plain reference in ``jax.numpy``."""
+    """Gradients of every parameter, against the reference in ``jax.numpy``."""
     model = made(name)
     target = TARGET[:, :2]
     above = np.random.default_rng(2).normal(size=(B, 2, W)).astype(np.float32)
@@ -182,7 +182,7 @@ def test_step_by_step(name):
 
 @FEW
 def test_beams_keep_their_states(name):
-    """The score of each hypothesis is what the model says of its whole sequence."""
+    """Scores equal the log-probabilities of the whole sequences."""
     model = made(name)
     length, end = 3, 1
     prompt = np.zeros((B, 1), np.int32)
@@ -211,7 +211,7 @@ def test_beams_keep_their_states(name):
 
 @FEW
 def test_padding_does_not_exist(name):
-    """NaN in the vector of the padding token, and in padded states."""
+    """NaN in the embedding of padding and in padded states has no effect."""
     model = made(name)
     padding = V - 1
     source = np.where(padding == SOURCE, 0, SOURCE)
@@ -265,7 +265,7 @@ def test_many_heads_in_place_of_an_alignment():
 
 
 def test_keys_are_projected_once_a_sentence():
-    """Not in the loop: there, one step asks with one query."""
+    """The loop over steps does not project keys."""
     model = made("bahdanau")
 
     def products(jaxpr, inside):

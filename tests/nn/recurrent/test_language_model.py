@@ -1,4 +1,4 @@
-"""The recurrent language model: what each state may see, caches, packed documents."""
+"""The recurrent language model: causality, caches, packed documents."""
 
 import functools
 
@@ -76,11 +76,11 @@ def test_gradients(name):
 
 @EACH
 def test_nothing_comes_from_the_future(name):
-    """The gradient of logits with respect to later vectors is exactly 0."""
+    """The gradient of logits with respect to later embeddings is exactly 0."""
     model = made(name)
 
     class Given(nnx.Module):
-        """An embedding that hands out what it was given."""
+        """An embedding that returns ``x`` whatever the tokens."""
 
         def __init__(self, x):
             self.x = nnx.data(x)
@@ -121,7 +121,7 @@ def test_the_first_token_sees_nothing():
         attention=Spy(), combine=model.combine,
     )  # fmt: skip
     other(TOKENS[:1])
-    # All states are alike: whoever sees some of them gets their mean, which is one.
+    # All states are equal, so the mean of visible states is that state.
     np.testing.assert_array_equal(seen["context"][0, 0], 0)
     np.testing.assert_allclose(seen["context"][0, 1:], x[0, 1:], rtol=1e-6)
 
@@ -205,7 +205,7 @@ def test_packed_documents_and_padding(name):
 def test_errors():
     model = made("scaled_dot")
     parts = model.embedding, list(model.layers), model.head
-    with pytest.raises(ValueError, match="combine: give it where there is attention"):
+    with pytest.raises(ValueError, match="combine: give both attention and combine"):
         nn.RecurrentLanguageModel(*parts, attention=model.attention)
     with pytest.raises(ValueError, match="layers: expected at least one"):
         nn.RecurrentLanguageModel(parts[0], [], parts[2])

@@ -21,7 +21,7 @@ def close(found, wanted, atol=2e-6):
 
 
 def shaken(module, seed=0):
-    """With normal numbers where biases were zeros."""
+    """Adds noise to all parameters, so that biases are not zero."""
     rng = np.random.default_rng(seed)
 
     def shake(x):
@@ -32,7 +32,7 @@ def shaken(module, seed=0):
 
 
 def drawn(make, seed=0):
-    """The module that ``make()`` makes; NumPy draws its parameters."""
+    """The module of ``make()`` with parameters drawn by NumPy, without compiling."""
     rng = np.random.default_rng(seed)
 
     def draw(x):
@@ -44,7 +44,7 @@ def drawn(make, seed=0):
 
 
 def with_nan(table, row):
-    """The table, with one row of NaN."""
+    """A copy of the table with NaN in one row."""
     table = np.array(table)
     table[row] = np.nan
     return jnp.asarray(table)
@@ -68,7 +68,7 @@ def test_gru_is_the_one_of_flax():
     cell = cell_of(nn.GRU)
     other = nnx.GRUCell(F, H, rngs=nnx.Rngs(1))
     other.dense_i.kernel[...] = cell.input.kernel[...]
-    # Flax has no bias within the reset.
+    # Flax has no bias in the term that the reset gate multiplies.
     cell.bias[...] = jnp.zeros(H)
     other.dense_i.bias[...] = cell.input.bias[...]
     other.dense_h.kernel[...] = cell.recurrent[...]
@@ -142,7 +142,7 @@ def test_a_layer_continues_where_it_stopped(kind):
     ),
 )
 def test_padding_does_not_exist(kind, reverse, how):
-    """Neither in outputs nor in gradients, NaN included."""
+    """Padding, NaN included, affects neither outputs nor gradients."""
     layer = nn.Recurrent(cell_of(kind), reverse=reverse)
     lengths = np.array([4, T, 0])
     real = np.arange(T) < lengths[:, None]
@@ -297,7 +297,7 @@ def test_errors():
         nn.Bidirectional(layer, layer)
     with pytest.raises(ValueError, match="cells: expected at least one"):
         nn.StackedCells([])
-    with pytest.raises(ValueError, match="cells: one takes 5 features from a cell of"):
+    with pytest.raises(ValueError, match="cells: expected in_features=.*, got 5"):
         nn.StackedCells([layer.cell, layer.cell])
     with pytest.raises(ValueError, match="layers: expected at least one"):
         nn.RecurrentEncoder(nn.Embedding(V, F, rngs=nnx.Rngs(0)), [])

@@ -1,8 +1,8 @@
 """A C++ kernel for CPUs, called through XLA's foreign function interface.
 
-It walks the same plan as ``tiled``, the lanes of its vectors along the queries
-(``src/kernel.cc``). Python describes a call to it as buffers and a short program of
-integers (``program.py``).
+It walks the same plan as ``tiled``; its vectors run along the queries
+(``src/kernel.cc``). Python describes a call as buffers and a short program of integers
+(``program.py``).
 """
 
 import math
@@ -45,24 +45,27 @@ from attnlab._src.types import (
     skeleton as skeleton,
 )
 
-#: Keys in a block: what the kernel takes at once.
+#: Number of keys in a block.
 _BLOCK_K = 64
-#: Queries in a block: the most that leave this many units of work, or the fewest.
+#: Number of queries in a block: the greatest that yields at least ``_UNITS`` blocks of
+#: queries, else the least.
 _BLOCKS_Q = (128, 64, 32)
 _UNITS = 16
-#: Keys in a slice, at least, and slices of a backward pass at most.
+#: Least number of keys in a slice, and greatest number of slices of a backward pass.
 _SLICE, _MOST_SLICES = 512, 8
-#: Queries that are too few to fill vectors: keys are read as they lie, in slices.
+#: Up to so many queries, vectors run along the keys; and greatest number of slices of
+#: keys in such a forward pass.
 _FEW_QUERIES, _MOST_FORWARD_SLICES = 4, 64
-#: Keys for which a mask that the kernel does not know is evaluated at once.
+#: Number of keys for which a mask that the kernel does not know is evaluated at once.
 _BITS_BLOCK = 512
-#: Bytes that a call may hold beyond O(T + S), at most: bits of masks that the kernel
-#: does not know, and the gradient of a bias that heads or examples share, one for each.
+#: Greatest memory of a call beyond O(T + S), in bytes: for bits of masks that the
+#: kernel does not know, and for gradients of a bias that heads or examples share, which
+#: are stored for each of them.
 _MOST_BYTES = 2**30
 
 
 class Native(Implementation):
-    """A C++ kernel on every core; memory O(T + S); dead blocks cost nothing."""
+    """A C++ kernel on all cores; memory O(T + S); dead blocks are skipped."""
 
     name = "native"
     platforms = ("cpu",)
@@ -158,7 +161,7 @@ class Native(Implementation):
         result((s.B, s.T, s.N, s.P), query_type, want.query)
         result((s.B, s.S, s.K, s.P), inputs.key.dtype, want.key)
         result((s.B, s.S, s.K, s.D), inputs.value.dtype, want.value)
-        # Room for the kernel: gradients of the queries a slice, and of the rows' sums.
+        # Scratch of the kernel: query gradients of each slice, and sums of rows.
         result((slices, s.B, s.N, rows, kept), jnp.float32, want.query)
         result((s.B, s.T, s.N), jnp.float32)
         params = jax.tree.leaves(inputs.pair_params)
@@ -229,14 +232,14 @@ class Native(Implementation):
 
 
 def _sum(x: Array, operand: Array) -> Array:
-    """``[slices or 1, B, N, ...]`` to the batch and head axes of the operand."""
+    """Sums ``[slices or 1, B, N, ...]`` to the batch and head axes of the operand."""
     x = x.sum(0)
     axes = tuple(a for a in (0, 1) if operand.shape[a] == 1)
     return x.sum(axes, keepdims=True)
 
 
 def _to_shape(x: Array, operand: Array) -> Array:
-    """``[B, N, *payload]`` to a pair parameter ``[1, N or 1, 1, 1, *payload]``."""
+    """Sums ``[B, N, *payload]`` to the shape of a pair parameter."""
     return _sum(x[None], operand).reshape(operand.shape)
 
 
@@ -268,7 +271,7 @@ class _Call:
         d_lse: int = -1,
         modifier_gradients: Sequence[int] = (),
     ) -> Any:
-        """Calls it; see ``Problem`` in ``src/problem.h`` for the order of numbers."""
+        """Calls the kernel; ``Problem`` in ``src/problem.h`` documents the program."""
         inputs, plan = self.inputs, self.plan
         code = score_code(inputs.score)
         assert code is not None
@@ -322,18 +325,19 @@ class _Call:
         )
 
     def bits(self, mask: Mask, operands: PyTree) -> Array:
-        """Words of 32 queries for each key, where the plan's blocks are partial.
+        """A mask as bits, in words of 32 queries for each key.
 
-        ``[B or 1, N or 1, T / 32, S]`` uint32.
+        Returns:
+            uint32 ``[B or 1, N or 1, T / 32, S]``; only partial blocks are filled.
         """
         inputs, s = self.inputs, self.inputs.sizes
         span = min(_BITS_BLOCK, s.S)
         plan = self.plan
         lo, hi = (jnp.asarray(x) for x in plan.rows.partial)
-        # Rows of the plan that a word may touch.
+        # Greatest number of the plan's rows that a word may overlap.
         touched = 31 // plan.block_q + 2
         count = -(-s.T // 32)
-        if lo.shape[3] == 0:  # they are not read
+        if lo.shape[3] == 0:  # no partial blocks: the bits are not read
             return jnp.zeros((1, 1, count, s.S), jnp.uint32)
         pad = [(0, 0), (0, 0), (0, count * 32 - s.T), (0, 0)]
         q_pos = jnp.pad(inputs.query_positions, pad, constant_values=-1)
@@ -383,7 +387,7 @@ class _Call:
 
 
 def _few_queries(inputs: AttentionInputs) -> bool:
-    """Whether queries are so few that vectors lie along the keys instead."""
+    """Whether queries are so few that vectors run along the keys instead."""
     deep = known(inputs.score) is Mlp and len(bare(inputs.score).hidden) > 0
     alike = inputs.key.dtype == inputs.value.dtype
     return inputs.sizes.T <= _FEW_QUERIES and alike and not deep

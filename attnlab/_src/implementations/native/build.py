@@ -1,7 +1,7 @@
 """Builds the native library: ``python -m attnlab.build``.
 
-It needs a C++ compiler that speaks C++17, and nothing else: installing attnlab runs it,
-so it imports neither attnlab nor jax.
+It needs a C++17 compiler and nothing else. It runs while attnlab is installed, so it
+imports neither attnlab nor jax.
 """
 
 import argparse
@@ -22,7 +22,8 @@ SOURCES = HERE / "src"
 COMMAND = "python -m attnlab.build"
 COMPILERS = ("g++", "clang++", "c++")
 
-#: The library and, where the last build failed, the reason; both lie beside this file.
+#: The library and, if the last build failed, a note with the reason; both lie beside
+#: this file.
 LIBRARY = HERE / f"_native.{'dylib' if sys.platform == 'darwin' else 'so'}"
 NOTE = LIBRARY.with_suffix(".txt")
 
@@ -36,12 +37,12 @@ _X86: dict[str, Flags] = {
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }
-#: The flags of each instruction set, the lowest first. They are linked in this order:
-#: where two share an inline function, the linker keeps the one that both can run.
+#: Compiler flags of each instruction set, the lowest first. Objects are linked in this
+#: order, so that of an inline function in several the linker keeps the lowest version.
 ISAS = _X86 if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ()}
-#: What is visible from outside, the C++ library's own templates not among it.
+#: Exported symbols; templates of the C++ standard library stay local.
 _EXPORTS = "{ global: Attnlab*; attnlab_*; local: *; };"
-#: NaN and inf matter: no -ffast-math.
+#: Without -ffast-math, because NaN and inf must be handled.
 FLAGS = (
     "-std=c++17",
     "-fPIC",
@@ -56,11 +57,11 @@ FLAGS = (
 
 
 class BuildError(Exception):
-    """There is no library; the text says why."""
+    """The library cannot be built; the message says why."""
 
 
 def source_hash() -> str:
-    """What the library is made of: it bears this hash, and is stale if it changes."""
+    """Hash of sources and flags, which the library contains; a stale one differs."""
     digest = hashlib.sha256(repr((ISAS, FLAGS)).encode())
     for path in sorted(p for p in SOURCES.rglob("*") if p.suffix in (".cc", ".h")):
         digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0")
@@ -87,15 +88,16 @@ def find_compiler(command: str | None = None) -> list[str]:
 def build(
     out: Path = LIBRARY, compiler: str | None = None, sanitize: str = ""
 ) -> tuple[str, ...]:
-    """Compiles every instruction set and links the library, all or nothing.
+    """Compiles every instruction set and links the library.
 
     Args:
-        out: the library; one that is there is replaced when the new one is complete.
+        out: path of the library; an existing file is replaced once the new one is
+            complete.
         compiler: a command; see :func:`find_compiler`.
-        sanitize: for ``-fsanitize``: ``"address,undefined"`` or ``"thread"``.
+        sanitize: value of ``-fsanitize``: ``"address,undefined"`` or ``"thread"``.
 
     Returns:
-        The instruction sets in it, the lowest first.
+        The instruction sets in the library, the lowest first.
 
     Raises:
         BuildError: if it cannot be built.
@@ -118,7 +120,7 @@ def build(
         common = [*command, *mode, *FLAGS]
         common.append(f"-DATTNLAB_ISAS(X)={' '.join(f'X({isa})' for isa in isas)}")
         objects = [f"{folder}/{name}.o" for name in ("handlers", *isas)]
-        # The highest take longest: they come first.
+        # The highest instruction sets take longest, so they are compiled first.
         steps = [
             [*common, *ISAS[isa], f"-DATTNLAB_ISA={isa}", "-c", "kernel.cc", "-o", o]
             for isa, o in reversed([*zip(isas, objects[1:], strict=True)])
@@ -142,10 +144,10 @@ def build(
 
 
 def build_or_note(folder: Path = HERE) -> str | None:
-    """Builds into a folder; where that fails, leaves a note there.
+    """Builds the library in a folder; if that fails, writes a note there.
 
     Returns:
-        The reason why it failed, or None.
+        The reason of the failure, or None.
     """
     note = folder / NOTE.name
     try:
@@ -158,7 +160,7 @@ def build_or_note(folder: Path = HERE) -> str | None:
 
 
 def main() -> int:
-    """The command line."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Builds the library.")
     parser.add_argument(
         "--compiler", help="a command; default: $CXX, g++, clang++, c++"

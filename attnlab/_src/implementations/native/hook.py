@@ -1,8 +1,8 @@
 """Builds the native library when attnlab is installed; see pyproject.toml.
 
-Where it cannot be built, the installation goes on without it and leaves a note for
+If it cannot be built, the installation continues without it and leaves a note for
 :func:`attnlab._src.implementations.native.load.why_not`. setuptools loads this file by
-its path, before anything that attnlab depends on is there.
+its path, before attnlab's dependencies are installed.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ _PACKAGE = ("attnlab", "_src", "implementations", "native")
 
 
 class BuildPy(build_py):
-    """Builds the library beside the modules: the copies, or, editable, the sources."""
+    """Builds the library next to the copied modules, or, if editable, the sources."""
 
     def run(self) -> None:
         """See setuptools."""
@@ -44,10 +44,10 @@ class BuildPy(build_py):
 
 
 class BdistWheel(bdist_wheel):
-    """Tags the wheel for this platform where the library is in it."""
+    """Tags the wheel for this platform if it contains the library."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """See setuptools: any Python 3 loads the library, but only here."""
+        """See setuptools: the library works with any Python 3, on this platform."""
         library = Path(self.bdist_dir or "", *_PACKAGE, _BUILD.LIBRARY.name)
         self.root_is_pure = not library.is_file()
         return "py3", "none", super().get_tag()[2]

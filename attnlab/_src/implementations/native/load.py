@@ -1,4 +1,4 @@
-"""Loads the native library and registers its handlers with XLA, once, when asked."""
+"""Loads the native library and registers its handlers with XLA, once, on first use."""
 
 import contextlib
 import ctypes
@@ -20,14 +20,15 @@ _LOCK = threading.Lock()
 
 
 class Native(NamedTuple):
-    """What was loaded.
+    """The loaded library, or why there is none.
 
     Attributes:
-        reason: why it cannot be used, or None where it can.
-        path: the library.
-        isa: the instruction set that runs.
-        isas: all that were built and that this processor has, the lowest first.
-        compiler: what compiled it.
+        reason: why the library cannot be used, or None if it can.
+        path: path of the library.
+        isa: the instruction set in use.
+        isas: all instruction sets that are built and that this processor has, the
+            lowest first.
+        compiler: the compiler that built it.
     """
 
     reason: str | None
@@ -38,16 +39,16 @@ class Native(NamedTuple):
 
 
 def why_not() -> str | None:
-    """Why the native library cannot be used here, or None where it can."""
+    """Why the native library cannot be used here, or None if it can."""
     return load().reason
 
 
 def load() -> Native:
-    """Loads the library and registers its handlers; the first answer stays.
+    """Loads the library and registers its handlers; later calls return the same result.
 
-    It reads two environment variables. ``ATTNLAB_NATIVE_LIBRARY`` names another file,
-    or, empty, none. ``ATTNLAB_NATIVE_ISA`` names an instruction set: ``baseline``,
-    ``avx2``, ``avx512`` or ``avx512bf16``.
+    It reads two environment variables: ``ATTNLAB_NATIVE_LIBRARY`` is the path of
+    another library, or empty to use none. ``ATTNLAB_NATIVE_ISA`` is the instruction set
+    to use: ``baseline``, ``avx2``, ``avx512`` or ``avx512bf16``.
     """
     with _LOCK:
         return _load()
@@ -55,7 +56,7 @@ def load() -> Native:
 
 @contextlib.contextmanager
 def instructions(isa: str) -> Iterator[None]:
-    """Within it, every call in this process runs on that instruction set.
+    """A context in which every call of this process uses that instruction set.
 
     Raises:
         ValueError: if this processor or this build does not have it.
@@ -73,7 +74,7 @@ def instructions(isa: str) -> Iterator[None]:
 
 @functools.cache
 def _load() -> Native:
-    # Not at the top: `python -m ...build` must be the first to import that module.
+    # Imported here, so that `python -m ...build` is the first to import that module.
     from attnlab._src.implementations.native import build
 
     path = build.LIBRARY
@@ -103,8 +104,9 @@ def _load() -> Native:
     if refusal:
         return Native(refusal)
     try:
-        # Before there is a backend, JAX would keep the handlers for later; one that is
-        # refused then (for newer headers than the runtime's) takes the backend with it.
+        # Creates the backend first. Without one, JAX would register the handlers when
+        # it is created, and a refused handler (if XLA's headers are newer than the
+        # runtime) would make that fail.
         jax.local_devices(backend="cpu")
         for name, handler in handlers.items():
             capsule = jax.ffi.pycapsule(handler)

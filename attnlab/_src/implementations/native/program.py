@@ -1,6 +1,6 @@
-"""A call in the kernel's words: buffers, and a short program of integers.
+"""Encodes a call of the kernel as buffers and a short program of integers.
 
-The numbers are those of the enumerations in ``src/problem.h`` and ``src/mask.h``.
+The integers are those of the enumerations in ``src/problem.h`` and ``src/mask.h``.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,8 @@ _MODIFIERS: dict[type, int] = {
     RelativeTable: _RELATIVE,
     Bias: _BIAS,
 }
-#: What the kernel evaluates itself; a subclass may mean something else.
+#: Masks that the kernel evaluates itself; subclasses are not included, as they may
+#: differ.
 _MASKS = (
     *(Full, Window, Anchor, Chunked, Lengths, Documents, Dense),
     *(BlockLayout, AnchorIndices, And, Or, Not, PerHead),
@@ -46,15 +47,16 @@ _MASKS = (
 _FULL, _WINDOW, _ANCHOR, _CHUNKED, _FLAGS, _DOCUMENTS, _DENSE = range(7)
 _BLOCKS, _ANCHOR_INDICES, _BITS, _AND, _OR, _NOT, _PER_HEAD = range(7, 14)
 
-#: Modifiers, and layers of a perceptron after its first: the kernel's arrays are fixed.
+#: Greatest number of modifiers, and of layers of an MLP score after its first: the
+#: kernel's arrays have a fixed size.
 MOST_MODIFIERS, MOST_LAYERS = 16, 10
 
-#: What arrays hold numbers of in the kernel.
+#: Floating types of arrays that the kernel reads.
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def score_code(score: Score) -> tuple[int, int] | None:
-    """(score, activation) as the kernel knows them; None if it does not."""
+    """The codes of score and activation; None if the kernel does not know them."""
     kind, score = known(score), bare(score)
     if kind is Mlp:
         activation = _ACTIVATIONS.get(score.activation)
@@ -66,7 +68,7 @@ def score_code(score: Score) -> tuple[int, int] | None:
 
 
 def modifier_code(modifier: Modifier) -> int | None:
-    """The modifier as the kernel knows it; None if it does not."""
+    """The code of the modifier; None if the kernel does not know it."""
     return _MODIFIERS.get(type(modifier))
 
 
@@ -77,13 +79,13 @@ class Buffers:
         self.arrays = list(arrays)
 
     def add(self, array: Any) -> int:
-        """Adds an array; returns its place."""
+        """Adds an array; returns its index."""
         self.arrays.append(array)
         return len(self.arrays) - 1
 
 
 def offset_buckets(modifier: RelativeTable, count: int) -> Array:
-    """The bucket of each offset ``s - t`` that has one of its own, in their order."""
+    """The buckets of all offsets ``s - t`` within the modifier's reach, in order."""
     before, after = modifier.reach
     return modifier.bucket(jnp.arange(-before, after + 1, dtype=jnp.int32), count)
 
@@ -103,14 +105,14 @@ def mask_program(
     buffers: Buffers,
     bits: Callable[[Mask, PyTree], Array],
 ) -> list[int]:
-    """The mask in prefix form.
+    """The mask as integers, in prefix notation.
 
     Args:
-        mask: skeleton.
+        mask: the mask without its arrays.
         operands: its operands, normalised.
-        buffers: get the operands.
-        bits: makes words of 32 queries for each key of a mask that the kernel does not
-            know, ``[B or 1, N or 1, T / 32, S]``.
+        buffers: the operands are added to these.
+        bits: evaluates a mask that the kernel does not know to words of 32 queries for
+            each key, ``[B or 1, N or 1, T / 32, S]``.
     """
     add = buffers.add
 
@@ -138,7 +140,7 @@ def mask_program(
 
 
 def _structure(mask: Mask) -> list[int]:
-    """Masks without operands."""
+    """The program of a mask without operands; empty for other masks."""
 
     def limit(size: int | None) -> int:
         return -1 if size is None else size
@@ -157,7 +159,7 @@ def _structure(mask: Mask) -> list[int]:
 
 
 def _data(mask: Mask, operands: PyTree, add: Callable[[Array], int]) -> list[int]:
-    """Masks that carry data."""
+    """The program of a mask with operands."""
     match mask:
         case Lengths():
             flags = [[_FLAGS, add(x)] for x in operands if x is not None]
@@ -174,7 +176,7 @@ def _data(mask: Mask, operands: PyTree, add: Callable[[Array], int]) -> list[int
 
 
 def unknown(mask: Mask) -> int:
-    """How many parts of a mask the kernel does not know: they reach it as bits."""
+    """Number of parts of a mask that the kernel does not know and gets as bits."""
     if not exactly(mask, *_MASKS):
         return 1
     if exactly(mask, And, Or, PerHead):
@@ -183,7 +185,7 @@ def unknown(mask: Mask) -> int:
 
 
 def modifier_gradient(modifier: Modifier, gradient: Array, operand: Array) -> Array:
-    """The gradient of what the kernel read -> that of the operand."""
+    """The gradient of a modifier's operand, from that of ``modifier_operand``."""
     if isinstance(modifier, RelativeTable):
         count = operand.shape[-1]
         zeros = jnp.zeros((*gradient.shape[:-1], count), gradient.dtype)

@@ -1,4 +1,4 @@
-"""Pallas kernels for TPU: the plan's live blocks, one step of a grid each."""
+"""Pallas kernels for TPU, whose grid has one step for each live block of the plan."""
 
 import math
 from collections.abc import Sequence
@@ -28,13 +28,14 @@ from attnlab._src.implementations.pallas_tpu.steps import (
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.types import Array, AttentionInputs, Implementation
 
-#: Bytes beyond O(T + S), at most: bits of masks that a kernel cannot evaluate, and the
-#: gradient of a bias that heads or examples share, one for each.
+#: Greatest memory beyond O(T + S), in bytes: for bits of masks that a kernel cannot
+#: evaluate, and for gradients of a bias that heads or examples share, which are stored
+#: for each of them.
 _MOST_BYTES = 2**30
 
 
 class PallasTpu(Implementation):
-    """Pallas kernels for TPU; memory O(T + S); dead blocks are not even fetched."""
+    """Pallas kernels for TPU; memory O(T + S); dead blocks are not fetched."""
 
     name = "pallas_tpu"
     platforms = ("tpu",)
@@ -42,11 +43,11 @@ class PallasTpu(Implementation):
     # JAX lowers every branch of such a program for each of them.
     shares_program = False
 
-    #: As ``pallas_call`` takes it: to run elsewhere, slowly.
+    #: See ``pallas_call``; True runs on any platform, slowly.
     interpret: ClassVar[Any] = False
-    #: Of which the sizes of blocks are multiples.
+    #: Number that block sizes are multiples of.
     lanes: ClassVar[int] = 128
-    #: Sizes of blocks in place of the table's.
+    #: Block sizes to use instead of the table's.
     blocks: ClassVar[Blocks | None] = None
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
@@ -68,7 +69,8 @@ class PallasTpu(Implementation):
             if not modifier_is_elementwise(modifier, own):
                 name = type(modifier).__name__
                 reasons.append(f"{name} is no function of one pair at a time")
-            # Of pairs: its gradient is written for each head and example, then summed.
+            # The gradient of an operand of pairs is stored per head and example, then
+            # summed.
             shared = any(
                 min(x.shape[2:4]) > 1 and x.shape[0] * x.shape[1] < s.B * s.N
                 for x in own
@@ -86,7 +88,7 @@ class PallasTpu(Implementation):
         return tuple(reasons)
 
     def _too_large(self, inputs: AttentionInputs) -> list[str]:
-        """Why the least blocks are still too many, or too large."""
+        """Reasons why the number, or the memory, of blocks exceeds a limit."""
         s, reasons = inputs.sizes, []
         if s.N // s.K > MOST_MEMBERS:
             reasons.append(
@@ -113,7 +115,7 @@ class PallasTpu(Implementation):
         return reasons
 
     def _bytes_of_words(self, inputs: AttentionInputs, of: str, blocks: Blocks) -> int:
-        """Scalar memory for the list of live blocks; its size needs no data."""
+        """Scalar memory for the list of live blocks; it depends on shapes only."""
         s = inputs.sizes
 
         def words(inputs: AttentionInputs) -> tuple[Any, ...]:
@@ -127,7 +129,7 @@ class PallasTpu(Implementation):
         return sum(4 * math.prod(x.shape) for x in jax.eval_shape(words, inputs))
 
     def sizes(self, inputs: AttentionInputs, of: str) -> Blocks:
-        """Sizes of blocks for the "forward" or the "backward" pass."""
+        """Block sizes of the "forward" or "backward" pass, reduced to fit memory."""
         s = inputs.sizes
         blocks = self.blocks or best(max(s.P, s.D), of)
         q, k = (
@@ -144,7 +146,7 @@ class PallasTpu(Implementation):
         return blocks
 
     def _smaller(self, blocks: Blocks) -> Blocks | None:
-        """Fewer keys at once, else half the keys or queries; None: there is nothing."""
+        """Fewer keys at once, else half the keys or queries; None: there is none."""
         fewer = range(self.lanes, blocks.chunk, self.lanes)
         chunk = max((n for n in fewer if blocks.k % n == 0), default=None)
         if chunk is not None:

@@ -1,7 +1,7 @@
-"""The backward pass: one kernel walks the columns and sums every gradient.
+"""The backward pass: one kernel walks the plan's columns and sums all gradients.
 
-Gradients of a block of keys are summed while its queries come by; those of the queries
-stay in vector memory for a whole segment of them, so that each logit is computed once.
+Gradients of a block of keys are summed over its blocks of queries. Gradients of queries
+stay in vector memory for a whole segment of queries, so each logit is computed once.
 """
 
 import dataclasses
@@ -54,13 +54,13 @@ class Backward:
         limit: int,
         interpret: Any,
     ):
-        """Plans it.
+        """Plans the pass.
 
         Args:
             inputs: the canonical record.
             wanted: which of its leaves need a gradient.
-            blocks: sizes.
-            limit: bytes of vector memory that it may take.
+            blocks: block sizes.
+            limit: bytes of vector memory that it may use.
             interpret: see ``pallas_call``.
         """
         self.inputs, self.wanted, self.blocks = inputs, wanted, blocks
@@ -84,18 +84,21 @@ class Backward:
         self.learned, self.windows = self._windows()
 
     def at(self, *index: Any) -> tuple[Any, Any, Step]:
-        """The example, the key head and the step at a place in the grid."""
+        """The example, the key head and the step at an index of the grid."""
         axes = 2 + len(self.steps.grid)
         return index[0], index[1], self.steps.at(index[:axes], index[axes:])
 
     def place(self, *index: Any) -> Place:
-        """The blocks that are read at a place in the grid."""
+        """The blocks that are read at an index of the grid."""
         example, head, step = self.at(*index)
         head = head * self.group + step.member
         return Place(example, head, step.inner, step.outer)
 
     def _windows(self) -> tuple[list[int], list[Window]]:
-        """Which modifier operands are learned, and what sums all that is learned."""
+        """Numbers of learned modifier operands, and windows for all learned gradients.
+
+        The windows of modifier operands come first, then those of score parameters.
+        """
         lanes = min(_LANES, self.blocks.q)
         self.layout = Layout(
             self.tiles, self.at, self.group, self.segments, self.segment, lanes
@@ -117,7 +120,7 @@ class Backward:
         return list(found), [*found.values(), *params]
 
     def _by_query(self, length: int, across: bool) -> pl.BlockSpec:
-        """Cuts ``[B, N, queries, length]``, or across, ``[B, N, length, queries]``."""
+        """Blocks of ``[B, N, queries, length]``; across: ``[.., length, queries]``."""
 
         def index(*index: Any) -> tuple[Any, ...]:
             at = self.place(*index)
@@ -128,7 +131,7 @@ class Backward:
         return pl.BlockSpec((None, None, *shape), index)
 
     def _by_key(self, length: int, across: bool) -> pl.BlockSpec:
-        """Cuts ``[B, K, keys, length]``, or across, ``[B, K, length, keys]``."""
+        """Blocks of ``[B, K, keys, length]``; across: ``[.., length, keys]``."""
 
         def index(*index: Any) -> tuple[Any, ...]:
             example, head, step = self.at(*index)
@@ -142,15 +145,15 @@ class Backward:
     def _sides(
         self, output: Array, lse: Array, d_output: Array, d_lse: Array | None
     ) -> Iterator[tuple[Array, pl.BlockSpec]]:
-        """Arrays along the queries and the keys, and how they are cut."""
+        """Arrays along queries and keys, with their block specifications."""
         inputs, s = self.inputs, self.inputs.sizes
         rows, cols, across = self.rows, self.cols, self.compare.queries_across
-        # A row that sees nothing, and a row of padding: exp(logits - inf) = 0.
+        # For a row that sees nothing, or of padding: exp(logits - inf) = 0.
         shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
         delta = (d_output.astype(f32) * output).sum(-1)
         if d_lse is not None:
             delta = delta - d_lse
-        # What is kept counts for what is dropped: here once, not in every block.
+        # Scale of dropout, applied once and not in every block.
         d_output = d_output.astype(f32) * (1 / (1 - inputs.dropout_rate))
         d_output = d_output.astype(self.product.dtype)
 
@@ -161,7 +164,7 @@ class Backward:
             return x.transpose(0, 2, 1)[:, :, None]
 
         key = inputs.key.astype(self.compare.dtype)
-        # With copies of their edge: a modifier's slope may be infinite at 0.
+        # Padded with copies of the edge: a modifier's derivative may be infinite at 0.
         query, key_down, key_across = (
             heads_first(x, length, transposed=turned, padding="edge")
             for x, length, turned in (
@@ -180,7 +183,7 @@ class Backward:
         yield value, self._by_key(s.D, False)
 
     def _results(self) -> Iterator[tuple[tuple[int, ...], pl.BlockSpec]]:
-        """Gradients of query, key and value, and how they are cut."""
+        """Shapes and block specifications of the gradients of query, key and value."""
         s, blocks, group = self.inputs.sizes, self.blocks, self.group
         size = self.segment * blocks.q
         lead = (s.B, s.K, self.segments)
@@ -307,7 +310,7 @@ class Backward:
         def add(masked: bool) -> None:
             d_block[...] = jnp.zeros_like(d_block)
             block.add(masked, d_block, d_k, d_v)
-            # Once a block: where it lies is known only when the kernel runs.
+            # Added once per block, as its rows are known only at run time.
             d_q[step.member, :, self.layout.rows(step)] += d_block[...]
 
         if isinstance(step.masked, bool):
@@ -325,13 +328,13 @@ class _Block:
 
     Attributes:
         backward: the pass.
-        step: where it stands.
-        place: of the block.
-        sides: references to what ``Backward._sides`` yields.
-        own: to the parameters of the score.
-        given: to the operands.
-        windows: to the sums of what is learned, and their scratch.
-        room: to the comparison's memory.
+        step: the step.
+        place: indices of the block.
+        sides: references to the arrays of ``Backward._sides``.
+        own: references to the parameters of the score.
+        given: references to the operands.
+        windows: windows, with references to their sums and their scratch memory.
+        room: references to the comparison's scratch memory.
     """
 
     backward: Backward
@@ -344,7 +347,7 @@ class _Block:
     room: list[Any]
 
     def add(self, masked: bool, d_q: Any, d_k: Any, d_v: Any) -> None:
-        """Adds its part of every gradient."""
+        """Adds the block's part of every gradient."""
         blocks, product = self.backward.blocks, self.backward.product
         compare, rules = self.backward.compare, self.backward.rules
         q, d_o, shift, delta, k, k_across, v = self.sides
@@ -369,11 +372,11 @@ class _Block:
             compare.pull(d, given, part, Sums(d_q, d_k, sums))
 
     def _modified(self, part: Part, z: Array) -> tuple[Array, Callable]:
-        """Modified logits, and what takes their gradient back through that."""
+        """Modified logits, and the pullback, which also adds to the windows."""
         rules = self.backward.rules
         if not rules.inputs.modifiers:
             return z, lambda d: d
-        # Each operand as wide as the tile: then its gradient is a tile.
+        # Operands are broadcast to the tile, so that their gradients are tiles.
         operands = jax.tree.map(
             lambda x: jnp.broadcast_to(x, z.shape),
             rules.read_modifiers(part, self.given),
@@ -386,7 +389,7 @@ class _Block:
             hidden = d == 0
             d, d_operands = unmodify(d)
             numbers = jax.tree.leaves(rules.modifiers)
-            # A modifier's slope need not be finite where a pair is hidden.
+            # A modifier's derivative need not be finite at hidden pairs.
             d, d_operands = jax.tree.map(
                 lambda x: jnp.where(hidden, 0, x), (d, d_operands)
             )

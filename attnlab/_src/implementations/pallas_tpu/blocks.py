@@ -1,4 +1,4 @@
-"""Sizes of blocks: from a table for each generation of TPUs, by head size."""
+"""Block sizes, from a table by TPU generation, head size and pass."""
 
 import functools
 import json
@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 
 from jax.experimental.pallas import tpu as pltpu
 
-#: A file that takes the table's place: what ``attnlab tune`` writes.
+#: Environment variable with the path of a table to use instead, from ``attnlab tune``.
 VARIABLE = "ATTNLAB_TPU_BLOCKS"
 _TABLE = Path(__file__).with_name("blocks.json")
 
 
 class Blocks(NamedTuple):
-    """Sizes of a kernel's blocks.
+    """Block sizes of a kernel.
 
     Attributes:
-        q: queries.
-        k: keys.
-        chunk: keys that are computed at once; divides ``k``.
+        q: number of queries in a block.
+        k: number of keys in a block.
+        chunk: number of keys that are computed at once; divides ``k``.
     """
 
     q: int
@@ -27,15 +27,15 @@ class Blocks(NamedTuple):
     chunk: int
 
 
-#: For an unknown TPU: they fit the smallest vector memory.
+#: Block sizes for an unknown TPU; they fit the smallest vector memory.
 CAUTIOUS = Blocks(512, 512, 256)
 
 
 class Device(NamedTuple):
-    """The TPU that is compiled for.
+    """The TPU to compile for.
 
     Attributes:
-        kind: as JAX names it; None: unknown.
+        kind: JAX's name of the generation; None: unknown.
         memory: bytes of vector memory of a core.
     """
 
@@ -53,16 +53,16 @@ def device() -> Device:
 
 
 def limit() -> int:
-    """Bytes of vector memory that a kernel may take: XLA keeps arrays there, too."""
+    """Bytes of vector memory that a kernel may use: half, as XLA also stores arrays."""
     return device().memory // 2
 
 
 @functools.cache
 def read(path: Path) -> dict[str, dict[int, dict[str, Blocks]]]:
-    """A table: by generation, head size, and pass.
+    """Reads a table: block sizes by generation, head size, and pass.
 
     Raises:
-        ValueError: if it is not one.
+        ValueError: if the file is not a valid table.
     """
     try:
         content = json.loads(path.read_text())
@@ -102,10 +102,10 @@ def _sizes(head_size: str, of: str, found: Any) -> Blocks:
 
 
 def best(head_size: int, of: str) -> Blocks:
-    """The best sizes for long inputs.
+    """The best block sizes for long inputs.
 
     Args:
-        head_size: of queries or values, the greater.
+        head_size: size of a query head or of a value head, whichever is greater.
         of: "forward" or "backward".
     """
     given = os.environ.get(VARIABLE)

@@ -1,4 +1,4 @@
-"""What every kernel here shares: sizes of blocks, arrays as it takes them, the call."""
+"""Parts that all kernels here share: products, array layouts, the Pallas call."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from attnlab._src.implementations.pallas_tpu.steps import Steps
 from attnlab._src.implementations.tile import may_round
 from attnlab._src.types import Array, AttentionInputs, Intervals, Live, Plan
 
-#: Of a product, by the axes that it contracts: [m, k] [k, n]; [m, k] [n, k].
+#: Dimension numbers of products: NN for [m, k] [k, n], NT for [m, k] [n, k].
 NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
 
@@ -25,8 +25,8 @@ class Products(NamedTuple):
     """How matrices are multiplied.
 
     Attributes:
-        dtype: in which they are held.
-        precision: of the product.
+        dtype: type to which operands are converted.
+        precision: precision of the product.
     """
 
     dtype: Any
@@ -34,14 +34,14 @@ class Products(NamedTuple):
 
     @classmethod
     def of(cls, inputs: AttentionInputs) -> "Products":
-        """As ``precision=``, or else JAX's own setting, asks."""
+        """Chosen by ``precision=`` or, without that, by JAX's own setting."""
         if not may_round(inputs):
             return cls(jnp.float32, lax.Precision.HIGHEST)
         alike = inputs.query.dtype == inputs.value.dtype
         return cls(inputs.query.dtype if alike else jnp.float32, None)
 
     def __call__(self, a: Array, b: Array, dims: Any = NN) -> Array:
-        """The product, float32."""
+        """The product, in float32."""
         return lax.dot_general(
             a.astype(self.dtype),
             b.astype(self.dtype),
@@ -52,15 +52,16 @@ class Products(NamedTuple):
 
 
 def fit(plan: Plan, sizes: tuple[int, int]) -> Plan:
-    """The plan in whole blocks of a kernel, where a short side is one block.
+    """The plan with the kernel's block sizes, where a short side is one padded block.
 
     Args:
-        plan: as planned.
+        plan: the plan, whose block sizes do not exceed T and S.
         sizes: queries and keys in a block of the kernel.
     """
     rows, cols = plan.rows, plan.cols
     if plan.block_k < sizes[1]:
-        # The only block of keys is padded: what is no key must be hidden.
+        # The only block of keys is padded, and the padding must be masked: no block is
+        # full.
         xp: Any = np if plan.is_static else jnp
 
         def partial(live: Live) -> Live:
@@ -79,9 +80,9 @@ def fit(plan: Plan, sizes: tuple[int, int]) -> Plan:
 def heads_first(
     x: Array, length: int, *, transposed: bool, padding: str = "constant"
 ) -> Array:
-    """``[B, L, heads, X]`` as ``[B, heads, L, X]``, or ``[.., X, L]``, L padded.
+    """``[B, L, heads, X]`` as ``[B, heads, L, X]`` or, transposed, ``[.., X, L]``.
 
-    ``padding``: a mode of ``jnp.pad``; by zeros if not given.
+    L is padded to ``length``. ``padding`` is a mode of ``jnp.pad``; zeros if not given.
     """
     x = jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)], mode=padding)
     return x.transpose((0, 2, 3, 1) if transposed else (0, 2, 1, 3))
@@ -101,7 +102,7 @@ def call(
     interpret: Any,
     aliases: dict[int, int] | None = None,
 ) -> Any:
-    """Calls a kernel; it gets the words of the steps first, then all references."""
+    """Calls a kernel, whose arguments are the words of the steps, then references."""
     grid = (*lead, *steps.grid)
     # What a device computes varies over no axis of a mesh: shard_map asks for that.
     results = [

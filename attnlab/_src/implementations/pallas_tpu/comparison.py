@@ -1,4 +1,4 @@
-"""Scores as tile kernels: inner products on the matrix unit, additive, perceptrons."""
+"""Scores computed in kernels: inner products on the matrix unit, additive, MLP."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,26 +23,26 @@ from attnlab._src.types import Array, AttentionInputs
 
 f32 = jnp.float32
 
-#: An additive score's keys that are compared in one step of a loop; in its gradients
-#: keys and hidden units at once, and keys whose sums over the queries are finished at
-#: once: what one of them waits for, the others do meanwhile.
+#: Unrolling of loops of the additive score, so that independent operations overlap:
+#: keys per step in the logits; keys and hidden units per step in the gradients, and
+#: keys per step when their sums over queries are finished.
 _COMPARED = 16
 _PULLED, _UNITS, _FINISHED = 32, 8, 128
 _LANES = 128
 
 
 class Given(NamedTuple):
-    """What a comparison reads: references, and how matrices are multiplied.
+    """Arguments of a comparison: references, and how matrices are multiplied.
 
     Attributes:
         q: the block of queries, ``[P, queries]``; in the backward pass of an inner
             product ``[queries, P]``.
         k: the block of keys, ``[keys, P]``.
         k_across: the same as ``[P, keys]``; None in the forward pass.
-        params: to ``Comparison.params``.
-        room: to ``Comparison.room``.
-        product: of matrices.
-        scale: ``head_scale``; None where there is none, or queries have it.
+        params: references to ``Comparison.params``.
+        room: references to the scratch memory ``Comparison.room``.
+        product: multiplies matrices.
+        scale: ``head_scale``; None if there is none, or if queries are scaled by it.
     """
 
     q: Any
@@ -58,9 +58,9 @@ class Sums(NamedTuple):
     """References to the gradients that a comparison adds to.
 
     Attributes:
-        q: ``[P, queries]``; of inner products, as if their scale were 1.
-        k: ``[keys, P]``; of inner products, less ``Comparison.factor``.
-        params: of ``Comparison.gradient_shapes``; none where they are not wanted.
+        q: ``[P, queries]``; for inner products without the scale of the logits.
+        k: ``[keys, P]``; for inner products without ``Comparison.factor``.
+        params: of shapes ``Comparison.gradient_shapes``; empty if not wanted.
     """
 
     q: Any
@@ -69,31 +69,31 @@ class Sums(NamedTuple):
 
 
 class Comparison:
-    """How the logits of a block are computed. This one: inner products."""
+    """How the logits of a block are computed; this base class is for inner products."""
 
     #: Whether the backward pass reads queries as ``[P, queries]``, as the forward does.
     queries_across = False
 
     def __init__(self, inputs: AttentionInputs):
-        """For these inputs."""
+        """Makes the comparison for these inputs."""
         self.inputs = inputs
 
     @property
     def dtype(self) -> Any:
-        """In which the kernel holds queries and keys."""
+        """Type of queries and keys in the kernel."""
         key, query = self.inputs.key.dtype, self.inputs.query.dtype
         return query if key == query else f32
 
     @property
     def query(self) -> Array:
-        """As the kernel reads it: scaled, where that rounds nothing."""
+        """The query for the kernel: scaled, unless scaling would round it."""
         inputs = self.inputs
         exact = not scaling_rounds(inputs)
         return (scaled_query(inputs) if exact else inputs.query).astype(self.dtype)
 
     @property
     def factor(self) -> float:
-        """The constant part of a scale that queries do not have."""
+        """The constant scale of logits if queries are not scaled, else 1."""
         return self.inputs.logit_scale if scaling_rounds(self.inputs) else 1.0
 
     def _scaled(self, z: Array, scale: Any) -> Array:
@@ -102,7 +102,7 @@ class Comparison:
         return _times(z, scale)
 
     def bound(self) -> Array | None:
-        """What no logit exceeds in size; None: unknown."""
+        """An upper bound of the absolute value of all logits; None: unknown."""
         inputs = self.inputs
         capped = _capped(inputs)
         if capped is not None or inputs.modifiers:
@@ -115,15 +115,15 @@ class Comparison:
         return jnp.sqrt((queries * norms[1][..., None]).max(initial=0))
 
     def params(self, place: Callable[..., Place]) -> list[Reader]:
-        """The parameters of the score, as the kernel takes them."""
+        """Readers of the parameters of the score."""
         return []
 
     def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[Any]:
-        """Memory that the comparison needs, and what it makes of spare bytes."""
+        """Scratch memory of the comparison; it may use ``spare`` bytes more."""
         return []
 
     def logits(self, given: Given, part: Part) -> Array:
-        """Of a part of the keys, ``[keys, queries]``."""
+        """Logits of a part of the keys, ``[keys, queries]``."""
         z = given.product(given.k[part.keys, :], given.q[...])
         return self._scaled(z, given.scale)
 
@@ -133,11 +133,11 @@ class Comparison:
         return self._scaled(z, given.scale)
 
     def gradient_shapes(self, blocks: Blocks) -> list[tuple[int, ...]]:
-        """Of what ``pull`` sums for the parameters of one head."""
+        """Shapes of the sums that ``pull`` adds for the parameters of one head."""
         return []
 
     def pull(self, d: Array, given: Given, part: Part, sums: Sums) -> None:
-        """Adds what a gradient ``d [keys, queries]`` makes of those of the inputs."""
+        """Adds the inputs' gradients for a gradient ``d [keys, queries]`` of logits."""
         sums.q[...] += given.product(given.k_across[:, part.keys], d)
         sums.k[part.keys, :] += given.product(_times(d, given.scale), given.q[...])
 
@@ -163,7 +163,8 @@ class _AdditiveComparison(Comparison):
         return jnp.abs(self._weight()).sum(-1).max(initial=0)
 
     def params(self, place: Callable[..., Place]) -> list[Reader]:
-        # One in each lane. Not in scalar memory: there the static profile fails.
+        # Repeated in each lane, not in scalar memory, with which the compiler's static
+        # profile fails.
         weight = self._weight()[..., None]
         return [_by_head(jnp.broadcast_to(weight, (*weight.shape[:3], _LANES)), place)]
 
@@ -171,7 +172,7 @@ class _AdditiveComparison(Comparison):
         shapes = [(blocks.chunk, blocks.q)]
         if of == "backward":
             shapes.append((_UNITS * blocks.chunk, _width(blocks.q)))
-            # The tanh of so many units is kept from the logits for their gradients.
+            # Spare memory stores tanh of some units from the logits for the gradients.
             kept = min(self.inputs.sizes.P, spare // (4 * blocks.chunk * blocks.q))
             shapes += [(kept * blocks.chunk, blocks.q)] * (kept > 0)
         return [pltpu.VMEM(shape, f32) for shape in shapes]
@@ -215,7 +216,7 @@ class _AdditiveComparison(Comparison):
     def _pull_units(
         self, units: Sequence[int], row: Array, given: Given, part: Part, sums: Sums
     ) -> None:
-        """Adds the gradients of some hidden units, side by side."""
+        """Adds the gradients of some hidden units, computed together."""
         (weight,), (z, wide, *_), q, k = given.params, given.room, given.q, given.k
         tiles, width = _tiles(q), _width(q.shape[1])
         tanh, kept = _tanh_of(given.room)
@@ -277,7 +278,10 @@ class _MlpComparison(Comparison):
         return f32
 
     def _columns(self) -> list[Array]:
-        """Transposed matrices, vectors as columns: ``[B or 1, N or 1, rows, cols]``."""
+        """The parameters as ``[B or 1, N or 1, rows, cols]``.
+
+        Matrices are transposed, vectors are columns.
+        """
 
         def column(x: Array) -> Array:
             x = x.reshape(*x.shape[:2], *x.shape[4:]).astype(f32)
@@ -297,7 +301,7 @@ class _MlpComparison(Comparison):
     def one_key(
         self, query: Array, key: Array, params: Sequence[Array], product: Products
     ) -> Array:
-        """``[P, queries], [P, 1] -> [1, queries]``."""
+        """Logits of one key, ``[P, queries], [P, 1] -> [1, queries]``."""
         activation = bare(self.inputs.score).activation
         *hidden, weight = params
         x = activation(query + key)
@@ -355,7 +359,7 @@ class _MlpComparison(Comparison):
 
     def finish_gradients(self, found: Sequence[Array]) -> Any:
         leaves, structure = jax.tree.flatten(self.inputs.pair_params)
-        # A matrix was held transposed, a vector as a column.
+        # Undoes ``_columns``: matrices are transposed, vectors are columns.
         found = [
             x.swapaxes(2, 3) if leaf.ndim == 6 else x[..., 0]
             for x, leaf in zip(found, leaves, strict=True)
@@ -368,30 +372,30 @@ def _times(x: Array, scale: Any) -> Array:
 
 
 def _loop(count: int, body: Callable[[Array, Any], Any], start: Any) -> Any:
-    """``lax.fori_loop`` from 0, whose counter is int32 in x64 mode, too."""
+    """``lax.fori_loop`` from 0, with an int32 counter also in x64 mode."""
     with jax.enable_x64(False):
         return lax.fori_loop(0, count, body, start)
 
 
 def _tanh_of(room: Sequence[Any]) -> tuple[Any, int]:
-    """Where the tanh of some units is kept, and of how many."""
+    """The memory with stored tanh of some units, or None; and the number of units."""
     z, *more = room
     return (more[1], more[1].shape[0] // z.shape[0]) if more[1:] else (None, 0)
 
 
 def _width(queries: int) -> int:
-    """Of the tiles that so many queries are cut into."""
+    """Width of the tiles that a block of ``queries`` queries is divided into."""
     return math.gcd(queries, _LANES)
 
 
 def _tiles(q: Any) -> list[slice]:
-    """Of the queries, ``[P, queries]``."""
+    """Slices of the tiles of queries, ``[P, queries]``."""
     width = _width(q.shape[1])
     return [slice(i, i + width) for i in range(0, q.shape[1], width)]
 
 
 def _by_head(x: Array, place: Callable[..., Place]) -> Reader:
-    """``[B or 1, N or 1, rows, columns]``, whole, of whom a step works for."""
+    """A reader of ``[B or 1, N or 1, rows, columns]``: whole, for the step's head."""
 
     def index(*index: Any) -> tuple[Any, ...]:
         at = place(*index)
@@ -403,7 +407,7 @@ def _by_head(x: Array, place: Callable[..., Place]) -> Reader:
 
 
 def comparison(inputs: AttentionInputs) -> Comparison:
-    """How the logits of these inputs are computed."""
+    """The comparison for the score of these inputs."""
     kind = known(inputs.score)
     if kind is Additive:
         return _AdditiveComparison(inputs)
@@ -411,8 +415,8 @@ def comparison(inputs: AttentionInputs) -> Comparison:
 
 
 def _capped(inputs: AttentionInputs) -> Array | None:
-    """The bound that a soft cap sets, where it is the last modifier."""
-    # A subclass may do something else.
+    """The bound by a soft cap, if that is the last modifier; else None."""
+    # Not for subclasses, which may do something else.
     if not (inputs.modifiers and exactly(inputs.modifiers[-1], SoftCap)):
         return None
     (cap,) = inputs.modifier_operands[-1]

@@ -1,4 +1,4 @@
-"""What a kernel can evaluate: functions that look at one pair at a time.
+"""Tells which functions a kernel can evaluate: those that are elementwise over pairs.
 
 They work on a tile of either orientation, ``[queries, keys]`` or ``[keys, queries]``.
 """
@@ -15,7 +15,7 @@ from attnlab._src.scores.pairwise import Mlp
 from attnlab._src.scores.projected import bare, known
 from attnlab._src.types import Array, Modifier, PyTree, Score, Tile
 
-#: What looks at one element at a time, and has a place in a kernel.
+#: Names of elementwise primitives that a kernel may contain.
 _ELEMENTWISE = frozenset({
     "abs", "add", "add_any", "and", "clamp", "convert_element_type", "copy", "cos",
     "div", "eq", "exp", "exp2", "floor", "ge", "gt", "integer_pow", "le", "log",
@@ -28,15 +28,15 @@ _CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call")
 
 
 def is_elementwise(fn: Callable[..., Array], *shapes: Any) -> bool:
-    """Whether each element of the result is a function of that element of each array.
+    """Whether each element of the result depends only on that element of each array.
 
     Args:
-        fn: of arrays that are all of one shape, and of scalars.
-        shapes: of its arguments.
+        fn: function of scalars, and of arrays of one common shape.
+        shapes: shapes of its arguments.
     """
     try:
         traced = jax.make_jaxpr(fn)(*shapes)
-    except Exception:  # whatever a rule of the user's own may raise
+    except Exception:  # user-defined functions may raise anything
         return False
     return all(x.ndim == 0 for x in map(jnp.asarray, traced.consts)) and _elementwise(
         traced.jaxpr
@@ -59,7 +59,7 @@ def _elementwise(jaxpr: Any) -> bool:
 
 
 def tile_shapes(tree: PyTree) -> PyTree:
-    """What a kernel makes of operands: a small tile, or a scalar."""
+    """Shapes for tracing: a small tile for operands along T or S, else a scalar."""
 
     def one(x: Any) -> Any:
         runs = max(x.shape[2:4]) > 1
@@ -97,7 +97,7 @@ def modifier_is_elementwise(modifier: Modifier, operands: Sequence[Any]) -> bool
 
 
 def needs_bits(mask: Mask, operands: PyTree) -> int:
-    """How many parts of a mask need bits."""
+    """Number of parts of a mask that a kernel cannot evaluate and gets as bits."""
     if exactly(mask, And, Or):
         return sum(map(needs_bits, mask.parts, operands))
     if exactly(mask, Not):
@@ -106,7 +106,7 @@ def needs_bits(mask: Mask, operands: PyTree) -> int:
 
 
 def why_not_score(score: Score) -> str | None:
-    """Why no kernel computes a score; None: one does."""
+    """Why no kernel can compute a score; None if one can."""
     kind, score = known(score), bare(score)
     name = type(score).__name__
     if kind is None:

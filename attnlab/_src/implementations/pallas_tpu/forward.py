@@ -1,4 +1,4 @@
-"""The forward pass: softmax online, or at once where the logits are bounded."""
+"""The forward pass: online softmax, without running maximum for bounded logits."""
 
 import itertools
 from typing import Any
@@ -24,8 +24,8 @@ from attnlab._src.implementations.schedule import Tiles
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.types import Array, AttentionInputs
 
-#: Logits of at most this size need no running maximum: exp of them, and sums of 2^30
-#: such terms times values of up to 10^7, are normal float32 numbers.
+#: Logits of at most this absolute value need no running maximum: exp of them, and sums
+#: of 2^30 such terms times values of up to 10^7, are normal float32 numbers.
 SAFE = 50.0
 
 
@@ -37,7 +37,7 @@ def forward(
     bound = compare.bound()
     if bound is None:
         return _forward(inputs, blocks, interpret, False)
-    # NaN is not below the limit.
+    # False for NaN.
     return lax.cond(
         bound <= SAFE,
         lambda inputs: _forward(inputs, blocks, interpret, True),
@@ -117,7 +117,7 @@ def _forward(
             if bounded:
                 p = jnp.exp(z)
             else:
-                # It stays finite, so a hidden pair gives exp(-inf) = 0 exactly.
+                # ``new`` stays finite, so a hidden pair gives exp(-inf) = 0 exactly.
                 new = jnp.maximum(top[...], z.max(0, keepdims=True))
                 p = jnp.exp(z - new)
                 shrink = jnp.exp(top[...] - new)
@@ -136,7 +136,7 @@ def _forward(
                 Part(where, first, blocks.chunk)
                 for first in range(0, blocks.k, blocks.chunk)
             ]
-            # The logits of the next part are on their way while one is added.
+            # Logits of the next part are computed while the current one is added.
             z = logits(parts[0], masked)
             for part, following in itertools.pairwise(parts):
                 after = logits(following, masked)
@@ -146,7 +146,7 @@ def _forward(
 
         def finish() -> None:
             found = total[...].sum(0, keepdims=True)
-            alive = found != 0  # NaN is no zero: it shows
+            alive = found != 0  # True for NaN, which so reaches the output
             safe = jnp.where(alive, found, 1)
             scaled = sums[...] / (safe * (1 - inputs.dropout_rate))
             output[...] = jnp.where(alive, scaled, 0)

@@ -1,4 +1,4 @@
-"""Gradients of what many pairs share: parameters of the score, arrays of modifiers."""
+"""Gradients of arrays that many pairs share: score parameters, modifier operands."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,17 +14,18 @@ from attnlab._src.types import Array
 
 
 class Window(NamedTuple):
-    """A gradient as a kernel sums and writes it.
+    """How a kernel sums and writes one gradient.
 
     Attributes:
-        shape: of the array.
-        spec: how it is cut.
-        scratch: where it is summed, if not in the window itself.
-        zeroed: the array must be zero where the kernel writes nothing.
-        clear: ``clear(step, begins, window, *scratch)``: makes room at a step.
+        shape: shape of the array that the kernel writes.
+        spec: its block specification.
+        scratch: scratch memory for the sum, if it is not summed in the block itself.
+        zeroed: whether the array must be zero where the kernel writes nothing.
+        clear: ``clear(step, begins, window, *scratch)``: sets sums to zero if a new one
+            starts at this step.
         add: ``add(step, part, gradient [keys, queries], window, *scratch)``.
-        close: ``close(step, window, *scratch)``: after a step.
-        finish: the array to ``[B, N, T or 1, S or 1]``.
+        close: ``close(step, window, *scratch)``: called at the end of a step.
+        finish: maps the array to ``[B, N, T or 1, S or 1]``.
     """
 
     shape: tuple[int, ...]
@@ -38,15 +39,15 @@ class Window(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the windows of a backward pass lie.
+    """Sizes and indices that the windows of a backward pass need.
 
     Attributes:
-        tiles: of the inputs, in blocks of the kernel's sizes.
+        tiles: tiles of the inputs, with the kernel's block sizes.
         step: ``step(*index) -> (example, key head, Step)``.
-        group: query heads that share a key head.
-        segments: of the queries.
-        segment: blocks of queries in one.
-        lanes: queries whose sums lie side by side.
+        group: number of query heads that share a key head.
+        segments: number of segments of queries.
+        segment: number of blocks of queries in a segment.
+        lanes: number of queries whose sums are stored in separate lanes.
     """
 
     tiles: Tiles
@@ -57,18 +58,18 @@ class Layout(NamedTuple):
     lanes: int
 
     def rows(self, step: Step) -> Any:
-        """Where the queries of a step lie in their segment."""
+        """The slice of a step's queries within their segment."""
         size = self.tiles.bq
         start = (step.inner - step.segment * self.segment) * size
         return pl.ds(pl.multiple_of(start, size), size)
 
 
 def nothing(*_: Any) -> None:
-    """For a window that needs no care."""
+    """Does nothing: for windows without ``add`` or ``close``."""
 
 
 def _eighths(x: Array) -> Array:
-    """``[keys, queries] -> [8, queries]``: a sum that needs no shuffling."""
+    """``[keys, queries] -> [8, queries]``: a partial sum without sublane shuffles."""
     return x.reshape(x.shape[0] // 8, 8, x.shape[1]).sum(0)
 
 
@@ -78,7 +79,7 @@ def _heads(x: Array) -> Array:
 
 
 def window(x: Array, layout: Layout) -> Window:
-    """For the gradient of an operand ``[B or 1, N or 1, T or 1, S or 1]``."""
+    """The window for the gradient of ``x [B or 1, N or 1, T or 1, S or 1]``."""
     runs = x.shape[2] > 1, x.shape[3] > 1
     makers = {
         (False, False): _of_heads,
@@ -209,7 +210,10 @@ def _of_pairs(layout: Layout) -> Window:
 
 
 def of_parameter(shape: tuple[int, ...], layout: Layout) -> Window:
-    """For the gradient of a parameter of each query head; ``finish`` leaves it be."""
+    """The window for a score parameter of each query head.
+
+    ``finish`` keeps ``shape``, and only brings the heads to one axis.
+    """
     s, group = layout.tiles.inputs.sizes, layout.group
 
     def index(*index: Any) -> tuple[Any, ...]:
@@ -232,7 +236,7 @@ def of_parameter(shape: tuple[int, ...], layout: Layout) -> Window:
 
 
 def like(x: Array, operand: Array) -> Array:
-    """``[B, N, ...]`` summed to the batch and head axes of an operand, in its type."""
+    """Sums ``[B, N, ...]`` to the shape of an operand, and converts to its type."""
     axes = tuple(axis for axis in (0, 1) if operand.shape[axis] == 1)
     x = x.sum(axes, keepdims=True)
     return x.reshape(operand.shape).astype(operand.dtype)

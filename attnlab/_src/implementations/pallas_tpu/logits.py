@@ -1,4 +1,4 @@
-"""What a step computes of its block, the same in the forward and the backward pass."""
+"""Modifiers, mask and dropout of a block, for the forward and the backward pass."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from attnlab._src.types import Array, AttentionInputs, Tile
 
 
 class Part(NamedTuple):
-    """Some keys of a block: ``size`` of them, from ``first`` on."""
+    """A part of a block: ``size`` keys from ``first`` on, with all queries."""
 
     place: Place
     first: int
@@ -30,19 +30,19 @@ class Part(NamedTuple):
 
     @property
     def keys(self) -> slice:
-        """Where they lie in the block."""
+        """The slice of the keys within the block."""
         return slice(self.first, self.first + self.size)
 
 
 class Rules:
-    """Modifiers, mask and dropout of one kernel, and the arrays that they read."""
+    """Applies modifiers, mask and dropout in a kernel, and holds their arrays."""
 
     def __init__(self, inputs: AttentionInputs, tiles: Tiles, place: Callable):
         """Gathers the arrays.
 
         Args:
             inputs: the canonical record.
-            tiles: of the inputs, in blocks of the kernel's sizes.
+            tiles: tiles of the inputs, with the kernel's block sizes.
             place: see :class:`Readers`.
         """
         self.inputs, self.tiles = inputs, tiles
@@ -68,7 +68,7 @@ class Rules:
             )
 
     def tile(self, part: Part, refs: Any) -> Tile:
-        """The positions, each ``[keys, queries]``."""
+        """The head and the positions of a part, each ``[keys, queries]``."""
         place, first, size = part
         shape = size, self.tiles.bq
 
@@ -85,11 +85,11 @@ class Rules:
         )
 
     def read(self, number: int, part: Part, refs: Any) -> Array:
-        """An operand, ``[keys, queries]`` or a scalar."""
+        """The operand with this number, ``[keys, queries]`` or a scalar."""
         return self.readers.readers[number].read(refs[number], *part)
 
     def scale(self, part: Part, refs: Any) -> Any:
-        """``head_scale`` of a head; None where there is none, or queries have it."""
+        """``head_scale`` of the head; None if there is none, or if queries have it."""
         if self.head_scale is None:
             return None
         return self.read(self.head_scale, part, refs)

@@ -1,4 +1,4 @@
-"""Vector memory that a kernel needs, before the compiler says so."""
+"""Estimates the vector memory of a kernel before it is compiled."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ from attnlab._src.implementations.pallas_tpu.elementwise import needs_bits
 from attnlab._src.implementations.pallas_tpu.operands import WORD
 from attnlab._src.types import Array, AttentionInputs
 
-#: The gradients of a segment of queries get this part of the memory: one by this.
+#: Gradients of a segment of queries get at most 1 / SEGMENT of the memory.
 SEGMENT = 8
-#: Tiles of float32 that are alive at once, in each pass; measured with the compiler.
+#: Number of float32 tiles that are live at once in each pass; from the compiler.
 _TILES = {"forward": 3, "backward": 5}
 
 
 def segment_of(inputs: AttentionInputs, blocks: Blocks, limit: int) -> int:
-    """Blocks of queries in a segment of the backward pass.
+    """Number of blocks of queries in a segment of the backward pass.
 
     Args:
         inputs: the canonical record.
-        blocks: sizes.
-        limit: bytes that a kernel may take.
+        blocks: block sizes.
+        limit: bytes of vector memory that a kernel may use.
     """
     s = inputs.sizes
     one = s.N // s.K * _block(s.P, blocks.q, 4)
@@ -31,25 +31,25 @@ def segment_of(inputs: AttentionInputs, blocks: Blocks, limit: int) -> int:
 
 
 def _block(rows: int, lanes: int, size: int) -> int:
-    """Bytes of an array as it lies in memory, in tiles of 8 x 128 words."""
+    """Bytes of an array in memory, padded to tiles of 8 x 128 words."""
     sublanes = 8 * max(4 // size, 1)
     return -(-rows // sublanes) * sublanes * -(-lanes // 128) * 128 * size
 
 
 def _bytes(shape: tuple[int, ...]) -> int:
-    """Of a float32 array."""
+    """Bytes of a float32 array in memory."""
     rows, lanes = shape
     return _block(rows, lanes, 4)
 
 
 def bytes_needed(inputs: AttentionInputs, blocks: Blocks, of: str, limit: int) -> int:
-    """An estimate from above: what the kernel declares, and what it computes with.
+    """An upper estimate of the bytes of a kernel: declared arrays and live tiles.
 
     Args:
         inputs: the canonical record.
-        blocks: sizes.
+        blocks: block sizes.
         of: "forward" or "backward".
-        limit: bytes that a kernel may take.
+        limit: bytes of vector memory that a kernel may use.
     """
     s, (q, k, chunk) = inputs.sizes, blocks
     compare = comparison(inputs)
@@ -93,7 +93,7 @@ def bytes_needed(inputs: AttentionInputs, blocks: Blocks, of: str, limit: int) -
 
 
 def _parameters(inputs: AttentionInputs) -> list[tuple[int, ...]]:
-    """Shapes of the parameters of the score of one head."""
+    """Shapes of the score's parameters of one head."""
 
     def arrays(inputs: AttentionInputs) -> list[Array]:
         return [reader.array for reader in comparison(inputs).params(_nowhere)]
@@ -102,7 +102,7 @@ def _parameters(inputs: AttentionInputs) -> list[tuple[int, ...]]:
 
 
 def _gradients(inputs: AttentionInputs, blocks: Blocks) -> list[tuple[int, ...]]:
-    """Shapes of what is summed for them."""
+    """Shapes of the sums for these parameters' gradients."""
 
     def arrays(inputs: AttentionInputs) -> list[Array]:
         shapes = comparison(inputs).gradient_shapes(blocks)
@@ -112,5 +112,5 @@ def _gradients(inputs: AttentionInputs, blocks: Blocks) -> list[tuple[int, ...]]
 
 
 def _nowhere(*_: Any) -> Any:
-    """For what is not read."""
+    """A ``place`` that must not be called, as only shapes are needed."""
     raise AssertionError

@@ -1,9 +1,9 @@
-"""Operands as a kernel reads them, and the functions of pairs that it can evaluate.
+"""Operands as a kernel reads them, and the evaluation of masks in a kernel.
 
-Logits lie transposed in the kernels, ``[keys, queries]``: what is summed for a query is
-then summed along sublanes, and a small head size wastes no lanes. Any function of a
-pair that looks at one pair at a time works on a tile of either orientation; others
-reach the kernel as bits, made by XLA where blocks are partial (masks), or are refused.
+Logits are transposed in the kernels, ``[keys, queries]``: sums for a query are then
+along sublanes, and a small head size wastes no lanes. A function that is elementwise
+over pairs works on a tile of either orientation. Other masks reach the kernel as bits,
+which XLA computes for partial blocks; other modifiers are not supported.
 """
 
 import functools
@@ -23,12 +23,12 @@ from attnlab._src.masks.base import And, Mask, Not, Or
 from attnlab._src.masks.rule import seen_by, visible_pairs
 from attnlab._src.types import Array, PyTree, Tile
 
-#: Keys whose bits share a word.
+#: Number of keys whose bits share a word.
 WORD = 32
 
 
 class Place(NamedTuple):
-    """Which blocks a step reads: example, query head, block of queries, of keys."""
+    """Indices of a step: example, query head, block of queries, block of keys."""
 
     example: Any
     head: Any
@@ -37,13 +37,13 @@ class Place(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """An array for a kernel.
+    """An array for a kernel, and how the kernel reads it.
 
     Attributes:
-        array: as the kernel takes it.
-        spec: how it is cut.
-        read: ``read(reference, place, first, size)``: for keys ``first`` to ``first +
-            size`` of the block, ``[size, queries]``, or a scalar.
+        array: the array passed to the kernel.
+        spec: its block specification.
+        read: ``read(reference, place, first, size)``: returns ``[size, queries]`` for
+            keys ``first`` to ``first + size`` of the block, or a scalar.
     """
 
     array: Array
@@ -52,20 +52,20 @@ class Reader(NamedTuple):
 
 
 class Readers:
-    """The arrays that a kernel takes beside queries, keys and values."""
+    """The arrays of a kernel other than queries, keys and values."""
 
     def __init__(self, tiles: Tiles, place: Callable[..., Place]):
-        """Nothing yet.
+        """Starts without arrays.
 
         Args:
-            tiles: of the inputs, in blocks of the kernel's sizes.
-            place: of a step, from the indices of the grid and the words of the steps.
+            tiles: tiles of the inputs, with the kernel's block sizes.
+            place: returns the place of a step, from grid indices and words of steps.
         """
         self.tiles, self.place = tiles, place
         self.readers: list[Reader] = []
 
     def add(self, x: Array, fill: Any = None) -> int:
-        """An operand ``[B or 1, N or 1, T or 1, S or 1]``; its number."""
+        """Adds an operand ``[B or 1, N or 1, T or 1, S or 1]``; returns its number."""
         block_q, block_k = self.tiles.bq, self.tiles.bk
         x = self.tiles.pad(x, fill)
         along_q, along_k = x.shape[2] > 1, x.shape[3] > 1
@@ -116,7 +116,7 @@ class Readers:
         return self._add(Reader(x, pl.BlockSpec((None, None, *shape), index), read))
 
     def add_words(self, words: Array) -> int:
-        """Bits ``[B or 1, N or 1, keys / WORD, queries]``; their number."""
+        """Adds bits ``[B or 1, N or 1, keys / WORD, queries]``; returns the number."""
 
         def read(ref: Any, at: Place, first: int, size: int) -> Array:
             rows = ref[first // WORD : (first + size) // WORD, :]
@@ -137,30 +137,30 @@ class Readers:
 
 
 def _own(x: Array, at: Place) -> tuple[Any, Any]:
-    """Where a place finds its own in ``[B or 1, N or 1, ...]``."""
+    """Indices of a place into the leading axes of ``[B or 1, N or 1, ...]``."""
     return at.example if x.shape[0] > 1 else 0, at.head if x.shape[1] > 1 else 0
 
 
 def _widened(x: Array) -> Array:
-    """In words of 32 bits, as scalar memory and transposing want them."""
+    """Converts to at least 32 bits, as scalar memory and transposition need."""
     if x.dtype.itemsize >= 4:
         return x
     return x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
 
 
-#: ``evaluate(tile, read) -> bool [keys, queries]``, ``read`` an operand by its number.
+#: ``visible(tile, read) -> bool [keys, queries]``; ``read(number)`` reads an operand.
 Visible = Callable[[Tile, Callable[[int], Array]], Array]
 
 
 def visibility(
     mask: Mask, operands: PyTree, readers: Readers, make_bits: Callable[..., Array]
 ) -> Visible:
-    """A mask as a kernel evaluates it.
+    """A function that evaluates the mask in a kernel.
 
     Args:
-        mask: skeleton.
+        mask: the mask without its arrays.
         operands: its operands.
-        readers: get what it reads.
+        readers: the arrays that it reads are added to these.
         make_bits: ``(mask, operands) -> words``, for a part that is not elementwise.
     """
     if exactly(mask, And, Or):
@@ -181,16 +181,16 @@ def visibility(
 
 
 def bits(mask: Mask, operands: PyTree, tiles: Tiles) -> Array:
-    """A word of ``WORD`` keys for each query, where the plan's blocks are partial.
+    """A mask as bits, in words of ``WORD`` keys for each query.
 
     Args:
-        mask: skeleton.
+        mask: the mask without its arrays.
         operands: its operands.
-        tiles: of the inputs and the plan; its columns say what is partial if it has
-            them, for they need not say the same as its rows.
+        tiles: tiles of the inputs, with the plan. Its columns, if it has them, say
+            which blocks are partial; its rows may differ.
 
     Returns:
-        int32 ``[B or 1, N or 1, keys / WORD, queries]``, zero where none is partial.
+        int32 ``[B or 1, N or 1, keys / WORD, queries]``, zero outside partial blocks.
     """
     inputs, plan = tiles.inputs, tiles.plan
     by_key = plan.cols is not None
@@ -212,7 +212,7 @@ def bits(mask: Mask, operands: PyTree, tiles: Tiles) -> Array:
         return words
 
     def interval(number: Array, words: Array) -> Array:
-        """Partial blocks of one line."""
+        """Fills the partial blocks of one interval of a row or column of the plan."""
         line = number // bounds
         example, head = line // (heads * lines), line // lines % heads
         line = line % lines

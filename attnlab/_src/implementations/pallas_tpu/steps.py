@@ -1,12 +1,13 @@
-"""The plan as a list of steps, one live block each: what the grid of a kernel walks.
+"""The plan as a list of steps for the grid of a kernel, one for each live block.
 
-A kernel's grid is (example, head, *steps). Where every block is alive, and all of them
-full or all of them partial, steps are numbered by arithmetic; else two words a step lie
-in scalar memory, fetched before the kernel starts, so that dead blocks are neither
+A kernel's grid is (example, head, *steps). If all blocks are full, or all are partial,
+indices of blocks are computed from grid indices; else they are in two words per step in
+scalar memory, fetched before the kernel starts, so that dead blocks are neither
 computed nor fetched.
 
 The sums of a kernel belong to its **outer** blocks: of queries in the forward pass, of
-keys in the backward pass. Each outer block meets its live **inner** blocks in turn.
+keys in the backward pass. For each outer block the kernel walks the live **inner**
+blocks.
 """
 
 import math
@@ -19,11 +20,11 @@ from jax.experimental import pallas as pl
 
 from attnlab._src.types import Intervals, Live, Plan
 
-#: Bytes of scalar memory that the words may take; a core has 1 MiB.
+#: Greatest memory of the words in bytes; a core has 1 MiB of scalar memory.
 MOST_BYTES = 2**19
-#: Blocks of one side, at most: the numbers of two share a word.
+#: Greatest number of blocks of a side: two block numbers share a word.
 MOST_BLOCKS = 2**15
-#: Query heads that share a key head, at most.
+#: Greatest number of query heads that share a key head.
 MOST_MEMBERS = 2**8
 
 _FIRST, _LAST, _FRESH, _ACTIVE, _MASKED, _EMPTY = (1 << n for n in range(6))
@@ -31,19 +32,21 @@ _MEMBER, _SEGMENT = 8, 16
 
 
 class Step(NamedTuple):
-    """One block of logits. Marks are booleans, of Python where known beforehand.
+    """One step of the grid: a block of logits.
+
+    Booleans are Python's if they are known beforehand, else traced.
 
     Attributes:
-        outer: number of the outer block.
-        inner: number of the inner block.
-        member: which query head of those that share a key head.
-        segment: which segment of the inner blocks.
-        first: whether the outer block's sums start here.
-        last: whether they end here.
+        outer: index of the outer block.
+        inner: index of the inner block.
+        member: index of the query head among those that share a key head.
+        segment: index of the segment of inner blocks.
+        first: whether the sums of the outer block start here.
+        last: whether the sums of the outer block end here.
         fresh: whether a segment starts here.
         active: whether there is a live block.
-        masked: whether it is partial.
-        empty: whether the step is there because no block is alive.
+        masked: whether the block is partial.
+        empty: whether this is the step of an outer block without live blocks.
     """
 
     outer: Any
@@ -59,15 +62,15 @@ class Step(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """A list of steps for each example and head, or the arithmetic in its place.
+    """A list of steps for each example and head, or sizes to compute them from.
 
     Attributes:
-        grid: the axes of the grid that count the steps; by arithmetic (segments, outer
-            blocks, members, inner blocks of a segment).
-        words: two int32 arrays ``[Bp * Np * count]``; none where arithmetic serves.
-        lists: Bp and Np: 1 where all examples, or all heads, have the same list.
-        count: the words in a list.
-        kinds: whether there may be full blocks, whether partial ones.
+        grid: the axes of the grid for steps: number of steps of a list; or, without
+            list, (segments, outer blocks, members, inner blocks of a segment).
+        words: two int32 arrays ``[Bp * Np * count]``; empty if there are no lists.
+        lists: Bp and Np; 1 if all examples, or all heads, have the same list.
+        count: number of words in a list.
+        kinds: whether there may be full blocks, and whether partial ones.
     """
 
     grid: tuple[Any, ...]
@@ -77,10 +80,10 @@ class Steps(NamedTuple):
     kinds: tuple[bool, bool]
 
     def at(self, ids: tuple[Any, ...], words: tuple[Any, ...]) -> Step:
-        """The step at a place in the grid.
+        """The step at an index of the grid.
 
         Args:
-            ids: the place, ``(example, head, *steps)``.
+            ids: the index, ``(example, head, *steps)``.
             words: references to ``words`` in scalar memory.
         """
         full, partial = self.kinds
@@ -117,7 +120,7 @@ class Steps(NamedTuple):
 
 
 def run_if(condition: Any, body: Any) -> None:
-    """Runs ``body()`` where the condition holds: at once where Python knows it."""
+    """Runs ``body()`` if the condition holds; without branch if it is Python's bool."""
     if not isinstance(condition, bool):
         pl.when(condition)(body)
     elif condition:
@@ -125,17 +128,20 @@ def run_if(condition: Any, body: Any) -> None:
 
 
 def by_query(plan: Plan) -> Steps:
-    """One block of queries after another."""
+    """Steps whose outer blocks are blocks of queries, for the forward pass."""
     return _steps(plan.rows, -(-plan.key_length // plan.block_k))
 
 
 def by_key(plan: Plan, group: int, segment: int) -> Steps:
-    """One block of keys after another, with its query heads in turn.
+    """Steps whose outer blocks are blocks of keys, for the backward pass.
+
+    Segments of queries are the outermost loop; then come blocks of keys, query heads of
+    a group, and blocks of queries.
 
     Args:
-        plan: with columns.
-        group: query heads that share a key head.
-        segment: blocks of queries in a segment; one segment comes after another.
+        plan: the plan, with columns.
+        group: number of query heads that share a key head.
+        segment: number of blocks of queries in a segment.
     """
     assert plan.cols is not None
     rows = -(-plan.query_length // plan.block_q)
@@ -146,7 +152,7 @@ def _steps(
     live: Live, inners: int, group: int = 1, segment: int | None = None
 ) -> Steps:
     if live.full.lo.shape[-1] + live.partial.lo.shape[-1] == 0:
-        # No pair is visible and there is no interval: use one that is empty.
+        # No pair is visible and there is no interval: add an empty one.
         none = np.zeros((*live.full.lo.shape[:-1], 1), np.int32)
         live = Live(Intervals(none, none), live.partial)
     outers = live.full.lo.shape[2]
@@ -178,9 +184,9 @@ def _steps(
 
 
 def _listed(live: Live, outers: int, segment: int, group: int) -> Steps:
-    """The list of the live blocks of each line of ``live [Bp, Np, lines, m]``.
+    """The steps for the live blocks of each line of ``live [Bp, Np, lines, m]``.
 
-    Lines are numbered by (segment, outer block, member of the group).
+    The axis of lines is (segment, outer block, member of the group), flattened.
     """
     full, partial = live
     xp: Any = np if isinstance(full.lo, np.ndarray) else jnp
@@ -188,7 +194,7 @@ def _listed(live: Live, outers: int, segment: int, group: int) -> Steps:
     end = xp.concatenate([full.hi, partial.hi], -1) - lo
     end = xp.maximum(end, 0).cumsum(-1, dtype=np.int32)
     total, fulls = end[..., -1], full.per_row()
-    # A line that sees nothing has a step, too: its sums start, and end.
+    # A line without live blocks has a step, too, which writes its sums of zero.
     stop = xp.maximum(total, 1).cumsum(-1, dtype=np.int32)
     longest = stop[..., -1].max()
     count = int(longest) if xp is np else lo.shape[2] * segment
@@ -200,13 +206,13 @@ def _listed(live: Live, outers: int, segment: int, group: int) -> Steps:
         line = xp.minimum(xp.searchsorted(stop, t, side="right"), len(stop) - 1)
         rank = t - stop[line] + xp.maximum(total[line], 1)
         active = exists & (rank < total[line])
-        # Steps that are none stay where they are: nothing is fetched, nothing written.
+        # Steps beyond the list repeat the last block, so that nothing is fetched.
         rank = xp.minimum(rank, xp.maximum(total[line] - 1, 0))
         which = (end[line] <= rank[:, None]).sum(-1, dtype=np.int32)
         which = xp.minimum(which, lo.shape[1] - 1)
         before = xp.where(which > 0, end[line, xp.maximum(which - 1, 0)], 0)
         owner = line // group
-        # An empty line's step is at a block of its own, which is dead.
+        # The step of an empty line is at a (dead) block of its own segment.
         inner = lo[line, which] + rank - before
         inner = xp.where(total[line] > 0, inner, owner // outers * segment)
         lives = xp.where(exists, owner, -1)

@@ -1,4 +1,4 @@
-"""The attention of recurrent decoders: a state is aligned with the source's states."""
+"""Attention of recurrent decoders: decoder states attend to encoder states."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -30,11 +30,11 @@ Projection = Callable[[Array], Array]
 
 
 class Alignment(nnx.Module):
-    """Attention with one head to states as they are: context = weights . states.
+    """One-head attention whose values are the states themselves, without projections.
 
-    A :class:`MultiHeadAttention` can stand in its place. With
+    A :class:`MultiHeadAttention` can be used instead. With
     ``mask=masks.sliding_window(D, D)`` it is Luong's monotonic alignment (local-m): a
-    query at position t sees source positions from t - D to t + D.
+    query at position t attends to source positions from t - D to t + D.
 
     Example:
         >>> from attnlab import scores
@@ -62,13 +62,14 @@ class Alignment(nnx.Module):
         """Puts parts together.
 
         Args:
-            score: what similarity is; its arrays are learned. Scaled dot product if not
-                given.
-            mask: which source positions a query position may see, in every call.
-            query: ``[*, features] -> [*, size]``, applied before the comparison.
-            key: likewise to the states that are compared (not to their sum).
-            implementation: as of :func:`attnlab.attention`.
-            precision: of matrix products.
+            score: score function; its arrays become parameters. Scaled dot product if
+                not given.
+            mask: which query position may attend to which source position, in every
+                call.
+            query: projection ``[*, features] -> [*, size]`` of queries.
+            key: projection of states to keys; values are the states without it.
+            implementation: see :func:`attnlab.attention`.
+            precision: precision of matrix products, as in JAX.
         """
         score = ScaledDot() if score is None else score
         self.score = nnx.data(as_params(score))
@@ -88,16 +89,16 @@ class Alignment(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "Alignment":
-        """Compares in a space of its own: learned projections of query and key.
+        """An alignment with learned projections of queries and keys.
 
         Args:
-            query_features: of the decoder's states.
-            key_features: of the encoder's states.
-            attention_size: where they are compared.
-            score: of vectors of that size; ``scaled_dot()`` if not given.
-            param_dtype: of the projections.
-            rngs: Flax's.
-            **options: as of the class.
+            query_features: size of the decoder's states.
+            key_features: size of the encoder's states.
+            attention_size: size of projected queries and keys.
+            score: score of projected vectors; ``scaled_dot()`` if not given.
+            param_dtype: type of the projections' parameters.
+            rngs: Flax's random streams.
+            **options: further arguments of the class.
 
         References:
             Britz et al., "Massive Exploration of Neural Machine Translation
@@ -112,12 +113,12 @@ class Alignment(nnx.Module):
         )
 
     def project(self, key: Array, *, positions: Array | None = None) -> KeyValue:
-        """What is compared with, and what is summed, once for many queries.
+        """Keys and values made from states once, for many queries.
 
         Args:
             key: states ``[B, S, features]``.
-            positions: ``[B, S]``, -1 = empty: states of a recurrent network know
-                theirs, so that nothing else is done with them here.
+            positions: ``[B, S]``, -1 marks an empty slot, whose state is set to zero;
+                positions have no other effect here.
         """
         key = zero_empty(key, positions)
         keys = project_key(self._score(), self._key(key), self.precision)
@@ -132,17 +133,19 @@ class Alignment(nnx.Module):
         query_positions: Array | None = None,
         key_positions: Array | None = None,
     ) -> Array:
-        """Contexts.
+        """Context vectors of queries.
 
         Args:
             query: ``[B, T, features of the query]``.
-            memory: what :meth:`project` made.
-            mask: of this call, besides its own.
-            query_positions: ``[B, T]``, -1 = empty; slot numbers if not given.
+            memory: keys and values from :meth:`project`.
+            mask: mask of this call, combined with the module's own.
+            query_positions: ``[B, T]``, -1 marks an empty slot; slot numbers if not
+                given.
             key_positions: ``[B, S]``, likewise.
 
         Returns:
-            ``[B, T, features of the states]``; 0 where a query sees nothing.
+            ``[B, T, features of the states]``; 0 for a query that may attend to
+            nothing.
         """
         score = projected_keys(self._score())
         places = query_positions, key_positions
@@ -158,7 +161,7 @@ class Alignment(nnx.Module):
         key_positions: Array | None = None,
         top_k: int | Literal["all"] | None = None,
     ) -> AttentionResult:
-        """As ``attend(query, project(key))``, with the weights: for pictures.
+        """As ``attend(query, project(key))``, but with statistics and weights.
 
         For ``top_k`` see :func:`attnlab.attention_with_stats`.
         """
@@ -185,7 +188,7 @@ class Alignment(nnx.Module):
             memory,
             score,
             mask=self._seen(mask),
-            # Where no mask speaks of them, a plan need not know them.
+            # Without a mask nothing depends on them, and planning is simpler.
             query_positions=None if self._seen(mask) is None else query_positions,
             key_positions=key_positions,
             stats=stats,
@@ -195,7 +198,7 @@ class Alignment(nnx.Module):
     def _run(
         self, query: Array, memory: KeyValue, score: Score, **options: Any
     ) -> AttentionResult:
-        """One head: ``output`` has lost its axis."""
+        """Attends with one head, whose axis is removed from ``output``."""
         query = query if self.query is None else self.query(query)
         found = attend(
             query[:, :, None],
@@ -220,12 +223,12 @@ class Alignment(nnx.Module):
 
 
 class PredictiveAlignment(Alignment):
-    """Luong's local-p: each query says where it looks, and sees a window around it.
+    """Luong's local-p: each query predicts a position and attends near it.
 
-    A sentence of S tokens is looked at around p = S sigmoid(v . tanh(W query)), from
-    p - D to p + D. The weights of the softmax over this window are multiplied by
-    exp(-(s - p)^2 / (2 sigma^2)) with sigma = D / 2, and no longer sum to one. Window
-    and curve are a mask and a bias of ``[B, T, S]``.
+    For a sentence of S tokens, the center is p = S sigmoid(v . tanh(W query)), and the
+    window goes from p - D to p + D. The softmax weights over this window are multiplied
+    by exp(-(s - p)^2 / (2 sigma^2)) with sigma = D / 2, and so do not sum to one. The
+    window is a mask, the Gaussian a bias, both ``[B, T, S]``.
 
     Example:
         >>> from attnlab import scores
@@ -252,16 +255,16 @@ class PredictiveAlignment(Alignment):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        """Makes what predicts the position.
+        """Makes the layers that predict the position.
 
         Args:
-            score: as of :class:`Alignment`.
-            features: of the queries.
-            half_width: D.
-            hidden_size: of the prediction; ``features`` if not given.
-            param_dtype: of the prediction.
-            rngs: Flax's.
-            **options: as of :class:`Alignment`.
+            score: see :class:`Alignment`.
+            features: size of the queries.
+            half_width: D, half the width of the window.
+            hidden_size: hidden size of the prediction; ``features`` if not given.
+            param_dtype: type of the prediction's parameters.
+            rngs: Flax's random streams.
+            **options: further arguments of :class:`Alignment`.
         """
         if half_width < 1:
             raise ValueError(f"half_width: expected at least 1, got {half_width}")
@@ -273,7 +276,7 @@ class PredictiveAlignment(Alignment):
         self.place = projection(hidden_size, 1, None, **types)
 
     def center(self, query: Array, lengths: Array) -> Array:
-        """p: ``[B, T, features]``, lengths ``[B]`` -> ``[B, T]``."""
+        """Centers p ``[B, T]`` of queries ``[B, T, *]`` and source lengths ``[B]``."""
         x = self.place(jnp.tanh(self.hidden(query)))[..., 0]
         x = jax.nn.sigmoid(x.astype(accumulation_dtype(x.dtype)))
         return jnp.asarray(lengths).astype(x.dtype)[..., None] * x
@@ -313,7 +316,7 @@ class PredictiveAlignment(Alignment):
             )
 
         # softmax(logits + bell) = softmax(logits) exp(bell) / c, where c is the
-        # quotient of the two sums of exponentials.
+        # quotient of the two softmax denominators.
         nothing = memory._replace(value=jnp.zeros_like(memory.value[..., :1]))
         with jax.debug_infs(False):  # a log-sum-exp may be -inf
             found = run(memory, bias(bell[:, None]), top_k=top_k)

@@ -1,4 +1,4 @@
-"""The recurrent decoder of Bahdanau, Cho and Bengio."""
+"""The recurrent decoder of Bahdanau, Cho and Bengio, 2015."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ from attnlab._src.types import Array, PyTree
 
 
 class BahdanauDecoder(AttentiveDecoder):
-    """Attends with the state before a step; the context enters the step.
+    """Attends with the state before a step; the context is an input of the step.
 
     ::
 
@@ -68,13 +68,13 @@ class BahdanauDecoder(AttentiveDecoder):
         """Puts parts together.
 
         Args:
-            embedding: of tokens, for the cell and the readout.
+            embedding: embedding of tokens, an input of cell and readout.
             cell: ``GRU``, ``LSTM``, ...
-            attention: an ``Alignment``, a ``MultiHeadAttention`` without dropout.
-            readout: from state, context and the token's vector to logits.
-            context: from contexts to ``cell.gate_features``.
-            first: from the encoder's last output (backwards, if it has two) to
-                ``cell.state_size``.
+            attention: an ``Alignment``, or a ``MultiHeadAttention`` without dropout.
+            readout: maps state, context and the token's vector to logits.
+            context: maps contexts to ``cell.gate_features``.
+            first: maps the encoder's last output (that of the backward direction, if it
+                has two) to ``cell.state_size``.
         """
         super().__init__(embedding, cell, attention, first)
         fits("context", "out_features", context.out_features, cell.gate_features)
@@ -94,19 +94,22 @@ class BahdanauDecoder(AttentiveDecoder):
         cell: Any = GRU,
         rngs: nnx.Rngs,
     ) -> "BahdanauDecoder":
-        """That of the paper, or a part-wise variant.
+        """The decoder of the paper; parts can be replaced.
 
         Args:
-            vocabulary_size: V.
-            features: of the embedding.
-            hidden_size: of the cell; half as many maxout units.
-            context_features: of the encoder's states.
-            last_features: of its last output (backwards, if it has two).
+            vocabulary_size: V, the number of tokens.
+            features: size of an embedding vector.
+            hidden_size: size of the cell's output; the readout has half as many maxout
+                units.
+            context_features: size of the encoder's states.
+            last_features: size of its last output (of the backward direction, if it has
+                two).
             attention_size: hidden units of the additive score; ``hidden_size`` if not
                 given.
-            attention: an ``Alignment`` instead; its contexts have ``context_features``.
+            attention: an ``Alignment`` to use instead, with contexts of size
+                ``context_features``.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
+            rngs: Flax's random streams.
         """
         made = cell(features, hidden_size, rngs=rngs)
         if attention is None:

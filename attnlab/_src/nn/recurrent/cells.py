@@ -1,4 +1,4 @@
-"""Recurrent cells: what becomes of a state when the next vector is read."""
+"""Recurrent cells: GRU, LSTM, and stacks of them."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -11,18 +11,19 @@ from attnlab._src.nn.parameters import GLOROT, ZEROS, Initializer, named
 from attnlab._src.nn.projection import projection
 from attnlab._src.types import Array, PyTree
 
-#: Of square weights that are applied again and again (Saxe et al., 2014).
+#: Default initializer of weights of the state (Saxe et al., 2014).
 ORTHOGONAL = nnx.initializers.orthogonal()
 
 
 class Cell(nnx.Module):
-    """A recurrent cell: gates from inputs, all at once; then states, one by one.
+    """Base class of recurrent cells.
 
-    To write one, set ``gates`` and define ``step``; where the state is more than the
-    output, ``state_size``, ``state`` and ``output``, too.
+    ``project`` maps the inputs of all time steps to gates at once; ``step`` then
+    computes the states one by one. A subclass sets ``gates`` and defines ``step``; if
+    its state is more than its output, also ``state_size``, ``state`` and ``output``.
     """
 
-    #: How many vectors of ``hidden_size`` the input is projected to.
+    #: Number of vectors of ``hidden_size`` that an input is projected to.
     gates: ClassVar[int]
 
     def __init__(
@@ -37,17 +38,17 @@ class Cell(nnx.Module):
         bias_init: Initializer = ZEROS,
         rngs: nnx.Rngs,
     ):
-        """Makes the weights of inputs, with a bias, and those of the state.
+        """Makes the weights and bias of inputs, and the weights of the state.
 
         Args:
-            in_features: of the inputs.
-            hidden_size: of the output.
-            dtype: of the computation; that of inputs and parameters if not given.
-            param_dtype: of the parameters.
-            kernel_init: of the weights of inputs.
-            recurrent_init: of the weights of the state, for each gate.
-            bias_init: of the biases.
-            rngs: Flax's.
+            in_features: size of the inputs.
+            hidden_size: size of the output.
+            dtype: type of the computation; that of inputs and parameters if not given.
+            param_dtype: type of the parameters.
+            kernel_init: initializer of the weights of inputs.
+            recurrent_init: initializer of the weights of the state, used per gate.
+            bias_init: initializer of the biases.
+            rngs: Flax's random streams.
         """
         self.hidden_size = hidden_size
         self.input = projection(
@@ -69,17 +70,17 @@ class Cell(nnx.Module):
 
     @property
     def in_features(self) -> int:
-        """Of the inputs."""
+        """Size of the inputs."""
         return self.input.in_features
 
     @property
     def gate_features(self) -> int:
-        """Of what :meth:`project` returns."""
+        """Size of what :meth:`project` returns."""
         return self.gates * self.hidden_size
 
     @property
     def state_size(self) -> int:
-        """Numbers in the state of one example."""
+        """How many numbers the state of one example has."""
         return self.hidden_size
 
     def project(self, x: Array) -> Array:
@@ -91,23 +92,23 @@ class Cell(nnx.Module):
         return self.input(x)
 
     def start(self, batch: int, dtype: Any = jnp.float32) -> PyTree:
-        """The state of zeros; its arrays lead with ``batch``."""
+        """A state of zeros; its arrays lead with ``batch``."""
         return self.state(jnp.zeros((batch, self.state_size), dtype))
 
     def state(self, x: Array) -> PyTree:
-        """``[*, state_size]`` as a state."""
+        """The state made from an array ``[*, state_size]``."""
         return x
 
     def output(self, state: PyTree) -> Array:
-        """What others see of a state: ``[*, hidden_size]``."""
+        """The output of the cell in this state: ``[*, hidden_size]``."""
         return state
 
     def step(self, state: PyTree, gates: Array) -> PyTree:
         """The next state.
 
         Args:
-            state: before.
-            gates: ``[*, gate_features]``, what :meth:`project` made of the input.
+            state: the state before.
+            gates: ``[*, gate_features]``, the input as :meth:`project` returns it.
         """
         raise NotImplementedError
 
@@ -116,7 +117,7 @@ class Cell(nnx.Module):
 
 
 class GRU(Cell):
-    """Gated recurrent unit: a gate r resets, a gate z updates.
+    """Gated recurrent unit, with a reset gate r and an update gate z.
 
     ::
 
@@ -125,10 +126,10 @@ class GRU(Cell):
         n  = tanh(x W_n + b_n + r * (h U_n + bias))
         h' = (1 - z) * n + z * h
 
-    The reset comes after the product with U_n, as in cuDNN, PyTorch and Flax (Cho et
-    al. reset h before it), and the bias of that product lies within the reset.
-    ``input`` holds W and b, ``recurrent`` U, in the order r, z, n: that of PyTorch,
-    whose two other biases of the state add to b.
+    The reset gate is applied after the product with U_n, as in cuDNN, PyTorch and Flax
+    (Cho et al. apply it to h before), and so also to the bias of that product.
+    ``input`` holds W and b, ``recurrent`` U, in PyTorch's order r, z, n. PyTorch also
+    has state biases for r and z; to convert weights, add them to b.
 
     Example:
         >>> cell = GRU(3, 5, rngs=nnx.Rngs(0))
@@ -189,7 +190,7 @@ class LSTMState(NamedTuple):
 
 
 class LSTM(Cell):
-    """Long short-term memory: gates say what enters, what stays, what is shown.
+    """Long short-term memory, with input gate i, forget gate f and output gate o.
 
     ::
 
@@ -200,8 +201,8 @@ class LSTM(Cell):
         c' = f * c + i * g
         h' = o * tanh(c')
 
-    ``input`` holds W and b, ``recurrent`` U, in the order i, f, g, o: that of PyTorch,
-    whose two biases are added. The bias of the forget gate starts at 1.
+    ``input`` holds W and b, ``recurrent`` U, in PyTorch's order i, f, g, o; b is the
+    sum of PyTorch's two biases. The bias of the forget gate starts at 1.
 
     Example:
         >>> cell = LSTM(3, 5, rngs=nnx.Rngs(0))
@@ -256,10 +257,10 @@ class LSTM(Cell):
 
 
 class StackedCells(nnx.Module):
-    """Cells one upon another as one cell, for decoders that feed back what they said.
+    """Several cells on top of each other, used as one cell.
 
-    Where nothing is fed back, layers of :class:`Recurrent` one after another are
-    quicker: each projects all its inputs at once.
+    For decoders that feed their output back. Otherwise a sequence of
+    :class:`Recurrent` layers is faster, as each projects all its inputs at once.
 
     Example:
         >>> rngs = nnx.Rngs(0)
@@ -270,35 +271,35 @@ class StackedCells(nnx.Module):
     """
 
     def __init__(self, cells: Sequence[Cell]):
-        """Puts cells together, the lowest first."""
+        """Stacks cells, the lowest first."""
         if not cells:
             raise ValueError("cells: expected at least one, got none")
         for below, cell in zip(cells[:-1], cells[1:], strict=True):
             if cell.in_features != below.hidden_size:
                 raise ValueError(
-                    f"cells: one takes {cell.in_features} features from a cell of "
-                    f"hidden_size={below.hidden_size}"
+                    f"cells: expected in_features={below.hidden_size}, the hidden_size "
+                    f"of the cell below, got {cell.in_features}"
                 )
         self.cells = nnx.List(cells)
 
     @property
     def in_features(self) -> int:
-        """Of the lowest cell."""
+        """Size of the inputs, those of the lowest cell."""
         return self.cells[0].in_features
 
     @property
     def hidden_size(self) -> int:
-        """Of the highest cell."""
+        """Size of the output, that of the highest cell."""
         return self.cells[-1].hidden_size
 
     @property
     def gate_features(self) -> int:
-        """Of the lowest cell."""
+        """Size of what :meth:`project` returns, the gates of the lowest cell."""
         return self.cells[0].gate_features
 
     @property
     def state_size(self) -> int:
-        """Of all cells."""
+        """How many numbers the states of all cells have together, for one example."""
         return sum(cell.state_size for cell in self.cells)
 
     def project(self, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Recurrent decoders: what they share, and the one without attention."""
+"""Base classes of recurrent decoders, and the decoder without attention."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,11 +15,11 @@ from attnlab._src.types import Array, PyTree
 
 
 class Memory(NamedTuple):
-    """What a decoder looks at; every array leads with the batch.
+    """The encoded source that a decoder attends to; every array leads with the batch.
 
     Attributes:
-        content: what the attention's ``project`` made of the states.
-        positions: ``[B, S]`` int32, -1 = padding; None: no padding.
+        content: encoder states as the attention's ``project`` returns them.
+        positions: ``[B, S]`` int32, -1 marks padding; None: no padding.
     """
 
     content: PyTree
@@ -27,13 +27,13 @@ class Memory(NamedTuple):
 
 
 class RecurrentState(NamedTuple):
-    """What a recurrent decoder holds between steps; every array leads with the batch.
+    """State of a recurrent decoder between steps; every array leads with the batch.
 
     Attributes:
-        cell: the state of its cell.
-        source: what it knows of the source: a ``Memory``, or one vector.
-        position: ``[B]`` int32: of the next token.
-        said: ``[B, features]``: what is fed back to the next step, or None.
+        cell: state of its cell.
+        source: the encoded source: a ``Memory``, or one vector ``[B, features]``.
+        position: ``[B]`` int32: position of the next token.
+        said: ``[B, features]``: output fed back to the next step, or None.
     """
 
     cell: PyTree
@@ -43,20 +43,20 @@ class RecurrentState(NamedTuple):
 
 
 class RecurrentDecoder(nnx.Module):
-    """What recurrent decoders have in common: a cell over the tokens so far.
+    """Base class of recurrent decoders: a cell that reads the target tokens.
 
-    Teacher forcing is decoding of all tokens at once. A class of its own defines
-    ``start`` and ``_read``.
+    Teacher forcing is decoding of all tokens at once. A subclass defines ``start`` and
+    ``_read``.
     """
 
     def __init__(self, embedding: Embedding, cell: AnyCell, first: nnx.Linear):
         """Puts parts together.
 
         Args:
-            embedding: of tokens, for the cell.
+            embedding: embedding of tokens, the input of the cell.
             cell: ``GRU``, ``LSTM``, ...
-            first: from an encoder's last output to ``cell.state_size``; its tanh is the
-                first state.
+            first: maps an encoder's last output to ``cell.state_size``; tanh of it is
+                the first state.
         """
         fits("cell", "in_features", cell.in_features, embedding.table.features)
         fits("first", "out_features", first.out_features, cell.state_size)
@@ -67,7 +67,7 @@ class RecurrentDecoder(nnx.Module):
 
         Args:
             tokens: ``[B, T]`` integers, beginning with the start token.
-            encoded: the source.
+            encoded: the source, as an encoder returns it.
 
         Returns:
             ``[B, T, V]``.
@@ -81,11 +81,11 @@ class RecurrentDecoder(nnx.Module):
     def decode(
         self, tokens: Array, state: RecurrentState
     ) -> tuple[Array, RecurrentState]:
-        """The next tokens, one or many.
+        """Reads the next tokens, one or several.
 
         Args:
             tokens: ``[B, T]`` integers.
-            state: of :meth:`start`, or of the step before.
+            state: from :meth:`start`, or returned by the step before.
 
         Returns:
             Logits ``[B, T, V]``, and the next state.
@@ -96,7 +96,7 @@ class RecurrentDecoder(nnx.Module):
     def _read(
         self, tokens: Array, state: RecurrentState
     ) -> tuple[Array, Array | None, RecurrentState]:
-        """Logits, the queries ``[B, T, features]`` that were asked, the next state."""
+        """Logits, queries ``[B, T, features]`` of the attention, and the next state."""
         raise NotImplementedError
 
     def _begin(self, vector: Array, source: Any) -> RecurrentState:
@@ -105,7 +105,7 @@ class RecurrentDecoder(nnx.Module):
 
 
 class PlainDecoder(RecurrentDecoder):
-    """One vector passes: the context of every step is the encoder's last output.
+    """Decoder without attention: the context of each step is the encoder's last output.
 
     Example:
         >>> from attnlab.nn import RecurrentEncoder
@@ -133,12 +133,12 @@ class PlainDecoder(RecurrentDecoder):
         """Puts parts together.
 
         Args:
-            embedding: of tokens.
+            embedding: embedding of tokens.
             cell: ``GRU``, ``LSTM``, ...
-            readout: from state, context and the token's vector to logits.
-            context: from the encoder's last outputs, side by side, to
+            readout: maps state, context and the token's vector to logits.
+            context: maps the encoder's last outputs, concatenated, to
                 ``cell.gate_features``.
-            first: likewise to ``cell.state_size``.
+            first: maps them to ``cell.state_size``.
         """
         super().__init__(embedding, cell, first)
         fits("context", "out_features", context.out_features, cell.gate_features)
@@ -155,15 +155,16 @@ class PlainDecoder(RecurrentDecoder):
         cell: Any = GRU,
         rngs: nnx.Rngs,
     ) -> "PlainDecoder":
-        """One layer, and a maxout readout.
+        """A decoder with one layer and a maxout readout.
 
         Args:
-            vocabulary_size: V.
-            features: of the embedding.
-            hidden_size: of the cell; half as many maxout units.
-            context_features: of the encoder's last outputs together.
+            vocabulary_size: V, the number of tokens.
+            features: size of an embedding vector.
+            hidden_size: size of the cell's output; the readout has half as many maxout
+                units.
+            context_features: size of the encoder's last outputs, concatenated.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
+            rngs: Flax's random streams.
         """
         made = cell(features, hidden_size, rngs=rngs)
         known = hidden_size + context_features + features
@@ -198,7 +199,7 @@ class PlainDecoder(RecurrentDecoder):
 
 
 class AttentiveDecoder(RecurrentDecoder):
-    """What decoders that look at every state of the encoder have in common."""
+    """Base class of decoders that attend to the encoder's states."""
 
     def __init__(
         self, embedding: Embedding, cell: AnyCell, attention: Any, first: nnx.Linear
@@ -206,17 +207,17 @@ class AttentiveDecoder(RecurrentDecoder):
         """Puts parts together.
 
         Args:
-            embedding: of tokens, for the cell.
+            embedding: embedding of tokens, the input of the cell.
             cell: ``GRU``, ``LSTM``, ...
-            attention: an ``Alignment``, a ``MultiHeadAttention`` without dropout.
-            first: from the encoder's last output (backwards, if it has two) to
-                ``cell.state_size``.
+            attention: an ``Alignment``, or a ``MultiHeadAttention`` without dropout.
+            first: maps the encoder's last output (that of the backward direction, if it
+                has two) to ``cell.state_size``.
         """
         super().__init__(embedding, cell, first)
         self.attention = attention
 
     def start(self, encoded: Encoded) -> RecurrentState:
-        """See :class:`RecurrentDecoder`; projects what is attended to, once."""
+        """See :class:`RecurrentDecoder`; projects the encoder's states once."""
         content = self.attention.project(encoded.states, positions=encoded.positions)
         memory = Memory(content, encoded.positions)
         return self._begin(encoded.last[-1], memory)
@@ -231,9 +232,9 @@ class AttentiveDecoder(RecurrentDecoder):
         )
 
     def with_weights(self, tokens: Array, encoded: Encoded) -> tuple[Array, Array]:
-        """As a call, with the weights of every step: for pictures.
+        """As a call, but also returns the attention weights of every step.
 
-        To see those of a translation, give what was decoded.
+        For the weights of a translation, pass its decoded tokens.
 
         Returns:
             Logits ``[B, T, V]``, and weights ``[B, T, S]``, the mean over heads.
@@ -256,6 +257,6 @@ def following(state: RecurrentState, tokens: Array) -> Array:
 
 
 def fits(name: str, what: str, found: int, expected: int) -> None:
-    """Refuses a part whose size is not the one that the others need."""
+    """Raises if a part's size is not the one that the other parts need."""
     if found != expected:
         raise ValueError(f"{name}: expected {what}={expected}, got {found}")

@@ -1,4 +1,4 @@
-"""A recurrent encoder and a recurrent decoder together."""
+"""The recurrent encoder-decoder."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from attnlab._src.types import Array, ArrayLike
 
 
 class RecurrentEncoderDecoder(nnx.Module):
-    """Sentences to sentences, before there were Transformers.
+    """A recurrent sequence-to-sequence model, with or without attention.
 
     Example:
         >>> import jax.numpy as jnp
@@ -49,16 +49,16 @@ class RecurrentEncoderDecoder(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "RecurrentEncoderDecoder":
-        """Without attention: one vector passes (Cho et al., 2014).
+        """Without attention: the decoder gets one vector (Cho et al., 2014).
 
         Args:
-            vocabulary_size: of the sources.
-            target_size: of the targets; as the sources' if not given.
-            features: of the embeddings.
-            hidden_size: of every cell.
+            vocabulary_size: number of source tokens.
+            target_size: number of target tokens; ``vocabulary_size`` if not given.
+            features: size of an embedding vector.
+            hidden_size: size of every cell's output.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
-            **options: as of :meth:`RecurrentEncoder.standard`.
+            rngs: Flax's random streams.
+            **options: further arguments of :meth:`RecurrentEncoder.standard`.
         """
         sizes = {"features": features, "hidden_size": hidden_size, "cell": cell}
         encoder = RecurrentEncoder.standard(
@@ -87,20 +87,20 @@ class RecurrentEncoderDecoder(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "RecurrentEncoderDecoder":
-        """RNNsearch of Bahdanau, Cho and Bengio, 2015, or a part-wise variant.
+        """RNNsearch of Bahdanau, Cho and Bengio, 2015; parts can be replaced.
 
         Args:
-            vocabulary_size: of the sources.
-            target_size: of the targets; as the sources' if not given.
-            features: of the embeddings.
-            hidden_size: of every cell.
+            vocabulary_size: number of source tokens.
+            target_size: number of target tokens; ``vocabulary_size`` if not given.
+            features: size of an embedding vector.
+            hidden_size: size of every cell's output.
             attention_size: hidden units of the additive score; ``hidden_size`` if not
                 given.
-            attention: an ``Alignment`` instead.
+            attention: an ``Alignment`` to use instead of the additive one.
             bidirectional: whether the encoder reads in both directions.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
-            **options: as of :meth:`RecurrentEncoder.standard`.
+            rngs: Flax's random streams.
+            **options: further arguments of :meth:`RecurrentEncoder.standard`.
         """
         sizes = {"features": features, "hidden_size": hidden_size, "cell": cell}
         encoder = RecurrentEncoder.standard(
@@ -134,16 +134,17 @@ class RecurrentEncoderDecoder(nnx.Module):
         """The model of Luong, Pham and Manning, 2015, here with one layer.
 
         Args:
-            vocabulary_size: of the sources.
-            target_size: of the targets; as the sources' if not given.
-            features: of the embeddings.
-            hidden_size: of every cell.
+            vocabulary_size: number of source tokens.
+            target_size: number of target tokens; ``vocabulary_size`` if not given.
+            features: size of an embedding vector.
+            hidden_size: size of every cell's output.
             attention: an ``Alignment``; with the bilinear score ("general") if not
                 given.
-            input_feeding: whether ``h~`` is fed back.
+            input_feeding: whether the attentional state ``h~`` is an input of the next
+                step.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
-            **options: as of :meth:`RecurrentEncoder.standard`.
+            rngs: Flax's random streams.
+            **options: further arguments of :meth:`RecurrentEncoder.standard`.
         """
         sizes = {"features": features, "hidden_size": hidden_size, "cell": cell}
         encoder = RecurrentEncoder.standard(
@@ -172,7 +173,7 @@ class RecurrentEncoderDecoder(nnx.Module):
         Args:
             source: ``[B, S]`` integers.
             target: ``[B, T]`` integers, beginning with the start token.
-            source_lengths: ``[B]``: tokens of each source before the padding.
+            source_lengths: ``[B]``: number of source tokens before the padding.
 
         Returns:
             ``[B, T, V]``.
@@ -198,7 +199,11 @@ class RecurrentEncoderDecoder(nnx.Module):
         *,
         source_lengths: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
-        """As a call, with the weights ``[B, T, S]`` of a decoder that attends."""
+        """As a call, but also returns attention weights ``[B, T, S]``.
+
+        Raises:
+            TypeError: if the decoder has no attention.
+        """
         if not isinstance(self.decoder, AttentiveDecoder):
             raise TypeError(
                 f"decoder: {type(self.decoder).__name__} does not attend: it has no "

@@ -1,4 +1,4 @@
-"""A recurrent language model that looks back at its own states."""
+"""A recurrent language model that attends to its own earlier states."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,11 +25,11 @@ from attnlab._src.types import Array, ArrayLike, PyTree, promoted
 
 
 class RecurrentLanguageModelState(NamedTuple):
-    """What the model holds between steps; every array leads with the batch.
+    """State of the model between steps; every array leads with the batch.
 
     Attributes:
         cells: for each layer the state of its cell.
-        cache: of the states that were seen, or None.
+        cache: keys and values of the earlier states, or None without attention.
     """
 
     cells: tuple[PyTree, ...]
@@ -37,7 +37,7 @@ class RecurrentLanguageModelState(NamedTuple):
 
 
 class RecurrentLanguageModel(nnx.Module):
-    """Tokens to the logits of the tokens that follow; each state sees earlier ones.
+    """Recurrent language model whose states attend to earlier ones.
 
     ::
 
@@ -54,7 +54,7 @@ class RecurrentLanguageModel(nnx.Module):
 
     References:
         Cheng, Dong, Lapata, "Long Short-Term Memory-Networks for Machine Reading", 2016
-        (states that see earlier ones); Daniluk et al., "Frustratingly Short Attention
+        (attention to earlier states); Daniluk et al., "Frustratingly Short Attention
         Spans in Neural Language Modeling", 2017, section 3.1, equations 1 to 4.
     """
 
@@ -70,12 +70,13 @@ class RecurrentLanguageModel(nnx.Module):
         """Puts parts together.
 
         Args:
-            embedding: of tokens.
-            layers: one after another.
+            embedding: embedding of tokens.
+            layers: layers, applied in this order.
             head: ``[*, features] -> [*, V]``.
-            attention: an ``Alignment`` or a ``MultiHeadAttention`` of the last layer's
-                states to those before them; None: there is none.
-            combine: W, of context and state side by side, where there is attention.
+            attention: an ``Alignment`` or a ``MultiHeadAttention`` from the last
+                layer's states to earlier ones; None: no attention.
+            combine: W, applied to the concatenated context and state; given if and only
+                if ``attention`` is.
         """
         if not layers:
             raise ValueError("layers: expected at least one, got none")
@@ -83,7 +84,7 @@ class RecurrentLanguageModel(nnx.Module):
             raise ValueError("layers: a language model reads forward; got reverse=True")
         if (attention is None) != (combine is None):
             raise ValueError(
-                "combine: give it where there is attention, and only there"
+                "combine: give both attention and combine, or neither of them"
             )
         self.embedding, self.layers, self.head = embedding, nnx.List(layers), head
         self.attention, self.combine = attention, combine
@@ -100,16 +101,17 @@ class RecurrentLanguageModel(nnx.Module):
         attention: Any = None,
         rngs: nnx.Rngs,
     ) -> "RecurrentLanguageModel":
-        """Layers alike, and scaled dot-product attention unless you say otherwise.
+        """A model of equal layers, by default with scaled dot-product attention.
 
         Args:
-            vocabulary_size: V.
-            features: of the embedding.
-            hidden_size: of each cell.
-            num_layers: layers.
+            vocabulary_size: V, the number of tokens.
+            features: size of an embedding vector.
+            hidden_size: size of every cell's output.
+            num_layers: number of layers.
             cell: ``LSTM``, ``GRU``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            attention: an ``Alignment`` of states of ``hidden_size``.
-            rngs: Flax's.
+            attention: an ``Alignment`` of states of ``hidden_size``; one with scaled
+                dot product if not given.
+            rngs: Flax's random streams.
         """
         plain = cls.plain(
             vocabulary_size,
@@ -159,9 +161,9 @@ class RecurrentLanguageModel(nnx.Module):
 
         Args:
             tokens: ``[B, T]`` integers.
-            lengths: ``[B]`` integers: tokens before the padding.
-            documents: ``[B, T]`` integers, instead of lengths: neither states nor
-                attention reach from one document into another; negative = padding.
+            lengths: ``[B]`` integers: number of tokens before the padding.
+            documents: ``[B, T]`` document ids, instead of lengths: neither states nor
+                attention cross from one document to another; negative ids mark padding.
 
         Returns:
             ``[B, T, V]``.
@@ -179,9 +181,10 @@ class RecurrentLanguageModel(nnx.Module):
         """The state before the first token.
 
         Args:
-            batch: B.
-            length: tokens that may follow.
-            dtype: of states and cache; what the layers compute in if not given.
+            batch: B, the batch size.
+            length: number of slots of the cache, one for each token that is read.
+            dtype: type of states and cache; the type that the layers compute in if not
+                given.
         """
         tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         states = nnx.eval_shape(lambda m, x: m._states(x, None)[0], self, tokens)
@@ -205,15 +208,15 @@ class RecurrentLanguageModel(nnx.Module):
     def decode(
         self, tokens: Array, state: RecurrentLanguageModelState
     ) -> tuple[Array, RecurrentLanguageModelState]:
-        """The next tokens, one or many.
+        """Reads the next tokens, one or several.
 
         Args:
             tokens: ``[B, T]`` integers.
-            state: of :meth:`start`, or of the step before.
+            state: from :meth:`start`, or returned by the step before.
 
         Returns:
-            Logits ``[B, T, V]``, and the next state. An example that outgrows its cache
-            is refused; where it is traced, it yields NaN.
+            Logits ``[B, T, V]``, and the next state. A position beyond the cache raises
+            a ValueError; if positions are traced, the example yields NaN.
         """
         if state.cache is not None:
             check_examples("tokens", tokens, state.cache.length.shape[0])
@@ -222,7 +225,8 @@ class RecurrentLanguageModel(nnx.Module):
             return self.head(x), state._replace(cells=cells)
         if state.cache is None:
             raise ValueError(
-                "state: it has no cache, which a model with attention needs; use start"
+                "state: it has no cache, which a model with attention needs; make it "
+                "with start(...)"
             )
         positions = state.cache.next_positions(tokens.shape[1])
         key, value = self.attention.project(x, positions=positions)

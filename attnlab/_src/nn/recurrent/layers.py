@@ -1,4 +1,4 @@
-"""Cells over time: layers in one direction or both, and the encoder."""
+"""Recurrent layers in one direction or both, and the recurrent encoder."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ AnyCell = Cell | StackedCells
 
 
 class Recurrent(nnx.Module):
-    """A cell over time.
+    """A recurrent layer: applies a cell to each time step of a sequence.
 
     Example:
         >>> layer = Recurrent(GRU(3, 5, rngs=nnx.Rngs(0)))
@@ -28,11 +28,11 @@ class Recurrent(nnx.Module):
     """
 
     def __init__(self, cell: AnyCell, *, reverse: bool = False):
-        """Puts a cell into a loop.
+        """Makes a layer of a cell.
 
         Args:
             cell: ``GRU``, ``LSTM``, ...
-            reverse: whether it reads from the last token to the first.
+            reverse: whether the layer reads from the last token to the first.
         """
         self.cell, self.reverse = cell, reverse
 
@@ -47,15 +47,15 @@ class Recurrent(nnx.Module):
         """Reads sequences.
 
         Args:
-            x: ``[B, T, in_features]``; what lies in padding does not matter.
-            state: before the first token that is read; zeros if not given.
-            lengths: ``[B]`` integers: tokens before the padding.
-            documents: ``[B, T]`` integers, instead of lengths: the state starts anew
-                where a new id is read; negative = padding, wherever it lies.
+            x: ``[B, T, in_features]``; values in padding have no effect.
+            state: the state before the first token that is read; zeros if not given.
+            lengths: ``[B]`` integers: number of tokens before the padding.
+            documents: ``[B, T]`` document ids, instead of lengths: the state is reset
+                to zeros where the id changes; negative ids mark padding, at any place.
 
         Returns:
             Outputs ``[B, T, hidden_size]``, 0 at padding; and the state after the last
-            token that was read.
+            token that is read.
         """
         if x.ndim != 3:
             raise ValueError(f"x: expected [B, T, features], got shape {x.shape}")
@@ -72,22 +72,22 @@ class Recurrent(nnx.Module):
         return outputs, state
 
     def last(self, state: PyTree) -> tuple[Array, ...]:
-        """The last output of each direction, ``[B, hidden_size]``: here of one."""
+        """The last output of each direction (here one), ``[B, hidden_size]``."""
         return (self.cell.output(state),)
 
     @property
     def in_features(self) -> int:
-        """Of the inputs."""
+        """Size of the inputs."""
         return self.cell.in_features
 
     @property
     def out_features(self) -> int:
-        """Of the outputs."""
+        """Size of the outputs."""
         return self.cell.hidden_size
 
 
 class Bidirectional(nnx.Module):
-    """Two layers in opposite directions; their outputs side by side.
+    """Two layers in opposite directions, with concatenated outputs.
 
     Example:
         >>> rngs = nnx.Rngs(0)
@@ -102,10 +102,11 @@ class Bidirectional(nnx.Module):
     """
 
     def __init__(self, forward: Recurrent, backward: Recurrent):
-        """Two layers of the same inputs, the second one with ``reverse=True``."""
+        """Joins two layers of the same inputs, the second one with ``reverse=True``."""
         if forward.reverse or not backward.reverse:
             raise ValueError(
-                "backward: expected a layer with reverse=True, beside one without it"
+                "backward: expected a layer with reverse=True, and one with "
+                "reverse=False as forward"
             )
         self.forward, self.backward = forward, backward
 
@@ -117,7 +118,7 @@ class Bidirectional(nnx.Module):
         lengths: ArrayLike | None = None,
         documents: ArrayLike | None = None,
     ) -> tuple[Array, tuple[PyTree, PyTree]]:
-        """As :class:`Recurrent`; the state is that of each direction."""
+        """As :class:`Recurrent`, with a pair of states: forward, backward."""
         ahead, back = (None, None) if state is None else state
         seen = {"lengths": lengths, "documents": documents}
         first, ahead = self.forward(x, ahead, **seen)
@@ -125,28 +126,28 @@ class Bidirectional(nnx.Module):
         return jnp.concatenate([first, second], -1), (ahead, back)
 
     def last(self, state: tuple[PyTree, PyTree]) -> tuple[Array, ...]:
-        """The last outputs of both directions: of the last and of the first token."""
+        """The last outputs: forward after the last token, backward after the first."""
         ahead, back = state
         return (*self.forward.last(ahead), *self.backward.last(back))
 
     @property
     def in_features(self) -> int:
-        """Of the inputs."""
+        """Size of the inputs."""
         return self.forward.in_features
 
     @property
     def out_features(self) -> int:
-        """Of both directions."""
+        """Size of the outputs of both directions together."""
         return self.forward.out_features + self.backward.out_features
 
 
 class Encoded(NamedTuple):
-    """A sentence as decoders take it.
+    """An encoded sentence, the input of recurrent decoders.
 
     Attributes:
         states: ``[B, S, features]``, one for each token, 0 at padding.
-        last: ``[B, hidden_size]`` for each direction: its last output.
-        positions: ``[B, S]`` int32, -1 = padding; None: no padding.
+        last: last output of each direction, ``[B, hidden_size]``.
+        positions: ``[B, S]`` int32, -1 marks padding; None: no padding.
     """
 
     states: Array
@@ -155,7 +156,7 @@ class Encoded(NamedTuple):
 
 
 class RecurrentEncoder(nnx.Module):
-    """Tokens to a vector for each of them, and to one vector for all.
+    """Recurrent encoder: a state for each token, and the last outputs.
 
     Example:
         >>> encoder = RecurrentEncoder.standard(
@@ -182,10 +183,10 @@ class RecurrentEncoder(nnx.Module):
         """Puts parts together.
 
         Args:
-            embedding: of tokens.
-            layers: one after another.
-            dropout_rate: of what one layer hands to the next.
-            rngs: Flax's; needed for dropout.
+            embedding: embedding of tokens.
+            layers: layers, applied in this order.
+            dropout_rate: dropout rate of the outputs between layers.
+            rngs: Flax's random streams; needed for dropout.
         """
         if not layers:
             raise ValueError("layers: expected at least one, got none")
@@ -206,18 +207,18 @@ class RecurrentEncoder(nnx.Module):
         embedding: Embedding | None = None,
         rngs: nnx.Rngs,
     ) -> "RecurrentEncoder":
-        """Layers alike.
+        """An encoder of equal layers.
 
         Args:
-            vocabulary_size: V.
-            features: of the embedding, unless one is given.
-            hidden_size: of each cell.
-            num_layers: layers.
+            vocabulary_size: V, the number of tokens.
+            features: size of an embedding vector, if ``embedding`` is not given.
+            hidden_size: size of every cell's output.
+            num_layers: number of layers.
             bidirectional: whether each layer reads in both directions.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            dropout_rate: of the embedding, and between layers.
-            embedding: one made before, to share it.
-            rngs: Flax's.
+            dropout_rate: dropout rate of the embedding, and between layers.
+            embedding: an existing embedding to share; a new one if not given.
+            rngs: Flax's random streams.
         """
         if embedding is not None:
             features = embedding.table.features
@@ -249,8 +250,9 @@ class RecurrentEncoder(nnx.Module):
 
         Args:
             tokens: ``[B, S]`` integers.
-            lengths: ``[B]`` integers: tokens before the padding.
-            documents: ``[B, S]`` integers, instead of lengths, see :class:`Recurrent`.
+            lengths: ``[B]`` integers: number of tokens before the padding.
+            documents: ``[B, S]`` document ids, instead of lengths; see
+                :class:`Recurrent`.
         """
         x = self.embedding(tokens)
         real, _ = _read(tokens.shape, lengths, documents, False)
@@ -265,7 +267,7 @@ class RecurrentEncoder(nnx.Module):
 
     @property
     def out_features(self) -> int:
-        """Of each state."""
+        """Size of each state."""
         return self.layers[-1].out_features
 
 
@@ -278,15 +280,19 @@ def run_cell(
     new: Array | None = None,
     reverse: bool = False,
 ) -> tuple[Array, PyTree]:
-    """A cell over gates ``[T, B, gate_features]``: outputs ``[T, B, *]``, last state.
+    """Applies a cell to each time step.
 
     Args:
         cell: the cell.
-        gates: what it made of its inputs.
-        state: before; zeros if not given.
-        real: ``[B, T]``: elsewhere the state stays as it is.
-        new: ``[B, T]``: there the state is zeros before the step.
-        reverse: whether time runs backwards.
+        gates: ``[T, B, gate_features]``, the inputs as ``cell.project`` returns them.
+        state: the state before; zeros if not given.
+        real: ``[B, T]`` booleans; where False (padding) the state does not change.
+        new: ``[B, T]`` booleans; where True the state is reset to zeros before the
+            step.
+        reverse: whether the steps are taken from the last to the first.
+
+    Returns:
+        Outputs ``[T, B, hidden_size]``, and the last state.
     """
     zeros = cell.start(gates.shape[1], gates.dtype)
 
@@ -319,7 +325,10 @@ def _read(
     documents: ArrayLike | None,
     reverse: bool,
 ) -> tuple[Array | None, Array | None]:
-    """Which tokens are real, which begin a document: ``[B, T]`` booleans, or None."""
+    """Which tokens are not padding, and which begin a document.
+
+    Each is ``[B, T]`` booleans, or None for all tokens and for none, respectively.
+    """
     batch, length = shape
     if lengths is not None and documents is not None:
         raise ValueError("lengths: give lengths or documents, got both")
@@ -347,7 +356,7 @@ def _read(
         )
     real = ids >= 0
     slots = jnp.where(real, slots, length if reverse else -1)
-    # The real token that was read before: padding between two does not part them.
+    # Slot of the token read before, skipping padding: it does not separate documents.
     if reverse:
         before = lax.cummin(slots, axis=1, reverse=True)[:, 1:]
         before = jnp.pad(before, ((0, 0), (0, 1)), constant_values=length)

@@ -1,4 +1,4 @@
-"""The recurrent decoder of Luong, Pham and Manning."""
+"""The recurrent decoder of Luong, Pham and Manning, 2015."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ from attnlab._src.types import Array, PyTree, Score, promoted
 
 
 class LuongDecoder(AttentiveDecoder):
-    """Attends with the state after a step; the context does not enter the cell.
+    """Attends with the state after a step; the context is no input of the cell.
 
     ::
 
@@ -32,7 +32,7 @@ class LuongDecoder(AttentiveDecoder):
         h~_t = tanh(W_c [c_t; h_t])
         p(y_t) = softmax(W_s h~_t)
 
-    Without feed all steps attend in one call.
+    Without ``feed`` the attention of all steps is one call.
 
     Example:
         >>> from attnlab.nn import RecurrentEncoder
@@ -62,14 +62,15 @@ class LuongDecoder(AttentiveDecoder):
         """Puts parts together.
 
         Args:
-            embedding: of tokens.
+            embedding: embedding of tokens.
             cell: ``GRU``, ``LSTM``, ``StackedCells``, ...
-            attention: an ``Alignment``, a ``MultiHeadAttention`` without dropout.
-            combine: W_c, of context and state side by side.
+            attention: an ``Alignment``, or a ``MultiHeadAttention`` without dropout.
+            combine: W_c, applied to the concatenated context and state.
             head: W_s, ``[*, features] -> [*, V]``.
-            first: from the encoder's last output (backwards, if it has two) to
-                ``cell.state_size``.
-            feed: input feeding: from the last ``h~`` to ``cell.gate_features``.
+            first: maps the encoder's last output (that of the backward direction, if it
+                has two) to ``cell.state_size``.
+            feed: maps the previous ``h~`` to ``cell.gate_features`` (input feeding);
+                None: no input feeding.
         """
         super().__init__(embedding, cell, attention, first)
         if feed is not None:
@@ -91,20 +92,20 @@ class LuongDecoder(AttentiveDecoder):
         cell: Any = LSTM,
         rngs: nnx.Rngs,
     ) -> "LuongDecoder":
-        """That of the paper with one layer, or a part-wise variant.
+        """The decoder of the paper, with one layer; parts can be replaced.
 
         Args:
-            vocabulary_size: V.
-            features: of the embedding.
-            hidden_size: of the cell.
-            context_features: of the encoder's states.
-            last_features: of its last output (backwards, if it has two);
-                ``context_features`` if not given.
+            vocabulary_size: V, the number of tokens.
+            features: size of an embedding vector.
+            hidden_size: size of the cell's output.
+            context_features: size of the encoder's states.
+            last_features: size of its last output (of the backward direction, if it has
+                two); ``context_features`` if not given.
             attention: an ``Alignment``; with the bilinear score ("general") if not
                 given.
-            input_feeding: whether h~ is fed back.
+            input_feeding: whether ``h~`` is an input of the next step.
             cell: ``GRU``, ``LSTM``, or ``cell(in_features, hidden_size, rngs=rngs)``.
-            rngs: Flax's.
+            rngs: Flax's random streams.
         """
         made = cell(features, hidden_size, rngs=rngs)
         if attention is None:
@@ -146,14 +147,14 @@ class LuongDecoder(AttentiveDecoder):
         return self.head(combined), query, state
 
     def _combined(self, query: Array, state: RecurrentState, positions: Array) -> Array:
-        """``h~ [B, T, *]`` of queries ``[B, T, *]``."""
+        """Attentional states ``h~ [B, T, *]`` of queries ``[B, T, *]``."""
         context = self.attend(query, state.source, positions)
         return jnp.tanh(self.combine(jnp.concatenate(promoted(context, query), -1)))
 
     def _fed(
         self, gates: Array, state: RecurrentState, positions: Array
     ) -> tuple[Array, Array, tuple[PyTree, Array]]:
-        """Step by step: each ``h~`` enters the next one."""
+        """Runs step by step with input feeding: each step uses the ``h~`` before."""
         feed: Any = self.feed
 
         def step(carry: tuple, now: tuple) -> tuple[tuple, tuple[Array, Array]]:

@@ -1,4 +1,4 @@
-"""From what a recurrent decoder knows in a step to the logits of the next token."""
+"""Output layers of recurrent decoders: state, context and token vector to logits."""
 
 from typing import Any
 
@@ -27,14 +27,14 @@ class Readout(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """One matrix.
+        """Makes the matrix and the bias.
 
         Args:
-            features: of state, context and token's vector together.
-            vocabulary_size: V.
-            dtype: of the computation; that of inputs and parameters if not given.
-            param_dtype: of the parameters.
-            rngs: Flax's.
+            features: size of state, context and token vector together.
+            vocabulary_size: V, the number of tokens.
+            dtype: type of the computation; that of inputs and parameters if not given.
+            param_dtype: type of the parameters.
+            rngs: Flax's random streams.
         """
         self.out = projection(
             features,
@@ -47,15 +47,16 @@ class Readout(nnx.Module):
         )
 
     def __call__(self, state: Array, context: Array, embedded: Array) -> Array:
-        """Each ``[*, features of its own]`` -> ``[*, V]``."""
+        """Logits ``[*, V]`` of inputs ``[*, size]``, each with its own size."""
         return self.out(jnp.concatenate(promoted(state, context, embedded), -1))
 
 
 class MaxoutReadout(nnx.Module):
     """A hidden layer of maxout units before the logits.
 
-    Each unit is the greater of two sums: t = max(u, v), [u, v] = U_o s + V_o y + C_o c.
-    The state s is the new one, as in equation 4 of the paper.
+    Each unit is the greater of two sums: t = max(u, v), [u, v] = U_o s + V_o y + C_o c,
+    with the last token's vector y and the context c. The state s is the new one, as in
+    equation 4 of the paper.
 
     Example:
         >>> readout = MaxoutReadout(14, 4, 100, rngs=nnx.Rngs(0))
@@ -77,15 +78,15 @@ class MaxoutReadout(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Two matrices.
+        """Makes the matrices and biases of both layers.
 
         Args:
-            features: of state, context and token's vector together.
-            hidden_size: maxout units.
-            vocabulary_size: V.
-            dtype: of the computation; that of inputs and parameters if not given.
-            param_dtype: of the parameters.
-            rngs: Flax's.
+            features: size of state, context and token vector together.
+            hidden_size: number of maxout units.
+            vocabulary_size: V, the number of tokens.
+            dtype: type of the computation; that of inputs and parameters if not given.
+            param_dtype: type of the parameters.
+            rngs: Flax's random streams.
         """
         types = {"dtype": dtype, "param_dtype": param_dtype}
         self.hidden = projection(
@@ -101,7 +102,7 @@ class MaxoutReadout(nnx.Module):
         )
 
     def __call__(self, state: Array, context: Array, embedded: Array) -> Array:
-        """Each ``[*, features of its own]`` -> ``[*, V]``."""
+        """Logits ``[*, V]`` of inputs ``[*, size]``, each with its own size."""
         pairs = self.hidden(jnp.concatenate(promoted(state, context, embedded), -1))
-        # Halves, not neighbours: the greater of two contiguous rows is a plain maximum.
+        # Units are paired across halves, so that each operand of maximum is contiguous.
         return self.out(jnp.maximum(*jnp.split(pairs, 2, -1)))

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, by name: from ``safetensors`` files, never from a pickle."""
+"""Reads tensors of a checkpoint by name, from ``safetensors`` files, never pickles."""
 
 import contextlib
 import functools
@@ -18,18 +18,18 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _INSTEAD = (
-    "pickles are never read, for reading one runs whatever code it holds; where it was "
-    "made, save it with transformers' model.save_pretrained(folder) or "
+    "pickles are never read, because reading one can run any code; convert it with "
+    "transformers' model.save_pretrained(folder) or "
     "safetensors.torch.save_file(tensors, 'model.safetensors')"
 )
 
 
 class Tensor(NamedTuple):
-    """One tensor, not read yet.
+    """A tensor of a checkpoint that is read on demand.
 
     Attributes:
-        shape: of the tensor.
-        read: returns it.
+        shape: shape of the tensor.
+        read: reads the tensor and returns it.
     """
 
     shape: tuple[int, ...]
@@ -38,18 +38,18 @@ class Tensor(NamedTuple):
 
 @contextlib.contextmanager
 def tensors_of(source: Source) -> Iterator[dict[str, Tensor]]:
-    """The tensors of a checkpoint, which can be read until the context ends.
+    """The tensors of a checkpoint by name; they can be read inside the context.
 
     Args:
-        source: arrays by name, of NumPy, JAX or PyTorch; or a ``.safetensors`` file; or
-            a folder with ``model.safetensors``, or with its shards and
+        source: a dict of arrays (NumPy, JAX or PyTorch) by name; or a ``.safetensors``
+            file; or a folder with ``model.safetensors``, or with shards and
             ``model.safetensors.index.json``.
 
     Raises:
-        ValueError: if a file is damaged or is something else, or lies outside the
-            folder. The message names it.
+        ValueError: if a file is damaged or not in safetensors format, or if the index
+            names a file outside the folder. The message names the file.
         FileNotFoundError: if there is no such file.
-        TypeError: if the source is something else.
+        TypeError: if the source is neither a path nor a mapping.
         ImportError: if safetensors is not installed.
     """
     if isinstance(source, Mapping):
@@ -74,9 +74,8 @@ def tensors_of(source: Source) -> Iterator[dict[str, Tensor]]:
         found: dict[str, Tensor] = {}
         for path in files:
             with _told(
-                f"{path}: expected a safetensors file; a download that was cut "
-                "short, or a pointer of Git LFS in its place, must be fetched "
-                "again"
+                f"{path}: expected a safetensors file; a download that is "
+                "incomplete, or a Git LFS pointer, must be fetched again"
             ):
                 file: Any = opened.enter_context(safetensors.safe_open(path, "numpy"))
                 for name in file.keys():  # noqa: SIM118 (it is no mapping)
@@ -93,7 +92,7 @@ def tensors_of(source: Source) -> Iterator[dict[str, Tensor]]:
 
 
 def _numpy(array: Any) -> Any:
-    """NumPy takes no bfloat16 of PyTorch, and nothing that requires gradients."""
+    """Converts a PyTorch tensor to NumPy, which has no bfloat16; others stay."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
         if array.is_floating_point() and array.element_size() < 4:
@@ -109,7 +108,7 @@ def _read(path: Path, file: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def _told(message: str) -> Iterator[None]:
-    """Whatever safetensors raises becomes one error with this message."""
+    """Turns any error of safetensors into a ValueError with this message."""
     try:
         yield
     except Exception as error:
@@ -117,7 +116,7 @@ def _told(message: str) -> Iterator[None]:
 
 
 def _files(path: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files of a checkpoint, and, where an index says it, each tensor's."""
+    """The files of a checkpoint and, if it has an index, the file of each tensor."""
     if path.is_dir():
         if (path / _SINGLE).exists():
             return [path / _SINGLE], {}
@@ -133,7 +132,7 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path]]:
 
 
 def _indexed(folder: Path) -> dict[str, Path]:
-    """For each tensor the shard that an index names."""
+    """The file of each tensor, as the index in the folder says."""
     path = folder / _INDEX
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -141,8 +140,8 @@ def _indexed(folder: Path) -> dict[str, Path]:
             raise TypeError(f"'weight_map' is {str(shards)[:40]}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: expected JSON with a 'weight_map' from names of tensors to names "
-            f"of files ({type(error).__name__}: {error})"
+            f"{path}: expected JSON with a 'weight_map' from tensor names to file "
+            f"names ({type(error).__name__}: {error})"
         ) from error
     for name, shard in shards.items():
         if not isinstance(shard, str) or not _inside(shard):
@@ -154,9 +153,9 @@ def _indexed(folder: Path) -> dict[str, Path]:
 
 
 def _inside(name: str) -> bool:
-    """Whether a path stays in its folder, on any system.
+    """Whether a relative path stays in its folder, on POSIX and on Windows.
 
-    Links are not followed: in the cache of Hugging Face, files are links.
+    Symbolic links are not resolved: in the Hugging Face cache, files are links.
     """
     return all(
         kind(name).parts and not kind(name).anchor and ".." not in kind(name).parts

@@ -1,4 +1,4 @@
-"""Maps of names for families of checkpoints."""
+"""Maps from parameters to tensors for families of checkpoints."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -24,30 +24,31 @@ def bert(
     first_position: int = 0,
     scan: bool = False,
 ) -> Names:
-    """BERT's encoder, and those that name their tensors alike.
+    """Map for BERT's encoder, and for models that name their tensors alike.
 
     For an ``Encoder`` of ``PostNorm`` blocks with ``LayerNorm(epsilon=1e-12)`` and
-    ``jax.nn.gelu``, whose ``Embedding`` has ``Learned`` positions, such a norm, and
+    ``jax.nn.gelu``, whose ``Embedding`` has ``Learned`` positions, the same norm, and
     ``scale=1``. The vector of token type 0 is added to the positions' vectors; other
-    token types, the pooler and the heads of tasks are left out.
+    token types, the pooler and task heads are ignored.
 
     ============  =====================================================================
-    BERT          as it is; gelu with ``approximate=False``
+    BERT          defaults; gelu with ``approximate=False``
     RoBERTa       ``first_position=2``
     BigBird       ``masks.anchor`` of the first and last blocks, and ``masks.blocks`` of
-                  each one's neighbours and random ones. Those transformers draws in
-                  training only: in evaluation all are block 0, which the blocks between
-                  the ends so count 1 + R times (a bias of ``log(1 + R)``)
+                  each block's neighbours and random blocks. The library transformers
+                  draws random blocks in training only: in evaluation all R of them are
+                  block 0, which inner blocks so count 1 + R times (a bias of
+                  ``log(1 + R)``)
     Longformer    ``first_position=2``; ``masks.longformer(window=w // 2, ...)`` and
                   ``AnchorProjections``
     ============  =====================================================================
 
     Args:
-        num_layers: blocks.
-        prefix: of all names; none, ``bert.``, ``roberta.`` or ``longformer.``, as the
-            checkpoint has it, if not given.
-        first_position: the row of position 0 in the checkpoint's table.
-        scan: whether the ``Stack`` scans.
+        num_layers: number of blocks.
+        prefix: prefix of all names; if not given, it is found from the checkpoint among
+            none, ``bert.``, ``roberta.`` and ``longformer.``.
+        first_position: row of position 0 in the checkpoint's position table.
+        scan: whether the module's ``Stack`` has ``scan=True``.
 
     References:
         Devlin et al., "BERT", 2019; Zaheer et al., "Big Bird", 2020; Beltagy, Peters,
@@ -88,22 +89,22 @@ def bert(
         },
         within=(prefix,),
         apart=(f"{prefix}pooler.*", f"{at}position_ids", f"{at}token_type_ids"),
-        # The oldest checkpoints, bert-base-uncased among them, call norms so.
+        # Names of norms in the oldest checkpoints, such as bert-base-uncased.
         endings=((".gamma", ".weight"), (".beta", ".bias")),
     )
 
 
 def gpt2(num_layers: int, *, prefix: str | None = None, scan: bool = False) -> Names:
-    """GPT-2's decoder.
+    """Map for GPT-2's decoder.
 
     For a ``Decoder`` of ``PreNorm`` blocks with ``LayerNorm(epsilon=1e-5)`` and
     ``jax.nn.gelu``, whose ``Embedding`` has ``Learned`` positions and ``scale=1``.
 
     Args:
-        num_layers: blocks.
-        prefix: of all names but the head's; none or ``transformer.``, as the checkpoint
-            has it, if not given.
-        scan: whether the ``Stack`` scans.
+        num_layers: number of blocks.
+        prefix: prefix of all names but the head's; if not given, it is found from the
+            checkpoint among none and ``transformer.``.
+        scan: whether the module's ``Stack`` has ``scan=True``.
 
     References:
         Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
@@ -154,20 +155,21 @@ def gpt2(num_layers: int, *, prefix: str | None = None, scan: bool = False) -> N
 
 
 def mistral(num_layers: int, *, prefix: str | None = None, scan: bool = False) -> Names:
-    """Mistral's decoder, and those that name their tensors alike: Llama's, Qwen2's.
+    """Map for Mistral's decoder, and for Llama and Qwen2, whose names are alike.
 
     For a ``Decoder`` of ``PreNorm`` blocks with ``RMSNorm`` (epsilon of the
     checkpoint's ``config.json``), ``GatedFeedForward(activation=jax.nn.silu,
-    use_bias=False)`` and ``Rotary(base=rope_theta)``; without biases (Qwen2: with all
-    but ``out_bias``); with ``Embedding(scale=1)`` and, where vectors are not shared,
-    ``head=nnx.Linear(features, V, use_bias=False)``. Its window shows the key itself
-    and those before, so ``sliding_window`` W is ``masks.sliding_window(W - 1, 0)``.
+    use_bias=False)`` and ``Rotary(base=rope_theta)``; attention without biases (Qwen2:
+    with biases, but ``out_bias=False``); with ``Embedding(scale=1)`` and, if the output
+    does not share its vectors, ``head=nnx.Linear(features, V, use_bias=False)``. The
+    window of W keys in the configuration includes the query's own position:
+    ``masks.sliding_window(W - 1, 0)``.
 
     Args:
-        num_layers: blocks.
-        prefix: of all names but the head's; ``model.`` or none, as the checkpoint has
-            it, if not given.
-        scan: whether the ``Stack`` scans.
+        num_layers: number of blocks.
+        prefix: prefix of all names but the head's; if not given, it is found from the
+            checkpoint among ``model.`` and none.
+        scan: whether the module's ``Stack`` has ``scan=True``.
 
     References:
         Jiang et al., "Mistral 7B", 2023.
@@ -196,7 +198,7 @@ def mistral(num_layers: int, *, prefix: str | None = None, scan: bool = False) -
             "head.kernel": linear("lm_head.weight"),
         },
         within=(prefix, "lm_head."),
-        # Frequencies of rotary positions, of each layer or of all.
+        # Frequencies of rotary positions: in each layer, or once.
         apart=(f"{prefix}layers.*.self_attn.rotary_emb.*", f"{prefix}rotary_emb.*"),
         copies={"lm_head.weight": f"{prefix}embed_tokens.weight"},
     )
@@ -210,24 +212,26 @@ def t5(
     gated: bool = False,
     scan: bool = False,
 ) -> Names:
-    """T5's encoder-decoder.
+    """Map for T5's encoder-decoder.
 
     For an ``EncoderDecoder`` of ``PreNorm`` blocks with ``RMSNorm(epsilon=1e-6)``,
-    without any bias, with ``score=scores.dot()``, ``Embedding(scale=1)``,
-    ``FeedForward`` and ``RelativeBias``, ``bidirectional=False`` in the decoder. Of the
-    checkpoint's one table a side each layer gets a copy; give all of them the same
-    ``RelativeBias`` to train it as one.
+    linear layers without bias, ``score=scores.dot()``, ``Embedding(scale=1)``,
+    ``FeedForward`` and ``RelativeBias`` (``bidirectional=False`` in the decoder). The
+    checkpoint has one table of relative biases for the encoder and one for the decoder;
+    each layer gets a copy. To train them as one, give all layers of the encoder, or of
+    the decoder, the same ``RelativeBias``.
 
     Args:
-        num_layers: blocks of either side.
-        prefix: of all names but the head's; none or ``transformer.``, as the checkpoint
-            has it, if not given.
-        tied: whether tokens' vectors make the logits, too. T5 then divides them by
-            ``sqrt(features)``, which is put into the decoder's last norm. If not (T5
-            1.1, Flan-T5): ``head=nnx.Linear(features, V, use_bias=False)``.
+        num_layers: number of blocks of the encoder, and of the decoder.
+        prefix: prefix of all names but the head's; if not given, it is found from the
+            checkpoint among none and ``transformer.``.
+        tied: whether the logits are products with the tokens' vectors. T5 then divides
+            them by ``sqrt(features)``; this factor is put into the scale of the
+            decoder's last norm. If False (T5 1.1, Flan-T5):
+            ``head=nnx.Linear(features, V, use_bias=False)``.
         gated: whether feed-forward layers are ``GatedFeedForward`` (T5 1.1, Flan-T5,
             with ``jax.nn.gelu``).
-        scan: whether the ``Stack`` scans.
+        scan: whether the module's ``Stack`` has ``scan=True``.
 
     References:
         Raffel et al., "Exploring the Limits of Transfer Learning", 2020.
@@ -280,7 +284,7 @@ def t5(
     return Names(
         recipes,
         within=(prefix, "lm_head."),
-        # Of T5 1.0 as published: it was trained and nothing reads it.
+        # In the published T5 1.0: trained, but not used by the model.
         apart=(f"{cross}.relative_attention_bias.weight",),
         copies=dict.fromkeys(
             [*copies, *(["lm_head.weight"] if tied else [])], f"{prefix}shared.weight"
@@ -289,17 +293,17 @@ def t5(
 
 
 def marian(num_layers: int, *, prefix: str | None = None, scan: bool = False) -> Names:
-    """Marian's encoder-decoder: OPUS-MT.
+    """Map for Marian's encoder-decoder (OPUS-MT).
 
     For an ``EncoderDecoder`` of ``PostNorm`` blocks with ``LayerNorm(epsilon=1e-5)``
-    and ``jax.nn.silu``, whose one ``Embedding`` has
+    and ``jax.nn.silu``, whose shared ``Embedding`` has
     ``Sinusoidal(interleaved=False)`` and ``logits_bias=True``.
 
     Args:
-        num_layers: blocks of either side.
-        prefix: of all names but those of the logits; ``model.`` or none, as the
-            checkpoint has it, if not given.
-        scan: whether the ``Stack`` scans.
+        num_layers: number of blocks of the encoder, and of the decoder.
+        prefix: prefix of all names but those of the logits; if not given, it is found
+            from the checkpoint among ``model.`` and none.
+        scan: whether the module's ``Stack`` has ``scan=True``.
 
     References:
         Junczys-Dowmunt et al., "Marian: Fast Neural Machine Translation in C++", 2018.
@@ -348,7 +352,7 @@ def marian(num_layers: int, *, prefix: str | None = None, scan: bool = False) ->
 
 
 def _prefixed(make: Callable[..., Names], prefixes: Sequence[str]) -> Names:
-    """A family's map with the first prefix, and with the others besides."""
+    """A family's map with the first prefix; ``prefixed`` has those with the others."""
     first, *others = (make(prefix=prefix) for prefix in prefixes)
     return first._replace(prefixed=tuple(others))
 
@@ -371,7 +375,7 @@ def _under(path: str, parts: Mapping[str, Recipe]) -> dict[str, Recipe]:
 
 
 def _projections(*names: str) -> dict[str, Recipe]:
-    """Of query, key, value and, where there is a fourth name, of the output."""
+    """Recipes of query, key, value and, if there is a fourth name, output."""
     result: dict[str, Recipe] = {}
     for path, name in zip(("query", "key", "value", "out"), names, strict=False):
         result |= _dense(path, name, inward=2 if path == "out" else 1)

@@ -1,4 +1,4 @@
-"""Puts what a map says into the parameters of a module."""
+"""Loads the tensors of a checkpoint into the parameters of a module."""
 
 import difflib
 import fnmatch
@@ -16,37 +16,37 @@ from attnlab._src.nn.weights.recipes import Names, Shape
 
 M = TypeVar("M", bound=nnx.Module)
 
-#: Problems that an error lists.
+#: Greatest number of problems that an error lists.
 _LISTED = 8
 
 
 def load(module: nnx.Module, source: Source, names: Names) -> None:
-    """Puts a checkpoint's weights into a module.
+    """Loads the weights of a checkpoint into a module.
 
-    Everything is checked and read before anything changes. Parameters keep their own
-    type and sharding; a module of :func:`empty`, whose parameters do not exist yet,
-    gets them. One of ``nnx.eval_shape`` does, too, if its masks and modifiers hold no
-    arrays: of those it knows shapes alone.
+    All weights are checked and read before the module changes. Parameters keep their
+    type and sharding. The module may have been made by :func:`empty`, without values of
+    parameters; or by ``nnx.eval_shape``, if its masks and modifiers hold no arrays,
+    because that drops their values, too.
 
-    One warning names all tensors that are ignored: what the family is known to carry
-    and no module reads, and heads of tasks.
+    One warning names all tensors that are ignored: those that checkpoints of this
+    family contain but no module uses, and task heads.
 
     Args:
-        module: an attention layer, a block, a whole model.
+        module: an attention layer, a block, or a whole model.
         source: a ``.safetensors`` file; a folder with ``model.safetensors``, or with
-            shards and ``model.safetensors.index.json``; or arrays by name, of NumPy,
-            JAX or PyTorch (``model.state_dict()``).
-        names: the map: :func:`bert`, :func:`gpt2`, :func:`mistral`, :func:`marian`,
-            :func:`t5`, or one of your own.
+            shards and ``model.safetensors.index.json``; or a dict of arrays (NumPy,
+            JAX or PyTorch) by name, such as ``model.state_dict()``.
+        names: the map from parameters to tensors: :func:`bert`, :func:`gpt2`,
+            :func:`mistral`, :func:`marian`, :func:`t5`, or one of your own.
 
     Raises:
-        ValueError: if a tensor is missing, has another shape, is left over, or is a
-            copy that differs; if the map lacks a parameter; if arrays of the module
-            that are no parameters have no values; or if a file is damaged, is no
-            safetensors file (a pickle), or lies outside the folder. The message names
-            the file or folder.
+        ValueError: if a tensor is missing, has another shape, is not used, or should be
+            equal to another but differs; if the map lacks a parameter; if arrays of the
+            module other than parameters have no values; if a file is damaged or not in
+            safetensors format (a pickle, for example); or if the index names a file
+            outside the folder. The message names the file or folder.
         FileNotFoundError: if there is no such file.
-        TypeError: if the source is something else.
+        TypeError: if the source is neither a path nor a mapping.
         ImportError: if safetensors is not installed.
 
     Example:
@@ -78,7 +78,7 @@ def load(module: nnx.Module, source: Source, names: Names) -> None:
                 found.setdefault(name, found[copy])
         unused, ignored = _unused(shapes, found, names)
         problems = [*_without_values(module), *_unmade(shapes, found, names), *unused]
-        # Only what has the right shapes is read.
+        # Tensors are read only after all shapes are known to be right.
         _refuse(problems or _different(needed, found, names), source)
         loaded = []
         for at, (path, variable) in params.items():
@@ -91,19 +91,19 @@ def load(module: nnx.Module, source: Source, names: Names) -> None:
             loaded.append((path, variable.replace(made)))
     if ignored:
         warnings.warn(
-            f"ignored, for no parameter takes them: {', '.join(ignored)}", stacklevel=2
+            f"ignored, as no parameter takes them: {', '.join(ignored)}", stacklevel=2
         )
     nnx.update(module, nnx.from_flat_state(loaded))
 
 
 def empty(make: Callable[[], M]) -> M:
-    """A module whose parameters are shapes without numbers, for :func:`load` to fill.
+    """A module whose parameters have shapes but no values, for :func:`load` to fill.
 
-    All else that it holds has its values: masks, modifiers, generators of random
-    numbers. (``nnx.eval_shape`` leaves shapes of these, too.)
+    All else in the module has its values: masks, modifiers, random streams. (After
+    ``nnx.eval_shape`` these would be shapes, too.)
 
     Args:
-        make: returns the module; it is traced.
+        make: function that returns the module; it is traced.
 
     Example:
         >>> from attnlab import nn
@@ -123,7 +123,7 @@ def empty(make: Callable[[], M]) -> M:
 
 
 def _needed(shapes: Mapping[str, tuple[int, ...]], names: Names) -> set[str]:
-    """Tensors that the parameters are made of."""
+    """Names of the tensors that the parameters are made from."""
     recipes = (names.recipes[at] for at in shapes if at in names.recipes)
     return {name for recipe in recipes for name in recipe.names}
 
@@ -137,9 +137,9 @@ def _refuse(problems: Sequence[str], source: Source) -> None:
 
 
 def _without_values(module: nnx.Module) -> list[str]:
-    """Arrays that no checkpoint brings and that ``nnx.eval_shape`` has dropped.
+    """Problems: arrays other than parameters without values (``nnx.eval_shape``).
 
-    Without the generators, which a module needs for dropout alone.
+    Random streams do not count: they are needed for dropout only.
     """
     brought = nnx.Param | nnx.RngState
     return [
@@ -155,7 +155,7 @@ def _without_values(module: nnx.Module) -> list[str]:
 def _unmade(
     shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], names: Names
 ) -> list[str]:
-    """Parameters that cannot be made, and why."""
+    """Problems: parameters that cannot be made from the tensors, and why."""
     problems = []
     for at, shape in shapes.items():
         where = f"{at} {_shown(shape)}"
@@ -175,7 +175,7 @@ def _unmade(
 def _unused(
     shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], names: Names
 ) -> tuple[list[str], list[str]]:
-    """Tensors that belong nowhere, as problems; and names of those that are ignored."""
+    """Problems: tensors that no parameter uses. Also the names of ignored tensors."""
     problems, ignored = [], []
     whole, elsewhere = names.elsewhere is None, names.elsewhere or ()
     needed = _needed(shapes, names)
@@ -199,11 +199,11 @@ def _unused(
 def _different(
     needed: Collection[str], found: Mapping[str, Tensor], names: Names
 ) -> list[str]:
-    """Copies that are none: the model has one tensor where the checkpoint has two."""
+    """Problems: tensors that should equal another one (tied weights) but differ."""
     apart = {*needed, *(names.elsewhere or ())}
     return [
-        f"tensor {copy!r}: expected a copy of {name!r}, for which the module has one "
-        "parameter, got other numbers"
+        f"tensor {copy!r}: expected a copy of {name!r}, as the module has one "
+        "parameter for both, got other numbers"
         for copy, name in names.copies.items()
         if name in needed and copy in found and copy not in apart
         if not np.array_equal(found[copy].read(), found[name].read())
@@ -211,14 +211,14 @@ def _different(
 
 
 def _similar(name: str, found: Mapping[str, Tensor]) -> str:
-    """A hint; mostly the prefix is another."""
+    """A hint with a similar name; often only the prefix differs."""
     longer = [other for other in found if other.endswith("." + name)]
     close = longer or difflib.get_close_matches(name, found, 1)
     return f" (is it {close[0]!r}?)" if close else ""
 
 
 def _placed(array: np.ndarray, old: Any) -> jax.Array:
-    """Where the old array was put, if it was put somewhere."""
+    """The array on the devices of the old one, if that was placed explicitly."""
     if isinstance(old, jax.Array) and old.committed:
         return jax.device_put(array, old.sharding)
     return jnp.asarray(array)

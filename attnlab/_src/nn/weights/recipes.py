@@ -1,4 +1,4 @@
-"""How parameters are made of a checkpoint's tensors, and maps from ones to others."""
+"""Recipes that make a parameter from tensors of a checkpoint, and maps of recipes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-#: Of a tensor; None = any size.
+#: Shape of a tensor; None stands for any size.
 Shape = tuple[int | None, ...]
 
 
 class Recipe(NamedTuple):
-    """How a parameter is made of a checkpoint's tensors.
+    """How a parameter is made from tensors of a checkpoint.
 
     Attributes:
-        names: of the tensors.
-        shapes: from the parameter's shape, what each tensor's should be.
-        make: from the parameter's shape and the tensors (NumPy), the parameter.
+        names: names of the tensors.
+        shapes: maps the parameter's shape to the expected shape of each tensor.
+        make: maps the parameter's shape and the tensors (NumPy) to the parameter.
     """
 
     names: tuple[str, ...]
@@ -25,12 +25,12 @@ class Recipe(NamedTuple):
 
 
 def tensor(name: str) -> Recipe:
-    """A tensor as it is: an embedding, a norm's scale."""
+    """The tensor unchanged: for an embedding, a norm's scale."""
     return Recipe((name,), lambda shape: [shape], lambda shape, array: array)
 
 
 def flat(name: str) -> Recipe:
-    """A vector for all axes of the parameter: a bias ``[N H]`` of heads ``[N, H]``."""
+    """A vector reshaped to the parameter: a bias ``[N H]`` to heads ``[N, H]``."""
     return Recipe(
         (name,),
         lambda shape: [(_product(shape),)],
@@ -39,12 +39,12 @@ def flat(name: str) -> Recipe:
 
 
 def linear(name: str, inward: int = 1) -> Recipe:
-    """The weight of PyTorch's ``Linear``, ``[outputs, inputs]``.
+    """The weight ``[outputs, inputs]`` of a PyTorch ``Linear``, transposed.
 
     Args:
-        name: of the tensor.
-        inward: how many leading axes of the parameter are inputs: 2 of ``out.kernel
-            [N, D, features]``.
+        name: name of the tensor.
+        inward: number of leading axes of the parameter that are inputs: 2 for
+            ``out.kernel [N, D, features]``.
     """
     return Recipe(
         (name,),
@@ -54,7 +54,7 @@ def linear(name: str, inward: int = 1) -> Recipe:
 
 
 def conv1d(name: str, inward: int = 1) -> Recipe:
-    """The weight of GPT-2's ``Conv1D``, ``[inputs, outputs]``; else as ``linear``."""
+    """The weight ``[inputs, outputs]`` of GPT-2's ``Conv1D``; see :func:`linear`."""
     return Recipe(
         (name,),
         lambda shape: [(_product(shape[:inward]), _product(shape[inward:]))],
@@ -63,13 +63,13 @@ def conv1d(name: str, inward: int = 1) -> Recipe:
 
 
 def part(recipe: Recipe, index: int, count: int, axis: int = -1) -> Recipe:
-    """Of a tensor that holds several equal parts side by side (fused q, k, v), one.
+    """One part of a tensor that concatenates several of equal size (fused q, k, v).
 
     Args:
-        recipe: of the one part.
-        index: which.
-        count: of parts.
-        axis: of the tensor, along which they lie.
+        recipe: recipe for the one part.
+        index: index of the part.
+        count: number of parts.
+        axis: axis of the tensor along which parts are concatenated.
     """
 
     def shapes(shape: tuple[int, ...]) -> Sequence[Shape]:
@@ -85,7 +85,7 @@ def part(recipe: Recipe, index: int, count: int, axis: int = -1) -> Recipe:
 
 
 def stacked(recipes: Sequence[Recipe]) -> Recipe:
-    """Parameters of several layers in one, as a scanned ``Stack`` holds them."""
+    """Parameters of several layers stacked in one, as for ``Stack(scan=True)``."""
     names = tuple(name for recipe in recipes for name in recipe.names)
 
     def shapes(shape: tuple[int, ...]) -> Sequence[Shape]:
@@ -106,16 +106,18 @@ class Names(NamedTuple):
     """A map from the parameters of a module to the tensors of a checkpoint.
 
     Attributes:
-        recipes: for each path of a parameter; more paths than the module has are fine.
-        within: tensors whose names begin so must all be used ...
-        apart: ... but for these patterns (``*`` = anything): they are ignored.
-        endings: other endings of names, and what they are read as.
-        copies: tensors that repeat another one, and that one's name. Where both are
-            there they must be equal; where one is missing the other is taken.
-        prefixed: the same map for checkpoints with another prefix of their names. That
-            which finds most tensors is taken; this one, if none finds more.
-        elsewhere: in the map of a part, tensors of the other parts and their copies;
-            None: it is the map of a whole.
+        recipes: recipe for each parameter's path; paths that the module lacks are
+            ignored.
+        within: prefixes of names; all tensors with one of them must be used ...
+        apart: ... except those that match these patterns (``*`` is a wildcard), which
+            are ignored.
+        endings: endings of names to replace, as pairs of old and new.
+        copies: names of tensors that repeat another one (tied weights), with its name.
+            If the checkpoint has both they must be equal; if only the copy, it is used.
+        prefixed: the same map for checkpoints whose names have another prefix. The map
+            that finds most tensors is used; this one, if others find as many.
+        elsewhere: in the map of a part, the tensors of other parts and their copies;
+            None in the map of a whole model.
     """
 
     recipes: Mapping[str, Recipe]
@@ -129,11 +131,11 @@ class Names(NamedTuple):
     def of(self, path: str) -> "Names":
         """The map of a part of the module: ``bert(12).of("stack.blocks.3.attention")``.
 
-        Tensors near those of the part must be used, too: those of the same submodule
-        of the checkpoint (``encoder.layer.3.attention.self``) that no other part takes.
+        Tensors in the same submodules of the checkpoint as those of the part (such as
+        ``encoder.layer.3.attention.self``) must all be used, except by other parts.
 
         Raises:
-            KeyError: if the map has nothing there.
+            KeyError: if the map has no parameter under this path.
         """
         own = {
             at.removeprefix(path + "."): recipe
@@ -141,12 +143,12 @@ class Names(NamedTuple):
             if at.startswith(path + ".")
         }
         if not own:
-            raise KeyError(f"{path!r}: the map has no parameters there")
+            raise KeyError(f"{path!r}: the map has no parameters under this path")
         used = {name for recipe in own.values() for name in recipe.names}
         every = {name for recipe in self.recipes.values() for name in recipe.names}
         others = every - used
         others |= {copy for copy, name in self.copies.items() if name in others} - used
-        # ``x.self.query.weight``: two levels up, all else of ``x.self.``.
+        # Two levels up: for ``x.self.query.weight`` everything in ``x.self.``.
         near = {".".join([*name.split(".")[:-2], ""]).lstrip(".") for name in used}
         return self._replace(
             recipes=own,

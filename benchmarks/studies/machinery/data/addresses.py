@@ -12,23 +12,23 @@ from benchmarks.studies.machinery.data.vocabulary import Vocabulary, learn
 from benchmarks.studies.machinery.errors import StudyError
 from benchmarks.studies.machinery.record import Json
 
-#: A training document is left out if more than this share of its runs of so many words
-#: is in a document that is held out: two versions of an address, or a refrain.
+#: A training document is left out if more than a share COPIED of its sequences of GRAM
+#: words is also in a document that is held out, for example in another version of it.
 GRAM, COPIED = 12, 0.01
 
 
 class Addresses(NamedTuple):
-    """Documents, each in one part alone; a part is one stream of tokens.
+    """Documents for training, development and test, each part a stream of tokens.
 
-    A document is START, then its paragraphs, each with an END.
+    A document is START and its paragraphs, each followed by END.
 
     Attributes:
-        train: ``[*]`` int32, to learn from.
-        dev: to choose by.
-        test: to report.
+        train: tokens to train on, ``[*]`` int32.
+        dev: tokens for choices, such as of the learning rate.
+        test: tokens for the test.
         vocabulary: learnt from the training documents.
-        counts: for the page.
-        fingerprint: of text, split and vocabulary, for a run's config.
+        counts: numbers of documents and tokens, for the page.
+        fingerprint: a hash of text, split and vocabulary, for a run's config.
     """
 
     train: np.ndarray
@@ -52,17 +52,17 @@ def load_addresses(
     """Reads, splits by whole documents, and learns a vocabulary.
 
     Args:
-        cache: folder of the vocabulary.
-        folder: of ``.txt`` files; None: the addresses, 1790-2026.
+        cache: folder for the vocabulary.
+        folder: folder of ``.txt`` files; None: the addresses, 1790-2026.
         pieces: see ``learn``.
-        test: documents held out to report.
-        dev: documents held out to choose by.
-        limit: documents, drawn at random; None: all.
-        seed: of the draw.
+        test: number of documents held out for the test.
+        dev: number of documents held out for choices.
+        limit: number of documents, drawn at random; None: all.
+        seed: seed of the draw.
 
     Raises:
         StudyError: if there are not enough documents.
-        TextUnavailable: if there is no text.
+        TextUnavailable: if the text cannot be read or downloaded.
     """
     texts = load_texts(folder)
     if len(texts) <= test + dev:
@@ -73,7 +73,7 @@ def load_addresses(
     names = sorted(texts)
     order = np.random.default_rng(seed).permutation(len(names))[:limit]
     drawn = [paragraphs(texts[names[i]]) for i in order]
-    # The language changes over the centuries: each part has some of every time.
+    # A random order: language changes over time, and each part needs some of each time.
     parts = {"test": drawn[:test], "dev": drawn[test : test + dev]}
     parts["train"] = drawn[test + dev :]
     read = {

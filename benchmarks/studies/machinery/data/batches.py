@@ -1,6 +1,6 @@
-"""Batches of pairs of about the same length, in few shapes: pure functions of a step.
+"""Batches of pairs of similar length, in few shapes; pure functions of the step.
 
-Special tokens are those of every vocabulary here: :data:`PADDING`, :data:`UNKNOWN`,
+The special tokens of every vocabulary here are :data:`PADDING`, :data:`UNKNOWN`,
 :data:`START`, :data:`END`.
 """
 
@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 PADDING, UNKNOWN, START, END = range(4)
-#: Lengths that sentences are padded to.
+#: The lengths that sentences are padded to.
 LENGTHS = (20, 32, 48, 72, 144)
 
-#: Tokens of a source and of its target, special ones left out.
+#: Tokens of a source and of its target, without special tokens.
 Example = tuple[Sequence[int], Sequence[int]]
 
 
@@ -26,9 +26,9 @@ class Batch(NamedTuple):
         source: ``[B, S]`` int32: tokens, ``END``, padding.
         source_lengths: ``[B]`` int32, ``END`` included; at least 1.
         target: ``[B, S + 1]`` int32: ``START``, tokens, ``END``, padding. A model reads
-            ``target[:, :-1]`` and says ``target[:, 1:]``, both ``[B, S]``.
-        target_lengths: ``[B]`` int32, ``START`` and ``END`` included; 1 in rows that
-            only fill the batch, so that ``target_lengths - 1`` tokens count.
+            ``target[:, :-1]`` and predicts ``target[:, 1:]``, both ``[B, S]``.
+        target_lengths: ``[B]`` int32, ``START`` and ``END`` included; 1 in rows without
+            an example. ``target_lengths - 1`` tokens count in the loss.
     """
 
     source: np.ndarray | jax.Array
@@ -42,12 +42,12 @@ def pad(examples: Sequence[Example], rows: int, length: int) -> Batch:
 
     Args:
         examples: at most ``rows``, each with less than ``length`` tokens a side.
-        rows: B; rows without an example fill the batch and count nothing.
+        rows: B; rows without an example do not count in the loss.
         length: S.
     """
     source = np.full((rows, length), PADDING, np.int32)
     target = np.full((rows, length + 1), PADDING, np.int32)
-    # A row that sees nothing divides by zero in many a model: END is there to see.
+    # Rows without an example have one END: many models divide by 0 for empty rows.
     source[:, 0], target[:, 0] = END, START
     source_lengths, target_lengths = np.ones((2, rows), np.int32)
     for row, (one, other) in enumerate(examples):
@@ -58,13 +58,13 @@ def pad(examples: Sequence[Example], rows: int, length: int) -> Batch:
 
 
 class Batches:
-    """Examples in batches of few shapes: an epoch sees each example once.
+    """Examples in batches of few shapes; an epoch has each example once.
 
     Attributes:
-        kept: how many examples there are.
-        dropped: how many were longer than the longest length.
-        steps: batches of an epoch.
-        shapes: ``(rows, length)`` of those that occur.
+        kept: number of examples.
+        dropped: number of examples that are longer than the longest length.
+        steps: batches in an epoch.
+        shapes: the ``(rows, length)`` that occur.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Batches:
         """Sorts examples by length.
 
         Args:
-            examples: an END is added to each side, so both have less tokens than the
-                length that they are padded to.
-            tokens: padded tokens of a batch on one side, at most (but at least one row
-                for each device).
-            lengths: ascending.
-            devices: rows are a multiple of it.
-            seed: of the order.
+            examples: token sequences; END is added to both sides, which then must fit
+                the longest of ``lengths``.
+            tokens: the most padded tokens of a batch on one side, but at least one row
+                for each device.
+            lengths: the lengths that examples are padded to, ascending.
+            devices: the number of rows is a multiple of it.
+            seed: seed of the order.
         """
         if list(lengths) != sorted(set(lengths)):
             raise ValueError(f"lengths: expected ascending numbers, got {lengths}")
@@ -109,7 +109,7 @@ class Batches:
         self.steps = sum(
             -(-len(members) // self._rows[n]) for n, members in self._members.items()
         )
-        # Two: a step back over the border of an epoch costs nothing.
+        # Keeps two epochs: steps around the border of an epoch do not shuffle again.
         self._order = functools.lru_cache(2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> list[tuple[int, np.ndarray]]:
@@ -135,7 +135,7 @@ class Batches:
         return self._make(*self._order(epoch)[place])
 
     def all(self) -> list[Batch]:
-        """Each example once, shortest first: for evaluation."""
+        """All examples once, shortest first, for evaluation."""
         return [
             self._make(length, part)
             for length, members in self._members.items()

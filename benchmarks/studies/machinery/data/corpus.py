@@ -1,4 +1,4 @@
-"""Parallel text ready to train on: split, with a vocabulary of its training part."""
+"""Parallel text, split, with a vocabulary learnt from its training part."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,10 +21,10 @@ class Corpus(NamedTuple):
     """Parallel text.
 
     Attributes:
-        split: its pairs, by what they are for.
+        split: its pairs, for training, development and test.
         vocabulary: of both languages, learnt from ``split.train`` alone.
-        counts: of pairs, for the page.
-        fingerprint: of text, split and vocabulary, for a run's config.
+        counts: numbers of pairs, for the page.
+        fingerprint: a hash of text, split and vocabulary, for a run's config.
     """
 
     split: Split
@@ -50,12 +50,12 @@ def load_corpus(
     """Reads, filters, splits, and learns a vocabulary.
 
     Args:
-        path: of a table of pairs; None: French verses and their English ones.
-        cache: folder of the vocabulary.
+        path: path of a table of pairs; None: French and English Bible verses.
+        cache: folder for the vocabulary.
         pieces: see ``learn``.
-        kind: likewise.
-        limit: pairs, from the beginning.
-        say: ``say(message)`` is told what was left out.
+        kind: see ``learn``.
+        limit: number of pairs, from the beginning; None: all.
+        say: called with a message about the lines that were left out.
     """
     if path is None:
         found = load_verses()

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from benchmarks.studies.machinery.errors import StudyError
 
-#: Characters of a side; a longer line is no sentence.
+#: The most characters of a sentence; pairs with longer ones are left out.
 LONGEST = 4000
-#: Share of the lines of a file that must be pairs.
+#: The least share of the lines of a file that must be pairs.
 LEAST_GOOD = 0.9
-#: Neighbours in a file tend to be of one text, and stay on one side of a split.
+#: Successive lines tend to be of one text, so groups of them are not split.
 LINES_A_GROUP = 25
 
 
@@ -19,9 +19,9 @@ class Pair(NamedTuple):
     """A sentence and its translation.
 
     Attributes:
-        source: in one language.
-        target: in the other.
-        group: what is held out together: a chapter.
+        source: the sentence.
+        target: its translation.
+        group: pairs of one group, such as a chapter, are held out together.
     """
 
     source: str
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
-    """The same for the same text in the same order: for a run's config."""
+    """A hash of the text in its order, for a run's config."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update("\x1f".join(pair).encode() + b"\x1e")
@@ -38,14 +38,14 @@ def fingerprint(pairs: Iterable[Pair]) -> str:
 
 
 def word_ratio(pair: Pair) -> float:
-    """Words of the target for each of the source."""
+    """Number of words of the target over that of the source."""
     return len(pair.target.split()) / max(len(pair.source.split()), 1)
 
 
 def within_ratio(
     pairs: Sequence[Pair], low: float = 0.4, high: float = 2.5
 ) -> list[Pair]:
-    """Pairs of which neither side is much longer than the other, in words."""
+    """The pairs whose :func:`word_ratio` is from ``low`` to ``high``."""
     return [pair for pair in pairs if low <= word_ratio(pair) <= high]
 
 
@@ -68,18 +68,18 @@ def _problem(line: bytes) -> str | tuple[str, str]:
 
 
 class Table(NamedTuple):
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        pairs: in its order.
-        problems: by what is wrong, the numbers of the lines, from 1.
+        pairs: the pairs, in the order of the file.
+        problems: the numbers of the bad lines, from 1, by problem.
     """
 
     pairs: list[Pair]
     problems: dict[str, list[int]]
 
     def report(self) -> str:
-        """How many lines are left out, and why; empty if none."""
+        """How many lines are left out, and why; empty if all are good."""
         parts = []
         for what, lines in self.problems.items():
             shown = ", ".join(map(str, lines[:5])) + (", ..." if lines[5:] else "")
@@ -89,9 +89,9 @@ class Table(NamedTuple):
 
 
 def read_table(path: Path) -> Table:
-    """Reads pairs, one a line, two columns with a tab between them.
+    """Reads pairs from lines of two columns, separated by a tab.
 
-    Lines that are no pair are left out and counted.
+    Lines that are not pairs are left out, and listed in ``problems``.
 
     Raises:
         StudyError: if there is no such file, or less than :data:`LEAST_GOOD` of its

@@ -1,4 +1,4 @@
-"""Training, development and test pairs, of which none knows the others' text."""
+"""Splits pairs into training, development and test parts without common text."""
 
 import re
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from benchmarks.studies.machinery.errors import StudyError
 
 
 class Split(NamedTuple):
-    """Pairs, by what they are for; whole groups, each in one place.
+    """Pairs for training, development and test; a group is in one part only.
 
     Attributes:
-        train: to learn from.
-        dev: to choose by.
-        test: to report.
+        train: pairs to train on.
+        dev: pairs for choices, such as of the learning rate.
+        test: pairs for the test.
         duplicates: pairs that were dropped from ``train`` (or ``dev``) because one of
             their sides occurs in ``dev`` or ``test`` (or ``test``).
     """
@@ -32,7 +32,7 @@ def _sides(pairs: Sequence[Pair]) -> set[str]:
 
 
 def _plain(text: str) -> str:
-    """Words alone: neither case nor punctuation makes another sentence."""
+    """The words of a text, without case and punctuation, to find duplicates."""
     return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 
@@ -48,10 +48,10 @@ def split(
     """Holds out whole groups, drawn at random, until there are enough pairs.
 
     Args:
-        pairs: in groups.
-        test: pairs, about; at most a tenth of all.
-        dev: likewise.
-        seed: of the draw.
+        pairs: the pairs, with their groups.
+        test: about how many pairs for the test; at most about a tenth of all.
+        dev: about how many pairs for development; at most about a tenth of all.
+        seed: seed of the draw.
 
     Raises:
         StudyError: if there are too few groups to hold any out.

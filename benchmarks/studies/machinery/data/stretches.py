@@ -1,4 +1,4 @@
-"""Stretches of one long text, to predict what follows or what is hidden."""
+"""Contexts cut from one long text, for causal or masked language models."""
 
 import functools
 from typing import NamedTuple
@@ -8,7 +8,8 @@ import numpy as np
 
 from benchmarks.studies.machinery.errors import StudyError
 
-#: Of the tokens that a masked language model must tell: hidden, replaced, left alone.
+#: Share of the tokens that a masked language model must predict; of these, shares that
+#: are hidden and replaced by random tokens. The rest of them is left as it is.
 CHOSEN, HIDDEN, REPLACED = 0.15, 0.8, 0.1
 
 
@@ -16,9 +17,9 @@ class Stretch(NamedTuple):
     """A batch of text of one length.
 
     Attributes:
-        tokens: ``[B, T]`` int32, what a model reads.
-        labels: ``[B, T]`` int32, what it should say at each place.
-        counted: ``[B, T]`` bool, where it is asked.
+        tokens: ``[B, T]`` int32, the input.
+        labels: ``[B, T]`` int32, the token to predict at each position.
+        counted: ``[B, T]`` bool, the positions that count in the loss.
     """
 
     tokens: np.ndarray | jax.Array
@@ -27,11 +28,11 @@ class Stretch(NamedTuple):
 
 
 class Stretches:
-    """Batches of stretches; an epoch sees each token once.
+    """Batches of stretches; an epoch has each token about once.
 
     Attributes:
-        steps: batches of an epoch.
-        vocabulary_size: V, the sign for what is hidden included.
+        steps: batches in an epoch.
+        vocabulary_size: V, including the mask token of a masked model.
     """
 
     def __init__(
@@ -47,23 +48,23 @@ class Stretches:
         """Cuts a text.
 
         Args:
-            stream: of tokens.
+            stream: tokens of the text.
             length: T.
             rows: B, a multiple of the number of devices.
-            vocabulary_size: of the tokens alone.
-            causal: whether the next token is asked for; else 15 % of them are hidden.
-            seed: of the order, and of what is hidden.
+            vocabulary_size: V without a mask token.
+            causal: True: predict every next token; False: predict 15 % of the tokens.
+            seed: seed of the order, and of the choice of these tokens.
 
         Raises:
             StudyError: if the text is too short for one batch.
 
         References:
-            Devlin et al., "BERT", 2019, section 3.1, task 1 (which are hidden).
+            Devlin et al., "BERT", 2019, section 3.1, task 1 (choice of tokens).
         """
         self._stream, self._length, self._rows = stream, length, rows
         self._hide, self._causal, self._seed = vocabulary_size, causal, seed
         self.vocabulary_size = vocabulary_size + (not causal)
-        # One stretch less: each epoch begins elsewhere.
+        # One stretch less, because each epoch starts at another offset.
         self._count = (len(stream) - 1) // length - 1
         self.steps = self._count // rows
         if self.steps < 1:
@@ -86,7 +87,7 @@ class Stretches:
         return self._make(starts, random)
 
     def all(self) -> list[Stretch]:
-        """Each stretch once, in order: for evaluation, the last rows filled up."""
+        """All stretches once, in order, for evaluation; the last batch is padded."""
         starts = np.arange(self._count + 1) * self._length
         batches = []
         for i in range(0, len(starts), self._rows):

@@ -1,4 +1,4 @@
-"""Tasks that anybody can check: copy or reverse random symbols."""
+"""Synthetic tasks: copy or reverse random symbols."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,12 +7,12 @@ import numpy as np
 
 from benchmarks.studies.machinery.data.batches import END, START, Batch, Example, pad
 
-#: Below it are the special tokens.
+#: The first token that is a symbol; lower ones are special tokens.
 FIRST_SYMBOL = max(START, END) + 1
 
 
 class Symbols:
-    """Random symbols as source; as target the same, or the same backwards.
+    """Random symbols as source, and the same or the reversed ones as target.
 
     Attributes:
         vocabulary_size: V, special tokens included.
@@ -31,12 +31,12 @@ class Symbols:
         """A task.
 
         Args:
-            task: what the target is.
-            symbols: how many there are.
-            lengths: the least and the greatest number of symbols, all alike probable.
+            task: how the target follows from the source.
+            symbols: number of different symbols.
+            lengths: the least and the greatest length; lengths are drawn uniformly.
             rows: B, a multiple of the number of devices.
-            padded: S; what the greatest length needs if not given.
-            seed: of everything drawn.
+            padded: S; the greatest length and END if not given.
+            seed: seed of all random numbers.
         """
         if task not in {"copy", "reverse"}:
             raise ValueError(f"task: expected copy or reverse, got {task!r}")
@@ -63,12 +63,12 @@ class Symbols:
         return pad(examples, self._rows, self._padded)
 
     def test(self, lengths: Sequence[int], batches: int = 1) -> list[Batch]:
-        """Batches of one length each, drawn apart from those of every step.
+        """Batches of one length each, drawn independently of the training batches.
 
         Args:
-            lengths: in symbols; all are padded to the same shape, the longest one's or
-                the one of training.
-            batches: of each length.
+            lengths: lengths in symbols; all batches have the same shape, at least that
+                of training.
+            batches: number of batches of each length.
         """
         padded = max(self._padded, max(lengths) + 1)
         made = []

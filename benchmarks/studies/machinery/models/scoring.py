@@ -1,4 +1,4 @@
-"""How good translations are: BLEU and chrF, with intervals, also by length."""
+"""Quality of translations: BLEU and chrF with intervals, also by length."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,18 +10,18 @@ from sacrebleu.metrics.chrf import CHRF
 from benchmarks.studies.machinery.data.batches import END, Batch
 from benchmarks.studies.machinery.record import Json
 
-#: Words of a source: up to 10, 11 to 20, ..., more than 40.
+#: Classes by words of the source: up to 10, 11 to 20, ..., more than 40.
 EDGES = (10, 20, 30, 40)
 
 
 class Score(NamedTuple):
-    """A score of a set of translations, and how sure it is.
+    """A score of a set of translations, with its interval.
 
     Attributes:
         value: from 0 to 100.
-        mean: over bootstrap samples of the sentences.
-        half_width: of the 95 % interval around ``mean``.
-        signature: everything that decides the score, as sacreBLEU writes it.
+        mean: mean over bootstrap samples of the sentences.
+        half_width: half the 95 % interval around ``mean``.
+        signature: sacreBLEU's signature of the settings.
     """
 
     value: float
@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
 
 class _OneType:
-    """Scores of one type: sacreBLEU has another for those of nothing."""
+    """Makes scores floats: sacreBLEU returns another type for empty statistics."""
 
     def _compute_score_from_stats(self, stats: list[int]) -> Any:
         above: Any = super()
@@ -59,7 +59,7 @@ def score(
     Args:
         translations: sentences.
         references: one for each.
-        bootstrap: samples, at least 2; drawn with a fixed seed.
+        bootstrap: number of samples, at least 2; drawn with a fixed seed.
 
     References:
         Papineni et al., "BLEU", 2002; Popović, "chrF", 2015; Post, "A Call for Clarity
@@ -76,7 +76,7 @@ def score(
         result: Any = metric.corpus_score(
             list(translations), [list(references)], n_bootstrap=bootstrap
         )
-        # sacreBLEU has no public names for them.
+        # sacreBLEU has no public names for mean and interval.
         found[name] = Score(
             float(result.score),
             float(result._mean),
@@ -94,18 +94,18 @@ def score_by_length(
     edges: Sequence[int] = EDGES,
     bootstrap: int = 1000,
 ) -> list[Json]:
-    """The same for sources of about the same number of words.
+    """BLEU and chrF for classes of sources by their number of words.
 
     Args:
         sources: sentences.
         translations: one for each.
         references: one for each.
-        edges: the most words of each class but the last.
+        edges: the most words of each class except the last.
         bootstrap: see :func:`score`.
 
     Returns:
-        For each class that occurs ``words`` (``11-20``), ``mean_words``, ``sentences``
-        and the scores.
+        For each class that is not empty: ``words`` (such as ``11-20``), ``mean_words``,
+        ``sentences`` and the scores.
     """
     counts = np.array([len(s.split()) for s in sources])
     classes = np.searchsorted(np.asarray(edges), counts)
@@ -131,11 +131,11 @@ def score_by_length(
 
 
 def exact_matches(tokens: Any, batch: Batch) -> np.ndarray:
-    """Which rows are right to the last token; rows that fill the batch are left out.
+    """Whether each row is right to the last token; rows without example are left out.
 
     Args:
-        tokens: ``[B, L]``: what a model says after START, END included.
-        batch: with the targets.
+        tokens: ``[B, L]``: the output of a model after START, END included.
+        batch: the batch with the targets.
     """
     tokens, target = np.asarray(tokens), np.asarray(batch.target)
     right = []

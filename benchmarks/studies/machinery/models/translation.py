@@ -1,4 +1,4 @@
-"""Translating a test set in batches of few shapes."""
+"""Translates a test set in batches of few shapes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,12 +7,15 @@ import numpy as np
 
 from benchmarks.studies.machinery.data.batches import LENGTHS, pad
 
-#: ``(source [B, S], source_lengths [B]) -> tokens [B, L]``: each row up to its END.
+#: ``(source [B, S], source_lengths [B]) -> tokens [B, L]``; rows count up to END.
 TranslateBatch = Callable[[np.ndarray, np.ndarray], Any]
 
 
 def padded_length(tokens: int, lengths: Sequence[int] = LENGTHS) -> int:
-    """The least of the lengths that has room; twice the longest, and so on, beyond."""
+    """The smallest of ``lengths`` that holds so many tokens.
+
+    Beyond the longest, that length is doubled until it suffices.
+    """
     for length in lengths:
         if tokens <= length:
             return length
@@ -30,16 +33,15 @@ def translate(
     lengths: Sequence[int] = LENGTHS,
     devices: int = 1,
 ) -> list[np.ndarray]:
-    """Translates every source, those of about the same length together.
+    """Translates every source, in batches of similar lengths.
 
     Args:
         sources: tokens, without END.
-        translate_batch: compiled once for each shape; greedy or beam search with any
-            model (``over_batch`` divides it among
-            devices). Of beams it returns the best.
-        tokens: padded source tokens of a batch, at most (but a row for each device).
-        lengths: that sources are padded to; longer ones are translated, too.
-        devices: rows are a multiple of it.
+        translate_batch: translates one batch; it is called with few different shapes.
+        tokens: the most padded source tokens of a batch, but at least one row for each
+            device.
+        lengths: the lengths that sources are padded to; longer sources get longer ones.
+        devices: the number of rows is a multiple of it.
 
     Returns:
         Tokens for each source, in the order given.

@@ -1,4 +1,4 @@
-"""Training translators: the runs that several studies share."""
+"""Training runs of translators, which several studies share."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -24,20 +24,20 @@ from benchmarks.studies.machinery.record import Json
 from benchmarks.studies.machinery.sweep import Chosen, train_at_best_rate
 from benchmarks.studies.machinery.training import Run
 
-#: ``make(vocabulary size, sizes, rngs)``: a new translator.
+#: ``make(vocabulary size, sizes, rngs)`` makes an untrained translator.
 Make = Callable[[int, Sizes, nnx.Rngs], Any]
 
 
 class Budget(NamedTuple):
-    """What every translator of a comparison gets.
+    """Data and training that all translators of a comparison share.
 
     Attributes:
-        steps: updates.
-        tokens: padded tokens of a batch, on one side.
-        pieces: of the vocabulary.
-        limit: pairs read; None: all.
-        evaluate_every: steps.
-        smoothing: of labels.
+        steps: number of updates.
+        tokens: the most padded tokens of a batch, on one side.
+        pieces: size of the vocabulary.
+        limit: number of sentence pairs to read; None: all.
+        evaluate_every: steps between evaluations.
+        smoothing: label smoothing.
     """
 
     steps: int
@@ -48,10 +48,10 @@ class Budget(NamedTuple):
     smoothing: float = 0.1
 
 
-#: Eight epochs; a run takes twenty minutes to half an hour on two cores.
+#: About eight epochs; a run takes twenty minutes to half an hour on two cores.
 BUDGET = Budget(steps=2800, evaluate_every=200)
 SIZES = Sizes(features=192, hidden_size=192, layers=2)
-#: Rates that are tried, each with a tenth of the budget.
+#: Learning rates that are tried, each with a tenth of the steps.
 RATES = {
     "plain": (1e-3, 2e-3, 4e-3),
     "additive": (1e-3, 2e-3, 4e-3),
@@ -69,14 +69,14 @@ class Task:
         """Reads the corpus.
 
         Args:
-            context: of the study.
-            budget: of each run.
-            sizes: of each model; both are replaced by tiny ones for ``--quick``.
+            context: context of the study.
+            budget: replaced by a tiny one for ``--quick``.
+            sizes: sizes of the models; replaced by tiny ones for ``--quick``.
         """
         if context.quick:
             budget, sizes = QUICK, QUICK_SIZES
         self.context, self.budget, self.sizes = context, budget, sizes
-        # One shape is compiled in less time than several.
+        # One shape compiles faster than several.
         self._lengths = LENGTHS[-1:] if context.quick else LENGTHS
         self.corpus: Corpus = context.corpus(pieces=budget.pieces, limit=budget.limit)
         self._train = self._batches(self.corpus.split.train)
@@ -96,10 +96,10 @@ class Task:
         """One training run.
 
         Args:
-            name: of the run; ``make`` is decided by it.
-            make: of a model.
-            rate: of learning, at its highest.
-            steps: instead of the budget's.
+            name: name of the run, which must identify ``make``.
+            make: makes the model.
+            rate: the highest learning rate.
+            steps: number of updates; the budget's if not given.
         """
         steps = self.budget.steps if steps is None else steps
         warmup = max(steps // 10, 1)
@@ -127,7 +127,7 @@ class Task:
         )
 
     def translate(self, model: Any) -> list[str]:
-        """Every source of the test set, by beam search."""
+        """Translations of all sources of the test set, by beam search."""
         vocabulary = self.corpus.vocabulary
         sources = [vocabulary.encode(p.source) for p in self.corpus.split.test]
 
@@ -144,7 +144,10 @@ class Task:
 def translators(
     task: Task, names: Iterable[str] = tuple(TRANSLATORS)
 ) -> dict[str, Chosen] | None:
-    """The trained translators, each at its best rate; None where some are left out."""
+    """The trained translators by name, each at its best rate.
+
+    None if ``--only`` left out runs that are not finished.
+    """
     shared = task.context.shared("translators")
     short_steps = max(task.budget.steps // 10, 3)
 
@@ -156,14 +159,14 @@ def translators(
         rates = RATES[name][:1] if task.context.quick else RATES[name]
         return train_at_best_rate(shared, run, rates)
 
-    # Every run is asked for, whether or not --only leaves others out.
+    # All are asked for first, so that --only is checked against all names.
     found = {name: train(name) for name in names}
     done = {name: chosen for name, chosen in found.items() if chosen is not None}
     return done if len(done) == len(found) else None
 
 
 def counts_of(task: Task) -> str:
-    """What the data are, in a sentence."""
+    """The sizes of the data, as text for a page."""
     c = task.corpus.counts
     return (
         f"{c['train'] - task.too_long:,} sentence pairs to train on, {c['dev']:,} to "

@@ -1,8 +1,8 @@
-"""The models that the studies compare, by name, and how they are asked to translate.
+"""The translation models of the studies, by name, and how they are decoded.
 
 ``plain`` passes one vector from a recurrent encoder to a recurrent decoder (Cho et al.,
 2014), ``additive`` is the same with attention (Bahdanau et al., 2015), ``transformer``
-has nothing but attention (Vaswani et al., 2017).
+uses attention alone (Vaswani et al., 2017).
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from benchmarks.studies.machinery.data.batches import END, START, Batch
 
 
 class Sizes(NamedTuple):
-    """Of a model.
+    """Sizes of a model.
 
     Attributes:
-        features: of embeddings, and of a Transformer's stream.
-        hidden_size: of recurrent cells in one direction.
-        layers: of a Transformer, on each side.
-        heads: of its attention.
-        dropout_rate: of the source's embeddings; in a Transformer of the target's, too,
-            and of what its layers add.
+        features: size of embeddings, and of a Transformer's residual stream.
+        hidden_size: size of recurrent cells in one direction.
+        layers: number of layers of a Transformer's encoder, and of its decoder.
+        heads: number of heads of a Transformer.
+        dropout_rate: for source embeddings; in a Transformer also for target
+            embeddings and for the outputs of sublayers.
     """
 
     features: int = 256
@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
 
 
 def plain(vocabulary: int, sizes: Sizes, rngs: nnx.Rngs) -> nn.RecurrentEncoderDecoder:
-    """Without attention."""
+    """A recurrent encoder-decoder without attention."""
     return nn.RecurrentEncoderDecoder.plain(
         vocabulary,
         features=sizes.features,
@@ -50,7 +50,7 @@ def plain(vocabulary: int, sizes: Sizes, rngs: nnx.Rngs) -> nn.RecurrentEncoderD
 def additive(
     vocabulary: int, sizes: Sizes, rngs: nnx.Rngs
 ) -> nn.RecurrentEncoderDecoder:
-    """With additive attention."""
+    """A recurrent encoder-decoder with additive attention."""
     return nn.RecurrentEncoderDecoder.bahdanau(
         vocabulary,
         features=sizes.features,
@@ -61,7 +61,7 @@ def additive(
 
 
 def transformer(vocabulary: int, sizes: Sizes, rngs: nnx.Rngs) -> nn.EncoderDecoder:
-    """Pre-norm, source and target tokens sharing their vectors."""
+    """A pre-norm Transformer; source and target share one embedding table."""
     return nn.EncoderDecoder.standard(
         vocabulary,
         features=sizes.features,
@@ -82,7 +82,7 @@ TRANSLATORS: dict[str, Callable[[int, Sizes, nnx.Rngs], Any]] = {
 
 
 def logits(model: Any, batch: Batch) -> jax.Array:
-    """Of what follows each target token, ``[B, T - 1, V]``."""
+    """Logits of the token after each target token, ``[B, T - 1, V]``."""
     source, lengths, target = map(
         jnp.asarray, (batch.source, batch.source_lengths, batch.target[:, :-1])
     )
@@ -93,7 +93,14 @@ def logits(model: Any, batch: Batch) -> jax.Array:
 
 
 def _start(model: Any, source: jax.Array, lengths: jax.Array, most: int) -> tuple:
-    """A step of decoding, and the state before the first of ``most`` target tokens."""
+    """The step function of decoding, and the state before the first token.
+
+    Args:
+        model: one of ``TRANSLATORS``.
+        source: ``[B, S]``.
+        lengths: ``[B]``.
+        most: the most target tokens.
+    """
     if isinstance(model, nn.EncoderDecoder):
         seen = masks.lengths(key=lengths)
         memory = model.encoder(source, mask=seen)
@@ -107,7 +114,7 @@ def _prompt(source: jax.Array) -> jax.Array:
 
 
 def best_of_beams(model: Any, source: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The best of five hypotheses, ``[B, S] -> [B, 3 S / 2]``."""
+    """Beam search, best of five hypotheses: ``[B, S] -> [B, 3 S / 2]``."""
     most = 3 * source.shape[1] // 2
     step, state = _start(model, source, lengths, most)
     return nn.beam_search(
@@ -122,7 +129,7 @@ def best_of_beams(model: Any, source: jax.Array, lengths: jax.Array) -> jax.Arra
 
 
 def greedy(model: Any, source: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The most probable token, one after another, ``[B, S] -> [B, S]``."""
+    """Greedy decoding: ``[B, S] -> [B, S]``."""
     most = source.shape[1]
     step, state = _start(model, source, lengths, most)
     return nn.greedy(step, state, _prompt(source), length=most, end=END).tokens
