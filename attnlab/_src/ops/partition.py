@@ -1,10 +1,10 @@
-"""A pass over several devices: each computes its share of examples, heads and queries.
+"""One pass on several devices: each computes its examples, heads and queries.
 
-Where a program is compiled for several devices (``jit`` with shardings), XLA cannot
-look into a kernel: it would gather every array, and every device would compute all.
-Here it is told which axes of the arrays belong together (a Shardy rule), and what a
-device computes of its shares: the same pass of fewer examples, heads or queries. Only
-gradients of what several devices share are summed.
+When XLA partitions a program (``jit`` with shardings), it cannot look into a kernel: it
+would gather every array, and every device would compute everything. This module gives
+it a rule (Shardy's) that names which axes of the arrays correspond, and the function
+that a device runs on its shards: the same pass with fewer examples, heads or queries.
+Nothing is sent, but for gradients of arrays that several devices use: they are summed.
 
 References:
     https://openxla.org/shardy/overview
@@ -32,15 +32,15 @@ from attnlab._src.types import Array, AttentionInputs, Sizes
 
 
 class Factors(tuple[str | None, ...]):
-    """By axis of an array what runs along it.
+    """What runs along each axis of an array.
 
     Examples "b", queries "t", keys "s", query heads "n", key heads "k"; None: anything
-    else, which every device has whole.
+    else, which is never sharded.
     """
 
 
 def is_divided(axis_context: Any) -> bool:
-    """Whether each device has its share of the arrays, as inside a ``shard_map``.
+    """Whether the arrays are one device's shards, as inside a ``shard_map``.
 
     Args:
         axis_context: of the module that is lowered.
@@ -50,7 +50,7 @@ def is_divided(axis_context: Any) -> bool:
 
 
 def spans_devices(axis_context: Any) -> bool:
-    """Whether a program is for several devices, and XLA divides the arrays.
+    """Whether XLA partitions the program among several devices.
 
     Args:
         axis_context: of the module that is lowered.
@@ -62,10 +62,10 @@ def spans_devices(axis_context: Any) -> bool:
 
 @functools.cache
 def needs_devices() -> Any:
-    """A program that JAX lowers only when it knows the devices, as a parameter.
+    """A parameter by which JAX gives a primitive's lowering the devices.
 
-    JAX looks for such programs in the parameters of a primitive, too; this one is never
-    run.
+    JAX does so for a ``custom_partitioning`` in any program that a primitive has as a
+    parameter. This one is never run.
     """
     same = custom_partitioning(lambda x: x)
     same.def_partition(partition=None, sharding_rule="i -> i")
@@ -79,7 +79,7 @@ def divided(
     avals: Sequence[Any],
     wanted: Any,
 ) -> Callable[..., Sequence[Array]]:
-    """A pass whose arrays XLA may divide among devices.
+    """A pass that XLA can partition.
 
     Args:
         run: ``run(*leaves, structure=)``: the pass itself.
@@ -104,8 +104,8 @@ def divided(
     def call(*leaves: Array) -> Sequence[Array]:
         return run(*leaves, structure=structure)
 
-    # Axes of the user's mesh may be split between two axes of an array: where things
-    # lie is read from the devices, not from names of axes.
+    # An axis of the user's mesh may be split between two axes of an array, which has no
+    # spec: shardings are read from the devices' indices instead.
     call.def_partition(
         partition=partition, sharding_rule=rule, decode_shardings=False, **options
     )
@@ -119,14 +119,14 @@ def divided_as_placed(
     wanted: Any,
     place: NamedSharding,
 ) -> Callable[..., Sequence[Array]]:
-    """As :func:`divided`, where it is known how the query is divided.
+    """As :func:`divided`, where the sharding of the query is known beforehand.
 
     Args:
         run: as above.
         structure: as above.
         avals: as above.
         wanted: as above.
-        place: of the query, ``[B, T, N]``.
+        place: the sharding of the query, ``[B, T, N]``.
     """
     work = Work.of(structure, avals, wanted)
     share = _share(place.mesh, [*map(_names, place.spec)], work)
@@ -145,14 +145,14 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A pass of all devices.
+    """The pass as a whole.
 
     Attributes:
-        structure: of its arguments.
-        avals: of their leaves.
-        sizes: of the axes.
-        arguments: by leaf, what runs along its axes.
-        results: likewise.
+        structure: pytree structure of the arguments.
+        avals: types of their leaves.
+        sizes: axis sizes.
+        arguments: what runs along the axes of each leaf.
+        results: what runs along the axes of each result.
         heads_are_whole: whether every device must have all heads.
         is_forward: whether it is the forward pass.
     """
@@ -176,7 +176,7 @@ class Work:
     def local(
         self, run: Callable[..., Sequence[Array]], share: "Share"
     ) -> Callable[..., list[Array]]:
-        """What one device computes of its shares of the arrays."""
+        """What one device runs on its shards."""
         structure = self.structure
         if share.axes["t"]:
             structure = _of_part(structure, self.avals)
@@ -184,7 +184,7 @@ class Work:
         def call(*leaves: Array) -> list[Array]:
             own = map(share.own_head, leaves, self.arguments)
             found = run(*own, structure=structure)
-            # Each device has its own results, but a part of the sum of a gradient.
+            # A gradient on one device is a part of a sum.
             if self.is_forward:
                 return [*found]
             return [*map(share.summed, found, self.results)]
@@ -194,13 +194,13 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What a device has of the examples, queries and heads.
+    """How the pass is divided among devices.
 
     Attributes:
-        axes: by factor the axes of the mesh that divide it.
-        heads: K, key heads of all devices.
-        group: query heads of a key head.
-        parts: into how many the query heads are divided.
+        axes: the axes of the mesh that shard "b", "t", "n" and "k".
+        heads: K, all key heads.
+        group: query heads for each key head.
+        parts: into how many shards the query heads are divided.
     """
 
     axes: dict[str, tuple[str, ...]]
@@ -209,22 +209,22 @@ class Share:
     parts: int
 
     def spec(self, factors: Factors) -> PartitionSpec:
-        """How an array is divided."""
+        """The sharding of an array."""
         return PartitionSpec(*(self.axes.get(f or "") or None for f in factors))
 
     @property
     def takes_one(self) -> bool:
-        """Whether each device has all key heads and uses one of them."""
+        """Whether each device holds all key heads and uses one of them."""
         return 1 < self.heads < self.parts and not self.axes["k"]
 
     def own_head(self, x: Array, factors: Factors) -> Array:
-        """Of all key heads the one that this device's query heads use."""
+        """The key head that this device's query heads use, if it holds them all."""
         if "k" not in factors or not self.takes_one:
             return x
         return lax.dynamic_slice_in_dim(x, self._head(), 1, factors.index("k"))
 
     def summed(self, gradient: Array, factors: Factors) -> Array:
-        """Over the devices that share what it is the gradient of."""
+        """The sum over devices that use the same shard of the argument."""
         if "k" in factors and self.takes_one:
             axis = factors.index("k")
             shape = (*gradient.shape[:axis], self.heads, *gradient.shape[axis + 1 :])
@@ -243,7 +243,7 @@ class Share:
 
 
 def _reads_head(inputs: AttentionInputs) -> bool:
-    """Whether something asks for the number of a head, which a share does not know."""
+    """Whether a mask or modifier reads the number of the head, unknown in a shard."""
     return (
         inputs.mask.head_count > 1
         or mask_reads_head(inputs.mask, inputs.mask_operands)
@@ -257,7 +257,7 @@ def _factors(
     """What runs along each axis of arguments and results."""
 
     def operand(x: Any, axes: Sequence[str] = ("b", "n", "t", "s")) -> Factors:
-        """An axis of size 1 serves all of its kind."""
+        """Axes of size 1 are broadcast, and not sharded."""
         named = [f if n > 1 else None for f, n in zip(axes, x.shape, strict=False)]
         return Factors([*named, *[None] * (x.ndim - len(named))])
 
@@ -292,10 +292,11 @@ def _factors(
 
 
 def _rule(work: Work) -> tuple[str, dict[str, Any]]:
-    """A Shardy rule as text, and what ``def_partition`` takes beside it."""
+    """A Shardy rule as text, and further arguments of ``def_partition``."""
     sizes = work.sizes
     count = itertools.count()
-    # Query head n of key head k is (k g); a factor of size 1 is not allowed.
+    # Query heads are pairs (k g) of key head and group member. Shardy refuses factors
+    # of size 1.
     grouped = 1 < sizes.K < sizes.N
     names = {"n": "(k g)" if grouped else "n", "k": "k" if grouped else "n"}
 
@@ -313,21 +314,21 @@ def _rule(work: Work) -> tuple[str, dict[str, Any]]:
 
 
 def _places(sharding: Any, sizes: Sizes) -> tuple[Mesh, list[tuple[str, ...]]]:
-    """Which part of the query lies on which device.
+    """Which axes of a mesh shard the query.
 
     Args:
         sharding: of the query.
         sizes: of the axes.
 
     Returns:
-        A mesh of all devices in their order, and the axes of it that divide examples,
+        A mesh of all devices in their order, and the axes of it that shard examples,
         queries and heads, major axes first.
     """
     shape = (sizes.B, sizes.T, sizes.N, sizes.P)
     parts = sharding.devices_indices_map(shape)
     devices = np.array([*parts])
     starts = np.array([[s.start or 0 for s in index[:3]] for index in parts.values()])
-    # Part 0, 1, ... of each axis, instead of where it begins.
+    # The number of the shard along each axis, instead of the index where it begins.
     columns = [np.unique(column, return_inverse=True)[1] for column in starts.T]
     for radices in sorted(set(itertools.permutations(_primes(devices.size)))):
         digits = np.stack(np.unravel_index(np.arange(devices.size), radices), -1)
@@ -336,14 +337,14 @@ def _places(sharding: Any, sizes: Sizes) -> tuple[Mesh, list[tuple[str, ...]]]:
             names = [f"d{i}" for i in range(len(radices))]
             mesh = Mesh(devices.reshape(radices), names)
             return mesh, [tuple(names[i] for i in each or ()) for each in found]
-    # Devices in no regular order: each has everything.
+    # No mesh has this order of devices: the query is replicated.
     return Mesh(devices, ("d0",)), [(), (), ()]
 
 
 def _digits_of(
     column: np.ndarray, digits: np.ndarray, radices: Sequence[int]
 ) -> list[int] | None:
-    """The digits of a device's number that make its part's number; None: none do."""
+    """Which digits of a device's number are its shard's number; None: none are."""
     steps = {}
     for i in range(len(radices)):
         first = (digits[:, i] == 1) & (np.delete(digits, i, 1) == 0).all(1)
@@ -364,7 +365,7 @@ def _primes(number: int) -> tuple[int, ...]:
 
 
 def _share(mesh: Any, places: Sequence[tuple[str, ...]], work: Work) -> Share:
-    """What each device computes, given the axes that divide the query."""
+    """How the pass is divided, given the axes that shard the query."""
     (b, t, n), sizes = places, work.sizes
 
     def parts(axes: Sequence[str]) -> int:
@@ -373,7 +374,7 @@ def _share(mesh: Any, places: Sequence[tuple[str, ...]], work: Work) -> Share:
     b = b if sizes.B % parts(b) == 0 else ()
     t = t if sizes.T % parts(t) == 0 else ()
     n = () if work.heads_are_whole or sizes.N % parts(n) else n
-    # Key heads are divided as query heads are, as far as there are enough.
+    # Key heads are sharded by the same axes, as far as their number allows.
     k = next(
         k for i in range(len(n), -1, -1) for k in [n[:i]] if not sizes.K % parts(k)
     )
@@ -385,9 +386,9 @@ def _share(mesh: Any, places: Sequence[tuple[str, ...]], work: Work) -> Share:
 
 
 def _of_part(structure: Any, leaves: Sequence[Any]) -> Any:
-    """The structure of arguments whose queries are a part of the sequence.
+    """The structure of arguments whose queries are a shard of the sequence.
 
-    Their positions are no longer slot numbers, but slot numbers and an offset.
+    Their positions are slot numbers and an offset, no longer slot numbers alone.
     """
     inputs, *others = jax.tree.unflatten(structure, leaves)
     queries, keys = inputs.position_kinds

@@ -68,7 +68,8 @@ class Settings:
             for each query.
         shared_dropout: whether all examples and heads have one dropout pattern, as with
             Flax's ``broadcast_dropout``.
-        place: of the query, ``[B, T, N]``, on a mesh with explicit axes; None: unknown.
+        place: sharding of the query, ``[B, T, N]``, on a mesh with explicit axes; None
+            where it is not known while tracing.
     """
 
     dropout_rate: float = 0.0
