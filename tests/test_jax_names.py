@@ -18,7 +18,12 @@ import attnlab
 
 ROOT = pathlib.Path(attnlab.__file__).parent.parent
 #: Every name that attnlab uses from these modules must be in ``CHECKS``.
-UNSTABLE = ("jax.core", "jax.extend", "jax.interpreters")
+UNSTABLE = (
+    "jax.core",
+    "jax.experimental.custom_partitioning",
+    "jax.extend",
+    "jax.interpreters",
+)
 
 
 def double(x):
@@ -83,9 +88,34 @@ def backends():
     assert "cpu" in jax.extend.backend.backends()
 
 
+def custom_partitioning():
+    """A primitive says by a parameter that it needs devices, and learns how many."""
+    same = jax.experimental.custom_partitioning.custom_partitioning(lambda x: x)
+    same.def_partition(partition=None, sharding_rule="i -> i")
+    needs = jax.make_jaxpr(same)(jnp.zeros(1))
+    seen = []
+
+    def lower(ctx, x, needs):
+        context = ctx.module_context.axis_context
+        seen.append((context.num_devices, getattr(context, "manual_axes", None)))
+        return [x]
+
+    primitive = jax.extend.core.Primitive("placed")
+    primitive.def_abstract_eval(lambda x, needs: x)
+    mlir.register_lowering(primitive, lower)
+    mesh = jax.sharding.Mesh(jax.devices()[:2], "x")
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    x = jax.device_put(jnp.zeros(2), place)
+    jax.jit(lambda x: primitive.bind(x, needs=needs)).lower(x)
+    assert seen == [(2, None)]
+    # Devices come in the order in which programs count them.
+    assert [*place.devices_indices_map((2,))] == jax.devices()[:2]
+
+
 CHECKS = {
     "jax.core.ShapedArray": of_a_primitive,
     "jax.core.Tracer": tracer,
+    "jax.experimental.custom_partitioning.custom_partitioning": custom_partitioning,
     "jax.extend.backend.backends": backends,
     "jax.extend.core.Primitive": of_a_primitive,
     "jax.interpreters.ad.Zero": of_a_primitive,

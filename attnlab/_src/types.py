@@ -341,6 +341,8 @@ class Implementation:
     exportable: ClassVar[bool] = True
     #: Whether a program for several platforms can hold it.
     shares_program: ClassVar[bool] = True
+    #: Whether XLA can partition it by itself where it must (programs for several TPUs).
+    partitionable: ClassVar[bool] = True
     #: Letters of the axes whose sizes may be symbolic (``jax.export``); a plan needs
     #: known lengths.
     symbolic: ClassVar[str] = ""

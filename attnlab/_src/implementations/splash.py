@@ -21,6 +21,7 @@ class Splash(Implementation):
     name = "splash"
     differentiable = True
     platforms = ("tpu",)
+    partitionable = False
 
     #: See ``pallas_call``; True runs on any platform, slowly.
     interpret: ClassVar[bool] = False

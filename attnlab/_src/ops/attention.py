@@ -178,8 +178,10 @@ def attend(
 @functools.partial(jax.jit, static_argnames="settings")
 def run_attention(args: Arguments, settings: Settings) -> AttentionResult:
     """The whole computation on validated arguments, compiled once for a structure."""
-    run_on: Any = functools.partial(_run, settings=settings)
     placed = _explicitly_placed(args, settings.top_k)
+    if placed is not None:
+        settings = settings.but(place=_flat(placed.lse))
+    run_on: Any = functools.partial(_run, settings=settings)
     if placed is not None:
         run_on = jax.sharding.auto_axes(run_on, out_sharding=placed)
     found = run_on(args)
@@ -187,9 +189,7 @@ def run_attention(args: Arguments, settings: Settings) -> AttentionResult:
     return found if settings.stats else found._replace(lse=None)
 
 
-def _explicitly_placed(
-    args: Arguments, top_k: int | str | None
-) -> AttentionResult | None:
+def _explicitly_placed(args: Arguments, top_k: int | str | None) -> Any:
     """The shardings of the results on a mesh with explicit axes: those of the queries.
 
     The compiler shards the arrays in between, whose blocks depend on the mask. None
@@ -213,6 +213,15 @@ def _explicitly_placed(
     )
 
 
+def _flat(place: NamedSharding) -> NamedSharding:
+    """Of ``[*batch, T, N]`` that of ``[B, T, N]``."""
+    *batch, t, heads = place.spec
+    first, rest = batch[:1], batch[1:]
+    # A division of a later axis is none of their product.
+    examples = first[0] if first and not any(rest) else None
+    return NamedSharding(place.mesh, PartitionSpec(examples, t, heads))
+
+
 def _run(args: Arguments, settings: Settings) -> AttentionResult:
     batch = args.query.shape[:-3]
     t, heads = args.query.shape[-3:-1]
@@ -220,7 +229,7 @@ def _run(args: Arguments, settings: Settings) -> AttentionResult:
         args.mask.operands(t, args.key.shape[-3])
         return _nothing(args, settings.top_k)
     inputs = prepare(args, settings)
-    output, lse = run(inputs, settings.implementation)
+    output, lse = run(inputs, settings.implementation, settings.place)
     weights, indices = _weights(inputs, lse, settings.top_k)
     if args.sinks is not None:
         total = _with_sinks(lse, args.sinks)

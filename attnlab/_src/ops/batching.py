@@ -1,5 +1,6 @@
 """The ``vmap`` rule of the primitive: the mapped axis folds into another axis."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ def _mapped(
     asked: Asked,
     wanted: Any,
     structure: Any,
+    **_: Any,
 ) -> tuple[list[Array], list[int]]:
     """One pass with the mapped axis folded; the results have it in front."""
     on = [axis is not None for axis in axes]
@@ -30,6 +32,8 @@ def _mapped(
     ]
     given, mapped = (jax.tree.unflatten(structure, x) for x in (values, on))
     fold = fold_of(size, mapped, given, wanted, asked.implementation)
+    # The folded axis is not divided as one of its parts was.
+    asked = dataclasses.replace(asked, place=None)
     found = one_pass(asked, wanted, *fold.fold(mapped, given, wanted))
     batches = [x.shape[mark] for x, mark in zip(values, on, strict=True)]
     batches = (

@@ -40,7 +40,11 @@ def as_platform(platform: str | None) -> str:
 
 
 def _elsewhere(
-    implementation: Implementation, platform: str | None, exported: bool, shared: bool
+    implementation: Implementation,
+    platform: str | None,
+    exported: bool,
+    shared: bool,
+    divided: bool,
 ) -> tuple[str, ...]:
     """Why an implementation cannot run in such a program, whatever the inputs are."""
     only = implementation.platforms
@@ -51,6 +55,8 @@ def _elsewhere(
         where += ("an exported program cannot carry it",)
     if shared and not implementation.shares_program:
         where += ("a program for several platforms cannot hold it",)
+    if divided and not implementation.partitionable:
+        where += ("XLA cannot divide it among several devices; jax.shard_map can",)
     return where
 
 
@@ -95,6 +101,7 @@ def choose(
     platform: str | None,
     exported: bool = False,
     shared: bool = False,
+    divided: bool = False,
 ) -> Implementation:
     """The implementation to run.
 
@@ -104,6 +111,7 @@ def choose(
         platform: as lowering names it; None: not known yet, so not checked.
         exported: whether the program is to run elsewhere (``jax.export``).
         shared: whether it is one program for several platforms.
+        divided: whether XLA divides the arrays among several devices by itself.
 
     Raises:
         ValueError: if there is no implementation of that name.
@@ -113,7 +121,7 @@ def choose(
     if name is None:
         # Stop at the first capable one: some must trace the user's functions to tell.
         for made in map(IMPLEMENTATIONS.__getitem__, automatic()):
-            elsewhere = _elsewhere(made, platform, exported, shared)
+            elsewhere = _elsewhere(made, platform, exported, shared, divided)
             if not elsewhere and not _reasons(made, inputs):
                 return made
         lengths = symbolic_sizes(inputs, "TS")
@@ -124,7 +132,8 @@ def choose(
         )
     made = named(name)
     # If it was asked for and cannot be exported, JAX raises the error.
-    reasons = _elsewhere(made, platform, False, shared) + _reasons(made, inputs)
+    reasons = _elsewhere(made, platform, False, shared, divided)
+    reasons += _reasons(made, inputs)
     if reasons:
         raise NotImplementedError(
             f"implementation={name!r} cannot take these inputs: " + "; ".join(reasons)
@@ -163,6 +172,8 @@ def passed_over(
             why = ("it holds [T, S] in memory; it runs only when asked for",)
         else:
             why = ("it was registered without a priority: it runs only when asked for",)
-        reasons = _elsewhere(made, platform, False, False) + _reasons(made, inputs)
+        reasons = _elsewhere(made, platform, False, False, False) + _reasons(
+            made, inputs
+        )
         passed[other] = reasons or why
     return passed

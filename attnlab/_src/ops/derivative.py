@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
+from jax.sharding import NamedSharding
 
 from attnlab._src.implementations.deferred import apply_deferred
 from attnlab._src.implementations.reference import attend as reference_attend
@@ -29,12 +30,15 @@ class _Wanted:
     flags: tuple[bool, ...] = static()
 
 
-def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
+def run(
+    inputs: AttentionInputs, name: str | None, place: NamedSharding | None = None
+) -> tuple[Array, Array]:
     """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``, differentiable.
 
     Args:
         inputs: the canonical record.
         name: the implementation asked for; None: the automatic choice.
+        place: of the query, ``[B, T, N]``; None: unknown.
 
     Raises:
         ValueError: if there is no implementation of that name.
@@ -51,7 +55,7 @@ def run(inputs: AttentionInputs, name: str | None) -> tuple[Array, Array]:
     inputs = jax.tree.map(
         lambda x: vary_like(x, inputs), reverse_only(inputs, _FORWARD_MODE)
     )
-    output, lse = one_pass(Asked.now(name), None, inputs)
+    output, lse = one_pass(Asked.now(name, place), None, inputs)
     return output, lse
 
 

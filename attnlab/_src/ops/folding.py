@@ -186,7 +186,7 @@ def fold_of(
     shared = folded(into_heads)
     if held(alone) < held(shared):
         return into_batch
-    if modifiers_read_head(alone) or _reads_head(alone.mask, alone.mask_operands):
+    if modifiers_read_head(alone) or mask_reads_head(alone.mask, alone.mask_operands):
         return into_batch
     # Operands of ``per_head`` masks cannot differ by head.
     of_head = alone.mask.head_count > 1 and any(jax.tree.leaves(marks.mask_operands))
@@ -196,11 +196,11 @@ def fold_of(
     return into_heads
 
 
-def _reads_head(mask: Mask, operands: PyTree) -> bool:
-    """Whether a rule of the user's reads the head, whose number folding changes."""
+def mask_reads_head(mask: Mask, operands: PyTree) -> bool:
+    """Whether a rule of the user's reads the number of the head."""
     if exactly(mask, And, Or, PerHead):
         parts = zip(mask.parts, operands, strict=True)
-        return any(_reads_head(part, own) for part, own in parts)
+        return any(mask_reads_head(part, own) for part, own in parts)
     if exactly(mask, Not):
-        return _reads_head(mask.part, operands)
+        return mask_reads_head(mask.part, operands)
     return reads_head(mask, operands)

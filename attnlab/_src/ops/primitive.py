@@ -20,6 +20,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from attnlab._src.implementations import IMPLEMENTATIONS
 from attnlab._src.implementations.deferred import apply_deferred
 from attnlab._src.ops.choice import choose, default_platform
+from attnlab._src.ops.partition import (
+    divided,
+    divided_as_placed,
+    is_divided,
+    needs_devices,
+    spans_devices,
+)
 from attnlab._src.types import Array, AttentionInputs
 
 
@@ -29,21 +36,22 @@ class Asked:
 
     Attributes:
         implementation: a name; None: the automatic choice.
+        place: sharding of the query, see ``Settings``.
         precision: JAX's default, for matrix products that name none.
         x64: whether JAX's x64 mode is on.
     """
 
     implementation: str | None
+    place: NamedSharding | None
     precision: str | None
     x64: bool
 
     @classmethod
-    def now(cls, implementation: str | None) -> "Asked":
+    def now(cls, implementation: str | None, place: NamedSharding | None) -> "Asked":
         """With JAX's current settings."""
         config: Any = jax.config
-        return cls(
-            implementation, config.jax_default_matmul_precision, config.jax_enable_x64
-        )
+        precision = config.jax_default_matmul_precision
+        return cls(implementation, place, precision, config.jax_enable_x64)
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -53,17 +61,24 @@ class Asked:
 
 
 @contextlib.contextmanager
-def _some_tpu(platforms: Sequence[str]) -> Iterator[None]:
-    """Assumes a TPU v4 where none is known: kernels for TPU ask for the generation."""
+def _mesh_for(platforms: Sequence[str], is_share: bool) -> Iterator[None]:
+    """The mesh under which a pass is traced.
+
+    Kernels for TPU ask for the generation: a TPU v4 is assumed where none is known.
+
+    Args:
+        platforms: which the program is for.
+        is_share: whether the arrays are one device's share already; then there is no
+            mesh to divide them over.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    known = mesh.abstract_device is not None or default_platform() == "tpu"
-    if "tpu" not in platforms or known:
-        yield
-        return
-    device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
-    made = jax.sharding.AbstractMesh(
-        mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
-    )
+    device = mesh.abstract_device
+    if "tpu" in platforms and device is None and default_platform() != "tpu":
+        device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
+    axes = mesh.axis_sizes, mesh.axis_names, mesh.axis_types
+    if is_share:
+        axes = (), (), ()
+    made = jax.sharding.AbstractMesh(*axes, abstract_device=device)
     with jax.sharding.use_abstract_mesh(made):
         yield
 
@@ -137,14 +152,28 @@ def _of_scaled(inputs: AttentionInputs, found: AttentionInputs) -> AttentionInpu
 
 
 def _lower(
-    ctx: Any, *values: Any, asked: Asked, wanted: Any, structure: Any
+    ctx: Any, *values: Any, asked: Asked, wanted: Any, structure: Any, devices: Any
 ) -> Sequence[Any]:
+    module = ctx.module_context
+    exported = module.lowering_parameters.for_export
+    platforms = ctx.platforms or module.platforms
+    by_xla = spans_devices(module.axis_context) and not exported
+    if by_xla:
+        run = functools.partial(
+            attention_p.bind, asked=asked, wanted=wanted, devices=devices
+        )
+        work = run, structure, ctx.avals_in, wanted
+        # A TPU's compiler knows no custom partitioning.
+        if "tpu" not in platforms:
+            return mlir.lower_fun(divided(*work))(ctx, *values)
+        if asked.place is not None:
+            return mlir.lower_fun(divided_as_placed(*work, asked.place))(ctx, *values)
     inputs: Any = jax.tree.unflatten(structure, ctx.avals_in)[0]
-    exported = ctx.module_context.lowering_parameters.for_export
-    platforms = ctx.platforms or ctx.module_context.platforms
     shared, passes = len(platforms) > 1, {}
     for platform in platforms:
-        chosen = choose(inputs, asked.implementation, platform, exported, shared)
+        chosen = choose(
+            inputs, asked.implementation, platform, exported, shared, by_xla
+        )
         passes[platform] = functools.partial(
             compute, name=chosen.name, wanted=wanted, structure=structure
         )
@@ -153,19 +182,22 @@ def _lower(
     others = {p: x for p, x in passes.items() if x.keywords != call.keywords}
     if others:
         call = functools.partial(lax.platform_dependent, default=call, **others)
+    is_share = is_divided(module.axis_context)
     # Without the manual axes of shard_map: implementations see one device's arrays.
     avals = [
-        jax.core.ShapedArray(x.shape, x.dtype, x.weak_type, sharding=x.sharding)
+        jax.core.ShapedArray(
+            x.shape, x.dtype, x.weak_type, sharding=None if is_share else x.sharding
+        )
         for x in ctx.avals_in
     ]
-    with asked.settings(), _some_tpu(platforms):
+    with asked.settings(), _mesh_for(platforms, is_share):
         return mlir.lower_fun(call)(ctx.replace(avals_in=avals), *values)
 
 
 mlir.register_lowering(attention_p, _lower)
 
 
-@functools.partial(jax.jit, static_argnames=("asked", "wanted", "structure"))
+@functools.partial(jax.jit, static_argnames=("asked", "wanted", "structure", "devices"))
 def _bind(*leaves: Array, **static: Any) -> list[Array]:
     return attention_p.bind(*leaves, **static)
 
@@ -182,4 +214,10 @@ def one_pass(
     asked: Asked, wanted: tuple[bool, ...] | None, *arguments: Any
 ) -> list[Array]:
     leaves, structure = jax.tree.flatten(arguments)
-    return attention_p.bind(*leaves, asked=asked, wanted=wanted, structure=structure)
+    return attention_p.bind(
+        *leaves,
+        asked=asked,
+        wanted=wanted,
+        structure=structure,
+        devices=needs_devices(),
+    )

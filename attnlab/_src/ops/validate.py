@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from attnlab._src import arguments
 from attnlab._src.implementations.tile import precision_name
@@ -67,6 +68,8 @@ class Settings:
             for each query.
         shared_dropout: whether all examples and heads have one dropout pattern, as with
             Flax's ``broadcast_dropout``.
+        place: sharding of the query, ``[B, T, N]``, on a mesh with explicit axes; None
+            where it is not known while tracing.
     """
 
     dropout_rate: float = 0.0
@@ -75,6 +78,7 @@ class Settings:
     stats: bool = False
     top_k: int | str | None = None
     shared_dropout: bool = False
+    place: NamedSharding | None = None
 
     def but(self, **changes: Any) -> "Settings":
         """A copy with some of them changed."""

@@ -39,6 +39,7 @@ class PallasTpu(Implementation):
 
     name = "pallas_tpu"
     platforms = ("tpu",)
+    partitionable = False
     # JAX lowers every branch of such a program for each of them.
     shares_program = False
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import ManualAxisType
 
 from attnlab._src.implementations.pallas_tpu.blocks import device, limit
 from attnlab._src.implementations.pallas_tpu.steps import Steps
@@ -103,6 +104,11 @@ def call(
 ) -> Any:
     """Calls a kernel, whose arguments are the words of the steps, then references."""
     grid = (*lead, *steps.grid)
+    # What a device computes varies over no axis of a mesh: shard_map asks for that.
+    results = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=ManualAxisType())
+        for x in out_shape
+    ]
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -112,7 +118,7 @@ def call(
             out_specs=list(out_specs),
             scratch_shapes=list(scratch),
         ),
-        out_shape=list(out_shape),
+        out_shape=results,
         input_output_aliases=aliases or {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * 2 + ("arbitrary",) * (len(grid) - 2),

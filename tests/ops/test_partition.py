@@ -1,0 +1,292 @@
+"""Sharded inputs stay sharded: what a device computes, and what devices send."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from attnlab import attention, masks, modifiers, nn, scores
+from attnlab._src.ops import partition
+from attnlab._src.types import Sizes
+from tests.grid import NATIVE, few
+
+B, T, N, H = 4, 32, 4, 8
+RNG = jax.random.key(7)
+COLLECTIVES = re.compile(
+    r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    r"(?:-start)?\("
+)
+WIDTH = {"f32": 4, "s32": 4, "pred": 1, "bf16": 2}
+
+
+def collectives(compiled):
+    """By kind of collective, the bytes of its results on each device."""
+    found = {}
+    for shapes, kind in COLLECTIVES.findall(compiled.as_text()):
+        arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
+        sizes = [
+            WIDTH[t] * np.prod([int(n) for n in d.split(",") if n]) for t, d in arrays
+        ]
+        found[kind] = found.get(kind, 0) + int(sum(sizes))
+    return found
+
+
+def arrays(key_heads=N):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (B, T, N, H), (B, T, key_heads, H), (B, T, key_heads, H)
+    return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+
+
+def ids():
+    return np.sort(np.random.default_rng(0).integers(0, 3, (B, T)))
+
+
+#: By name, key heads and what else attention is given.
+CASES = {
+    "plain": lambda: (N, {}),
+    "grouped": lambda: (2, dict(mask=masks.causal() & masks.sliding_window(9, 0))),
+    "one key head": lambda: (1, dict(mask=masks.causal())),
+    "bias": lambda: (N, dict(modifiers=[modifiers.bias(random(N, T, T))])),
+    "bias of examples": lambda: (
+        2,
+        dict(modifiers=[modifiers.bias(random(B, 1, T, T))]),
+    ),
+    "alibi": lambda: (N, dict(modifiers=[modifiers.alibi(N)])),
+    "soft cap": lambda: (2, dict(modifiers=[modifiers.soft_cap(5.0)])),
+    "dropout": lambda: (N, dict(dropout_rate=0.3, dropout_rng=RNG)),
+    "additive": lambda: (N, dict(score=additive())),
+    "mlp": lambda: (2, dict(score=scores.mlp.init(RNG, H, hidden_sizes=(6,)))),
+    "cosine": lambda: (N, dict(score=scores.cosine(2.0))),
+    "sinks": lambda: (N, dict(sinks=jnp.arange(4.0))),
+    "big bird": lambda: (
+        N,
+        dict(
+            mask=masks.big_bird(
+                window=4, anchors=2, random_blocks=1, rng=RNG, block_size=8
+            )
+        ),
+    ),
+    "documents": lambda: (2, dict(mask=masks.documents(ids()[:1]))),
+    "documents of examples": lambda: (N, dict(mask=masks.documents(ids()))),
+    "lengths": lambda: (N, dict(mask=masks.lengths(key=np.arange(B) * 7 + 5))),
+    "offset": lambda: (2, dict(mask=masks.causal(), query_offset=3)),
+    "offsets": lambda: (N, dict(mask=masks.causal(), query_offset=np.arange(B))),
+    "positions": lambda: (
+        N,
+        dict(
+            mask=masks.causal(),
+            query_positions=np.arange(T) * 2,
+            key_positions=np.arange(T) * 2,
+        ),
+    ),
+}
+#: Of queries and of keys; two axes of a mesh of four devices.
+PLACES = {
+    "batch": (Spec(("x", "y")),) * 2,
+    "heads": (Spec(None, None, ("x", "y")),) * 2,
+    "queries": (Spec(None, ("y", "x")), Spec()),
+    "both": (Spec("y", None, "x"),) * 2,
+}
+
+
+def random(*shape):
+    return jax.random.normal(jax.random.key(1), shape)
+
+
+def additive():
+    return scores.additive.init(RNG, H, hidden_size=5, num_heads=N)
+
+
+def placed(mesh, values, specs):
+    return [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(values, specs, strict=True)
+    ]
+
+
+def mesh_of(axis_type=AxisType.Auto):
+    return jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+
+
+def both_passes(implementation, options):
+    def run(q, k, v):
+        def attend(q, k, v):
+            return attention(q, k, v, implementation=implementation, **options)
+
+        output, pull = jax.vjp(attend, q, k, v)
+        return output, *pull(jnp.sin(output))
+
+    return jax.jit(run)
+
+
+def fits(spec, heads):
+    """Key heads that do not divide among the devices lie whole on each."""
+    axes = spec[2] if len(spec) > 2 else None
+    count = 2 ** len(axes) if axes else 1
+    return spec if heads % count == 0 else Spec(*spec[:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "implementation"),
+    few(
+        itertools.product(CASES, PLACES, [NATIVE, "tiled"]),
+        ("grouped", "batch", "tiled"),
+        ("documents of examples", "both", NATIVE),
+        ("dropout", "queries", NATIVE),
+        ("grouped", "heads", NATIVE),
+        ("one key head", "both", NATIVE),
+    ),
+)
+def test_sharded_inputs_stay_sharded(name, place, implementation):
+    key_heads, options = CASES[name]()
+    q, k, v = arrays(key_heads)
+    run = both_passes(implementation, options)
+    wanted = run(q, k, v)
+    query, key = PLACES[place]
+    key = fits(key, key_heads)
+    mesh = mesh_of()
+    given = placed(mesh, (q, k, v), (query, key, key))
+    compiled = run.lower(*given).compile()
+    found = compiled(*given)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+    for x in found[:2]:
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, query), 4)
+    sent = collectives(compiled)
+    if key == query:
+        assert sent == {}
+        return
+    # Gradients of what several devices read are summed. Which keys are seen at all is
+    # asked of all queries, a flag for each.
+    flags = 8 * B * T if place == "queries" else 0
+    assert 0 < sent.pop("all-reduce") <= k.nbytes + v.nbytes + flags
+    assert sent.pop("all-gather", 0) <= k.nbytes + v.nbytes
+    assert sent == {}
+
+    @jax.jit
+    def forward(q, k, v):
+        return attention(q, k, v, implementation=implementation, **options)
+
+    sent = collectives(forward.lower(*given).compile())
+    assert sum(sent.values()) <= flags
+
+
+@pytest.mark.parametrize("place", few(PLACES, "both"))
+def test_explicit_axes(place):
+    q, k, v = arrays(2)
+    run = both_passes("tiled", dict(mask=masks.causal()))
+    wanted = run(q, k, v)
+    query, key = PLACES[place]
+    key = fits(key, 2)
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        given = placed(mesh, (q, k, v), (query, key, key))
+        compiled = run.lower(*given).compile()
+        found = compiled(*given)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+    assert found[0].sharding.is_equivalent_to(NamedSharding(mesh, query), 4)
+    if key == query:
+        assert collectives(compiled) == {}
+
+
+def test_heads_that_a_mask_counts_are_gathered():
+    """A mask for each head needs to know which head is which."""
+    q, k, v = arrays()
+    each = masks.per_head([masks.causal(), masks.full()] * 2)
+    run = both_passes("tiled", dict(mask=each))
+    mesh = mesh_of()
+    given = placed(mesh, (q, k, v), (Spec(None, None, "x"),) * 3)
+    found = run(*given)
+    for one, other in zip(found, run(q, k, v), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_vmap_scan_and_remat():
+    q, k, v = arrays()
+    mesh = mesh_of()
+
+    def run(q, k, v):
+        def attend(q, k, v):
+            return attention(q, k, v, mask=masks.causal(), implementation="tiled")
+
+        def step(q, _):
+            return jax.checkpoint(attend)(q, k, v), None
+
+        def loss(q, k, v):
+            many = jax.vmap(attend)(q, k, v)
+            return (jax.lax.scan(step, q, None, length=2)[0] * many).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    given = placed(mesh, (q, k, v), (Spec(("x", "y")),) * 3)
+    compiled = jax.jit(run).lower(*given).compile()
+    assert collectives(compiled) == {}
+    for one, other in zip(compiled(*given), jax.jit(run)(q, k, v), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_data_parallel_step():
+    """Each device computes its part of the batch; gradients are summed once."""
+    model = nn.Decoder.standard(
+        20,
+        features=16,
+        num_heads=2,
+        num_layers=2,
+        residual=nn.PreNorm,
+        rngs=nnx.Rngs(0),
+    )
+    structure, params = nnx.split(model)
+    tokens = jax.random.randint(RNG, (8, 64), 0, 20)
+
+    def loss(params, tokens):
+        logits = nnx.merge(structure, params)(tokens)[:, :-1]
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return each.mean()
+
+    step = jax.jit(jax.value_and_grad(loss))
+    alone = step.lower(params, tokens).compile()
+    mesh = mesh_of()
+    given = (
+        jax.device_put(params, NamedSharding(mesh, Spec())),
+        jax.device_put(tokens, NamedSharding(mesh, Spec(("x", "y")))),
+    )
+    shared = step.lower(*given).compile()
+    assert set(collectives(shared)) == {"all-reduce"}
+    parameters = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert collectives(shared)["all-reduce"] < 1.1 * parameters + 64
+    flops = [x.cost_analysis()["flops"] for x in (shared, alone)]
+    assert flops[0] < 0.3 * flops[1]
+    results = shared(*given), alone(params, tokens)
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+ORDERS = [
+    (Spec("x", None, "y"), (2, 1, 2)),
+    (Spec("y", None, "x"), (2, 1, 2)),
+    (Spec(None, ("y", "x")), (1, 4, 1)),
+    (Spec(("x", "y")), (4, 1, 1)),
+    (Spec(None, None, "y"), (1, 1, 2)),
+    (Spec(), (1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("spec", "parts"), ORDERS)
+def test_what_lies_where_is_read_from_the_devices(spec, parts):
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    sharding = NamedSharding(mesh, spec)
+    found, places = partition._places(sharding, Sizes(4, 8, 8, 4, 4, 2, 2))
+    count = tuple(int(np.prod([found.shape[a] for a in axes])) for axes in places)
+    assert count == parts
+    same = NamedSharding(found, Spec(*(axes or None for axes in places)))
+    assert same.is_equivalent_to(sharding, 4)
