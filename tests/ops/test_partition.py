@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def ids():
 
 
 #: By name, key heads and what else attention is given.
-CASES = {
+CASES: dict[str, Any] = {
     "plain": lambda: (N, {}),
     "grouped": lambda: (2, dict(mask=masks.causal() & masks.sliding_window(9, 0))),
     "one key head": lambda: (1, dict(mask=masks.causal())),
