@@ -265,8 +265,8 @@ def test_a_data_parallel_step():
     assert set(collectives(shared)) == {"all-reduce"}
     parameters = sum(x.nbytes for x in jax.tree.leaves(params))
     assert collectives(shared)["all-reduce"] < 1.1 * parameters + 64
-    flops = [x.cost_analysis()["flops"] for x in (shared, alone)]
-    assert flops[0] < 0.3 * flops[1]
+    costs = [compiled.cost_analysis() or {} for compiled in (shared, alone)]
+    assert costs[0]["flops"] < 0.3 * costs[1]["flops"]
     results = shared(*given), alone(params, tokens)
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
