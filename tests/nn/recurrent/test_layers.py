@@ -303,7 +303,7 @@ def test_errors():
         nn.Bidirectional(layer, layer)
     with pytest.raises(ValueError, match="cells: expected at least one"):
         nn.StackedCells([])
-    with pytest.raises(ValueError, match="cells: one takes 5 features from a cell of"):
+    with pytest.raises(ValueError, match="cells: expected in_features=11, .* got 5"):
         nn.StackedCells([cast(Any, layer.cell)] * 2)
     with pytest.raises(ValueError, match="layers: expected at least one"):
         nn.RecurrentEncoder(nn.Embedding(V, F, rngs=nnx.Rngs(0)), [])
