@@ -283,9 +283,9 @@ class AttentionInputs:
 
     def gradients(self, **found: PyTree) -> list[Array | None]:
         """The list that ``backward`` returns: gradients by field; others are None."""
-        bare: Any = skeleton(self)
-        bare = dataclasses.replace(bare, **found)
-        return jax.tree.structure(self).flatten_up_to(bare)
+        found_by_field: Any = skeleton(self)
+        found_by_field = dataclasses.replace(found_by_field, **found)
+        return jax.tree.structure(self).flatten_up_to(found_by_field)
 
     @property
     def index_positions(self) -> bool:

@@ -229,8 +229,8 @@ def read(content: dict[str, Any]) -> Study:
 
 def _identity(program: str, target: str) -> str:
     """A hash of all that the report depends on, without source locations."""
-    bare = re.sub(r"^#loc.*\n?| loc\((#loc\d*|\"[^\"]*\")\)", "", program, flags=re.M)
-    said = hashlib.sha256(bare.encode())
+    text = re.sub(r"^#loc.*\n?| loc\((#loc\d*|\"[^\"]*\")\)", "", program, flags=re.M)
+    said = hashlib.sha256(text.encode())
     said.update(f"{target} {version('jaxlib')} {version('libtpu')} 3".encode())
     return said.hexdigest()[:32]
 

@@ -16,7 +16,7 @@ from attnlab._src.masks.structural import causal, sliding_window
 from attnlab._src.modifiers.bias import bias, soft_cap
 from attnlab._src.modifiers.relative import alibi
 from attnlab._src.ops.attention import attention_with_stats
-from attnlab._src.ops.registration import instead
+from attnlab._src.ops.registration import registered_for_now
 from attnlab._src.scores.inner import Bilinear, Cosine, Dot
 from attnlab._src.scores.pairwise import Additive, Mlp
 from attnlab._src.types import Implementation
@@ -80,7 +80,7 @@ def _even(t: Any, s: Any) -> Any:
 
 def check_implementation(made: Implementation, sizes: Sizes) -> Report:
     """Checks the laws of an implementation; see :func:`attnlab.extend.check`."""
-    with instead(made):
+    with registered_for_now(made):
         checker = Checker(f"implementation {made.name}")
         _check(checker, made.name, sizes)
     return checker.report()

@@ -110,11 +110,11 @@ def check_score(score: Score, sizes: Sizes) -> Report:
     if not score.is_inner_product:
         with checker.law("compare looks at one pair at a time"):
             params = jax.tree.map(lambda x: jnp.asarray(x)[0], score.pair_params())
-            bare = jax.tree.map(lambda _: None, score)
+            without_arrays = jax.tree.map(lambda _: None, score)
             q, k = score.project_query(query)[0, :, 0], score.project_key(key)[0, :, 0]
-            whole = bare.compare(params, q, k)
+            whole = without_arrays.compare(params, q, k)
             assert whole.shape == (len(q), len(k)), f"compare yields {whole.shape}"
-            part = bare.compare(params, q[1:3], k[2:7])
+            part = without_arrays.compare(params, q[1:3], k[2:7])
             np.testing.assert_allclose(whole[1:3, 2:7], part, rtol=1e-5, atol=1e-5)
     for name, mask in _masks(sizes).items():
         problem = Problem(data | {"score": _as_arrays(score)}, {"mask": mask})

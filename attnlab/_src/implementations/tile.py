@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import default_matmul_precision, lax
 
 from attnlab._src.operands import tile_shape
-from attnlab._src.scores.projected import bare
+from attnlab._src.scores.projected import unwrapped
 from attnlab._src.types import Array, AttentionInputs, PyTree, Tile
 
 #: Precisions that allow products of 16-bit inputs without conversion to float32.
@@ -127,7 +127,7 @@ def compare(
         return scaled(inputs, matmul(inputs, query, key, (1, 1)), head_scale)
     dtype = inputs.accumulation_dtype
     shape = query.shape[0], key.shape[0]
-    name = f"score: {type(bare(inputs.score)).__name__}.compare"
+    name = f"score: {type(unwrapped(inputs.score)).__name__}.compare"
     with precision_of(inputs.precision):
         sides = widened(inputs, (params, query, key))
         return _logits(name, shape, dtype, inputs.score.compare, *sides)
@@ -203,7 +203,7 @@ def check_tile(inputs: AttentionInputs) -> None:
     """
     traced = _of_small_tile(inputs)
     if any(isinstance(x, jax.core.Tracer) for x in traced.consts):
-        names = [type(x).__name__ for x in (bare(inputs.score), *inputs.modifiers)]
+        names = [type(x).__name__ for x in (unwrapped(inputs.score), *inputs.modifiers)]
         raise TypeError(
             f"score, modifiers: one of {', '.join(names)} reads a traced array that is "
             "none of its arguments; give it as a field, through pair_params or operands"

@@ -22,7 +22,7 @@ from attnlab._src.masks.intervals import (
 )
 from attnlab._src.masks.liveness import mask_density
 from attnlab._src.masks.planning import dense_mask, plan_mask
-from attnlab._src.masks.rule import Bounds, Rule, seen_by
+from attnlab._src.masks.rule import Bounds, Rule, checked_visible
 from attnlab._src.types import Array, Intervals, Operand, Plan, PyTree, Tile, pytree
 
 
@@ -108,7 +108,7 @@ class _Combination(Mask):
 
     def _seen(self, tile: Tile, operands: PyTree) -> list[Array]:
         pairs = zip(self.parts, operands, strict=True)
-        return [seen_by(mask, tile, own) for mask, own in pairs]
+        return [checked_visible(mask, tile, own) for mask, own in pairs]
 
     def _bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> list[Bounds]:
         return [
@@ -217,7 +217,7 @@ class Not(Mask):
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""
-        return ~seen_by(self.part, tile, operands)
+        return ~checked_visible(self.part, tile, operands)
 
     def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
         """See :class:`Mask`."""

@@ -14,7 +14,13 @@ import numpy as np
 from attnlab._src import arguments
 from attnlab._src.masks.base import Mask
 from attnlab._src.masks.geometry import Blocks
-from attnlab._src.masks.intervals import FAR, first_run, hull, namespace, numbers
+from attnlab._src.masks.intervals import (
+    FAR,
+    first_run,
+    hull,
+    namespace,
+    numbers,
+)
 from attnlab._src.masks.rule import Bounds
 from attnlab._src.types import (
     Array,

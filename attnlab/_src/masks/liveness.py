@@ -55,7 +55,7 @@ def scan_partial(
     blank = jax.tree.map(lambda x: pad(x, 0), operands)
     q_pos, k_pos = pad(query_positions, -1), pad(key_positions, -1)
 
-    def row(seen_by: Array, r: Array) -> tuple[Array, Array]:
+    def row(checked_visible: Array, r: Array) -> tuple[Array, Array]:
         b, h, i = r // (heads * nq), r // nq % heads, r % nq
 
         def pick(x: Array) -> Array:
@@ -92,7 +92,7 @@ def scan_partial(
         by_key = by_key + jnp.repeat(inside, bk).astype(jnp.int32) * bq
         # Summed on the way: a result for each row would be O(T S / block) in memory.
         by_query = by_query + widths.sum(dtype=jnp.int32)
-        return seen_by.at[b * heads + h].add(by_key), by_query
+        return checked_visible.at[b * heads + h].add(by_key), by_query
 
     rows = jnp.arange(batch * heads * nq, dtype=jnp.int32)
     start = vary_like(jnp.zeros((batch * heads, nk * bk), jnp.int32), leaves)
@@ -133,13 +133,13 @@ def alive(
 
     given = (operands, query_positions, key_positions, None if plan.is_static else plan)
     given = jax.tree.map(lambda x: vary_like(x, given), lax.stop_gradient(given))
-    fixed, bare = plan if plan.is_static else None, skeleton(mask)
+    fixed, without_arrays = plan if plan.is_static else None, skeleton(mask)
 
     # One mapped example after another: mapped at once, each loop would run as long as
     # the longest, and the shortcut would never be taken.
     @sequential_vmap
     def decide(operands: Any, q: Array, k: Array, plan: Any) -> tuple[Array, Array]:
-        return _decide(bare, operands, q, k, fixed if plan is None else plan)
+        return _decide(without_arrays, operands, q, k, fixed if plan is None else plan)
 
     return decide(*given)
 

@@ -10,7 +10,7 @@ from jax import lax
 from attnlab._src.masks.base import Mask, as_mask, common_block_multiple
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import FAR, namespace
-from attnlab._src.masks.rule import Bounds, seen_by
+from attnlab._src.masks.rule import Bounds, checked_visible
 from attnlab._src.types import Array, Intervals, Operand, PyTree, Tile, pytree, static
 
 
@@ -77,7 +77,9 @@ class PerHead(Mask):
             tile.query_positions.shape, tile.key_positions.shape
         )
         branches = [
-            lambda ops, m=m, i=i: jnp.broadcast_to(seen_by(m, tile, ops[i]), shape)
+            lambda ops, m=m, i=i: jnp.broadcast_to(
+                checked_visible(m, tile, ops[i]), shape
+            )
             for i, m in enumerate(self.parts)
         ]
         part = (

@@ -11,8 +11,14 @@ import numpy as np
 
 from attnlab._src import arguments
 from attnlab._src.masks.geometry import Blocks
-from attnlab._src.masks.intervals import FAR, difference, merge, namespace, numbers
-from attnlab._src.masks.rule import Rule, seen_by, visible_pairs
+from attnlab._src.masks.intervals import (
+    FAR,
+    difference,
+    merge,
+    namespace,
+    numbers,
+)
+from attnlab._src.masks.rule import Rule, checked_visible, visible_pairs
 from attnlab._src.operands import tile_shape
 from attnlab._src.types import (
     Array,
@@ -325,7 +331,7 @@ def reads_head(mask: Rule, operands: PyTree) -> bool:
     mask = skeleton(mask)
 
     def visible(tile: Tile, operands: PyTree) -> Array:
-        return seen_by(mask, tile, operands)
+        return checked_visible(mask, tile, operands)
 
     shapes = (2, 1), (1, 3), ()
     tile = Tile(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))

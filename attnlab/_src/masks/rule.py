@@ -15,10 +15,10 @@ Bounds = tuple[Intervals, Intervals]
 def visible_pairs(mask: "Rule", tile: Tile, operands: PyTree) -> Array:
     """The visible pairs of a tile, without empty slots: boolean ``[q, k]``."""
     occupied = (tile.query_positions >= 0) & (tile.key_positions >= 0)
-    return seen_by(mask, tile, operands) & occupied
+    return checked_visible(mask, tile, operands) & occupied
 
 
-def seen_by(mask: "Rule", tile: Tile, operands: PyTree) -> Array:
+def checked_visible(mask: "Rule", tile: Tile, operands: PyTree) -> Array:
     """``mask.visible`` of a tile, checked.
 
     Raises:

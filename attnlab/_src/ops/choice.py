@@ -39,7 +39,7 @@ def as_platform(platform: str | None) -> str:
     return platform
 
 
-def _elsewhere(
+def _program_reasons(
     implementation: Implementation,
     platform: str | None,
     exported: bool,
@@ -121,7 +121,7 @@ def choose(
     if name is None:
         # Stop at the first capable one: some must trace the user's functions to tell.
         for made in map(IMPLEMENTATIONS.__getitem__, automatic()):
-            elsewhere = _elsewhere(made, platform, exported, shared, divided)
+            elsewhere = _program_reasons(made, platform, exported, shared, divided)
             if not elsewhere and not _reasons(made, inputs):
                 return made
         lengths = symbolic_sizes(inputs, "TS")
@@ -132,7 +132,7 @@ def choose(
         )
     made = named(name)
     # If it was asked for and cannot be exported, JAX raises the error.
-    reasons = _elsewhere(made, platform, False, shared, divided)
+    reasons = _program_reasons(made, platform, False, shared, divided)
     reasons += _reasons(made, inputs)
     if reasons:
         raise NotImplementedError(
@@ -172,7 +172,7 @@ def passed_over(
             why = ("it holds [T, S] in memory; it runs only when asked for",)
         else:
             why = ("it was registered without a priority: it runs only when asked for",)
-        reasons = _elsewhere(made, platform, False, False, False) + _reasons(
+        reasons = _program_reasons(made, platform, False, False, False) + _reasons(
             made, inputs
         )
         passed[other] = reasons or why

@@ -172,7 +172,7 @@ def _data(args: Arguments) -> Any:
     return args.mask, args.query_offset, args.query_positions, args.key_positions
 
 
-def _unseen(t: Any, s: Any) -> Any:
+def _every_pair(t: Any, s: Any) -> Any:
     return (t >= 0) & (s >= 0)
 
 
@@ -184,7 +184,7 @@ def _unknown(mask: Mask | None) -> Mask:
         return Not(_unknown(mask.part))
     if mask is not None and not jax.tree.leaves(mask):
         return mask
-    return predicate(_unseen)
+    return predicate(_every_pair)
 
 
 def _count(

@@ -24,7 +24,7 @@ from attnlab._src.ops.validate import (
     is_wide_float,
 )
 from attnlab._src.prng import as_threefry
-from attnlab._src.scores.projected import bare
+from attnlab._src.scores.projected import unwrapped
 from attnlab._src.types import (
     Array,
     AttentionInputs,
@@ -188,7 +188,7 @@ def _without_scale(score: Score, query: Array) -> tuple[Score, float, Array | No
     """The score without its scale; the scale as a float (or 1.0), as data (or None)."""
     if not score.is_inner_product:
         return score, 1.0, None
-    name = type(bare(score)).__name__
+    name = type(unwrapped(score)).__name__
     score, scale = score.without_scale(query.shape[-1])
     if isinstance(scale, float):
         return score, scale, None

@@ -88,7 +88,7 @@ def checked_name(implementation: Any) -> str:
 
 
 @contextlib.contextmanager
-def instead(implementation: Implementation) -> Iterator[None]:
+def registered_for_now(implementation: Implementation) -> Iterator[None]:
     """Registers an implementation under its name for a while, in place of any other.
 
     Raises:

@@ -66,19 +66,19 @@ def check_score(score: Any) -> None:
         )
 
 
-def bare(score: Score) -> Any:
+def unwrapped(score: Score) -> Any:
     """The score within a ``ProjectedKeys``; any other score as it is."""
     return score.score if exactly(score, ProjectedKeys) else score
 
 
-def known(score: Score) -> type[Score] | None:
+def comparison_class(score: Score) -> type[Score] | None:
     """The class whose comparison the score has, for kernels with one of their own.
 
     Returns:
         ``Score`` for inner products, ``Additive`` or ``Mlp``; None for any other
         comparison, such as that of a subclass.
     """
-    score = bare(score)
+    score = unwrapped(score)
     if score.is_inner_product:
         return Score
     for kind in (Additive, Mlp):

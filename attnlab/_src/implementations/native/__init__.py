@@ -32,7 +32,7 @@ from attnlab._src.masks.planning import plan_of
 from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.operands import cut
 from attnlab._src.scores.pairwise import Mlp
-from attnlab._src.scores.projected import bare, known
+from attnlab._src.scores.projected import comparison_class, unwrapped
 from attnlab._src.types import (
     Array,
     AttentionInputs,
@@ -388,6 +388,9 @@ class _Call:
 
 def _few_queries(inputs: AttentionInputs) -> bool:
     """Whether queries are so few that vectors run along the keys instead."""
-    deep = known(inputs.score) is Mlp and len(bare(inputs.score).hidden) > 0
+    deep = (
+        comparison_class(inputs.score) is Mlp
+        and len(unwrapped(inputs.score).hidden) > 0
+    )
     alike = inputs.key.dtype == inputs.value.dtype
     return inputs.sizes.T <= _FEW_QUERIES and alike and not deep

@@ -19,7 +19,7 @@ from attnlab._src.masks.structural import Anchor, Chunked, Window
 from attnlab._src.modifiers.bias import Bias, SoftCap
 from attnlab._src.modifiers.relative import Alibi, RelativeTable
 from attnlab._src.scores.pairwise import Additive, Mlp
-from attnlab._src.scores.projected import bare, known
+from attnlab._src.scores.projected import comparison_class, unwrapped
 from attnlab._src.types import Array, Modifier, PyTree, Score
 
 _INNER, _ADDITIVE, _MLP = range(3)
@@ -57,7 +57,7 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 def score_code(score: Score) -> tuple[int, int] | None:
     """The codes of score and activation; None if the kernel does not know them."""
-    kind, score = known(score), bare(score)
+    kind, score = comparison_class(score), unwrapped(score)
     if kind is Mlp:
         activation = _ACTIVATIONS.get(score.activation)
         known_layers = activation is not None and len(score.hidden) <= MOST_LAYERS

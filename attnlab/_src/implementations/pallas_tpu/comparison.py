@@ -18,7 +18,7 @@ from attnlab._src.implementations.pallas_tpu.logits import Part
 from attnlab._src.implementations.pallas_tpu.operands import Place, Reader
 from attnlab._src.modifiers.bias import SoftCap
 from attnlab._src.scores.pairwise import Additive, Mlp
-from attnlab._src.scores.projected import bare, known
+from attnlab._src.scores.projected import comparison_class, unwrapped
 from attnlab._src.types import Array, AttentionInputs
 
 f32 = jnp.float32
@@ -302,7 +302,7 @@ class _MlpComparison(Comparison):
         self, query: Array, key: Array, params: Sequence[Array], product: Products
     ) -> Array:
         """Logits of one key, ``[P, queries], [P, 1] -> [1, queries]``."""
-        activation = bare(self.inputs.score).activation
+        activation = unwrapped(self.inputs.score).activation
         *hidden, weight = params
         x = activation(query + key)
         for matrix, bias in zip(hidden[::2], hidden[1::2], strict=True):
@@ -408,7 +408,7 @@ def _by_head(x: Array, place: Callable[..., Place]) -> Reader:
 
 def comparison(inputs: AttentionInputs) -> Comparison:
     """The comparison for the score of these inputs."""
-    kind = known(inputs.score)
+    kind = comparison_class(inputs.score)
     if kind is Additive:
         return _AdditiveComparison(inputs)
     return _MlpComparison(inputs) if kind is Mlp else Comparison(inputs)

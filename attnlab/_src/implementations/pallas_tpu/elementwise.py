@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from attnlab._src.exact import exactly
 from attnlab._src.masks.base import And, Mask, Not, Or
 from attnlab._src.scores.pairwise import Mlp
-from attnlab._src.scores.projected import bare, known
+from attnlab._src.scores.projected import comparison_class, unwrapped
 from attnlab._src.types import Array, Modifier, PyTree, Score, Tile
 
 #: Names of elementwise primitives that a kernel may contain.
@@ -107,7 +107,7 @@ def needs_bits(mask: Mask, operands: PyTree) -> int:
 
 def why_not_score(score: Score) -> str | None:
     """Why no kernel can compute a score; None if one can."""
-    kind, score = known(score), bare(score)
+    kind, score = comparison_class(score), unwrapped(score)
     name = type(score).__name__
     if kind is None:
         return f"it does not know the score {name}"

@@ -20,7 +20,7 @@ from attnlab._src.exact import exactly
 from attnlab._src.implementations.pallas_tpu.elementwise import mask_is_elementwise
 from attnlab._src.implementations.schedule import Row, Tiles
 from attnlab._src.masks.base import And, Mask, Not, Or
-from attnlab._src.masks.rule import seen_by, visible_pairs
+from attnlab._src.masks.rule import checked_visible, visible_pairs
 from attnlab._src.types import Array, PyTree, Tile
 
 #: Number of keys whose bits share a word.
@@ -177,7 +177,7 @@ def visibility(
         number = readers.add_words(make_bits(mask, operands))
         return lambda tile, read: read(number)
     numbers = jax.tree.map(readers.add, operands)
-    return lambda tile, read: seen_by(mask, tile, jax.tree.map(read, numbers))
+    return lambda tile, read: checked_visible(mask, tile, jax.tree.map(read, numbers))
 
 
 def bits(mask: Mask, operands: PyTree, tiles: Tiles) -> Array:
