@@ -198,6 +198,24 @@ def test_explicit_axes(place):
         assert collectives(compiled) == {}
 
 
+def test_a_partly_manual_mesh():
+    """Within a ``shard_map`` over one axis, what the other axis shards is gathered."""
+    q, k, v = arrays()
+    mesh = mesh_of()
+
+    def local(q, k, v):
+        return attention(q, k, v, mask=masks.causal(), implementation="tiled")
+
+    example, heads = Spec("x"), Spec("x", None, "y")
+    run = jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=example, out_specs=example, axis_names={"x"}
+        )
+    )
+    given = placed(mesh, (q, k, v), (heads,) * 3)
+    np.testing.assert_allclose(run(*given), jax.jit(local)(q, k, v), atol=2e-5)
+
+
 def test_heads_that_a_mask_counts_are_gathered():
     """A mask for each head needs to know which head is which."""
     q, k, v = arrays()

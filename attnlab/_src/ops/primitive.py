@@ -158,7 +158,9 @@ def _lower(
     exported = module.lowering_parameters.for_export
     platforms = ctx.platforms or module.platforms
     by_xla = spans_devices(module.axis_context) and not exported
-    if by_xla:
+    # Inside a shard_map over some axes of the mesh, XLA gathers what the others shard:
+    # a sum over the devices of such a part of the mesh cannot be written down.
+    if by_xla and not hasattr(module.axis_context, "manual_axes"):
         run = functools.partial(
             attention_p.bind, asked=asked, wanted=wanted, devices=devices
         )
