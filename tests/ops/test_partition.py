@@ -1,7 +1,6 @@
 """Sharded inputs stay sharded: what a device computes, and what devices send."""
 
 import itertools
-import re
 from typing import Any
 
 import jax
@@ -16,27 +15,11 @@ from jax.sharding import PartitionSpec as Spec
 from attnlab import attention, masks, modifiers, nn, scores
 from attnlab._src.ops import partition
 from attnlab._src.types import Sizes
+from tests.devices import collectives, mesh_of
 from tests.grid import NATIVE, few
 
 B, T, N, H = 4, 32, 4, 8
 RNG = jax.random.key(7)
-COLLECTIVES = re.compile(
-    r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-    r"(?:-start)?\("
-)
-WIDTH = {"f32": 4, "s32": 4, "pred": 1, "bf16": 2}
-
-
-def collectives(compiled):
-    """By kind of collective, the bytes of its results on each device."""
-    found = {}
-    for shapes, kind in COLLECTIVES.findall(compiled.as_text()):
-        arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
-        sizes = [
-            WIDTH[t] * np.prod([int(n) for n in d.split(",") if n]) for t, d in arrays
-        ]
-        found[kind] = found.get(kind, 0) + int(sum(sizes))
-    return found
 
 
 def arrays(key_heads=N):
@@ -110,10 +93,6 @@ def placed(mesh, values, specs):
         jax.device_put(x, NamedSharding(mesh, spec))
         for x, spec in zip(values, specs, strict=True)
     ]
-
-
-def mesh_of(axis_type=AxisType.Auto):
-    return jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2)
 
 
 def both_passes(implementation, options):

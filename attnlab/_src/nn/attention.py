@@ -16,6 +16,7 @@ from attnlab._src.nn.cache import (
     check_examples,
     check_type,
 )
+from attnlab._src.nn.explicit import project
 from attnlab._src.nn.parameters import as_arrays, as_params, named
 from attnlab._src.nn.positions import Positions, as_positions, positions_of, zero_empty
 from attnlab._src.nn.projection import Projections, check_features
@@ -189,9 +190,9 @@ class MultiHeadAttention(nnx.Module):
             check_features(name, x, getattr(self, name))
         key, value = zero_empty(key, positions), zero_empty(value, positions)
         where = positions_of(key, 0, positions)
-        keys = self._placed(self.key(key), self.key_norm, where)
+        keys = self._placed(project(self.key, key), self.key_norm, where)
         keys = project_key(as_arrays(self.score), keys, self.precision)
-        return KeyValue(keys, self.value(value))
+        return KeyValue(keys, project(self.value, value))
 
     def attend(
         self,
@@ -207,7 +208,7 @@ class MultiHeadAttention(nnx.Module):
         """As a call, but attends to keys and values that :meth:`project` returned."""
         check_features("query", query, self.query)
         where = positions_of(query, query_offset, query_positions)
-        query = self.query(zero_empty(query, query_positions))
+        query = project(self.query, zero_empty(query, query_positions))
         found = self._attend(
             self._placed(query, self.query_norm, where),
             memory,
@@ -218,7 +219,7 @@ class MultiHeadAttention(nnx.Module):
             key_positions=key_positions,
             rngs=rngs,
         )
-        return self.out(found.output)
+        return project(self.out, found.output)
 
     def decode(
         self, x: Array, cache: Cache, *, positions: Array | None = None
@@ -287,7 +288,7 @@ class MultiHeadAttention(nnx.Module):
         memory = query if key is None else key
         memory = memory, memory if value is None else value
         found = self._heads(query, memory, mask, where, options)
-        return found._replace(output=self.out(found.output))
+        return found._replace(output=project(self.out, found.output))
 
     def _heads(
         self,
@@ -319,9 +320,9 @@ class MultiHeadAttention(nnx.Module):
             query, *memory, num_heads=self.num_heads, **seen
         )
         at = positions_of(query, *where[:2]), positions_of(key, 0, where[2])
-        query = self._placed(by.query(query), self.query_norm, at[0])
-        key = self._placed(by.key(key), self.key_norm, at[1])
-        values = KeyValue(key, by.value(value))
+        query = self._placed(project(by.query, query), self.query_norm, at[0])
+        key = self._placed(project(by.key, key), self.key_norm, at[1])
+        values = KeyValue(key, project(by.value, value))
         return self._attend(query, values, as_arrays(self.score), **seen, **options)
 
     def _placed(self, heads: Array, norm: Any, positions: Array) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab._src import arguments
+from attnlab._src.nn import explicit
 from attnlab._src.nn.parameters import named
 from attnlab._src.types import Array, ArrayLike
 
@@ -79,7 +80,7 @@ class Embedding(nnx.Module):
         tokens = jnp.asarray(arguments.integers("tokens", tokens))
         if positions is None:
             positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
-        x = self.table(tokens) * self.scale
+        x = explicit.look_up(self.table, tokens) * self.scale
         if self.position is not None:
             x = self.position(x, positions)
         if self.norm is not None:
@@ -88,7 +89,7 @@ class Embedding(nnx.Module):
 
     def logits(self, x: Array) -> Array:
         """Logits ``[*, features] -> [*, V]``: products with the tokens' vectors."""
-        logits = self.table.attend(x)
+        logits = explicit.logits(self.table, x)
         if self.bias is None:
             return logits
         lead = (1,) * (logits.ndim - 1)

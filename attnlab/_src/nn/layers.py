@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab._src.nn.explicit import project
 from attnlab._src.nn.parameters import GLOROT, Initializer, named
 from attnlab._src.types import Array, by_name, itself, promoted
 
@@ -179,10 +180,11 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """``[*, features] -> [*, features]``."""
         hidden = self._hidden(x)
-        return self.down(hidden if self.dropout is None else self.dropout(hidden))
+        hidden = hidden if self.dropout is None else self.dropout(hidden)
+        return project(self.down, hidden)
 
     def _hidden(self, x: Array) -> Array:
-        return self.activation(self.up(x))
+        return self.activation(project(self.up, x))
 
 
 class GatedFeedForward(FeedForward):
@@ -201,4 +203,4 @@ class GatedFeedForward(FeedForward):
         return linear(features, hidden, "embed", "hidden")
 
     def _hidden(self, x: Array) -> Array:
-        return self.activation(self.gate(x)) * self.up(x)
+        return self.activation(project(self.gate, x)) * project(self.up, x)

@@ -1,0 +1,68 @@
+"""Products with parameters on meshes with explicit axes, where results need a sharding.
+
+There JAX refuses a product whose contracted axis is sharded, and a lookup by sharded
+indices, unless the sharding of the result is given. Elsewhere nothing changes.
+
+References:
+    https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from attnlab._src.types import Array
+
+
+def project(linear: Any, x: Array) -> Array:
+    """``linear(x)``; its result is sharded as x is, and its features as the kernel's.
+
+    Args:
+        linear: a ``flax.nnx.Linear`` or ``LinearGeneral``; any other callable must find
+            its own sharding.
+        x: ``[*rows, *inputs]``.
+    """
+    kernel = getattr(linear, "kernel", None)
+    if kernel is None or not _is_explicit(x):
+        return linear(x)
+    inputs = linear.in_features
+    inward = len(inputs) if isinstance(inputs, tuple) else 1
+    outward = _spec(kernel[...])[inward:]
+    return linear(x, out_sharding=_beside(x, x.ndim - inward, outward))
+
+
+def look_up(table: Any, tokens: Array) -> Array:
+    """``table(tokens)``, sharded as tokens are: ``[*rows] -> [*rows, features]``."""
+    if not _is_explicit(tokens):
+        return table(tokens)
+    return table(tokens, out_sharding=_beside(tokens, tokens.ndim, [None]))
+
+
+def logits(table: Any, x: Array) -> Array:
+    """``table.attend(x)``: ``[*rows, features] -> [*rows, V]``, likewise."""
+    if not _is_explicit(x):
+        return table.attend(x)
+    vocabulary = _spec(table.embedding[...])[:1]
+    return table.attend(x, out_sharding=_beside(x, x.ndim - 1, vocabulary))
+
+
+def _is_explicit(x: Array) -> bool:
+    return bool(jax.typeof(x).sharding.mesh.explicit_axes)
+
+
+def _spec(x: Array) -> list[Any]:
+    spec = jax.typeof(x).sharding.spec
+    return [*spec, *[None] * (x.ndim - len(spec))]
+
+
+def _beside(x: Array, rows: int, features: list[Any]) -> NamedSharding:
+    """X's sharding of its first axes, and of the features what is not used by these."""
+    lead = _spec(x)[:rows]
+    used = {axis for entry in lead for axis in _names(entry)}
+    rest = [None if used & {*_names(entry)} else entry for entry in features]
+    return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*lead, *rest))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
