@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from attnlab import modifiers as modifiers
     from attnlab import nn as nn
     from attnlab import scores as scores
+    from attnlab import sharding as sharding
     from attnlab._src.ops.attention import attention as attention
     from attnlab._src.ops.attention import attention_with_stats as attention_with_stats
     from attnlab._src.ops.cost import cost as cost
@@ -29,7 +30,7 @@ _HOMES = {
     "dot_product_attention": "_src.ops.drop_in",
     "explain": "_src.ops.explain",
 }
-_MODULES = ("extend", "masks", "modifiers", "nn", "scores")
+_MODULES = ("extend", "masks", "modifiers", "nn", "scores", "sharding")
 
 __all__ = [
     "AttentionResult",
@@ -45,6 +46,7 @@ __all__ = [
     "modifiers",
     "nn",
     "scores",
+    "sharding",
 ]
 
 

@@ -110,7 +110,7 @@ def verb():
 
 def forget():
     """Clears JAX's caches of traces, so that calls are traced again."""
-    programs: list[Any] = [verb().run_attention, compute]
+    programs: list[Any] = [verb().compiled_attention, compute]
     for program in programs:
         program.clear_cache()
 

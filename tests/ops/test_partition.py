@@ -1,6 +1,8 @@
 """Sharded inputs stay sharded: what a device computes, and what devices send."""
 
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from attnlab import attention, masks, modifiers, nn, scores
+from attnlab import attention, masks, modifiers, nn, scores, sharding
 from attnlab._src.ops import partition
 from attnlab._src.types import Sizes
 from tests.devices import collectives, mesh_of
@@ -205,6 +207,95 @@ def test_heads_that_a_mask_counts_are_gathered():
     found = run(*given)
     for one, other in zip(found, run(q, k, v), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_a_context_says_how_queries_are_sharded():
+    """It decides how programs for several TPUs are made; elsewhere nothing changes."""
+    q, k, v = arrays()
+    mesh = mesh_of()
+
+    def attend(q, k, v):
+        return attention(q, k, v, mask=masks.causal(), implementation="tiled")
+
+    @jax.jit
+    def told(q, k, v):
+        with sharding.use(mesh, batch="x", heads="y", sequence=()):
+            return attend(q, k, v)
+
+    given = placed(mesh, (q, k, v), (Spec("x", None, "y"),) * 3)
+    np.testing.assert_allclose(told(*given), jax.jit(attend)(q, k, v), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(batch="z"), r"batch: expected axes of the mesh \(x, y\), got 'z'"),
+        (dict(batch="x", heads=("y", "x")), "heads: axis 'x' is named twice"),
+    ],
+)
+def test_axes_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message), sharding.use(mesh_of(), **options):
+        pass
+
+
+def test_a_mesh_that_is_none():
+    wrong: Any = "x"
+    with pytest.raises(TypeError, match=r"mesh: expected a jax.sharding.Mesh, got str"):
+        sharding.use(wrong).__enter__()
+
+
+#: Prints, by how queries are sharded, how many kernels a program for four TPUs has.
+TPUS = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from attnlab import attention, masks, sharding
+
+described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+devices = np.array(described.devices)
+kinds = AxisType.Auto, AxisType.Explicit
+auto, explicit = (Mesh(devices, ("x",), axis_types=(kind,)) for kind in kinds)
+
+def attend(q, k, v):
+    return attention(q, k, v, mask=masks.causal())
+
+def told(q, k, v):
+    with sharding.use(auto, batch="x"):
+        return attend(q, k, v)
+
+manual = jax.shard_map(attend, mesh=auto, in_specs=(P("x"),) * 3, out_specs=P("x"))
+for name, mesh, call in (
+    ("unknown", auto, attend),
+    ("told", auto, told),
+    ("manual", auto, manual),
+    ("explicit", explicit, attend),
+):
+    def loss(*arrays):
+        return call(*arrays).astype(jnp.float32).sum()
+
+    place = NamedSharding(mesh, P("x"))
+    x = jax.ShapeDtypeStruct((8, 512, 4, 128), jnp.bfloat16, sharding=place)
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x)
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    print("found", name, text.count("tpu_custom_call"), "all-gather" in text)
+"""
+
+
+@pytest.mark.slow
+def test_programs_for_several_tpus():
+    pytest.importorskip("libtpu")
+    run = [sys.executable, "-c", TPUS]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [x.split()[1:] for x in done.stdout.splitlines() if x.startswith("found")]
+    found = {name: (int(kernels) > 0, gathers) for name, kernels, gathers in lines}
+    kernels_alone = (True, "False")
+    assert found == {
+        "unknown": (False, "True"),  # in pure XLA, which gathers
+        "told": kernels_alone,
+        "manual": kernels_alone,
+        "explicit": kernels_alone,
+    }
 
 
 @pytest.mark.slow

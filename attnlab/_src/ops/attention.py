@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from attnlab._src import sharding
 from attnlab._src.implementations.deferred import apply_deferred
 from attnlab._src.implementations.reference import attend as reference_attend
 from attnlab._src.implementations.tiled import Tiled
@@ -175,9 +176,14 @@ def attend(
     return run_attention(args, settings.but(stats=stats, top_k=top_k))
 
 
-@functools.partial(jax.jit, static_argnames="settings")
 def run_attention(args: Arguments, settings: Settings) -> AttentionResult:
-    """The whole computation on validated arguments, compiled once for a structure."""
+    """The whole computation on validated arguments."""
+    return compiled_attention(args, settings.but(place=sharding.place()))
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def compiled_attention(args: Arguments, settings: Settings) -> AttentionResult:
+    """As :func:`run_attention`, compiled once for a structure."""
     placed = _explicitly_placed(args, settings.top_k)
     if placed is not None:
         settings = settings.but(place=_flat(placed.lse))

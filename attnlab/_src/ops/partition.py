@@ -11,22 +11,26 @@ References:
     ``jax.experimental.custom_partitioning``
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attnlab._src.implementations.tile import modifiers_read_head
+from attnlab._src.ops.choice import default_platform
 from attnlab._src.ops.folding import mask_reads_head
 from attnlab._src.types import Array, AttentionInputs, Sizes
 
@@ -58,6 +62,52 @@ def spans_devices(axis_context: Any) -> bool:
     if hasattr(axis_context, "manual_axes"):
         return not is_divided(axis_context)
     return (getattr(axis_context, "num_devices", None) or 1) > 1
+
+
+@contextlib.contextmanager
+def mesh_for(platforms: Sequence[str], is_share: bool) -> Iterator[None]:
+    """The mesh under which a pass is traced.
+
+    Kernels for TPU ask for the generation: a TPU v4 is assumed where none is known.
+
+    Args:
+        platforms: which the program is for.
+        is_share: whether the arrays are one device's share already; then there is no
+            mesh to divide them over.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    if "tpu" in platforms and device is None and default_platform() != "tpu":
+        device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
+    axes = mesh.axis_sizes, mesh.axis_names, mesh.axis_types
+    if is_share:
+        axes = (), (), ()
+    made = jax.sharding.AbstractMesh(*axes, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(made):
+        yield
+
+
+#: What one device runs on its shards, traced when it is lowered: where the user has set
+#: a mesh, JAX would trace it under that mesh, whose axes are not those of the shards.
+_shard_p = jax.extend.core.Primitive("attention_shard")
+_shard_p.multiple_results = True
+
+
+@_shard_p.def_abstract_eval
+def _types(*avals: Any, run: Callable[..., list[Array]]) -> list[Any]:
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
+    found = jax.eval_shape(run, *shapes)
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in found]
+
+
+def _lower(ctx: Any, *values: Any, run: Callable[..., list[Array]]) -> Sequence[Any]:
+    platforms = ctx.platforms or ctx.module_context.platforms
+    avals = [jax.core.ShapedArray(x.shape, x.dtype, x.weak_type) for x in ctx.avals_in]
+    with mesh_for(platforms, is_share=True):
+        return mlir.lower_fun(run)(ctx.replace(avals_in=avals), *values)
+
+
+mlir.register_lowering(_shard_p, _lower)
 
 
 @functools.cache
@@ -98,7 +148,11 @@ def divided(
             return [NamedSharding(mesh, share.spec(factors)) for factors in side]
 
         local = work.local(run, share)
-        return mesh, local, shardings(work.results), tuple(shardings(work.arguments))
+
+        def call(*leaves: Array) -> list[Array]:
+            return _shard_p.bind(*leaves, run=local)
+
+        return mesh, call, shardings(work.results), tuple(shardings(work.arguments))
 
     @custom_partitioning
     def call(*leaves: Array) -> Sequence[Array]:
@@ -132,7 +186,7 @@ def divided_as_placed(
     share = _share(place.mesh, [*map(_names, place.spec)], work)
     return jax.shard_map(
         work.local(run, share),
-        mesh=avals[0].sharding.mesh,
+        mesh=place.mesh if jax.sharding.get_abstract_mesh().empty else None,
         in_specs=tuple(map(share.spec, work.arguments)),
         out_specs=[*map(share.spec, work.results)],
         check_vma=False,

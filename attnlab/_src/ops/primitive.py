@@ -19,11 +19,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab._src.implementations import IMPLEMENTATIONS
 from attnlab._src.implementations.deferred import apply_deferred
-from attnlab._src.ops.choice import choose, default_platform
+from attnlab._src.ops.choice import choose
 from attnlab._src.ops.partition import (
     divided,
     divided_as_placed,
     is_divided,
+    mesh_for,
     needs_devices,
     spans_devices,
 )
@@ -58,29 +59,6 @@ class Asked:
         """Restores the settings of the call: lowering may happen under others."""
         with jax.default_matmul_precision(self.precision), jax.enable_x64(self.x64):
             yield
-
-
-@contextlib.contextmanager
-def _mesh_for(platforms: Sequence[str], is_share: bool) -> Iterator[None]:
-    """The mesh under which a pass is traced.
-
-    Kernels for TPU ask for the generation: a TPU v4 is assumed where none is known.
-
-    Args:
-        platforms: which the program is for.
-        is_share: whether the arrays are one device's share already; then there is no
-            mesh to divide them over.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    if "tpu" in platforms and device is None and default_platform() != "tpu":
-        device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
-    axes = mesh.axis_sizes, mesh.axis_names, mesh.axis_types
-    if is_share:
-        axes = (), (), ()
-    made = jax.sharding.AbstractMesh(*axes, abstract_device=device)
-    with jax.sharding.use_abstract_mesh(made):
-        yield
 
 
 #: One pass over the leaves of its arguments. Where ``wanted`` is None it is a forward
@@ -192,7 +170,7 @@ def _lower(
         )
         for x in ctx.avals_in
     ]
-    with asked.settings(), _mesh_for(platforms, is_share):
+    with asked.settings(), mesh_for(platforms, is_share):
         return mlir.lower_fun(call)(ctx.replace(avals_in=avals), *values)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from attnlab._src.exact import inherits
 from attnlab._src.implementations import BUILT_IN, IMPLEMENTATIONS, PRIORITIES
-from attnlab._src.ops.attention import run_attention
+from attnlab._src.ops.attention import compiled_attention
 from attnlab._src.ops.primitive import compute
 from attnlab._src.types import Implementation
 
@@ -123,6 +123,6 @@ def unregister(name: str) -> None:
 
 def _forget() -> None:
     """Clears caches: the next call is traced again and may choose another one."""
-    jitted: tuple[Any, ...] = (run_attention, compute)
+    jitted: tuple[Any, ...] = (compiled_attention, compute)
     for function in jitted:
         function.clear_cache()

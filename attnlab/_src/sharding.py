@@ -1,0 +1,81 @@
+"""How queries are sharded, where the program itself does not say it soon enough."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_PLACE: contextvars.ContextVar[NamedSharding | None] = contextvars.ContextVar(
+    "attnlab_place", default=None
+)
+#: A name of an axis of a mesh, or several, the major one first.
+Axes = str | Sequence[str] | None
+
+
+@contextlib.contextmanager
+def use(
+    mesh: Mesh, *, batch: Axes = None, heads: Axes = None, sequence: Axes = None
+) -> Iterator[None]:
+    """Within this, calls know along which axes of a mesh their queries are sharded.
+
+    Only programs for several TPUs need it, on meshes with automatic axes: there XLA
+    partitions a program after its kernels are made. On CPUs and GPUs, with explicit
+    axes and inside ``jax.shard_map`` it is not needed. Enter it where the function is
+    traced, for instance inside of what you give to ``jax.jit``: a program that was
+    traced before does not change.
+
+    Args:
+        mesh: of the devices.
+        batch: axes that shard the examples: the first axis of query, key and value.
+        heads: axes that shard the query heads, and the key heads if they divide them.
+        sequence: axes that shard the query positions.
+
+    Raises:
+        TypeError: if ``mesh`` is no mesh.
+        ValueError: if an axis is not one of the mesh's, or is named twice.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from attnlab import attention, sharding
+        >>> automatic = (jax.sharding.AxisType.Auto,)
+        >>> mesh = jax.make_mesh((1,), ("data",), axis_types=automatic)
+        >>> @jax.jit
+        ... def attend(x):
+        ...     with sharding.use(mesh, batch="data"):
+        ...         return attention(x, x, x)
+        >>> attend(jnp.ones((2, 4, 1, 8))).shape
+        (2, 4, 1, 8)
+    """
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}"
+        )
+    given = {"batch": batch, "sequence": sequence, "heads": heads}
+    names = {name: _names(axes) for name, axes in given.items()}
+    seen: set[str] = set()
+    for name, axes in names.items():
+        for axis in axes:
+            if axis not in mesh.axis_names:
+                known = ", ".join(map(str, mesh.axis_names))
+                raise ValueError(
+                    f"{name}: expected axes of the mesh ({known}), got {axis!r}"
+                )
+            if axis in seen:
+                raise ValueError(f"{name}: axis {axis!r} is named twice")
+            seen.add(axis)
+    spec = PartitionSpec(*(axes or None for axes in names.values()))
+    token = _PLACE.set(NamedSharding(mesh, spec))
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def place() -> NamedSharding | None:
+    """The sharding of queries ``[B, T, N]`` that :func:`use` tells; None: unknown."""
+    return _PLACE.get()
