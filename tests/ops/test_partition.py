@@ -1,6 +1,7 @@
 """Sharded inputs stay sharded: what a device computes, and what devices send."""
 
 import itertools
+import re
 import subprocess
 import sys
 from typing import Any
@@ -279,6 +280,20 @@ for name, mesh, call in (
     text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     print("found", name, text.count("tpu_custom_call"), "all-gather" in text)
 """
+
+
+def test_no_program_is_taken_for_another():
+    """Masks of one shape of data can be alike in the text of the program."""
+    x = jax.device_put(arrays()[0], NamedSharding(mesh_of(), Spec("x")))
+
+    def text(mask):
+        def attend(x):
+            return attention(x, x, x, mask=mask, implementation="tiled")
+
+        lowered = jax.jit(attend).lower(x).as_text()
+        return re.sub(r"backend_config = \S+", "", lowered)
+
+    assert text(masks.sliding_window(3, 0)) != text(masks.sliding_window(4, 0))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import functools
 import itertools
 import math
 import re
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -141,7 +142,7 @@ def divided(
     rule, options = _rule(work)
 
     def partition(_: Any, given: Sequence[Any], __: Any) -> Any:
-        mesh, places = _places(given[0].sharding, work.sizes)
+        mesh, places = _places(given[1].sharding, work.sizes)
         share = _share(mesh, places, work)
 
         def shardings(side: Sequence[Factors]) -> list[NamedSharding]:
@@ -149,13 +150,14 @@ def divided(
 
         local = work.local(run, share)
 
-        def call(*leaves: Array) -> list[Array]:
+        def call(mark: Array, *leaves: Array) -> list[Array]:
             return _shard_p.bind(*leaves, run=local)
 
-        return mesh, call, shardings(work.results), tuple(shardings(work.arguments))
+        given_by = [Factors([None]), *work.arguments]
+        return mesh, call, shardings(work.results), tuple(shardings(given_by))
 
     @custom_partitioning
-    def call(*leaves: Array) -> Sequence[Array]:
+    def call(mark: Array, *leaves: Array) -> Sequence[Array]:
         return run(*leaves, structure=structure)
 
     # An axis of the user's mesh may be split between two axes of an array, which has no
@@ -163,7 +165,10 @@ def divided(
     call.def_partition(
         partition=partition, sharding_rule=rule, decode_shardings=False, **options
     )
-    return call
+    # In the text of a program ``partition`` is an address, and another mask need not
+    # show at all. JAX's compilation cache must not take one program for another.
+    mark = np.frombuffer(secrets.token_bytes(16), np.uint32)
+    return functools.partial(call, mark)
 
 
 def divided_as_placed(
@@ -357,9 +362,8 @@ def _rule(work: Work) -> tuple[str, dict[str, Any]]:
     def text(factors: Factors) -> str:
         return " ".join(names.get(f or "", f) or f"u{next(count)}" for f in factors)
 
-    left, right = (
-        ", ".join(map(text, side)) for side in (work.arguments, work.results)
-    )
+    arguments = [Factors([None]), *work.arguments]  # the mark, see ``divided``
+    left, right = (", ".join(map(text, side)) for side in (arguments, work.results))
     order = dict.fromkeys(re.findall(r"\w+", f"{left} {right}"))
     divided = ("b", "t") if work.heads_are_whole else ("b", "t", "n", "k", "g")
     options: dict[str, Any] = {"g": sizes.N // sizes.K} if grouped else {}
