@@ -282,6 +282,20 @@ for name, mesh, call in (
 """
 
 
+def test_shards_of_unequal_sizes_are_gathered():
+    """XLA may shard what is computed unevenly: here three examples on four devices."""
+
+    def run(x):
+        def loss(x):
+            return (attention(x, x, x, implementation="tiled") ** 2).sum()
+
+        return jax.grad(loss)(x[:3])
+
+    x = arrays()[0]
+    given = jax.device_put(x, NamedSharding(mesh_of(), Spec(("x", "y"))))
+    np.testing.assert_allclose(jax.jit(run)(given), jax.jit(run)(x), atol=2e-5)
+
+
 def test_no_program_is_taken_for_another():
     """Masks of one shape of data can be alike in the text of the program."""
     x = jax.device_put(arrays()[0], NamedSharding(mesh_of(), Spec("x")))

@@ -382,8 +382,11 @@ def _places(sharding: Any, sizes: Sizes) -> tuple[Mesh, list[tuple[str, ...]]]:
         A mesh of all devices in their order, and the axes of it that shard examples,
         queries and heads, major axes first.
     """
-    shape = (sizes.B, sizes.T, sizes.N, sizes.P)
-    parts = sharding.devices_indices_map(shape)
+    try:
+        parts = sharding.devices_indices_map((sizes.B, sizes.T, sizes.N, sizes.P))
+    except ValueError:  # the shards are not of one size
+        devices = np.array(sorted(sharding.device_set, key=lambda device: device.id))
+        return Mesh(devices, ("d0",)), [(), (), ()]
     devices = np.array([*parts])
     starts = np.array([[s.start or 0 for s in index[:3]] for index in parts.values()])
     # The number of the shard along each axis, instead of the index where it begins.
