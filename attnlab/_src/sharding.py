@@ -3,7 +3,10 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _PLACE: contextvars.ContextVar[NamedSharding | None] = contextvars.ContextVar(
@@ -19,11 +22,16 @@ def use(
 ) -> Iterator[None]:
     """Within this, calls know along which axes of a mesh their queries are sharded.
 
-    Only programs for several TPUs need it, on meshes with automatic axes: there XLA
-    partitions a program after its kernels are made. On CPUs and GPUs, with explicit
-    axes and inside ``jax.shard_map`` it is not needed. Enter it where the function is
-    traced, for instance inside of what you give to ``jax.jit``: a program that was
-    traced before does not change.
+    Two kinds of programs need it:
+
+    * those for several TPUs, on meshes with automatic axes: there XLA partitions a
+      program after its kernels are made;
+    * those with dropout inside ``jax.shard_map``: a device must know which examples and
+      heads it has, so that weights are dropped as on one device. Without it, every
+      device drops the same weights of its shard.
+
+    Enter it where the function is traced, for instance inside of what you give to
+    ``jax.jit``: a program that was traced before does not change.
 
     Args:
         mesh: of the devices.
@@ -74,6 +82,26 @@ def use(
 
 def _names(axes: Axes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def first_of_shard(kind: str, size: int) -> Any:
+    """The number of the first example or head of this device inside a ``shard_map``.
+
+    Args:
+        kind: "batch" or "heads".
+        size: how many of them the device has.
+
+    Returns:
+        0 outside, and where :func:`use` does not tell the axes.
+    """
+    known = _PLACE.get()
+    if known is None:
+        return 0
+    axes = _names(known.spec[{"batch": 0, "heads": 2}[kind]])
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not axes or not {*axes} <= {*manual}:
+        return 0
+    return lax.axis_index(axes) * size
 
 
 def place() -> NamedSharding | None:

@@ -210,6 +210,27 @@ def test_heads_that_a_mask_counts_are_gathered():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("check", few([True, False], True))
+def test_dropout_inside_shard_map_is_that_of_one_device(check):
+    q, k, v = arrays()
+    mesh = mesh_of()
+
+    def attend(q, k, v):
+        drops = dict(dropout_rate=0.4, dropout_rng=RNG)
+        return attention(q, k, v, implementation="tiled", **drops)
+
+    def local(q, k, v):
+        with sharding.use(mesh, batch="x", heads="y"):
+            return attend(q, k, v)
+
+    spec = Spec("x", None, "y")
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=check
+    )
+    wanted = jax.jit(attend)(q, k, v)
+    np.testing.assert_allclose(jax.jit(run)(q, k, v), wanted, atol=2e-5)
+
+
 def test_a_context_says_how_queries_are_sharded():
     """It decides how programs for several TPUs are made; elsewhere nothing changes."""
     q, k, v = arrays()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attnlab._src import arguments
+from attnlab._src import arguments, sharding
 from attnlab._src.implementations.deferred import zero_dead
 from attnlab._src.implementations.tile import check_tile, precision_of
 from attnlab._src.masks.intervals import FAR
@@ -76,8 +76,13 @@ def prepare(args: Arguments, settings: Settings) -> AttentionInputs:
 
     words = None
     if dropout_rate > 0:
-        cells = (1, 1) if settings.shared_dropout else (query.shape[0], heads)
-        words = _dropout_words(args.dropout_rng, *cells, query_positions, key_positions)
+        cells, first = (1, 1), (0, 0)
+        if not settings.shared_dropout:
+            cells = query.shape[0], heads
+            first = tuple(map(sharding.first_of_shard, ("batch", "heads"), cells))
+        words = _dropout_words(
+            args.dropout_rng, *cells, query_positions, key_positions, *first
+        )
     inputs = AttentionInputs(
         query,
         key,
@@ -255,7 +260,13 @@ def _pair_operand(x: Array, heads: int) -> Array:
 
 
 def _dropout_words(
-    rng: Array, batch: int, heads: int, query_positions: Array, key_positions: Array
+    rng: Array,
+    batch: int,
+    heads: int,
+    query_positions: Array,
+    key_positions: Array,
+    first_example: Any,
+    first_head: Any,
 ) -> tuple[Array, Array]:
     """A 32-bit word for each row (batch, head, position) and column (position).
 
@@ -265,6 +276,8 @@ def _dropout_words(
         heads: N, or 1 for one pattern for all heads.
         query_positions: ``[B or 1, 1, T, 1]``.
         key_positions: ``[B or 1, 1, 1, S]``.
+        first_example: number of the first example, not 0 in a shard.
+        first_head: number of the first head.
 
     Returns:
         uint32 operands ``[B or 1, N or 1, T, 1]`` and ``[B or 1, 1, 1, S]``.
@@ -279,8 +292,10 @@ def _dropout_words(
 
     t, s = query_positions.shape[2], key_positions.shape[3]
     cells = jnp.arange(batch * heads, dtype=jnp.uint32)
-    examples = fold(jax.random.fold_in(rng, 0), cells // heads)
-    rows = spread(examples, cells % heads).reshape(batch, heads)
+    examples = jnp.uint32(first_example) + cells // heads
+    examples = fold(jax.random.fold_in(rng, 0), examples)
+    rows = spread(examples, jnp.uint32(first_head) + cells % heads)
+    rows = rows.reshape(batch, heads)
     lead = jnp.broadcast_shapes(rows.shape, query_positions.shape[:2])
     rows = jnp.broadcast_to(rows, lead).reshape(-1)
     positions = jnp.broadcast_to(query_positions[:, :, :, 0], (*lead, t))
