@@ -265,8 +265,8 @@ def _dropout_words(
     heads: int,
     query_positions: Array,
     key_positions: Array,
-    first_example: Any,
-    first_head: Any,
+    first_example: Any = 0,
+    first_head: Any = 0,
 ) -> tuple[Array, Array]:
     """A 32-bit word for each row (batch, head, position) and column (position).
 
