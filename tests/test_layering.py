@@ -20,6 +20,7 @@ BASE = {
     "prng",
     "pytrees",
     "reverse",
+    "sharding",
     "types",
     "varying",
 }
@@ -29,6 +30,7 @@ MAY_IMPORT = {
     "pytrees": set(),
     "arguments": set(),
     "reverse": set(),
+    "sharding": set(),
     "varying": set(),
     "dtypes": set(),
     "exact": set(),

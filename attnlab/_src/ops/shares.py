@@ -1,0 +1,205 @@
+"""Which part of a pass each device computes: examples, queries and heads."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from attnlab._src.implementations.tile import modifiers_read_head
+from attnlab._src.ops.folding import mask_reads_head
+from attnlab._src.types import Array, AttentionInputs, Sizes
+
+
+class Factors(tuple[str | None, ...]):
+    """What runs along each axis of an array.
+
+    Examples "b", queries "t", keys "s", query heads "n", key heads "k"; None: anything
+    else, which is never sharded.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The pass as a whole.
+
+    Attributes:
+        structure: pytree structure of the arguments.
+        avals: types of their leaves.
+        sizes: axis sizes.
+        arguments: what runs along the axes of each leaf.
+        results: what runs along the axes of each result.
+        heads_are_whole: whether every device must have all heads.
+        is_forward: whether it is the forward pass.
+    """
+
+    structure: Any
+    avals: Sequence[Any]
+    sizes: Sizes
+    arguments: list[Factors]
+    results: list[Factors]
+    heads_are_whole: bool
+    is_forward: bool
+
+    @classmethod
+    def of(cls, structure: Any, avals: Sequence[Any], wanted: Any) -> "Work":
+        """The pass of an equation of ``attention_p``."""
+        inputs, *others = jax.tree.unflatten(structure, avals)
+        sides = _factors(inputs, others, wanted)
+        whole = _reads_head(inputs)
+        return cls(structure, avals, inputs.sizes, *sides, whole, wanted is None)
+
+    def local(
+        self, run: Callable[..., Sequence[Array]], share: "Share"
+    ) -> Callable[..., list[Array]]:
+        """What one device runs on its shards."""
+        structure = self.structure
+        if share.axes["t"]:
+            structure = _of_part(structure, self.avals)
+
+        def call(*leaves: Array) -> list[Array]:
+            own = map(share.own_head, leaves, self.arguments)
+            found = run(*own, structure=structure)
+            # A gradient on one device is a part of a sum.
+            if self.is_forward:
+                return [*found]
+            return [*map(share.summed, found, self.results)]
+
+        return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How the pass is divided among devices.
+
+    Attributes:
+        axes: the axes of the mesh that shard "b", "t", "n" and "k".
+        heads: K, all key heads.
+        group: query heads for each key head.
+        parts: into how many shards the query heads are divided.
+    """
+
+    axes: dict[str, tuple[str, ...]]
+    heads: int
+    group: int
+    parts: int
+
+    def spec(self, factors: Factors) -> PartitionSpec:
+        """The sharding of an array."""
+        return PartitionSpec(*(self.axes.get(f or "") or None for f in factors))
+
+    @property
+    def takes_one(self) -> bool:
+        """Whether each device holds all key heads and uses one of them."""
+        return 1 < self.heads < self.parts and not self.axes["k"]
+
+    def own_head(self, x: Array, factors: Factors) -> Array:
+        """The key head that this device's query heads use, if it holds them all."""
+        if "k" not in factors or not self.takes_one:
+            return x
+        return lax.dynamic_slice_in_dim(x, self._head(), 1, factors.index("k"))
+
+    def summed(self, gradient: Array, factors: Factors) -> Array:
+        """The sum over devices that use the same shard of the argument."""
+        if "k" in factors and self.takes_one:
+            axis = factors.index("k")
+            shape = (*gradient.shape[:axis], self.heads, *gradient.shape[axis + 1 :])
+            zeros = jnp.zeros(shape, gradient.dtype)
+            gradient = lax.dynamic_update_slice_in_dim(
+                zeros, gradient, self._head(), axis
+            )
+        own = {axis for factor in factors for axis in self.axes.get(factor or "", ())}
+        every = (*self.axes["b"], *self.axes["t"], *self.axes["n"])
+        axes = [axis for axis in every if axis not in own]
+        return lax.psum(gradient, axes) if axes else gradient
+
+    def _head(self) -> Array:
+        first = lax.axis_index(self.axes["n"]) * (self.heads * self.group // self.parts)
+        return first // self.group
+
+
+def share_of(mesh: Any, places: Sequence[tuple[str, ...]], work: Work) -> Share:
+    """How the pass is divided, given the axes that shard the query."""
+    (b, t, n), sizes = places, work.sizes
+
+    def parts(axes: Sequence[str]) -> int:
+        return math.prod(mesh.shape[axis] for axis in axes)
+
+    b = b if sizes.B % parts(b) == 0 else ()
+    t = t if sizes.T % parts(t) == 0 else ()
+    n = () if work.heads_are_whole or sizes.N % parts(n) else n
+    # Key heads are sharded by the same axes, as far as their number allows.
+    k = next(
+        k for i in range(len(n), -1, -1) for k in [n[:i]] if not sizes.K % parts(k)
+    )
+    if parts(k) < parts(n) and sizes.K not in (1, parts(k)):
+        k = ()
+        n = n if parts(n) % sizes.K == 0 else ()
+    axes = {"b": b, "t": t, "n": n, "k": () if sizes.K == 1 else k}
+    return Share(axes, sizes.K, sizes.N // sizes.K, parts(n))
+
+
+def _reads_head(inputs: AttentionInputs) -> bool:
+    """Whether a mask or modifier reads the number of the head, unknown in a shard."""
+    return (
+        inputs.mask.head_count > 1
+        or mask_reads_head(inputs.mask, inputs.mask_operands)
+        or modifiers_read_head(inputs)
+    )
+
+
+def _factors(
+    inputs: Any, others: Sequence[Any], wanted: Any
+) -> tuple[list[Factors], list[Factors]]:
+    """What runs along each axis of arguments and results."""
+
+    def operand(x: Any, axes: Sequence[str] = ("b", "n", "t", "s")) -> Factors:
+        """Axes of size 1 are broadcast, and not sharded."""
+        named = [f if n > 1 else None for f, n in zip(axes, x.shape, strict=False)]
+        return Factors([*named, *[None] * (x.ndim - len(named))])
+
+    named = dataclasses.replace(
+        inputs,
+        query=operand(inputs.query, ("b", "t", "n")),
+        key=operand(inputs.key, ("b", "s", "k")),
+        value=operand(inputs.value, ("b", "s", "k")),
+        living=tuple(
+            None if x is None else operand(x, axes)
+            for x, axes in zip(inputs.living, ("bnt", "bks"), strict=True)
+        ),
+        **{
+            name: jax.tree.map(operand, getattr(inputs, name))
+            for name in (
+                "pair_params",
+                "modifier_operands",
+                "mask_operands",
+                "query_positions",
+                "key_positions",
+                "dropout_words",
+                "head_scale",
+            )
+        },
+    )
+    rows = [None if x is None else operand(x, ("b", "t", "n")) for x in others]
+    arguments = jax.tree.leaves((named, *rows))
+    if wanted is not None:
+        return arguments, [*itertools.compress(arguments, wanted)]
+    output = operand(inputs.query, ("b", "t", "n"))
+    return arguments, [output, Factors(output[:3])]
+
+
+def _of_part(structure: Any, leaves: Sequence[Any]) -> Any:
+    """The structure of arguments whose queries are a shard of the sequence.
+
+    Their positions are slot numbers and an offset, no longer slot numbers alone.
+    """
+    inputs, *others = jax.tree.unflatten(structure, leaves)
+    queries, keys = inputs.position_kinds
+    kinds = "offset" if queries == "index" else queries, keys
+    inputs = dataclasses.replace(inputs, position_kinds=kinds)
+    return jax.tree.structure((inputs, *others))
