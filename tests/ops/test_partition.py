@@ -120,10 +120,11 @@ def fits(spec, heads):
     ("name", "place", "implementation"),
     few(
         itertools.product(CASES, PLACES, [NATIVE, "tiled"]),
-        ("grouped", "batch", "tiled"),
+        ("grouped", "batch", NATIVE),
+        ("grouped", "queries", "tiled"),
         ("documents of examples", "both", NATIVE),
         ("dropout", "queries", NATIVE),
-        ("grouped", "heads", NATIVE),
+        ("grouped", "heads", "tiled"),
         ("one key head", "both", NATIVE),
     ),
 )
