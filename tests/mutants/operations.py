@@ -129,12 +129,12 @@ MUTANTS = (
         ("tests/ops/test_partition.py::test_sharded_inputs_stay_sharded",),
     ),
     Mutant(
-        "shard-takes-the-first-key-head",
+        "shards-of-heads-without-their-keys",
         "ops/shares.py",
-        "return first // self.group",
-        "return first * 0",
-        "Devices that hold all key heads use the first one.",
-        ("tests/ops/test_partition.py::test_sharded_inputs_stay_sharded",),
+        "if parts(k) < parts(n) and sizes.K not in (1, parts(k)):",
+        "if False:",
+        "Devices whose query heads use several key heads in part have all of these.",
+        ("tests/ops/test_partition.py::test_key_heads_that_do_not_divide",),
     ),
     Mutant(
         "key-alive-in-all-heads",

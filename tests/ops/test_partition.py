@@ -199,6 +199,16 @@ def test_a_partly_manual_mesh():
     np.testing.assert_allclose(run(*given), jax.jit(local)(q, k, v), atol=2e-5)
 
 
+def test_key_heads_that_do_not_divide():
+    """Three key heads of two query heads each, on two devices: heads are gathered."""
+    q = jnp.concatenate(arrays()[:2], 2)[:, :, :6]
+    k = q[:, :, 1:4] + 1
+    run = both_passes("tiled", dict(mask=masks.causal()))
+    given = placed(mesh_of(), (q, k, k), (Spec(None, None, "x"), Spec(), Spec()))
+    for one, other in zip(run(*given), run(q, k, k), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
 def test_heads_that_a_mask_counts_are_gathered():
     """A mask for each head needs to know which head is which."""
     q, k, v = arrays()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -63,8 +62,7 @@ class Work:
             structure = _of_part(structure, self.avals)
 
         def call(*leaves: Array) -> list[Array]:
-            own = map(share.own_head, leaves, self.arguments)
-            found = run(*own, structure=structure)
+            found = run(*leaves, structure=structure)
             # A gradient on one device is a part of a sum.
             if self.is_forward:
                 return [*found]
@@ -79,48 +77,20 @@ class Share:
 
     Attributes:
         axes: the axes of the mesh that shard "b", "t", "n" and "k".
-        heads: K, all key heads.
-        group: query heads for each key head.
-        parts: into how many shards the query heads are divided.
     """
 
     axes: dict[str, tuple[str, ...]]
-    heads: int
-    group: int
-    parts: int
 
     def spec(self, factors: Factors) -> PartitionSpec:
         """The sharding of an array."""
         return PartitionSpec(*(self.axes.get(f or "") or None for f in factors))
 
-    @property
-    def takes_one(self) -> bool:
-        """Whether each device holds all key heads and uses one of them."""
-        return 1 < self.heads < self.parts and not self.axes["k"]
-
-    def own_head(self, x: Array, factors: Factors) -> Array:
-        """The key head that this device's query heads use, if it holds them all."""
-        if "k" not in factors or not self.takes_one:
-            return x
-        return lax.dynamic_slice_in_dim(x, self._head(), 1, factors.index("k"))
-
     def summed(self, gradient: Array, factors: Factors) -> Array:
         """The sum over devices that use the same shard of the argument."""
-        if "k" in factors and self.takes_one:
-            axis = factors.index("k")
-            shape = (*gradient.shape[:axis], self.heads, *gradient.shape[axis + 1 :])
-            zeros = jnp.zeros(shape, gradient.dtype)
-            gradient = lax.dynamic_update_slice_in_dim(
-                zeros, gradient, self._head(), axis
-            )
         own = {axis for factor in factors for axis in self.axes.get(factor or "", ())}
         every = (*self.axes["b"], *self.axes["t"], *self.axes["n"])
         axes = [axis for axis in every if axis not in own]
         return lax.psum(gradient, axes) if axes else gradient
-
-    def _head(self) -> Array:
-        first = lax.axis_index(self.axes["n"]) * (self.heads * self.group // self.parts)
-        return first // self.group
 
 
 def share_of(mesh: Any, places: Sequence[tuple[str, ...]], work: Work) -> Share:
@@ -133,15 +103,14 @@ def share_of(mesh: Any, places: Sequence[tuple[str, ...]], work: Work) -> Share:
     b = b if sizes.B % parts(b) == 0 else ()
     t = t if sizes.T % parts(t) == 0 else ()
     n = () if work.heads_are_whole or sizes.N % parts(n) else n
-    # Key heads are sharded by the same axes, as far as their number allows.
+    # Key heads are sharded by the first of these axes: a device has whole groups of query
+    # heads, or a part of one group.
     k = next(
         k for i in range(len(n), -1, -1) for k in [n[:i]] if not sizes.K % parts(k)
     )
     if parts(k) < parts(n) and sizes.K not in (1, parts(k)):
-        k = ()
-        n = n if parts(n) % sizes.K == 0 else ()
-    axes = {"b": b, "t": t, "n": n, "k": () if sizes.K == 1 else k}
-    return Share(axes, sizes.K, sizes.N // sizes.K, parts(n))
+        n = k = ()
+    return Share({"b": b, "t": t, "n": n, "k": () if sizes.K == 1 else k})
 
 
 def _reads_head(inputs: AttentionInputs) -> bool:
