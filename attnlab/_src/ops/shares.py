@@ -103,8 +103,8 @@ def share_of(mesh: Any, places: Sequence[tuple[str, ...]], work: Work) -> Share:
     b = b if sizes.B % parts(b) == 0 else ()
     t = t if sizes.T % parts(t) == 0 else ()
     n = () if work.heads_are_whole or sizes.N % parts(n) else n
-    # Key heads are sharded by the first of these axes: a device has whole groups of query
-    # heads, or a part of one group.
+    # Key heads are sharded by the first of these axes: a device has whole groups of
+    # query heads, or a part of one group.
     k = next(
         k for i in range(len(n), -1, -1) for k in [n[:i]] if not sizes.K % parts(k)
     )
