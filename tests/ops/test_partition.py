@@ -122,8 +122,6 @@ def fits(spec, heads):
         itertools.product(CASES, PLACES, [NATIVE, "tiled"]),
         ("grouped", "batch", NATIVE),
         ("grouped", "queries", "tiled"),
-        ("documents of examples", "both", NATIVE),
-        ("dropout", "queries", NATIVE),
         ("grouped", "heads", "tiled"),
         ("one key head", "both", NATIVE),
     ),

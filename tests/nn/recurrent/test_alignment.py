@@ -98,7 +98,7 @@ def test_contexts_and_weights(name):
     assert (context[2] == 0).all()  # a sentence without words
 
 
-@pytest.mark.parametrize("name", few(ALIGNMENTS, "mlp", "local_p additive"))
+@pytest.mark.parametrize("name", few(ALIGNMENTS, "local_p additive"))
 def test_gradients(name):
     """Gradients of queries, states and parameters, also through predicted positions."""
     alignment = drawn(ALIGNMENTS[name])
