@@ -60,7 +60,7 @@ def use(
             f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}"
         )
     given = {"batch": batch, "sequence": sequence, "heads": heads}
-    names = {name: _names(axes) for name, axes in given.items()}
+    names = {name: names_of(axes) for name, axes in given.items()}
     seen: set[str] = set()
     for name, axes in names.items():
         for axis in axes:
@@ -80,7 +80,8 @@ def use(
         _PLACE.reset(token)
 
 
-def _names(axes: Axes) -> tuple[str, ...]:
+def names_of(axes: Axes) -> tuple[str, ...]:
+    """The axes that an entry of a ``PartitionSpec`` names: none, one or several."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
@@ -97,7 +98,7 @@ def first_of_shard(kind: str, size: int) -> Any:
     known = _PLACE.get()
     if known is None:
         return 0
-    axes = _names(known.spec[{"batch": 0, "heads": 2}[kind]])
+    axes = names_of(known.spec[{"batch": 0, "heads": 2}[kind]])
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if not axes or not {*axes} <= {*manual}:
         return 0

@@ -497,6 +497,19 @@ def test_only_full_caches_run_out_of_slots():
         nn.greedy(model.decode, state, prompt, length=6, end=99)
 
 
+def test_a_policy_of_the_users_own_makes_the_caches():
+    class Longer(nn.CachePolicy):
+        def make(self, batch, length, *sizes, **types):
+            return super().make(batch, length + 3, *sizes, **types)
+
+    model = nn.Decoder.standard(
+        30, features=8, num_heads=2, num_layers=1, rngs=nnx.Rngs(0)
+    )
+    (block,) = model.stack.each()
+    block.attention.cache = Longer()
+    assert model.start(2, 4).blocks[0].cache.key.shape == (2, 7, 2, 4)
+
+
 def test_prompt_without_a_token():
     with pytest.raises(ValueError, match=r"prompt: expected \[B, T\]"):
         nn.greedy(step, jnp.zeros(1, int), jnp.zeros((1, 0), int), length=3, end=END)

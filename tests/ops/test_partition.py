@@ -419,6 +419,12 @@ def test_a_data_parallel_step():
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_many_devices_have_few_orders():
+    """All permutations of the prime factors of 4,096 would be 479 million."""
+    assert [*partition._factorings(4096)] == [(2,) * 12]
+    assert sorted(partition._factorings(12)) == [(2, 2, 3), (2, 3, 2), (3, 2, 2)]
+
+
 ORDERS = [
     (Spec("x", None, "y"), (2, 1, 2)),
     (Spec("y", None, "x"), (2, 1, 2)),

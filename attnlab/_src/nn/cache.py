@@ -290,19 +290,8 @@ class CachePolicy:
                 f"{self.anchors}"
             )
 
-    def make(
-        self,
-        batch: int,
-        length: int,
-        num_heads: int,
-        head_size: int,
-        *,
-        value_size: int | None = None,
-        dtype: Any = jnp.float32,
-    ) -> Cache:
+    def make(self, batch: int, length: int, *sizes: int, **types: Any) -> Cache:
         """An empty cache; arguments as of :func:`full_cache`."""
-        sizes = num_heads, head_size
-        types: dict[str, Any] = {"value_size": value_size, "dtype": dtype}
         if self.window is None:
             return full_cache(batch, length, *sizes, **types)
         if not self.anchors:

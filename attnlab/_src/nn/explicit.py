@@ -12,11 +12,12 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from attnlab._src.sharding import names_of
 from attnlab._src.types import Array
 
 
 def project(linear: Any, x: Array) -> Array:
-    """``linear(x)``; its result is sharded as x is, and its features as the kernel's.
+    """``linear(x)``: rows are sharded as those of x, features as those of the kernel.
 
     Args:
         linear: a ``flax.nnx.Linear`` or ``LinearGeneral``; any other callable must find
@@ -57,12 +58,8 @@ def _spec(x: Array) -> list[Any]:
 
 
 def _beside(x: Array, rows: int, features: list[Any]) -> NamedSharding:
-    """X's sharding of its first axes, and of the features what is not used by these."""
+    """Rows sharded as those of x; features by axes that do not shard the rows."""
     lead = _spec(x)[:rows]
-    used = {axis for entry in lead for axis in _names(entry)}
-    rest = [None if used & {*_names(entry)} else entry for entry in features]
+    used = {axis for entry in lead for axis in names_of(entry)}
+    rest = [None if used & {*names_of(entry)} else entry for entry in features]
     return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*lead, *rest))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())

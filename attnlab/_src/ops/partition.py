@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from attnlab._src.ops.choice import default_platform
 from attnlab._src.ops.shares import Factors, Work, share_of
+from attnlab._src.sharding import names_of
 from attnlab._src.types import Array, Sizes
 
 
@@ -176,7 +177,7 @@ def divided_as_placed(
         place: the sharding of the query, ``[B, T, N]``.
     """
     work = Work.of(structure, avals, wanted)
-    share = share_of(place.mesh, [*map(_names, place.spec)], work)
+    share = share_of(place.mesh, [*map(names_of, place.spec)], work)
     return jax.shard_map(
         work.local(run, share),
         mesh=place.mesh if jax.sharding.get_abstract_mesh().empty else None,
@@ -184,10 +185,6 @@ def divided_as_placed(
         out_specs=[*map(share.spec, work.results)],
         check_vma=False,
     )
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _rule(work: Work) -> tuple[str, dict[str, Any]]:
@@ -231,7 +228,7 @@ def _places(sharding: Any, sizes: Sizes) -> tuple[Mesh, list[tuple[str, ...]]]:
     starts = np.array([[s.start or 0 for s in index[:3]] for index in parts.values()])
     # The number of the shard along each axis, instead of the index where it begins.
     columns = [np.unique(column, return_inverse=True)[1] for column in starts.T]
-    for radices in sorted(set(itertools.permutations(_primes(devices.size)))):
+    for radices in _factorings(devices.size):
         digits = np.stack(np.unravel_index(np.arange(devices.size), radices), -1)
         found = [_digits_of(column, digits, radices) for column in columns]
         if None not in found:
@@ -258,8 +255,16 @@ def _digits_of(
     return order if (made == column).all() else None
 
 
-def _primes(number: int) -> tuple[int, ...]:
-    for divisor in range(2, number + 1):
-        if number % divisor == 0:
-            return (divisor, *_primes(number // divisor))
-    return ()
+def _factorings(number: int) -> Iterator[tuple[int, ...]]:
+    """Every order of the prime factors of a number, each once."""
+    if number == 1:
+        yield ()
+    rest, divisor = number, 2
+    while rest > 1:
+        if rest % divisor:
+            divisor += 1
+            continue
+        while rest % divisor == 0:
+            rest //= divisor
+        for others in _factorings(number // divisor):
+            yield (divisor, *others)
