@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from attnlab import attention, masks, modifiers, nn, scores, sharding
 from attnlab._src.ops import partition
-from attnlab._src.types import Sizes
+from attnlab._src.types import Modifier, Sizes, pytree
 from tests.devices import collectives, mesh_of
 from tests.grid import NATIVE, few
 
@@ -207,15 +207,29 @@ def test_key_heads_that_do_not_divide():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
-def test_heads_that_a_mask_counts_are_gathered():
-    """A mask for each head needs to know which head is which."""
+@pytree
+class ByHead(Modifier):
+    """Adds the number of the head times the distance."""
+
+    def apply(self, logits, tile, *operands):
+        distance = tile.query_positions - tile.key_positions
+        return logits + 0.1 * (tile.head * distance).astype(logits.dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(mask=masks.per_head([masks.causal()] * 2 + [masks.full()] * 2)),
+        dict(modifiers=[ByHead()]),
+    ],
+    ids=["mask", "modifier"],
+)
+def test_heads_that_are_counted_are_gathered(options):
+    """A shard of the heads does not know which ones they are."""
     q, k, v = arrays()
-    each = masks.per_head([masks.causal(), masks.full()] * 2)
-    run = both_passes("tiled", dict(mask=each))
-    mesh = mesh_of()
-    given = placed(mesh, (q, k, v), (Spec(None, None, "x"),) * 3)
-    found = run(*given)
-    for one, other in zip(found, run(q, k, v), strict=True):
+    run = both_passes("tiled", options)
+    given = placed(mesh_of(), (q, k, v), (Spec(None, None, "x"),) * 3)
+    for one, other in zip(run(*given), run(q, k, v), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
