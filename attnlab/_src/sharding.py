@@ -40,7 +40,7 @@ def use(
         sequence: axes that shard the query positions.
 
     Raises:
-        TypeError: if ``mesh`` is no mesh.
+        TypeError: if ``mesh`` is no mesh, or axes are not names.
         ValueError: if an axis is not one of the mesh's, or is named twice.
 
     Example:
@@ -60,6 +60,12 @@ def use(
             f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}"
         )
     given = {"batch": batch, "sequence": sequence, "heads": heads}
+    for name, axes in given.items():
+        if not (axes is None or isinstance(axes, (str, Sequence))):
+            raise TypeError(
+                f"{name}: expected the name of an axis of the mesh, or several, got "
+                f"{axes!r}"
+            )
     names = {name: names_of(axes) for name, axes in given.items()}
     seen: set[str] = set()
     for name, axes in names.items():

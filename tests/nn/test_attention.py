@@ -337,6 +337,12 @@ def test_anchor_beyond_the_sequence():
             r"position: Learned .* belongs in Embedding\(position=",
         ),
         (dict(position=nn.Sinusoidal), r"position: Sinusoidal .* in Embedding\("),
+        (dict(cache=64), r"cache: expected nn.CachePolicy\(window=.*got 64"),
+        (dict(anchors=None), r"anchors: nn.AnchoredAttention\("),
+        (
+            dict(projections=lambda *_, **__: None),
+            "projections: expected a function that returns nn.Projections, got NoneT",
+        ),
         (
             dict(modifiers=modifiers.alibi(2)),
             r"modifiers: expected a sequence; write modifiers=\[",

@@ -223,6 +223,8 @@ def test_other_examples():
         (lambda: nn.full_cache(1, 0, 1, 4), "length: expected at least 1, got 0"),
         (lambda: nn.ring_cache(1, 0, 1, 4), "window: expected at least 1"),
         (lambda: nn.streaming_cache(1, 0, 4, 1, 4), "anchors: expected at least 1"),
+        (lambda: nn.CachePolicy(window=0), "window: expected at least 1, got 0"),
+        (lambda: nn.CachePolicy(4, -1), "anchors: expected at least 0, got -1"),
         (lambda: nn.CachePolicy(anchors=2), "anchors: expected 0 without a window"),
     ],
 )

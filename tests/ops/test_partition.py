@@ -287,6 +287,9 @@ def test_a_mesh_that_is_none():
     wrong: Any = "x"
     with pytest.raises(TypeError, match=r"mesh: expected a jax.sharding.Mesh, got str"):
         sharding.use(wrong).__enter__()
+    number: Any = 3
+    with pytest.raises(TypeError, match="batch: expected the name of an axis .* 3"):
+        sharding.use(mesh_of(), batch=number).__enter__()
 
 
 #: Prints, by how queries are sharded, how many kernels a program for four TPUs has.

@@ -89,13 +89,29 @@ class MultiHeadAttention(nnx.Module):
 
         Raises:
             ValueError: if sizes do not fit each other.
-            TypeError: if ``position`` or ``modifiers`` has the wrong type.
+            TypeError: if ``position``, ``modifiers``, ``cache`` or what
+                ``projections`` returns has the wrong type, or an option is unknown.
         """
         if isinstance(modifiers, Modifier):
             raise TypeError("modifiers: expected a sequence; write modifiers=[...]")
+        if not isinstance(cache, CachePolicy):
+            raise TypeError(
+                "cache: expected nn.CachePolicy(window=..., anchors=...), got "
+                f"{cache!r}"
+            )
+        if "anchors" in options:
+            raise TypeError(
+                "anchors: nn.AnchoredAttention(..., anchors=...) takes them, not "
+                "nn.MultiHeadAttention"
+            )
         parts = projections(
             in_features, num_heads, precision=precision, rngs=rngs, **options
         )
+        if not isinstance(parts, Projections):
+            raise TypeError(
+                "projections: expected a function that returns nn.Projections, got "
+                f"{type(parts).__name__} from it"
+            )
         # Attributes of the module itself: checkpoints name parameters by these paths.
         self.query, self.key, self.value, self.out = parts[:4]
         self.query_norm, self.key_norm = parts.query_norm, parts.key_norm

@@ -257,6 +257,11 @@ def streaming_cache(
     )
 
 
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class CachePolicy:
     """Which positions the cache of a layer keeps when it decodes.
@@ -284,6 +289,9 @@ class CachePolicy:
     anchors: int = 0
 
     def __post_init__(self) -> None:
+        if self.window is not None:
+            _at_least("window", self.window, 1)
+        _at_least("anchors", self.anchors, 0)
         if self.window is None and self.anchors:
             raise ValueError(
                 "anchors: expected 0 without a window, as all positions are kept, got "
@@ -321,8 +329,3 @@ def check_type(cache: Cache, dtype: Any) -> None:
             f"{cache.key.dtype}; make it with dtype=jnp.{dtype}, or by "
             "start(..., dtype=None), which chooses it"
         )
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
