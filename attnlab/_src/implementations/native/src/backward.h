@@ -1,9 +1,10 @@
-// Backward
+// Backward pass
 //
-// A unit of work is one key head, or a slice of its keys, of one example: it walks its
-// keys in chunks that stay in the cache, and for each chunk all panels of queries that
-// see some of it. Gradients of keys and values are thus a unit's own; those of queries
-// are kept a slice apart and added in the order of the slices afterwards.
+// A unit of work is a slice of the keys of one key head of one example. It takes its
+// keys in chunks that fit in the cache and, for each chunk, visits all panels of
+// queries that see some of it. So each gradient of a key or value is written by one
+// unit only. Query gradients are stored per slice; `finish_queries` then adds them in
+// the order of the slices.
 
 #ifndef ATTNLAB_BACKWARD_H_
 #define ATTNLAB_BACKWARD_H_
@@ -14,9 +15,9 @@ namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
-constexpr int64_t kMaxTiles = 128;
+constexpr int64_t kMaxTiles = 128;  // in a chunk of keys
 
-// d_output . output - d_lse, for each query of a block.
+// delta = d_output . output - d_lse, for each query of a block.
 void row_products(const Problem& c, int64_t b, int64_t r) {
   static thread_local Buffer<float> room;
   float* above = room.get(c.D);
@@ -42,7 +43,8 @@ void row_products(const Problem& c, int64_t b, int64_t r) {
     }
 }
 
-// Where the gradient of a block's panels is kept: [slices, B, N, rows of whole words].
+// The query gradients of one block in one slice, [panel][up(P, 8)][kLanes]. The number
+// of queries is rounded up to a multiple of 32, and so of kLanes.
 INLINE float* query_gradient(const Problem& c, int64_t slice, int64_t b, int64_t n,
                              int64_t r) {
   const int64_t block = up(c.block_q, 32) * up(c.P, 8);
@@ -53,10 +55,10 @@ template <class E>
 struct BackPanel {
   Panel panel;
   Scale scale;
-  E *q, *d_o;               // [P][kLanes], [D][kLanes], or pairs
+  E *q, *d_o;               // [P][kLanes], [D][kLanes], or pairs of elements
   E *q_across, *d_o_across;  // [kLanes][stride], or pairs of lanes
   float shift[kLanes], delta[kLanes];
-  uint32_t lost;  // one bit a lane: its query or gradient is not finite, and zero here
+  uint32_t lost;  // bits of lanes whose query or d_output is not finite; both are zero
 };
 
 template <class E>
@@ -112,7 +114,7 @@ struct BackTile {
     int64_t first, end;
     const bool masked = see(c, s.panel, s0, from, to, full, words, &first, &end);
     if (first == end) return;
-    // Few keys at a time where what a comparison holds is kept for its gradient.
+    // Additive scores take few keys at a time: each tanh is kept for the gradient.
     const int64_t step = c.score == kAdditive ? kRows : kKeys;
     for (int64_t k = first; k < end; k += step)
       part(k, least(k + step, end), masked ? words : nullptr);
@@ -167,7 +169,7 @@ struct BackTile {
           store(p + at, kept ? x : (vf){});
         }
     }
-    // Products round the number of keys up.
+    // Zeros for the products, which round the number of keys up.
     const int64_t whole = up(end, kRows) * kLanes;
     memset(p + end * kLanes, 0, (whole - end * kLanes) * 4);
     memset(d + end * kLanes, 0, (whole - end * kLanes) * 4);
@@ -198,7 +200,7 @@ struct BackTile {
       }
       return;
     }
-    // Pairwise scores are computed in floats.
+    // Additive and MLP scores are computed in float32 only: E is float.
     if (c.score == kAdditive)
       additive_gradients(network, kept, first, end, d, d_q, d_key, p_wide, d_network);
     else
@@ -228,7 +230,7 @@ int64_t gradients_size(const Network& w) {
   return total;
 }
 
-// Reduces the gradients of one head's parameters into the results
+// Stores the gradients of one head's parameters, summed over lanes, in the results
 // [slices, B, N, *payload].
 void store_gradients(const Problem& c, const Network& w, const NetworkGradients& d,
                      int64_t slice, int64_t b, int64_t n) {
@@ -273,7 +275,7 @@ void backward_keys(const Problem& c, int64_t b, int64_t kh, int64_t slice) {
       d_network[g] = gradients_of(network, sums + g * size);
   }
 
-  // Keys, values and their gradients fill about half of a second-level cache.
+  // A chunk's keys, values and their gradients fill about half of an L2 cache.
   int64_t chunk = (512 << 10) / most(8 * (p_wide + d_wide), 1) / kKeys * kKeys;
   chunk = most(least(least(chunk, kMaxTiles * kKeys), up(slice1 - slice0, kKeys)), kKeys);
   Keys<E> keys;
@@ -340,8 +342,8 @@ void backward_keys(const Problem& c, int64_t b, int64_t kh, int64_t slice) {
     }
 }
 
-// Adds the slices of a block's gradients, always in their order. They are those of
-// `head_scale * query`.
+// Sums the query gradients of a block over slices, always in order. The result is the
+// gradient of `head_scale * query`.
 template <class E>
 void finish_queries(const Problem& c, int64_t b, int64_t n, int64_t r) {
   Work<E>& w = work<E>();

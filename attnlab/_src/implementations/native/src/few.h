@@ -1,10 +1,10 @@
-// Few queries, forward and backward
+// Forward and backward passes for few queries
 //
-// There are too few queries to fill vectors: these lie along the elements of keys and
-// values, those of weights along the keys of a tile. Reading the keys is most of the
-// work, so they are read as they lie: some slots at a time, all heads of a slot after
-// another. A unit of work is a slice of the keys of one example, with all heads; slices
-// are merged in their order.
+// There are too few queries to fill the lanes of vectors, so vectors run along the
+// elements of keys and values; vectors of logits and weights run along the keys of a
+// tile. Most of the time goes to reading keys and values, so they are read nearly in
+// memory order: a few slots at a time, with all their heads. A unit of work is a slice
+// of the keys of one example, with all heads; slices are merged in order.
 
 #ifndef ATTNLAB_FEW_H_
 #define ATTNLAB_FEW_H_
@@ -15,15 +15,15 @@ namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
-// How keys are compared: by inner product, or `weight . act(query + key)`.
+// How queries and keys are compared: `query . key`, or `weight . act(query + key)`.
 enum Comparison { kProduct, kTanhSum, kPerceptron };
 
-// The first elements of a vector, zeros beyond.
+// Writes kWidth floats: the first `count` elements of x, then zeros.
 template <class T>
 __attribute__((noinline)) void first_elements(const T* x, int64_t count, float* out) {
   for (int64_t i = 0; i < kWidth; ++i) out[i] = i < count ? number(x[i]) : 0.0f;
 }
-// Elements [i, i + kWidth) of `size`, zeros beyond.
+// Elements [i, i + kWidth) of x, zeros from `size` on.
 template <class T>
 INLINE vf elements(const T* x, int64_t i, int64_t size) {
   if (i + kWidth <= size) return wide(x + i);
@@ -39,7 +39,7 @@ INLINE void fold(vf* v) {
     v[i] = halves<kStep>(v[i], v[i + kStep], false, lanes) +
            halves<kStep>(v[i], v[i + kStep], true, lanes);
 }
-// The sum of the lanes of vector i becomes lane i.
+// Lane i of the result is the sum of the lanes of vector i.
 INLINE vf sums_of(vf* v) {
   if (kWidth > 8) fold<(kWidth > 8 ? 8 : 1)>(v);
   if (kWidth > 4) fold<(kWidth > 4 ? 4 : 1)>(v);
@@ -48,10 +48,12 @@ INLINE vf sums_of(vf* v) {
   return v[0];
 }
 
-// Queries that share a key head, and vectors of a value, that are in registers at once.
+// The number of queries of one key head, and of vectors of a value, that are kept in
+// registers at once.
 constexpr int kTogether = kRows / 2;
 
-// out[query][0 : kWidth]: kQueries, [up(size, kWidth)] each, beside each of kWidth keys.
+// Compares kQueries queries, [up(size, kWidth)] each, with kWidth keys; writes
+// out[query][0 : kWidth], with rows kKeys apart.
 template <int kComparison, int kQueries, class T>
 INLINE void compare(const Problem& c, const float* queries, const float* const* weights,
                     const T* const* keys, int64_t size, float* out) {
@@ -81,18 +83,18 @@ INLINE void compare(const Problem& c, const float* queries, const float* const* 
   for (int j = 0; j < kQueries; ++j) store(out + j * kKeys, sums_of(sums[j]));
 }
 
-// Of one example: all queries, what they are compared with, and what they see of a tile
-// of keys. Rows are those of head n and query t: n * T + t.
+// All queries of one example, and what they see of the current tile of keys. Query t of
+// head n is row n * T + t.
 struct Few {
   const Problem& c;
   const int64_t b, rows, p_wide, d_wide;
-  const bool is_far;             // keys and values, from the caches
+  const bool is_far;             // keys and values do not fit in the caches
   Panel* panels;                 // [N]
   float *q, *weight;             // [rows][p_wide], [N][p_wide]
-  float *z, *tile;               // [rows][kKeys]; [kKeys][kLanes] for modifiers
-  uint32_t (*words)[kKeys];      // [N], one bit a query
-  bool* sees;                    // [N]: some key of the tile
-  float* nothing;                // [P or D]
+  float *z, *tile;               // logits [rows][kKeys]; [kKeys][kLanes] for modifiers
+  uint32_t (*words)[kKeys];      // [N], one bit per query
+  bool* sees;                    // [N]: whether the head sees some key of the tile
+  float* nothing;                // zeros, the size of a key or value
   int64_t s0 = 0, count = 0;
   int64_t first = 0, end = 0;    // keys of the tile that some head sees
   Buffer<float>&values, &before;
@@ -130,8 +132,8 @@ struct Few {
     }
   }
 
-  // A head's rows of an array [B, T, N, size], zeros behind them. What dead ones hold
-  // goes no further than logits, all of which are hidden.
+  // Loads a head's rows of an array [B, T, N, size], padded with zeros. Dead rows are
+  // loaded too: they only affect hidden pairs.
   void gather(const Array& x, int64_t n, int64_t size, int64_t width, float scale,
               float* out) const {
     for (int64_t t = 0; t < c.T; ++t) {
@@ -142,7 +144,7 @@ struct Few {
     }
   }
 
-  // What heads see of keys [s, s + n).
+  // Makes keys [s, s + n) the current tile, and finds what each head sees of it.
   void look(int64_t s, int64_t n) {
     s0 = s, count = n;
     first = count, end = 0;
@@ -165,8 +167,8 @@ struct Few {
     first = first / kWidth * kWidth;
   }
 
-  // Keys [at, at + kWidth) of the tile, zeros for dead ones; the last one again beyond
-  // its end. What caches do not hold is fetched ahead.
+  // Pointers to keys (or values) [at, at + kWidth) of the tile: to zeros for dead slots,
+  // to the last slot beyond the end of the tile. Prefetches the next ones if `is_far`.
   template <class T>
   void slots(const T* x, int64_t at, int64_t kh, int64_t size, const T** out) const {
     const bool* lives = living(c, c.living_keys, b, kh, s0 + at);
@@ -180,8 +182,8 @@ struct Few {
     }
   }
 
-  // Calls f(row, count) for all rows of the heads that share a key head and see some of
-  // the tile: rows [row, row + count), which is a constant.
+  // Divides the rows of all heads that share key head kh and see some of the tile into
+  // groups [row, row + count); calls f(row, count) with a compile-time `count`.
   template <class F>
   INLINE void each_row(int64_t kh, F f) const {
     const int64_t stop = (kh + 1) * c.group;
@@ -195,8 +197,9 @@ struct Few {
     }
   }
 
-  // Makes NaN the weights of what is not finite among `count` values at key k, where
-  // it is seen, if some query does not: 0 times NaN would be NaN.
+  // Replaces values that are not finite, among `count` from key k on, by zeros, and
+  // their weights by NaN where the value is seen: hidden values have the weight 0, and
+  // 0 * NaN is NaN. Does nothing if all queries see all of these values.
   template <class T>
   void lose(int64_t kh, int64_t k, int64_t count, int64_t size, const T** at) const {
     const uint32_t all = c.T < 32 ? (1u << c.T) - 1 : ~0u;
@@ -234,7 +237,7 @@ struct Few {
       }
   }
 
-  // A head's rows [t][key] -> [key][lane], and back.
+  // Transposes a head's rows [t][key] to the tile [key][lane], and back.
   void to_tile(const float* from) const {
     memset(tile, 0, kKeys * kLanes * 4);
     for (int64_t t = 0; t < c.T; ++t)
@@ -254,20 +257,21 @@ struct Few {
     from_tile(z + n * c.T * kKeys);
   }
 
-  // x where query t of head n sees keys [k, k + kWidth), `hidden` elsewhere.
+  // For keys [k, k + kWidth): x where query t of head n sees the key, else `hidden`.
   INLINE vf shown(int64_t n, int64_t t, int64_t k, vf x, vf hidden) const {
     const vu bit = load<vu>(words[n] + k) >> (uint32_t)t & 1u;
     return bit != 0 ? x : hidden;
   }
 };
 
-// A slice's part of one query: [D] sums, the maximum, the total.
+// The result of one query in one slice: [D] weighted sums of values, the greatest
+// logit, the sum of weights.
 INLINE float* part_of(const Problem& c, int64_t slice, int64_t b, int64_t t, int64_t n) {
   return (float*)c.ret(2).data + (((slice * c.B + b) * c.T + t) * c.N + n) * (c.D + 2);
 }
 
-// out[query][0 : kVectors vectors] += sum over `count` keys of
-// weights[query][key] * values[key][d...]
+// out[query][d : d + kVectors * kWidth] += sum over `count` keys of
+// weights[query][key] * values[key][d : d + kVectors * kWidth]
 template <int kQueries, int kVectors, class T>
 INLINE void add_some(float* out, int64_t d, int64_t size, const float* weights,
                      const T* const* values, int64_t count) {
@@ -390,7 +394,7 @@ void merge_slices(const Problem& c, int64_t b) {
         total += part[c.D + 1] * share;
         for (int64_t d = 0; d < c.D; ++d) out[d] += share * part[d];
       }
-      const bool alive = total != 0;  // NaN is no zero: it shows
+      const bool alive = total != 0;  // true for NaN, which must propagate
       const float scale = alive ? (float)c.call.keep_scale / total : 0.0f;
       for (int64_t d = 0; d < c.D; ++d) out[d] = alive ? out[d] * scale : 0.0f;
       ((float*)c.ret(1).data)[(b * c.T + t) * c.N + n] =
@@ -398,7 +402,7 @@ void merge_slices(const Problem& c, int64_t b) {
     }
 }
 
-// Gradients of query, key and weight from that of one logit.
+// Adds the gradients of query, key and weight, given that of one logit.
 template <int kComparison, class T>
 INLINE void compare_gradients(const Problem& c, float d_logit, const float* query,
                               const T* key, const float* weight, float* d_query,

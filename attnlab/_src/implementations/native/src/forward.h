@@ -1,4 +1,4 @@
-// Forward: online softmax over the tiles of keys that a block of queries sees.
+// Forward pass: online softmax over the tiles of keys that a block of queries sees.
 
 #ifndef ATTNLAB_FORWARD_H_
 #define ATTNLAB_FORWARD_H_
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kTile = (kKeys + kRows) * kLanes;
 
-// The running maximum and sum of the lanes of a panel.
+// The running maximum and sum of the online softmax, for each lane of a panel.
 struct Running {
   float top[kLanes], total[kLanes];
   void reset() {
@@ -24,8 +24,8 @@ struct Running {
 template <class E>
 struct State {
   Panel panel;
-  E* q;      // [P or pairs][kLanes]
-  float* o;  // [D up to kRows][kLanes]
+  E* q;      // [P, or pairs of elements][kLanes]
+  float* o;  // [up(D, kRows)][kLanes]
   Running sums;
 };
 
@@ -45,7 +45,8 @@ Work<E>& work() {
   return w;
 }
 
-// Queries [t0, t0 + lanes) as rows [kLanes][stride], zeros where there are none, or dead.
+// Loads a panel's rows of x, times `scale`, as [kLanes][stride]. Lanes that are not in
+// use, and dead queries, become zeros.
 void load_rows(const Problem& c, const Array& x, const Panel& p, int64_t size,
                int64_t stride, float scale, float* rows) {
   const bool* lives = living(c, c.living_queries, p.b, p.n, p.t0);
@@ -59,8 +60,9 @@ void load_rows(const Problem& c, const Array& x, const Panel& p, int64_t size,
     for (int64_t i = 0; i < kLanes * stride; ++i) rows[i] *= scale;
 }
 
-// Turns logits into weights beside the running maximum, and keeps the sums; calls
-// `shrink(factors)` where a maximum has grown. Only the first kVectors hold queries.
+// One step of the online softmax: turns logits into exp(logit - running maximum),
+// hidden ones into 0, and updates maximum and sum. When a maximum has grown, calls
+// `shrink(factors)` to rescale the output. Uses only the first kVectors vectors of lanes.
 template <int kVectors, class Shrink>
 INLINE void softmax(const Problem& c, const Panel& panel, Running& s, int64_t s0,
                     int64_t first, int64_t end, const uint32_t* words, float* tile,
@@ -110,7 +112,8 @@ INLINE void softmax(const Problem& c, const Panel& panel, Running& s, int64_t s0
   }
 }
 
-// Makes NaN of a tile, beside the keys that are marked, what the words show (null: all).
+// Sets entries of a tile to NaN: for each key that has `mark`, those of the lanes that
+// see it according to `words` (null: all lanes).
 void lose(const uint8_t* marks, uint8_t mark, const uint32_t* words, int64_t first,
           int64_t end, float* tile) {
   for (int64_t k = first; k < end; ++k)
@@ -132,7 +135,7 @@ void finish(const Problem& c, Work<E>& w, const State<E>& s) {
   const bool streams = c.B * c.T * c.N * c.D * 4 > kCached && c.D % kWidth == 0 &&
                        (uintptr_t)output % sizeof(vf) == 0;
   for (int i = 0; i < p.lanes; ++i) {
-    const bool alive = s.sums.total[i] != 0;  // NaN is no zero: it shows
+    const bool alive = s.sums.total[i] != 0;  // true for NaN, which must propagate
     const float scale = alive ? (float)c.call.keep_scale / s.sums.total[i] : 0.0f;
     float* o = output + c.query_at(p.b, p.t0 + i, p.n, c.D);
     const float* row = rows + i * stride;
@@ -173,7 +176,7 @@ void forward_rows(const Problem& c, int64_t b, int64_t n, int64_t r) {
   float* tile = w.tile.get(kTile);
   E* probs = w.probs.get(kTile);
   each_interval(c, b, n, r, [&](int64_t from, int64_t to, bool full) {
-    // Tiles lie on their own grid, whatever the blocks of the plan are.
+    // Tiles begin at multiples of kKeys, whatever the plan's block size is.
     for (int64_t index = from / kKeys; index * kKeys < to; ++index) {
       const int64_t s0 = index * kKeys;
       const int64_t begin = most(from - s0, 0), stop = least(to - s0, kKeys);

@@ -1,4 +1,5 @@
-// The library's face: XLA's handlers, and what load.py asks. Compiled for the baseline.
+// The exported functions: XLA's FFI handlers, and those that load.py calls. This file
+// is compiled for the baseline instruction set.
 
 #include <algorithm>
 #include <atomic>
@@ -19,12 +20,11 @@ namespace ffi = xla::ffi;
 namespace attnlab {
 namespace {
 
-// What attnlab_use asked for, or null.
+// The kernel that attnlab_use selected, or null.
 std::atomic<const Kernel*> used{nullptr};
 
 Array array_of(void* data, ffi::DataType type, ffi::AnyBuffer::Dimensions dims) {
-  // An array of nothing may come without an address, which memcpy must not be given
-  // even to copy nothing.
+  // An empty array may have a null pointer, which memcpy must not get even for 0 bytes.
   static char nothing[64];
   Array array;
   array.data = data == nullptr ? nothing : data;
@@ -41,9 +41,9 @@ Array array_of(void* data, ffi::DataType type, ffi::AnyBuffer::Dimensions dims) 
   return array;
 }
 
-// Asks for huge pages under a result. What malloc maps anew for each call (on Linux,
-// anything over 32 MB) is otherwise faulted in by pages of 4 KiB, which took a sixth of
-// the time of a window over 16,384 tokens. Where the system has none, nothing changes.
+// Requests huge pages for a result. malloc maps large results anew for each call (on
+// Linux, those over 32 MB), and page faults of 4 KiB each took a sixth of the time of a
+// window mask over 16,384 tokens. It has no effect on systems without huge pages.
 void in_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20;
@@ -112,15 +112,17 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
 ATTNLAB_HANDLER(AttnlabForward, attnlab::forward);
 ATTNLAB_HANDLER(AttnlabBackward, attnlab::backward);
 
-// The instruction set that runs, or "" where the one asked for cannot.
+// The chosen instruction set; "" if ATTNLAB_NATIVE_ISA names one that cannot run.
 ATTNLAB_EXPORT const char* attnlab_isa() { return attnlab::chosen().isa.name; }
 
-// Those that were built and that this processor has, comma-separated, the lowest first.
+// The instruction sets that were built and that this processor has, comma-separated,
+// the lowest first.
 ATTNLAB_EXPORT const char* attnlab_isas() {
   return attnlab::chosen().runnable.c_str();
 }
 
-// Another one from now on, in this process; "" undoes it. 0 if it cannot run.
+// Switches this process to another instruction set; "" undoes it. Returns 0 if that
+// instruction set cannot run.
 ATTNLAB_EXPORT int attnlab_use(const char* isa) {
   const attnlab::Kernel* kernel = attnlab::kernel_of(isa);
   attnlab::used.store(kernel);
@@ -132,7 +134,7 @@ ATTNLAB_EXPORT const char* attnlab_refusal() {
   return attnlab::chosen().refusal.c_str();
 }
 
-// What it was built from, and with.
+// The hash of the sources, and the compiler, of this build.
 ATTNLAB_EXPORT const char* attnlab_source_hash() { return ATTNLAB_SOURCE_HASH; }
 ATTNLAB_EXPORT const char* attnlab_compiler() {
 #if defined(__clang__)

@@ -1,5 +1,5 @@
-// Which instruction set runs: the highest that this processor has, or the one that the
-// environment variable ATTNLAB_NATIVE_ISA names. Decided once, at the first question.
+// Chooses the instruction set, once, on first use: the highest that this processor has,
+// or the one that the environment variable ATTNLAB_NATIVE_ISA names.
 
 #ifndef ATTNLAB_ISA_H_
 #define ATTNLAB_ISA_H_
@@ -19,12 +19,12 @@ namespace attnlab {
 
 struct Isa {
   const char* name;
-  const Kernel* kernel;  // null where the request cannot be met
+  const Kernel* kernel;  // null if ATTNLAB_NATIVE_ISA cannot be used
 };
 
 namespace isa_internal {
 
-// By cpuid itself: __builtin_cpu_supports needs a runtime that not every compiler links.
+// Reads cpuid: __builtin_cpu_supports needs a runtime that not every compiler links.
 inline bool processor_has(const std::string& isa) {
   if (isa == "baseline") return true;
 #if defined(__x86_64__)
@@ -37,7 +37,7 @@ inline bool processor_has(const std::string& isa) {
   const bool avx512 = bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) && bit(ebx, 31);
   const bool bf16 =
       most >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && bit(eax, 5);
-  uint32_t low, high;  // which registers the operating system saves
+  uint32_t low, high;  // XCR0: which registers the operating system saves
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   const bool has_avx2 = avx2 && bmi2 && fma && f16c && (low & 0x06) == 0x06;
   const bool has_avx512 = has_avx2 && avx512 && (low & 0xe6) == 0xe6;
@@ -50,7 +50,7 @@ inline bool processor_has(const std::string& isa) {
 
 struct Choice {
   Isa isa{"", nullptr};
-  std::string runnable;  // comma-separated, the lowest first
+  std::string runnable;  // built and supported here, comma-separated, lowest first
   std::string refusal;   // why none was chosen, or empty
 };
 

@@ -1,14 +1,15 @@
-// Attention, forward and backward, on one instruction set.
+// Attention, forward and backward, for one instruction set.
 //
-// Query rows lie in the lanes of vectors: a panel is kLanes queries of one head, scores
-// and outputs are kept transposed, [key][lane] and [unit][lane]. Every product then is
-// "broadcast a scalar, multiply a vector, add": nothing is reduced across lanes and no
-// operand needs packing in an order of its own. The five products of attention and
-// those of a perceptron are one function, `outer`.
+// Each vector lane holds one query. A panel is kLanes queries of one head; its logits
+// and outputs are stored transposed, as [key][lane] and [element][lane]. Every product
+// then broadcasts a scalar, multiplies it by a vector and adds: there are no reductions
+// across lanes, and operands need no GEMM-style packing. One function, `outer_block`,
+// computes the five products of attention and those of an MLP score.
 //
-// Keys come in tiles of at most kKeys, cut out of the intervals of the plan. In tiles
-// that are not full the mask is a small program (see `Mask`) that yields, for each key,
-// one bit a lane; keys that no lane sees are left out.
+// For each block of queries, the plan lists intervals of keys, which are cut into tiles
+// of at most kKeys keys. In an interval that is not full, the mask, a small program
+// (see `Mask`), yields one bit per key and lane; keys at either end of a tile that no
+// lane sees are skipped.
 
 #include "backward.h"
 #include "few.h"
@@ -23,7 +24,8 @@ namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
-// Units of work that keep every core busy to the end, and blocks of queries in one.
+// The number of work units that is enough to balance the load of the cores, and the
+// greatest number of query blocks in a unit.
 constexpr int64_t kUnits = 64, kMostRows = 8;
 
 template <class F>
@@ -33,7 +35,7 @@ void parallel(const Call& call, int64_t count, F&& f) {
       [](void* context, int64_t unit) { (*static_cast<F*>(context))(unit); }, &f);
 }
 
-// One pass over each slice of the keys of each example.
+// Runs a forward or backward pass for each slice of the keys of each example.
 template <int kComparison>
 void each_slice(const Problem& c, bool forward) {
   const Type type = c.arg(1).type;
@@ -63,8 +65,8 @@ void run_forward(const Problem& c) {
     run_few(c, true);
     return parallel(c.call, c.B, [&](int64_t b) { merge_slices(c, b); });
   }
-  // A head after the other, so that its keys stay packed; of a head a few blocks of
-  // queries at once, the last ones first: under a causal mask they take longest.
+  // Units go head by head, so that a head's packed keys are reused. Within a head, the
+  // last query blocks come first: under a causal mask they take longest.
   const int64_t heads = c.B * c.N;
   const int64_t few = most(least(heads * c.rows / kUnits, kMostRows), 1);
   const int64_t parts = (c.rows + few - 1) / few;

@@ -1,12 +1,12 @@
-// What kernel.cc exports, once for each instruction set that it is compiled for.
+// The interface of kernel.cc, which is compiled once for each instruction set.
 //
-// Rules for kernel.cc and for what it includes:
-// * everything of its own is in namespace attnlab::ATTNLAB_ISA, so that no two
-//   instruction sets share a symbol;
-// * nothing runs when the library is loaded (no dynamic initialisers): the processor may
-//   lack the instructions;
-// * inline functions and templates of the standard library are shared between the
-//   instruction sets; the linker keeps the first, and build.py links the lowest first.
+// Rules for kernel.cc and the headers that it includes:
+// * all definitions but those below are in namespace attnlab::ATTNLAB_ISA, so that no
+//   two instruction sets share a symbol;
+// * there are no dynamic initialisers: they would run when the library is loaded, on
+//   processors that may lack the instructions;
+// * the instruction sets share inline functions and templates of the standard library:
+//   the linker keeps the first copy, so build.py links the lowest set first.
 
 #ifndef ATTNLAB_KERNEL_H_
 #define ATTNLAB_KERNEL_H_
@@ -24,20 +24,20 @@ struct Array {
   int64_t dims[8];
 };
 
-// Runs body(context, unit) for each unit of [0, count), on several threads.
+// A thread pool: `run` calls body(context, unit) on it for each unit of [0, count).
 struct Parallel {
   void* pool;
   void (*run)(void* pool, int64_t count, void (*body)(void*, int64_t), void* context);
 };
 
-// One pass. The order of arguments and results, and the numbers of the program, are
-// those of `Problem` (problem.h) and of program.py.
+// One forward or backward pass. __init__.py orders the arguments and results and writes
+// the program, with program.py; `Problem` (problem.h) reads it.
 struct Call {
   const Array* args;
   const Array* rets;
   const int64_t* program;
   double keep_scale;   // 1 / (1 - dropout rate)
-  double logit_scale;  // inner products are multiplied by it
+  double logit_scale;  // factor of all inner products
   Parallel parallel;
 };
 
@@ -46,7 +46,7 @@ struct Kernel {
   void (*backward)(const Call&);
 };
 
-// ATTNLAB_ISAS(X), from build.py, is X(isa) for each instruction set, the lowest first.
+// build.py defines ATTNLAB_ISAS(X): X(isa) for each instruction set, the lowest first.
 #define ATTNLAB_DECLARE(isa) \
   namespace isa {            \
   extern const Kernel kernel; \

@@ -1,4 +1,4 @@
-// Masks: a program in prefix form that yields, for each key, one bit a lane.
+// Evaluates a mask, a program in prefix notation, to one bit per key and lane.
 
 #ifndef ATTNLAB_MASK_H_
 #define ATTNLAB_MASK_H_
@@ -9,6 +9,7 @@ namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
+// Codes of mask programs, and the numbers that follow each; `argument` is an index.
 enum MaskCode {
   kFull,
   kWindow,         // left, right (-1: no limit), step
@@ -17,8 +18,8 @@ enum MaskCode {
   kFlags,          // argument: booleans along queries, or along keys
   kDocuments,      // arguments: ids of queries, of keys
   kDense,          // argument: booleans
-  kBlocks,         // argument: table; block size
-  kAnchorIndices,  // argument; side
+  kBlocks,         // argument: key blocks of each query block; block size
+  kAnchorIndices,  // argument: positions; side
   kBits,           // argument: words of 32 queries for each key
   kAnd,            // count, parts
   kOr,             // count, parts
@@ -32,8 +33,8 @@ struct Mask {
   const Problem& c;
   const Panel& panel;
   int64_t s0, count;
-  const int32_t* keys;  // positions
-  vi positions[2];
+  const int32_t* keys;  // positions of keys
+  vi positions[2];      // of queries
 
   Mask(const Problem& c, const Panel& panel, int64_t s0, int64_t count)
       : c(c), panel(panel), s0(s0), count(count) {
@@ -61,7 +62,7 @@ struct Mask {
       }
     for (int64_t k = 0; k < count; ++k) {
       int32_t s = keys[k];
-      // In 64 bits: a sum may be beyond the greatest position.
+      // s + left has 64 bits: it may exceed INT32_MAX.
       vi low = splat(left < 0 ? INT32_MAX : (int32_t)least(s + left, INT32_MAX));
       vi high = splat(right < 0 ? INT32_MIN : (int32_t)(s - right));
       out[k] = bits((positions[0] <= low) & (positions[0] >= high),
@@ -183,7 +184,7 @@ struct Mask {
     return code + 2;
   }
 
-  // Writes a word for each key; returns where the next part begins.
+  // Evaluates the part at `code`, writing a word per key; returns the part's end.
   const int64_t* evaluate(const int64_t* code, uint32_t* out) const {
     const int64_t op = *code++;
     switch (op) {
@@ -253,7 +254,7 @@ struct Mask {
     return code;
   }
 
-  // Words of all keys, and the range of those that some lane sees.
+  // Writes the words of all keys, and the smallest range with all keys some lane sees.
   void range(uint32_t* out, int64_t* first, int64_t* end) const {
     evaluate(c.mask, out);
     for (int64_t k = 0; k < count; ++k)
@@ -264,8 +265,9 @@ struct Mask {
   }
 };
 
-// What a panel sees of keys [from, to) of the tile at s0: [first, end), which begins on
-// a multiple of kRows. Returns whether `words` decide; if not, all lanes see all keys.
+// Finds what a panel sees of keys [from, to) of the tile at s0: a range [first, end),
+// where `first` is a multiple of kRows. Returns false if all lanes see all of its keys;
+// otherwise `words` holds one bit per lane for each key.
 INLINE bool see(const Problem& c, const Panel& panel, int64_t s0, int64_t from, int64_t to,
                 bool full, uint32_t* words, int64_t* first, int64_t* end) {
   *first = from, *end = to;
@@ -282,7 +284,7 @@ INLINE bool see(const Problem& c, const Panel& panel, int64_t s0, int64_t from, 
   return true;
 }
 
-// x in the lanes that a word shows, `hidden` in the others.
+// For vector j of a panel: x in the lanes whose bit of `word` is set, else `hidden`.
 INLINE vf where_shown(uint32_t word, int j, vf x, vf hidden) {
 #if defined(__AVX512F__)
   return (vf)_mm512_mask_blend_ps((__mmask16)(word >> (j * kWidth)), (__m512)hidden,

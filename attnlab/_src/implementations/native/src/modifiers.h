@@ -1,4 +1,4 @@
-// What is done to the logits of a tile, with its gradient; and dropout.
+// Modifiers of the logits of a tile, their gradients, and dropout.
 
 #ifndef ATTNLAB_MODIFIERS_H_
 #define ATTNLAB_MODIFIERS_H_
@@ -9,7 +9,7 @@ namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
-// The operand's values of a tile, [key][kLanes].
+// Broadcasts the operand's values for a tile to [key][kLanes].
 void operand_tile(const Operand& x, const Panel& panel, int64_t s0, int64_t first,
                   int64_t end, float* out) {
   float row[kKeys];
@@ -32,8 +32,8 @@ void operand_tile(const Operand& x, const Panel& panel, int64_t s0, int64_t firs
   }
 }
 
-// Where the gradient of a modifier's operand goes: [slices or 1, B, N, T or 1, S or 1,
-// *payload] floats, of which a unit of work has one slice alone.
+// Where the gradient of a modifier's operand is accumulated: floats [slices or 1, B, N,
+// T or 1, S or 1, *payload]. No two units of work write to the same element.
 struct GradientPlace {
   float* data;
   int64_t along_t, along_s;
@@ -49,7 +49,7 @@ struct GradientPlace {
   }
 };
 
-// Adds a tile [key][kLanes] of gradients to where the operand lives.
+// Adds a tile [key][kLanes] of gradients to the gradient of the operand.
 void add_tile(const GradientPlace& g, const Panel& panel, int64_t s0, int64_t first,
               int64_t end, const float* tile) {
   if (g.along_t == 0) {
@@ -68,12 +68,12 @@ void add_tile(const GradientPlace& g, const Panel& panel, int64_t s0, int64_t fi
 struct Modifying {
   const Problem& c;
   const Panel& panel;
-  const int32_t* keys;  // positions from s0 on
+  const int32_t* keys;  // positions of keys from s0 on
   int64_t s0;
-  Buffer<float>& values;  // kKeys * kLanes
-  Buffer<float>& before;  // as many for each modifier: the logits that it saw
+  Buffer<float>& values;  // kKeys * kLanes, values of an operand
+  Buffer<float>& before;  // kKeys * kLanes per modifier, the logits before it
 
-  // The places in a table of offsets, [kLanes].
+  // The indices of key k in a table of relative offsets, [kLanes].
   void offsets(const Modifier& m, int64_t k, int32_t* out) const {
     for (int i = 0; i < kLanes; ++i) {
       int64_t offset = (int64_t)keys[k] - panel.positions[i];
@@ -129,7 +129,8 @@ struct Modifying {
     }
   }
 
-  // Gradients of the logits after the modifiers -> before them, in place.
+  // Turns gradients of the logits after the modifiers into those before them, in place,
+  // and accumulates the gradients of the operands.
   void gradients(int64_t first, int64_t end, float* d_tile, int64_t slice) const {
     for (int i = c.num_modifiers - 1; i >= 0; --i) {
       const Modifier& m = c.modifiers[i];
@@ -143,7 +144,7 @@ struct Modifying {
             vf d = load<vf>(d_tile + at), cap = load<vf>(v + at);
             vf x = load<vf>(z + at) / cap;
             vf t = tanh_(x), down = 1.0f - t * t;
-            // A slope need not be finite where a pair is hidden.
+            // Where a pair is hidden, d is 0, but x and t may not be finite.
             store(v + at, d == 0 ? (vf){} : d * (t - x * down));
             store(d_tile + at, d == 0 ? (vf){} : d * down);
           }
@@ -174,7 +175,7 @@ struct Modifying {
   }
 };
 
-// Dropout: which entries are kept is a function of a word a row and a word a column.
+// Dropout: a hash of a row's word and a column's word decides whether an entry is kept.
 
 struct Dropout {
   vu row[2];

@@ -1,4 +1,4 @@
-// Shares units of work between the calling thread and a pool.
+// Divides units of work between the calling thread and a thread pool.
 
 #ifndef ATTNLAB_PARALLEL_H_
 #define ATTNLAB_PARALLEL_H_
@@ -14,12 +14,12 @@
 namespace attnlab {
 namespace parallel_internal {
 
-// What the caller and its helpers share. A helper may start when the call is long over:
-// it then finds no unit, and never touches `run`, which lives in the caller's frame.
+// State that the caller and its helpers share. A helper may start after the call has
+// returned: it then finds no units, and does not use `run`, which is no longer valid.
 template <class F>
 struct Job {
-  // Units next to each other read the same keys, which a worker then packs once: each
-  // has a range of its own, and helps the others when that is done.
+  // Each worker has a range of consecutive units: these often read the same keys, which
+  // it then packs once. A worker that has finished its range steals from the others.
   struct alignas(64) Range {
     std::atomic<int64_t> next{0};
     int64_t end = 0;
@@ -52,7 +52,7 @@ struct Job {
   bool over() const { return left.load(std::memory_order_acquire) == 0; }
 
   void wait() {
-    // The last units mostly end together: a sleep would cost more than they do.
+    // Spins first: the last units mostly end together, and sleeping would take longer.
     for (int i = 0; i < 1000; ++i) {
       if (over()) return;
 #if defined(__x86_64__)
@@ -75,20 +75,20 @@ struct Job {
 
 }  // namespace parallel_internal
 
-// How many workers parallel_for uses: slots are 0, ..., worker_count - 1.
+// The number of workers of parallel_for; their slots are 0, ..., worker_count - 1.
 template <class Pool>
 int64_t worker_count(const Pool& pool, int64_t count) {
   return std::max<int64_t>(1, std::min<int64_t>(count, pool.num_threads()));
 }
 
 // Calls run(unit, slot) for each unit in 0, ..., count - 1, and returns when all are
-// done. No two calls at the same time have the same slot, which so can index scratch.
+// done. No two concurrent calls have the same slot, so it can index scratch memory.
 //
-// The calling thread (slot 0) takes units itself, and waits only for units that others
-// have begun, never for a helper that has not started: it cannot deadlock from within a
-// thread of the pool, in concurrent calls, or nested. `run` must not throw.
+// The calling thread (slot 0) runs units itself, and waits only for units that others
+// have begun, never for a helper that has not started. So nested calls, concurrent
+// calls and calls from a thread of the pool cannot deadlock. `run` must not throw.
 //
-// `Pool` has `Schedule(task)` and `num_threads()`, as xla::ffi::ThreadPool has.
+// `Pool` needs `Schedule(task)` and `num_threads()`, which xla::ffi::ThreadPool has.
 template <class Pool, class F>
 void parallel_for(Pool& pool, int64_t count, F&& run) {
   using Run = std::remove_reference_t<F>;

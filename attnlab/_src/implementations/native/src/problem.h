@@ -1,4 +1,4 @@
-// A call as its program describes it: buffers, operands, panels of queries, the plan.
+// Number formats and scratch buffers; a call, read from its program; panels of queries.
 
 #ifndef ATTNLAB_PROBLEM_H_
 #define ATTNLAB_PROBLEM_H_
@@ -15,13 +15,13 @@ namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
-// A buffer that grows and never shrinks; each thread has its own.
+// Scratch memory that grows and never shrinks; each thread has its own.
 template <class T>
 class Buffer {
  public:
   ~Buffer() { free(data_); }
   T* get(int64_t n) {
-    if (n > size_ || data_ == nullptr) {  // room for nothing has an address, too
+    if (n > size_ || data_ == nullptr) {  // get(0) must not return null
       free(data_);
       size_ = 0;
       data_ = (T*)aligned_alloc(64, up((n > 0 ? n : 1) * sizeof(T), 64));
@@ -36,6 +36,7 @@ class Buffer {
   int64_t size_ = 0;
 };
 
+// From bfloat16 to float and back, rounded to nearest even.
 INLINE float widen(uint16_t x) {
   uint32_t bits = (uint32_t)x << 16;
   float f;
@@ -53,12 +54,13 @@ struct Float16 {
   uint16_t bits;
 };
 INLINE float widen(Float16 x) {
-  // The smallest numbers by themselves: as floats they would be flushed to zero.
+  // Subnormal numbers are handled apart: shifted as below, they would be subnormal
+  // floats, which may be flushed to zero.
   if ((x.bits & 0x7c00) == 0) {
     const float f = (float)(x.bits & 0x3ff) * 0x1p-24f;
     return x.bits & 0x8000 ? -f : f;
   }
-  // An exponent of 5 bits, moved; the product rights it.
+  // Shifts exponent and fraction into place; the product corrects the exponent's bias.
   uint32_t bits = (uint32_t)(x.bits & 0x7fff) << 13;
   float f;
   memcpy(&f, &bits, 4);
@@ -79,7 +81,7 @@ INLINE Float16 to_float16(float f) {
     half = 0x7e00;
   } else if (x >= 0x47800000) {
     half = 0x7c00;
-  } else if (x < 0x38800000) {  // no normal number: the sum rounds it
+  } else if (x < 0x38800000) {  // subnormal or zero: the sum rounds it
     float sum;
     memcpy(&sum, &x, 4);
     sum += 0.5f;
@@ -98,7 +100,7 @@ INLINE float number(float x) { return x; }
 INLINE float number(Half x) { return widen(x.bits); }
 INLINE float number(Float16 x) { return widen(x); }
 
-// The next kWidth numbers as floats.
+// Loads kWidth numbers as floats.
 INLINE vf wide(const float* p) { return load<vf>(p); }
 INLINE vf wide(const Half* p) {
   typedef uint16_t half __attribute__((vector_size(kWidth * 2)));
@@ -122,7 +124,7 @@ INLINE void widen_all(const T* in, int64_t n, float* out) {
   for (; i + kWidth <= n; i += kWidth) store(out + i, wide(in + i));
   for (; i < n; ++i) out[i] = number(in[i]);
 }
-// n floats from place `at` on.
+// Loads n elements of x, from element `at` on, as floats.
 void load_floats(const Array& x, int64_t at, int64_t n, float* out) {
   if (x.type == Type::f32)
     memcpy(out, (const float*)x.data + at, n * 4);
@@ -143,7 +145,7 @@ void store_floats(const Array& x, int64_t at, int64_t n, const float* in) {
   }
 }
 
-// An array [B, N, T, S, *payload], each of the first four axes full or 1.
+// An array [B, N, T, S, *payload]; the first four axes are full, or 1 and broadcast.
 struct Operand {
   Array array;
   int64_t stride[4];
@@ -179,27 +181,29 @@ enum { kWantQuery = 1, kWantKey = 2, kWantValue = 4, kWantParams = 8 };
 struct Modifier {
   ModifierKind kind;
   Operand operand;
-  int64_t left, right;
-  int64_t gradient;  // a result, or -1
+  int64_t left, right;  // of kRelative: offsets are clamped to [-left, right]
+  int64_t gradient;     // index of a result, or -1
 };
 
-constexpr int kMaxModifiers = 16;  // as program.py says
+constexpr int kMaxModifiers = 16;  // MOST_MODIFIERS in program.py
 
 struct Problem {
   const Call& call;
-  int64_t id;  // another one for each call
+  int64_t id;  // unique to this call
+  // Examples, queries, keys, query heads, key heads, sizes of a key and a value; N / K.
   int64_t B, T, S, N, K, P, D, group;
   int score, activation;
-  bool narrow_products, few;
-  int64_t drop_below;  // of 24 bits; -1: no dropout
+  bool narrow_products, few;  // products of bfloat16 are allowed; few.h runs
+  int64_t drop_below;  // a 24-bit hash below it drops an entry; -1: no dropout
   int64_t block_q, block_k, slices, wanted;
-  int64_t rows;   // blocks of queries
-  int64_t tiles;  // of keys
+  int64_t rows;   // number of query blocks
+  int64_t tiles;  // number of key tiles
   int64_t num_params, first_param, first_param_gradient;
-  int64_t words;  // argument, or -1
-  int64_t d_lse;  // argument, or -1
-  int64_t living_queries, living_keys;  // arguments, or -1
-  int64_t head_scale;                   // argument, or -1
+  // Indices of arguments, or -1. `words` is the first of dropout's two.
+  int64_t words;
+  int64_t d_lse;
+  int64_t living_queries, living_keys;
+  int64_t head_scale;
   int num_modifiers;
   Modifier* modifiers;
   const int64_t* mask;
@@ -222,7 +226,7 @@ struct Problem {
     num_modifiers = (int)p[17];
     p += 18;
     for (int i = 0; i < num_modifiers; ++i, p += 5) {
-      // Trivially copyable; `storage` is raw.
+      // `storage` is uninitialised memory; Modifier is trivially copyable.
       Modifier m = {(ModifierKind)p[0], Operand(c.args[p[1]]), p[2], p[3], p[4]};
       memcpy((void*)&storage[i], &m, sizeof m);
     }
@@ -234,7 +238,7 @@ struct Problem {
   }
   const Array& arg(int64_t i) const { return call.args[i]; }
   const Array& ret(int64_t i) const { return call.rets[i]; }
-  // What the inner products of a head are multiplied by.
+  // The factor of a head's inner products.
   float scale(int64_t b, int64_t n) const {
     const float constant = (float)call.logit_scale;
     if (head_scale < 0) return constant;
@@ -248,8 +252,9 @@ struct Problem {
   }
 };
 
-// Which slots of a head, from one on, see or are seen by anything; null: all. What the
-// others hold, NaN maybe, must not be read.
+// Whether each slot of a head, from `first` on, is alive: a query that sees some key,
+// or a key that some query sees. Null: all are. The contents of dead slots, possibly
+// NaN, must not affect any result.
 INLINE const bool* living(const Problem& c, int64_t argument, int64_t b, int64_t head,
                           int64_t first) {
   if (argument < 0) return nullptr;
@@ -258,11 +263,11 @@ INLINE const bool* living(const Problem& c, int64_t argument, int64_t b, int64_t
   return (const bool*)x.data + row * x.dims[2] + first;
 }
 
-// A panel of queries of one head.
+// A panel: up to kLanes consecutive queries of one head, one per lane.
 struct Panel {
   int64_t b, n, t0;
-  int lanes;          // that exist
-  uint32_t occupied;  // lanes that hold a query
+  int lanes;          // number of lanes in use
+  uint32_t occupied;  // bits of the lanes whose position is not negative
   int32_t positions[kLanes];
 
   Panel() {}
@@ -273,10 +278,12 @@ struct Panel {
       if (positions[i] >= 0) occupied |= 1u << i;
     }
   }
+  // The query of lane i; lanes that are not in use repeat the last one.
   int64_t lane(int i) const { return t0 + (i < lanes ? i : lanes - 1); }
 };
 
-// Calls f(s0, s1, full) for each interval of keys of a block of queries.
+// Calls f(s0, s1, full) for each interval of keys that the plan lists for block r of
+// queries. If `full`, all its queries see all keys of the interval.
 template <class F>
 void each_interval(const Problem& c, int64_t b, int64_t n, int64_t r, F f) {
   for (int kind = 0; kind < 2; ++kind) {

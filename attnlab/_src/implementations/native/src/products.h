@@ -1,4 +1,4 @@
-// Every product of attention and of a perceptron: broadcast a scalar, multiply a vector.
+// The products of attention and MLP scores: each step adds a scalar times a vector.
 
 #ifndef ATTNLAB_PRODUCTS_H_
 #define ATTNLAB_PRODUCTS_H_
@@ -28,12 +28,13 @@ struct VectorOf<Pair> {
   typedef vu type;
 };
 
-// out[row][0 : kVectors * kWidth] (+)= sum over steps of scalar(row, step) * vector(step)
+// For kN rows: out[row][0 : kVectors * kWidth] is set to (or, if `add`, increased by)
+// the sum over steps of scalar(row, step) * vector(step).
 //
-// kAlong: the scalars of a row follow each other (rows are `stride` apart); otherwise
-// the scalars of a step do (steps are `stride` apart).
-// kApart: what is there is added after the steps, not before: a sum of very many terms
-// rounds less, if sums of a few of them are taken first.
+// kAlong: the scalars of a row are contiguous, and rows are `stride` apart; otherwise
+// the scalars of a step are contiguous, and steps are `stride` apart.
+// kApart: `out` is added after the steps, not before: partial sums reduce the rounding
+// error of a very long sum.
 template <class E, int kN, int kVectors, bool kAlong, bool kApart = false>
 INLINE void outer_block(float* __restrict__ out, int64_t out_stride, const E* vectors,
                         int64_t vector_stride, const E* scalars, int64_t stride,
@@ -61,7 +62,8 @@ INLINE void outer_block(float* __restrict__ out, int64_t out_stride, const E* ve
     }
 }
 
-// [rows][kLanes] from scalars and lanes; `rows` is rounded up to kRows.
+// `outer_block` for any number of rows, out[row][0 : kLanes]. Rounds `rows` up to a
+// multiple of kRows.
 template <class E, bool kAlong>
 __attribute__((noinline)) void outer(float* out, const E* lanes, const E* scalars,
                                      int64_t stride, int64_t rows, int64_t steps,
@@ -72,8 +74,8 @@ __attribute__((noinline)) void outer(float* out, const E* lanes, const E* scalar
                                      steps, add);
 }
 
-// out[row][0:width] += sum over lanes of scalars[row][lane] * vectors[lane][0:width];
-// `rows` is rounded up to kWideRows, `width` is a multiple of kWidth.
+// out[row][0:width] += sum over steps of scalars[row][step] * vectors[step][0:width]
+// Rounds `rows` up to a multiple of kWideRows; `width` is a multiple of kWidth.
 template <class E, bool kApart = false>
 __attribute__((noinline)) void outer_wide(float* out, const E* vectors, const E* scalars,
                                           int64_t stride, int64_t rows, int64_t steps,

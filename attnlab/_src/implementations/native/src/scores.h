@@ -1,4 +1,4 @@
-// Logits of a tile; additive and perceptron scores with their gradients.
+// Logits of a tile; gradients of additive and MLP scores.
 
 #ifndef ATTNLAB_SCORES_H_
 #define ATTNLAB_SCORES_H_
@@ -11,7 +11,7 @@ namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
-// 1 / (1 + exp(-z)), and how much is missing to 1 as exactly.
+// s = 1 / (1 + exp(-z)), and `missing` = 1 - s, computed without cancellation.
 INLINE vf sigmoid(vf z, vf* missing) {
   vf e = exp2_(least(splat(126.0f), z * -kLog2e));
   vf s = 1.0f / (1.0f + e);
@@ -19,7 +19,7 @@ INLINE vf sigmoid(vf z, vf* missing) {
   return s;
 }
 
-// sqrt(2 / pi) (z + 0.044715 z^3), doubled: gelu(z) is z times the sigmoid of that.
+// 2 sqrt(2 / pi) (z + 0.044715 z^3); gelu(z), by tanh, is z times the sigmoid of it.
 INLINE vf gelu_inner(vf z) { return 1.5957691216057308f * z * (1.0f + 0.044715f * z * z); }
 
 INLINE vf activate(int kind, vf z) {
@@ -37,6 +37,7 @@ INLINE vf activate(int kind, vf z) {
       return z * sigmoid(gelu_inner(z), &missing);
   }
 }
+// The derivative of `activate`.
 INLINE vf slope(int kind, vf z) {
   vf missing, s;
   switch (kind) {
@@ -57,29 +58,29 @@ INLINE vf slope(int kind, vf z) {
   }
 }
 
-constexpr int kMaxLayers = 10;
+constexpr int kMaxLayers = 10;  // MOST_LAYERS in program.py
 
 struct Layer {
-  int64_t in, out, width, wide;  // width: out, up to kRows; wide: out, up to kWidth
+  int64_t in, out, width, wide;  // width: up(out, kRows); wide: up(out, kWidth)
   float *weight, *bias;          // [in][width], [width]
-  float *x, *z;                  // [in][kLanes] what enters; [width][kLanes] its result
-  float *dx, *dz, *dz_rows;      // gradients; [kLanes][wide]
+  float *x, *z;                  // input [in][kLanes]; pre-activation [width][kLanes]
+  float *dx, *dz, *dz_rows;      // gradients; dz_rows is dz transposed, [kLanes][wide]
 };
 
-// The parameters of one head, and room for one key.
+// The parameters of one head's additive or MLP score, and scratch for one key.
 struct Network {
-  int64_t first, last;  // hidden sizes
+  int64_t first, last;  // sizes of the first and the last hidden layer
   int num_layers;
   Layer layers[kMaxLayers];
   float* weight;  // [last]
-  float* x;  // the last activations, [last][kLanes]
+  float* x;  // activations of the last hidden layer, [last][kLanes]
 };
 
 // Gradients of the parameters of one head.
 struct NetworkGradients {
   float* weight;              // [last][kLanes]
   float* bias[kMaxLayers];    // [out][kLanes]
-  float* layer[kMaxLayers];   // [in up to kWideRows][wide]
+  float* layer[kMaxLayers];   // [up(in, kWideRows)][wide]
 };
 
 Network network_of(const Problem& c, Buffer<float>& room, int64_t b, int64_t n) {
@@ -128,7 +129,7 @@ Network network_of(const Problem& c, Buffer<float>& room, int64_t b, int64_t n) 
   return w;
 }
 
-// Logits of keys [first, end); `kept`, if there, gets each tanh: [key][P][kLanes].
+// Additive logits of keys [first, end); if kKeep, also each tanh: kept[key][P][kLanes].
 template <bool kKeep>
 void additive_logits(const Network& w, const float* q, const float* rows, int64_t stride,
                      int64_t first, int64_t end, float* tile, float* kept) {
@@ -146,12 +147,13 @@ void additive_logits(const Network& w, const float* q, const float* rows, int64_
   }
 }
 
-// d_tile -> gradients of queries [P][kLanes], keys [key][key_width] and weight.
+// Adds the gradients of queries [P][kLanes], keys [key][key_width] and the weight,
+// given those of the logits, d_tile.
 void additive_gradients(const Network& w, const float* kept, int64_t first, int64_t end,
                         const float* d_tile, float* d_q, float* d_keys, int64_t key_width,
                         NetworkGradients& d) {
   for (int64_t p = 0; p < w.first; ++p) {
-    // Sums of a few keys first: of all of them at once, rounding would show.
+    // Partial sums of a few keys: one sum over all keys would round noticeably more.
     vf d_query[2] = {}, d_weight[2] = {};
     for (int64_t k = first; k < end; ++k) {
       vf total = {};
@@ -174,7 +176,7 @@ void additive_gradients(const Network& w, const float* kept, int64_t first, int6
   }
 }
 
-// The activations of one key; returns the logits in two vectors.
+// Computes the activations of one key and its logits, as two vectors.
 INLINE void network_forward(const Problem& c, const Network& w, const float* q,
                             const float* key, vf* logit) {
   const int kind = c.activation;
@@ -213,7 +215,7 @@ void network_gradients(const Problem& c, const Network& w, const float* q,
         const int64_t at = o * kLanes + j * kWidth;
         store(d.weight + at, load<vf>(d.weight + at) + d_logit[j] * load<vf>(w.x + at));
       }
-    const float* d_above = nullptr;  // gradient of the activations above
+    const float* d_above = nullptr;  // gradient of a layer's output; null for the last
     for (int i = w.num_layers - 1; i >= 0; --i) {
       const Layer& y = w.layers[i];
       for (int64_t o = 0; o < y.out; ++o)
@@ -227,7 +229,7 @@ void network_gradients(const Problem& c, const Network& w, const float* q,
       from_lanes(y.dz, y.out, y.wide, y.dz_rows);
       outer_wide<float, true>(d.layer[i], y.dz_rows, y.x, kLanes, up(y.in, kWideRows),
                               kLanes, y.wide);
-      // Rows beyond `in` would read beyond the weights.
+      // `outer` rounds rows up, and would read beyond the weights.
       int64_t whole = y.in / kRows * kRows;
       outer<float, true>(y.dx, y.dz, y.weight, y.width, whole, y.out, false);
       for (int64_t r = whole; r < y.in; ++r)
@@ -250,9 +252,9 @@ void network_gradients(const Problem& c, const Network& w, const float* q,
   }
 }
 
-// The scale of a head's inner products: what queries are multiplied by as they are read,
-// and what tiles of logits are. Queries that are rounded to 16 bits get it only where it
-// is a power of two, which rounds nothing.
+// The scale of a head's inner products, as two factors: of queries when they are
+// loaded, and of logits. Queries in bfloat16 are scaled by powers of two only, which is
+// exact; any other scale is applied to the logits.
 struct Scale {
   float queries, logits;
 };

@@ -1,4 +1,4 @@
-// Tiles of keys and values, panels of queries, and the forms that products read.
+// Packs tiles of keys and values, and panels of queries, for the products.
 
 #ifndef ATTNLAB_TILES_H_
 #define ATTNLAB_TILES_H_
@@ -10,25 +10,26 @@ namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
-// A key or value that is not all finite is packed as zeros, for in products 0 of a
-// hidden pair times NaN would be NaN. What queries see of it, its mark tells.
+// A key or value with elements that are not finite is packed as zeros: a product would
+// multiply it by the weight 0 of hidden pairs, and 0 * NaN is NaN. It is marked, so
+// that `lose` can set the results of queries that see it to NaN.
 enum { kLostKey = 1, kLostValue = 2 };
 
 template <class E>
 struct Keys {
-  E* rows;       // [key][stride]: elements of the key one after another
+  E* rows;       // [key][stride]: contiguous elements of each key
   E* across;     // [key or pair of keys][width]; for floats the same as rows
   E* values;     // [key or pair of keys][value_width]
   E* value_rows; // [key][value_stride], for the backward pass
-  uint8_t* lost; // [key]: kLostKey | kLostValue; at kKeys: those of any of them
+  uint8_t* lost; // [key]: kLostKey | kLostValue; lost[kKeys] is the OR of all
   int64_t stride, width, value_width, value_stride;
 };
 
-// Steps of a product over n: elements, or pairs of them.
+// The number of steps of a product that sums over n elements, singly or in pairs.
 INLINE int64_t steps(int64_t n, float*) { return n; }
 INLINE int64_t steps(int64_t n, Pair*) { return (n + 1) / 2; }
 
-// A tile's keys, and zeros for products that round their number up.
+// Rows allocated for a tile; some are spare, as products round the number of keys up.
 constexpr int64_t kTileRows = kKeys + kRows;
 
 template <class E>
@@ -46,8 +47,9 @@ INLINE void sizes_of(Keys<Pair>& k, int64_t p, int64_t d) {
   k.value_width = up(d, kRows), k.value_stride = (d + 1) / 2;
 }
 
-// Rows of one head lie far apart, where no processor fetches ahead by itself. What only
-// does this must be inlined: GCC drops calls of it, as of a function without an effect.
+// Rows of one head are too far apart for hardware prefetching, so they are prefetched
+// kAhead rows ahead. These functions must be inlined: GCC removes calls of a function
+// that only prefetches, as if it had no effect.
 constexpr int64_t kAhead = 8;
 template <class T>
 INLINE void fetch_ahead(const T* x, int64_t size) {
@@ -60,8 +62,8 @@ INLINE void fetch_ahead(const Array& x, int64_t at, int64_t size) {
     fetch_ahead((const uint16_t*)x.data + at, size);
 }
 
-// Copies keys [s0, s0 + count) of one head; dead rows, what is not finite, and rows up
-// to a multiple of kRows, are zero.
+// Packs keys and values [s0, s0 + count) of one head. Dead slots, keys or values that
+// are not finite, and rows up to the next multiple of kRows become zeros.
 void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t count,
                bool backward, Keys<float>& k) {
   (void)backward;
@@ -130,7 +132,7 @@ void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t coun
   const uint16_t* key = (const uint16_t*)c.arg(1).data + c.key_at(b, s0, kh, c.P);
   const uint16_t* value = (const uint16_t*)c.arg(2).data + c.key_at(b, s0, kh, c.D);
   const bool* lives = living(c, c.living_keys, b, kh, s0);
-  bool keys[kKeys], values[kKeys];  // which are read
+  bool keys[kKeys], values[kKeys];  // which are copied
   uint8_t any = 0;
   for (int64_t i = 0; i < count; ++i) {
     const bool alive = !lives || lives[i];
@@ -162,8 +164,8 @@ void reserve(Keys<Pair>& k, KeyBuffers<Pair>& from, int64_t count) {
   k.lost = from.lost.get(count);
 }
 
-// Tiles of keys that a thread has packed, by their number: blocks of queries one after
-// another find them ready, and in one piece. Each has a few rows of zeros behind it.
+// A thread's cache of packed key tiles, direct-mapped by index, so that successive
+// query blocks of a head need not pack them again.
 template <class E>
 class TileCache {
  public:
@@ -198,7 +200,8 @@ class TileCache {
   int64_t call_ = 0, slots_ = 0;
 };
 
-// Rows of a panel [kLanes][stride] -> [element][kLanes]; stride is a multiple of kWidth.
+// Transposes rows of a panel, [kLanes][stride], to [element][kLanes]; `stride` is a
+// multiple of kWidth.
 void to_lanes(const float* rows, int64_t stride, int64_t size, float* out) {
   for (int64_t p = 0; p < size; p += kWidth)
     for (int j = 0; j < 2; ++j) {
@@ -209,7 +212,7 @@ void to_lanes(const float* rows, int64_t stride, int64_t size, float* out) {
       for (int64_t i = 0; i < n; ++i) store(out + (p + i) * kLanes + j * kWidth, v[i]);
     }
 }
-// [element][kLanes] -> rows of a panel [kLanes][stride]; stride as above.
+// The inverse of `to_lanes`.
 void from_lanes(const float* tile, int64_t size, int64_t stride, float* rows) {
   for (int64_t p = 0; p < size; p += kWidth)
     for (int j = 0; j < 2; ++j) {
@@ -221,6 +224,7 @@ void from_lanes(const float* tile, int64_t size, int64_t stride, float* rows) {
       for (int i = 0; i < kWidth; ++i) store(rows + (j * kWidth + i) * stride + p, v[i]);
     }
 }
+// Rounds to bfloat16, in the lower half of each word.
 INLINE vu halfword(vf x) {
 #if defined(__AVX512BF16__)
   return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
@@ -234,7 +238,7 @@ void to_lanes(const float* rows, int64_t stride, int64_t size, Pair* out) {
   const int64_t words = up(stride / 2, kWidth);
   float* pairs = room.get(kLanes * words + kWidth);
   for (int i = 0; i < kLanes; ++i) {
-    // Halves of words, in order.
+    // The row in bfloat16; each word holds two adjacent elements.
     typedef uint16_t half __attribute__((vector_size(kWidth * 2)));
     uint16_t* row = (uint16_t*)(pairs + i * words);
     for (int64_t p = 0; p < stride; p += kWidth)
@@ -244,7 +248,8 @@ void to_lanes(const float* rows, int64_t stride, int64_t size, Pair* out) {
   to_lanes(pairs, words, (size + 1) / 2, (float*)out);
 }
 
-// [key][kLanes] floats -> what products over keys read.
+// Converts floats [key][kLanes] for products that sum over keys:
+// [key or pair of keys][kLanes].
 void over_keys(float* tile, int64_t first, int64_t end, float*& out) {
   (void)first, (void)end;
   out = tile;
@@ -258,7 +263,8 @@ void over_keys(float* tile, int64_t first, int64_t end, Pair*& out) {
       store(&out[k / 2 * kLanes + j * kWidth], a | b);
     }
 }
-// [key][kLanes] floats -> what products over lanes read, [key][lane or pair of lanes].
+// Converts floats [key][kLanes] for products that sum over lanes:
+// [key][lane or pair of lanes].
 void over_lanes(float* tile, int64_t first, int64_t end, float*& out) {
   (void)first, (void)end;
   out = tile;
@@ -274,7 +280,8 @@ void over_lanes(float* tile, int64_t first, int64_t end, Pair*& out) {
   (void)tile, (void)first, (void)end, (void)out;
 #endif
 }
-// Rows of a panel [kLanes][stride] -> vectors over elements, for products over lanes.
+// Converts rows of a panel, [kLanes][stride], for products that sum over lanes:
+// [lane or pair of lanes][stride].
 void across_lanes(float* rows, int64_t stride, float*& out) {
   (void)stride;
   out = rows;

@@ -1,4 +1,4 @@
-// Vectors of floats on one instruction set, and the functions of them.
+// SIMD vectors of one instruction set, and functions on them.
 
 #ifndef ATTNLAB_VECTORS_H_
 #define ATTNLAB_VECTORS_H_
@@ -10,7 +10,7 @@
 #include <utility>
 
 #if defined(__x86_64__)
-#if !defined(__clang__)  // its own headers trip it
+#if !defined(__clang__)  // GCC's immintrin.h triggers this warning
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
@@ -20,6 +20,8 @@ namespace attnlab {
 namespace ATTNLAB_ISA {
 namespace {
 
+// kWidth: floats in a vector. A block of `outer` has kRows rows; one of `outer_wide`
+// has kWideRows rows of kWideVectors vectors.
 #if defined(__AVX512F__)
 constexpr int kWidth = 16, kRows = 8, kWideVectors = 4, kWideRows = 4;
 #elif defined(__AVX2__)
@@ -27,10 +29,10 @@ constexpr int kWidth = 8, kRows = 4, kWideVectors = 2, kWideRows = 4;
 #else
 constexpr int kWidth = 4, kRows = 4, kWideVectors = 2, kWideRows = 4;
 #endif
-constexpr int kLanes = 2 * kWidth;
-constexpr int kKeys = 64;
-// Bytes of an array that caches hold while a call goes over it (measured: keys of that
-// many gain nothing by being fetched ahead, and lose a tenth).
+constexpr int kLanes = 2 * kWidth;  // queries in a panel
+constexpr int kKeys = 64;           // keys in a tile
+// Arrays of up to this many bytes stay in the caches during a call. (Measured:
+// prefetching keys of this size makes a call a tenth slower.)
 constexpr int64_t kCached = 10 << 20;
 constexpr float kLowest = -3.4028234663852886e38f;
 
@@ -38,7 +40,7 @@ typedef float vf __attribute__((vector_size(kWidth * 4)));
 typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
 
-// Two bfloat16 in one word: the lower half comes first.
+// Two bfloat16 numbers in one word, the first in the lower half.
 struct Pair {
   uint32_t bits;
 };
@@ -59,7 +61,8 @@ template <class V, class T>
 INLINE void store(T* p, V v) {
   memcpy(p, &v, sizeof v);
 }
-// Stores past the caches; p is aligned to a vector. Other threads see it after `streamed`.
+// A non-temporal store to p, which is aligned to a vector. `streamed` makes such stores
+// visible to other threads.
 INLINE void stream(float* p, vf v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)v);
@@ -87,7 +90,7 @@ INLINE vi lanes_from(int32_t start) {
   return v;
 }
 
-// One bit a lane of a comparison's result.
+// One bit per lane of a comparison's result.
 INLINE uint32_t to_bits(vi mask) {
 #if defined(__AVX512DQ__)
   return _mm512_movepi32_mask((__m512i)mask);
@@ -102,7 +105,7 @@ INLINE uint32_t to_bits(vi mask) {
 #endif
 }
 
-// Whether none of n numbers is infinite or NaN.
+// Whether all n numbers are finite.
 bool are_finite(const float* x, int64_t n) {
   int32_t bad = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -130,7 +133,7 @@ INLINE float sum(vf v) {
 
 constexpr float kLog2e = 1.44269504088896341f;
 
-// One half of a step of `transpose`: blocks of kStep lanes of two vectors.
+// Interleaves the even blocks of kStep lanes of a and b; if `second`, the odd ones.
 template <int kStep, int... kLane>
 INLINE vf halves(vf a, vf b, bool second, std::integer_sequence<int, kLane...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -163,10 +166,10 @@ INLINE void transpose(vf* v) {
   swap_blocks<1>(v);
 }
 
-// 2^x, to about one unit in the last place; 0 for x = -inf.
+// 2^x to about 1 ulp; 0 for x = -inf.
 INLINE vf exp2_(vf x) {
 #if defined(__AVX512F__)
-  vf c = greater(splat(-150.0f), x);  // keeps a NaN
+  vf c = greater(splat(-150.0f), x);  // this order propagates NaN
   vf n = (vf)_mm512_roundscale_ps((__m512)c, 8);
 #else
   vf c = greater(splat(-127.0f), x);
@@ -189,7 +192,7 @@ INLINE vf exp2_(vf x) {
 #endif
 }
 
-// a / b, to about half a unit in the last place; b is neither tiny nor huge.
+// a / b to about half an ulp; b must be neither tiny nor huge.
 INLINE vf divide(vf a, vf b) {
 #if defined(__AVX512F__)
   vf y = (vf)_mm512_rcp14_ps((__m512)b);
@@ -200,9 +203,9 @@ INLINE vf divide(vf a, vf b) {
 #endif
 }
 
-// tanh as a ratio of polynomials, as Eigen and XLA have it.
+// tanh by the rational approximation that Eigen and XLA use.
 INLINE vf tanh_(vf x) {
-  // In this order of arguments a NaN stays one.
+  // This order of arguments propagates NaN.
   vf c = greater(splat(-7.90531110763549805f), x);
   c = least(splat(7.90531110763549805f), c);
   vf s = c * c;
