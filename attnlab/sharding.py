@@ -1,5 +1,5 @@
 """Attention on several devices."""
 
-from attnlab._src.sharding import use as use
+from attnlab._src.placement import use as use
 
 __all__ = ["use"]

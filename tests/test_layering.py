@@ -20,7 +20,7 @@ BASE = {
     "prng",
     "pytrees",
     "reverse",
-    "sharding",
+    "placement",
     "types",
     "varying",
 }
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "pytrees": set(),
     "arguments": set(),
     "reverse": set(),
-    "sharding": set(),
+    "placement": set(),
     "varying": set(),
     "dtypes": set(),
     "exact": set(),

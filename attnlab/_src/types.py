@@ -246,8 +246,9 @@ class AttentionInputs:
         precision: of matrix products.
         needs_lse: whether the caller reads (and may differentiate) log-sum-exp.
         position_kinds: where the positions of queries and of keys come from. "index":
-            they are slot numbers, known when compiling; "offset" (queries only): slot
-            numbers plus an offset, the position of slot 0; "given": one by one.
+            they are slot numbers, known when compiling; "offset": slot numbers plus an
+            offset, the position of slot 0 (a slot with a position below 0 is empty);
+            "given": one by one.
         logit_scale: a constant factor of inner products. It must not multiply queries
             of 16 bits: that would round them.
     """

@@ -127,7 +127,8 @@ def blocks_of(
     if position_kinds[1] == "given":
         key = position_blocks("key", key_positions[:, 0, 0, :], size_k)
     else:
-        key = index_blocks("key", s, size_k)
+        offset = key_positions[:, 0, 0, 0] if position_kinds[1] == "offset" else 0
+        key = index_blocks("key", s, size_k, offset)
     return query, key
 
 
@@ -187,7 +188,7 @@ def make_plan(
         cols: whether the transpose is wanted, too.
     """
     numbered = all(isinstance(b.offset, np.ndarray) for b in (query, key))
-    if numbered and not jax.tree.leaves(operands):
+    if numbered and key.starts_at_zero and not jax.tree.leaves(operands):
         offset = tuple(query.offset.tolist())
         return _static_plan(
             skeleton(mask),

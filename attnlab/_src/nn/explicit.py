@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnlab._src.sharding import names_of
+from attnlab._src.placement import names_of
 from attnlab._src.types import Array
 
 

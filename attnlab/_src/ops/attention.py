@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnlab._src import sharding
+from attnlab._src import placement
 from attnlab._src.implementations.deferred import apply_deferred
 from attnlab._src.implementations.reference import attend as reference_attend
 from attnlab._src.implementations.tiled import Tiled
@@ -178,7 +178,7 @@ def attend(
 
 def run_attention(args: Arguments, settings: Settings) -> AttentionResult:
     """The whole computation on validated arguments."""
-    return compiled_attention(args, settings.but(place=sharding.place()))
+    return compiled_attention(args, settings.but(place=placement.place()))
 
 
 @functools.partial(jax.jit, static_argnames="settings")

@@ -8,11 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab._src.exact import exactly
-from attnlab._src.masks.base import And, Mask, Not, Or
-from attnlab._src.masks.data import predicate
+from attnlab._src.masks.bound import structural_bound, unknown
 from attnlab._src.masks.liveness import scan_partial
-from attnlab._src.masks.per_head import PerHead
 from attnlab._src.masks.planning import normalise_tree, plan_of
 from attnlab._src.ops.attention import run_attention
 from attnlab._src.ops.choice import as_platform, choose, default_platform
@@ -122,12 +119,13 @@ def cost(
     known = args
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(_data(args))):
         exact = False
-        known = args._replace(mask=_unknown(args.mask))
+        bound = structural_bound(inputs.mask, inputs.mask_operands)
+        known = args._replace(mask=bound)
         known = known._replace(
             query_offset=None, query_positions=None, key_positions=None
         )
         if not inputs.index_positions:
-            known = known._replace(mask=_unknown(None))
+            known = known._replace(mask=unknown())
     asked = Options(mask=known.mask, score=args.score)
     shapes = canonical(query, key, value, asked)[2]
     blocks = chosen.block_sizes(inputs)
@@ -170,21 +168,6 @@ def cost(
 def _data(args: Arguments) -> Any:
     """The data that decide which keys a query sees."""
     return args.mask, args.query_offset, args.query_positions, args.key_positions
-
-
-def _every_pair(t: Any, s: Any) -> Any:
-    return (t >= 0) & (s >= 0)
-
-
-def _unknown(mask: Mask | None) -> Mask:
-    """The mask with every part that carries data replaced by "may be anything"."""
-    if exactly(mask, And, Or, PerHead):
-        return type(mask)(tuple(_unknown(m) for m in mask.parts))
-    if exactly(mask, Not):
-        return Not(_unknown(mask.part))
-    if mask is not None and not jax.tree.leaves(mask):
-        return mask
-    return predicate(_every_pair)
 
 
 def _count(

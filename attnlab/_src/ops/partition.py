@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from attnlab._src.ops.choice import default_platform
 from attnlab._src.ops.shares import Factors, Work, share_of
-from attnlab._src.sharding import names_of
+from attnlab._src.placement import names_of
 from attnlab._src.types import Array, Sizes
 
 
@@ -132,7 +132,7 @@ def divided(
 
     def partition(_: Any, given: Sequence[Any], __: Any) -> Any:
         mesh, places = _places(given[1].sharding, work.sizes)
-        share = share_of(mesh, places, work)
+        share = share_of(mesh, places, work.sizes, work.heads_are_whole)
 
         def shardings(side: Sequence[Factors]) -> list[NamedSharding]:
             return [NamedSharding(mesh, share.spec(factors)) for factors in side]
@@ -177,7 +177,8 @@ def divided_as_placed(
         place: the sharding of the query, ``[B, T, N]``.
     """
     work = Work.of(structure, avals, wanted)
-    share = share_of(place.mesh, [*map(names_of, place.spec)], work)
+    axes = [*map(names_of, place.spec)]
+    share = share_of(place.mesh, axes, work.sizes, work.heads_are_whole)
     return jax.shard_map(
         work.local(run, share),
         mesh=place.mesh if jax.sharding.get_abstract_mesh().empty else None,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attnlab._src import arguments, sharding
+from attnlab._src import arguments, placement
 from attnlab._src.implementations.deferred import zero_dead
 from attnlab._src.implementations.tile import check_tile, precision_of
 from attnlab._src.masks.intervals import FAR
@@ -79,7 +79,7 @@ def prepare(args: Arguments, settings: Settings) -> AttentionInputs:
         cells, first = (1, 1), (0, 0)
         if not settings.shared_dropout:
             cells = query.shape[0], heads
-            first = tuple(map(sharding.first_of_shard, ("batch", "heads"), cells))
+            first = tuple(map(placement.first_of_shard, ("batch", "heads"), cells))
         words = _dropout_words(
             args.dropout_rng, *cells, query_positions, key_positions, *first
         )

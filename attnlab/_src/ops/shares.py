@@ -50,7 +50,7 @@ class Work:
         """The pass of an equation of ``attention_p``."""
         inputs, *others = jax.tree.unflatten(structure, avals)
         sides = _factors(inputs, others, wanted)
-        whole = _reads_head(inputs)
+        whole = reads_head(inputs)
         return cls(structure, avals, inputs.sizes, *sides, whole, wanted is None)
 
     def local(
@@ -93,16 +93,18 @@ class Share:
         return lax.psum(gradient, axes) if axes else gradient
 
 
-def share_of(mesh: Any, places: Sequence[tuple[str, ...]], work: Work) -> Share:
-    """How the pass is divided, given the axes that shard the query."""
-    (b, t, n), sizes = places, work.sizes
+def share_of(
+    mesh: Any, places: Sequence[tuple[str, ...]], sizes: Sizes, heads_are_whole: bool
+) -> Share:
+    """How a pass is divided, given the axes that shard the query."""
+    b, t, n = places
 
     def parts(axes: Sequence[str]) -> int:
         return math.prod(mesh.shape[axis] for axis in axes)
 
     b = b if sizes.B % parts(b) == 0 else ()
     t = t if sizes.T % parts(t) == 0 else ()
-    n = () if work.heads_are_whole or sizes.N % parts(n) else n
+    n = () if heads_are_whole or sizes.N % parts(n) else n
     # Key heads are sharded by the first of these axes: a device has whole groups of
     # query heads, or a part of one group.
     k = next(
@@ -113,7 +115,7 @@ def share_of(mesh: Any, places: Sequence[tuple[str, ...]], work: Work) -> Share:
     return Share({"b": b, "t": t, "n": n, "k": () if sizes.K == 1 else k})
 
 
-def _reads_head(inputs: AttentionInputs) -> bool:
+def reads_head(inputs: AttentionInputs) -> bool:
     """Whether a mask or modifier reads the number of the head, unknown in a shard."""
     return (
         inputs.mask.head_count > 1
@@ -126,23 +128,27 @@ def _factors(
     inputs: Any, others: Sequence[Any], wanted: Any
 ) -> tuple[list[Factors], list[Factors]]:
     """What runs along each axis of arguments and results."""
+    rows = [None if x is None else _named(x, ("b", "t", "n")) for x in others]
+    arguments = jax.tree.leaves((factors_of(inputs), *rows))
+    if wanted is not None:
+        return arguments, [*itertools.compress(arguments, wanted)]
+    output = _named(inputs.query, ("b", "t", "n"))
+    return arguments, [output, Factors(output[:3])]
 
-    def operand(x: Any, axes: Sequence[str] = ("b", "n", "t", "s")) -> Factors:
-        """Axes of size 1 are broadcast, and not sharded."""
-        named = [f if n > 1 else None for f, n in zip(axes, x.shape, strict=False)]
-        return Factors([*named, *[None] * (x.ndim - len(named))])
 
-    named = dataclasses.replace(
+def factors_of(inputs: AttentionInputs) -> Any:
+    """The record with :class:`Factors` instead of arrays."""
+    return dataclasses.replace(
         inputs,
-        query=operand(inputs.query, ("b", "t", "n")),
-        key=operand(inputs.key, ("b", "s", "k")),
-        value=operand(inputs.value, ("b", "s", "k")),
+        query=_named(inputs.query, ("b", "t", "n")),
+        key=_named(inputs.key, ("b", "s", "k")),
+        value=_named(inputs.value, ("b", "s", "k")),
         living=tuple(
-            None if x is None else operand(x, axes)
+            None if x is None else _named(x, axes)
             for x, axes in zip(inputs.living, ("bnt", "bks"), strict=True)
         ),
         **{
-            name: jax.tree.map(operand, getattr(inputs, name))
+            name: jax.tree.map(_named, getattr(inputs, name))
             for name in (
                 "pair_params",
                 "modifier_operands",
@@ -154,12 +160,12 @@ def _factors(
             )
         },
     )
-    rows = [None if x is None else operand(x, ("b", "t", "n")) for x in others]
-    arguments = jax.tree.leaves((named, *rows))
-    if wanted is not None:
-        return arguments, [*itertools.compress(arguments, wanted)]
-    output = operand(inputs.query, ("b", "t", "n"))
-    return arguments, [output, Factors(output[:3])]
+
+
+def _named(x: Any, axes: Sequence[str] = ("b", "n", "t", "s")) -> Factors:
+    """What runs along the axes of an array; those of size 1 are not sharded."""
+    named = [f if n > 1 else None for f, n in zip(axes, x.shape, strict=False)]
+    return Factors([*named, *[None] * (x.ndim - len(named))])
 
 
 def _of_part(structure: Any, leaves: Sequence[Any]) -> Any:
