@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def dtype_of(name: str, x: Any) -> Any:
+def dtype_of(name: str, x: object) -> Any:
     """The type of an array's numbers (or of its PRNG keys).
 
     Raises:
@@ -28,7 +28,7 @@ def dtype_of(name: str, x: Any) -> Any:
     raise TypeError(f"{name}: expected an array of JAX's or NumPy's, got {got}{hint}")
 
 
-def size(name: str, value: Any, least: int = 1) -> int:
+def size(name: str, value: object, least: int = 1) -> int:
     """An int that is at least ``least``."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an int, got {value!r}")
@@ -37,18 +37,18 @@ def size(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def sizes(least: int = 1, **named: Any) -> None:
+def sizes(least: int = 1, **named: object) -> None:
     """:func:`size` of each."""
     for name, value in named.items():
         size(name, value, least)
 
 
-def as_array(x: Any) -> Any:
+def as_array(x: object) -> Any:
     """``x`` if it has a shape and a dtype, else ``np.asarray(x)``."""
     return x if hasattr(x, "dtype") and hasattr(x, "shape") else np.asarray(x)
 
 
-def real(name: str, x: Any) -> Any:
+def real(name: str, x: object) -> Any:
     """An array of real numbers; lists and numbers become NumPy arrays.
 
     Raises:
@@ -66,7 +66,7 @@ def real(name: str, x: Any) -> Any:
 _LEAST, _MOST = -(2**31), 2**31 - 1
 
 
-def integers(name: str, x: Any) -> Any:
+def integers(name: str, x: object) -> Any:
     """Integers as an int32 array; lists and numbers become NumPy arrays.
 
     Traced integers of a wider type cannot be checked; they are clipped to int32.
@@ -98,7 +98,7 @@ def check_integers(name: str, x: Any) -> None:
             )
 
 
-def check_kept(name: str, x: Any) -> None:
+def check_kept(name: str, x: object) -> None:
     """Checks that JAX can hold an array: without x64 mode, it wraps wide integers.
 
     Raises:
@@ -124,7 +124,7 @@ def check_kept(name: str, x: Any) -> None:
             )
 
 
-def is_wide(dtype: Any) -> bool:
+def is_wide(dtype: np.dtype) -> bool:
     """Whether int32 does not hold every integer of this type."""
     return not np.can_cast(dtype, np.int32)
 
@@ -137,7 +137,7 @@ def as_int32(x: Any) -> Any:
     return x.astype(np.int32)
 
 
-def values(x: Any) -> np.ndarray | None:
+def values(x: object) -> np.ndarray | None:
     """The values of an array as NumPy; None if it is traced or not addressable here."""
     known = isinstance(x, (np.ndarray, np.generic, jax.Array))
     if not known or isinstance(x, jax.core.Tracer):
@@ -147,7 +147,7 @@ def values(x: Any) -> np.ndarray | None:
     return np.asarray(x)
 
 
-def floating(name: str, x: Any, hint: str = "; cast it with .astype") -> Any:
+def floating(name: str, x: object, hint: str = "; cast it with .astype") -> Any:
     """A floating array; lists and numbers become NumPy arrays.
 
     Args:
@@ -164,7 +164,7 @@ def floating(name: str, x: Any, hint: str = "; cast it with .astype") -> Any:
     return array
 
 
-def prng_key(name: str, rng: Any, hint: str = "; jax.random.key makes one") -> None:
+def prng_key(name: str, rng: object, hint: str = "; jax.random.key makes one") -> None:
     """Checks for one PRNG key, typed or not.
 
     Args:
@@ -198,7 +198,7 @@ def prng_key(name: str, rng: Any, hint: str = "; jax.random.key makes one") -> N
             ) from None
 
 
-def describe(array: Any) -> str:
+def describe(array: jax.Array | np.ndarray | None) -> str:
     """An array in a repr: its dtype and shape."""
     if array is None:
         return "-"

@@ -1,7 +1,5 @@
 """The types that numbers are computed in, under every mode of promotion."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,6 @@ def promoted(*arrays: jax.Array) -> list[jax.Array]:
     return [x.astype(dtype) for x in arrays]
 
 
-def accumulation_dtype(*dtypes: Any) -> Any:
+def accumulation_dtype(*dtypes: np.dtype) -> np.dtype:
     """The type of sums of these types: float64 if one of them is, else float32."""
     return np.result_type(np.float32, *(d for d in dtypes if d == np.float64))

@@ -1,7 +1,6 @@
 """Cuts tiles of operands, ``[B, N, T, S, *payload]``."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from attnlab._src.types import Array
 
 
 def corner(
-    x: Array, place: Sequence[Any], sizes: tuple[int, int]
+    x: Array, place: Sequence[int | Array], sizes: tuple[int, int]
 ) -> tuple[list[Array], list[int]]:
     """Start and shape of a tile; axes of 1 are shared by all tiles.
 
@@ -32,13 +31,15 @@ def corner(
     return start, shape
 
 
-def cut(x: Array, place: Sequence[Any], sizes: tuple[int, int]) -> Array:
+def cut(x: Array, place: Sequence[int | Array], sizes: tuple[int, int]) -> Array:
     """The tile ``[q or 1, k or 1, *payload]``; arguments as of :func:`corner`."""
     start, shape = corner(x, place, sizes)
     return lax.dynamic_slice(x, start, shape).reshape(shape[2:])
 
 
-def tile_shape(x: Any, sizes: tuple[int, int]) -> jax.ShapeDtypeStruct:
+def tile_shape(
+    x: Array | jax.ShapeDtypeStruct, sizes: tuple[int, int]
+) -> jax.ShapeDtypeStruct:
     """The shape and dtype of a tile of those sizes."""
     shape = (1 if n == 1 else m for n, m in zip(x.shape[2:4], sizes, strict=True))
     return jax.ShapeDtypeStruct((*shape, *x.shape[4:]), x.dtype)

@@ -66,7 +66,7 @@ def pytree(cls: type[_T]) -> type[_T]:
     return made
 
 
-def _equal(x: Any, other: object) -> Any:
+def _equal(x: Any, other: object) -> bool:
     return (
         _identity(x) == _identity(other) if type(x) is type(other) else NotImplemented
     )
@@ -76,12 +76,12 @@ def _hash(x: Any) -> int:
     return hash((type(x), _identity(x)))
 
 
-def _identity(x: Any) -> tuple[Any, ...]:
+def _identity(x: Any) -> tuple[object, ...]:
     """What makes an instance equal to another one of its class."""
     return tuple([_known(getattr(x, f.name)) for f in dataclasses.fields(x)])
 
 
-def _known(x: Any) -> Any:
+def _known(x: object) -> object:
     """A value that can be compared and hashed: for an array, its type and id."""
     if isinstance(x, (np.ndarray, jax.Array)) or hasattr(x, "__jax_array__"):
         return type(x), id(x)

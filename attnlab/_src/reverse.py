@@ -4,12 +4,14 @@ A function with a backward pass of its own has no forward mode, and JAX's error 
 names internal functions that the caller does not know.
 """
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
+
+_T = TypeVar("_T")
 
 #: The identity, and its map of tangents, which reverse mode transposes and never
 #: computes.
@@ -24,7 +26,7 @@ def _tangent(primals: Any, tangents: Any, *, of: str) -> tuple[Any, Any]:
     return _same_p.bind(*primals, of=of), tangent
 
 
-def _refuse(*_: Any, of: str, **__: Any) -> NoReturn:
+def _refuse(*_: object, of: str, **__: object) -> NoReturn:
     raise NotImplementedError(
         f"forward mode (jax.jvp, jacfwd, hessian) of {of}; reverse mode (grad, vjp, "
         "jacrev) works, to second order"
@@ -45,7 +47,7 @@ ad.primitive_jvps[_tangent_p] = _refuse
 ad.primitive_transposes[_tangent_p] = lambda cotangent, _, of: [cotangent]
 
 
-def reverse_only(tree: Any, of: str) -> Any:
+def reverse_only(tree: _T, of: str) -> _T:
     """The same arrays, for a function that has no forward mode.
 
     Args:
@@ -56,7 +58,7 @@ def reverse_only(tree: Any, of: str) -> Any:
         NotImplementedError: where forward mode through them is computed.
     """
 
-    def one(x: Any) -> Any:
+    def one(x: jax.Array) -> jax.Array:
         floating = jnp.issubdtype(x.dtype, jnp.floating)
         return _same_p.bind(x, of=of) if floating else x
 

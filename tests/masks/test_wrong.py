@@ -146,12 +146,12 @@ CASES = {
         "mask: per_head got 1 masks for 2 query heads",
     ),
     "no key": (
-        lambda: masks.random_blocks(None, 1, 2, 4),
+        lambda: masks.random_blocks(cast(Any, None), 1, 2, 4),
         TypeError,
         "rng: expected a PRNG key, got NoneType; jax.random.key makes one",
     ),
     "a floating seed": (
-        lambda: masks.random_blocks(1.5, 1, 2, 4),
+        lambda: masks.random_blocks(cast(Any, 1.5), 1, 2, 4),
         TypeError,
         "rng: expected a PRNG key, got float",
     ),

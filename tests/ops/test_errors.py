@@ -393,7 +393,7 @@ CASES = {
         "score: expected an attnlab score.*class: call it",
     ),
     "no cap": (
-        lambda: modifiers.soft_cap(None),
+        lambda: modifiers.soft_cap(cast(Any, None)),
         TypeError,
         "cap: expected real numbers, got None",
     ),
@@ -418,7 +418,7 @@ CASES = {
         r"modifiers: Bias: shape \(1, 1, 1, 1, 7, 5\) does not fit batch axes \(2,\)",
     ),
     "no slopes": (
-        lambda: modifiers.alibi(None),
+        lambda: modifiers.alibi(cast(Any, None)),
         TypeError,
         "slopes: expected real numbers, got None",
     ),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.figure import Figure
 
 from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.runner import Row
@@ -37,7 +38,7 @@ def colour(name: str, names: Sequence[str]) -> str:
 
 
 def save(
-    figure: Any, folder: Path, name: str, kinds: Sequence[str] = ("png", "svg")
+    figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png", "svg")
 ) -> list[Path]:
     """Writes a figure atomically in each format, and closes it."""
     paths = []

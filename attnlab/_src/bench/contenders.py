@@ -1,8 +1,8 @@
 """Contenders: computations of the same attention, compiled to be checked and timed."""
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from attnlab import attention, explain
 from attnlab._src.bench.cases import Case
 from attnlab._src.bench.machine import free_memory
 from attnlab._src.implementations import IMPLEMENTATIONS
-from attnlab._src.types import Array
+from attnlab._src.masks.base import Mask
+from attnlab._src.types import Array, ArrayLike, PyTree, Score
 
 
 class Prepared(NamedTuple):
@@ -26,8 +27,8 @@ class Prepared(NamedTuple):
         temporary_bytes: peak memory besides inputs and outputs; None if unknown.
     """
 
-    call: Callable[[], Any]
-    results: Callable[[Any], dict[str, Any]]
+    call: Callable[[], PyTree]
+    results: Callable[[PyTree], Mapping[str, ArrayLike]]
     compile_seconds: float | None
     temporary_bytes: int | None
 
@@ -64,7 +65,7 @@ def too_large(case: Case) -> str | None:
     )
 
 
-def named(result: Any, backward: bool) -> dict[str, Any]:
+def named(result: PyTree, backward: bool) -> dict[str, Array]:
     """Arrays by name, of ``output`` or ``(output, (d_query, ..., d_score))``."""
     if not backward:
         return {"output": result}
@@ -75,7 +76,7 @@ def named(result: Any, backward: bool) -> dict[str, Any]:
     return arrays
 
 
-def differentiated(function: Callable[..., Array]) -> Callable[..., Any]:
+def differentiated(function: Callable[..., Array]) -> Callable[..., PyTree]:
     """Makes a function that also returns all gradients but the mask's.
 
     ``function`` takes query, key, value, score and mask. The result takes the output's
@@ -83,9 +84,14 @@ def differentiated(function: Callable[..., Array]) -> Callable[..., Any]:
     """
 
     def both(
-        query: Any, key: Any, value: Any, score: Any, mask: Any, above: Any
-    ) -> Any:
-        def output(query: Any, key: Any, value: Any, score: Any) -> Array:
+        query: Array,
+        key: Array,
+        value: Array,
+        score: PyTree,
+        mask: Mask | Array | None,
+        above: Array,
+    ) -> PyTree:
+        def output(query: Array, key: Array, value: Array, score: PyTree) -> Array:
             return function(query, key, value, score, mask)
 
         result, pull = jax.vjp(output, query, key, value, score)
@@ -95,7 +101,9 @@ def differentiated(function: Callable[..., Array]) -> Callable[..., Any]:
 
 
 def compile_call(
-    function: Callable[..., Array], arguments: tuple[Any, ...], cotangent: Array | None
+    function: Callable[..., Array],
+    arguments: tuple[PyTree, ...],
+    cotangent: Array | None,
 ) -> Prepared:
     """Compiles ``function(query, key, value, score, mask)`` ahead of time.
 
@@ -123,7 +131,9 @@ def compile_call(
 def attending(implementation: str) -> Callable[..., Array]:
     """``attention`` as a function of query, key, value, score and mask."""
 
-    def function(query: Any, key: Any, value: Any, score: Any, mask: Any) -> Array:
+    def function(
+        query: Array, key: Array, value: Array, score: Score, mask: Mask | None
+    ) -> Array:
         return attention(
             query,
             key,
@@ -173,7 +183,7 @@ def widened(case: Case) -> Case:
     """
     wide = jnp.float64 if case.spec.dtype == "float32" else jnp.float32
 
-    def widen(x: Any) -> Any:
+    def widen(x: jax.typing.ArrayLike) -> Array:
         x = jnp.asarray(x)
         return x.astype(wide) if jnp.issubdtype(x.dtype, np.floating) else x
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from attnlab._src.bench.contenders import (
     named,
     widened,
 )
+from attnlab._src.types import ArrayLike
 
 #: Greatest memory of the reference, in bytes.
 HELD_BYTES = 2 << 30
@@ -120,7 +121,7 @@ def rounding(spec: Spec) -> float:
     return 2 * float(jnp.finfo(spec.dtype).eps) + 4 * accumulated
 
 
-def judge(results: dict[str, Any], expected: dict[str, Expected]) -> Verdict:
+def judge(results: Mapping[str, ArrayLike], expected: dict[str, Expected]) -> Verdict:
     """Compares every array that a contender returned with the expected one."""
     worst, reason = 0.0, ""
     for name, array in results.items():

@@ -5,7 +5,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def peak_resident_memory() -> int | None:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def _best(call: Callable[[], Any], repeats: int = 4) -> float:
+def _best(call: Callable[[], object], repeats: int = 4) -> float:
     timed(call)
     return min(timed(call) for _ in range(repeats))
 

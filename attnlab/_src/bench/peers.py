@@ -44,7 +44,9 @@ class JaxNnPeer:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
         causal = case.spec.pattern == "causal"
 
-        def function(query: Any, key: Any, value: Any, score: Any, mask: Any) -> Array:
+        def function(
+            query: Array, key: Array, value: Array, score: tuple[()], mask: Array | None
+        ) -> Array:
             return jax.nn.dot_product_attention(
                 query, key, value, mask=mask, is_causal=causal
             )
@@ -72,7 +74,9 @@ class FlaxPeer:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
         causal = case.spec.pattern == "causal"
 
-        def function(query: Any, key: Any, value: Any, score: Any, mask: Any) -> Array:
+        def function(
+            query: Array, key: Array, value: Array, score: tuple[()], mask: Array | None
+        ) -> Array:
             return flax.nnx.dot_product_attention(
                 query, key, value, mask=mask, is_causal=causal
             )
@@ -102,7 +106,7 @@ def _tensor(array: Array) -> Any:
     return tensor.to(getattr(torch, array.dtype.name))
 
 
-def _arrays(tensors: tuple[Any, ...]) -> dict[str, Any]:
+def _arrays(tensors: tuple[Any, ...]) -> dict[str, np.ndarray]:
     names = ("output", "d_query", "d_key", "d_value")[: len(tensors)]
     arrays = [t.detach().float().numpy().swapaxes(1, 2) for t in tensors]
     return dict(zip(names, arrays, strict=True))

@@ -44,7 +44,7 @@ def every_block(
     *,
     masked: bool,
     fused: bool,
-) -> Callable[..., Any]:
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """Makes ``(q, k, v) -> output``, differentiable; each ``[heads, length, size]``.
 
     Args:

@@ -115,7 +115,7 @@ class Row:
         }
 
 
-def problem(spec: Spec) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def problem(spec: Spec) -> tuple[tuple[jax.ShapeDtypeStruct, ...], dict[str, Any]]:
     """Shapes of query, key and value; and mask and score as options of the call."""
     sizes = [(spec.queries, spec.heads), *[(spec.length, spec.key_heads)] * 2]
     shapes = tuple(
@@ -148,7 +148,7 @@ def sized(sizes: Blocks) -> Iterator[PallasTpu]:
         del IMPLEMENTATIONS[Sized.name]
 
 
-def the_pass(attend: Callable[..., Any], of: str) -> Callable[..., Any]:
+def the_pass(attend: Callable[..., Array], of: str) -> Callable[..., PyTree]:
     """The forward pass, or the gradients of query, key and value."""
     if of == "forward":
         return attend

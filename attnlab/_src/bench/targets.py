@@ -27,6 +27,7 @@ import jax
 import jax.export
 
 from attnlab._src.bench.files import cache_folder, write_atomically
+from attnlab._src.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def on(target: str) -> jax.sharding.use_abstract_mesh:
 
 
 def lowered(
-    fn: Callable[..., Any], shapes: Sequence[Any], target: str
+    fn: Callable[..., PyTree], shapes: Sequence[PyTree], target: str
 ) -> jax.export.Exported:
     """Lowers a program for a target, so that another process can read it.
 
@@ -164,8 +165,8 @@ def lowered(
 
 
 def study(
-    fn: Callable[..., Any],
-    *shapes: Any,
+    fn: Callable[..., PyTree],
+    *shapes: PyTree,
     target: str,
     timeout: float = 1800.0,
     cache: Path | None = None,

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -51,14 +51,14 @@ def summarise(samples: list[float]) -> Timing:
     return Timing(float(median), float(low), float(high), len(samples))
 
 
-def timed(call: Callable[[], Any]) -> float:
+def timed(call: Callable[[], object]) -> float:
     """Seconds of one call, until its result is ready."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
 
 
-def _turn(call: Callable[[], Any], settle: float, least: float) -> list[float]:
+def _turn(call: Callable[[], object], settle: float, least: float) -> list[float]:
     """Times a call in one turn: once if it is long, else repeatedly after settling.
 
     Args:
@@ -84,7 +84,7 @@ def _turn(call: Callable[[], Any], settle: float, least: float) -> list[float]:
 
 
 def interleave(
-    calls: Mapping[_K, Callable[[], Any]],
+    calls: Mapping[_K, Callable[[], object]],
     repeats: Repeats,
     *,
     warm: bool = False,

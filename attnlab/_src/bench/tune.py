@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +178,7 @@ def command(given: argparse.Namespace) -> int:
             highlight=False,
         )
         return 1
-    table: dict[str, Any] = {}
+    table: dict[str, dict[str, dict[str, list[int]]]] = {}
     if given.out.exists():
         table = json.loads(given.out.read_text())
     wanted = [(size, of) for size in given.head_size for of in ("forward", "backward")]
@@ -188,7 +188,7 @@ def command(given: argparse.Namespace) -> int:
         with on(given.target):
             kind = device().kind
     assert kind is not None
-    of_kind: dict[str, Any] = table.setdefault(kind, {})
+    of_kind = table.setdefault(kind, {})
     found = 0
     try:
         with Progress(console=console, transient=True) as progress:

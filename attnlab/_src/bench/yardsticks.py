@@ -1,7 +1,5 @@
 """Yardsticks: contenders for comparison where no other library has the attention."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -36,7 +34,9 @@ class NaiveAdditive:
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
 
-        def function(query: Any, key: Any, value: Any, score: Any, mask: Any) -> Array:
+        def function(
+            query: Array, key: Array, value: Array, score: Additive, mask: Array | None
+        ) -> Array:
             group = query.shape[2] // key.shape[2]
             q, k = score.project_query(query), score.project_key(key)
             k, value = (jnp.repeat(x, group, 2) for x in (k, value))
@@ -70,7 +70,7 @@ class ReadKeysAndValues:
         # Its own copies, as those of everyone are by now out of the caches.
         key, value = case.key + 0, case.value + 0
 
-        def read(key: Any, value: Any) -> Any:
+        def read(key: Array, value: Array) -> tuple[Array, Array]:
             return read_everything(key), read_everything(value)
 
         compiled = jax.jit(read).lower(key, value).compile()

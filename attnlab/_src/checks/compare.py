@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from attnlab._src.ops.attention import attention_with_stats
 from attnlab._src.types import Array, PyTree
 
 
-def named_leaves(tree: PyTree) -> Iterator[tuple[str, np.ndarray, Any]]:
+def named_leaves(tree: PyTree) -> Iterator[tuple[str, np.ndarray, np.dtype]]:
     """Path, float64 values and dtype of each leaf."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
@@ -19,7 +20,12 @@ def named_leaves(tree: PyTree) -> Iterator[tuple[str, np.ndarray, Any]]:
 
 
 def compare(
-    found: PyTree, reference: PyTree, exact: PyTree, coarse: Any, terms: int, pairs: int
+    found: PyTree,
+    reference: PyTree,
+    exact: PyTree,
+    coarse: DTypeLike,
+    terms: int,
+    pairs: int,
 ) -> None:
     """Error of ``found`` <= 2 x error of ``reference`` + rounding, array by array.
 
@@ -74,15 +80,15 @@ class Problem(NamedTuple):
     fixed: dict[str, Any]
     dropout_rate: float = 0.0
 
-    def cast(self, dtype: Any) -> "Problem":
+    def cast(self, dtype: DTypeLike) -> "Problem":
         """With all floating data in another type."""
         return self._replace(data=cast(self.data, dtype))
 
 
-def cast(tree: PyTree, dtype: Any) -> PyTree:
+def cast(tree: PyTree, dtype: DTypeLike) -> PyTree:
     """Every floating array in another type."""
 
-    def one(x: Any) -> Any:
+    def one(x: object) -> object:
         is_array = isinstance(x, (np.ndarray, jax.Array))
         return (
             x.astype(dtype) if is_array and jnp.issubdtype(x.dtype, np.inexact) else x
@@ -97,7 +103,7 @@ def like(x: Array, seed: int) -> np.ndarray:
     return np.asarray(drawn).astype(x.dtype)
 
 
-def evaluate(problem: Problem, implementation: str | None) -> dict[str, Any]:
+def evaluate(problem: Problem, implementation: str | None) -> dict[str, PyTree]:
     """Output, log-sum-exp and the gradients of all floating data, compiled once."""
 
     def forward(moving: dict[str, Array]) -> tuple[Array, Array]:
@@ -109,7 +115,7 @@ def evaluate(problem: Problem, implementation: str | None) -> dict[str, Any]:
         return found.output, found.lse
 
     @jax.jit
-    def both(moving: dict[str, Array]) -> dict[str, Any]:
+    def both(moving: dict[str, Array]) -> dict[str, PyTree]:
         (output, lse), pull = jax.vjp(forward, moving)
         above = jnp.asarray(like(output, 1)), jnp.asarray(like(lse, 2))
         # The log-sum-exp of a query that sees nothing gets no cotangent.
@@ -122,24 +128,24 @@ def evaluate(problem: Problem, implementation: str | None) -> dict[str, Any]:
     return jax.block_until_ready(compiled(moving))
 
 
-def _moving(data: dict[str, Any]) -> dict[str, Any]:
+def _moving(data: dict[str, Any]) -> dict[str, Array]:
     """The floating leaves by their path: "query", "score.weight", ..."""
     leaves = jax.tree_util.tree_leaves_with_path(data)
     named = {_name(path): x for path, x in leaves}
     return {k: x for k, x in named.items() if jnp.issubdtype(x.dtype, np.floating)}
 
 
-def _merged(data: dict[str, Any], moving: dict[str, Any]) -> dict[str, Any]:
+def _merged(data: dict[str, Any], moving: dict[str, Array]) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: moving.get(_name(path), x), data
     )
 
 
-def _name(path: Any) -> str:
+def _name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def agrees(problem: Problem, implementation: str, dtype: Any) -> None:
+def agrees(problem: Problem, implementation: str, dtype: DTypeLike) -> None:
     """Compares an implementation with the reference in a type, as ``compare`` does.
 
     Raises:

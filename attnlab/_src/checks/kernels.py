@@ -19,7 +19,7 @@ from attnlab._src.ops.attention import attention_with_stats
 from attnlab._src.ops.registration import registered_for_now
 from attnlab._src.scores.inner import Bilinear, Cosine, Dot
 from attnlab._src.scores.pairwise import Additive, Mlp
-from attnlab._src.types import Implementation
+from attnlab._src.types import Array, Implementation
 
 
 def _problems(sizes: Sizes) -> dict[str, Problem]:
@@ -28,9 +28,11 @@ def _problems(sizes: Sizes) -> dict[str, Problem]:
     rng, data = np.random.default_rng(3), sizes.arrays()
     key = jax.random.key(4)
     heads = {"num_heads": n, "num_key_heads": k}
-    float32: Any = np.float32
+    float32 = np.float32
 
-    def of(rate: float = 0.0, fixed: Any = None, **more: Any) -> Problem:
+    def of(
+        rate: float = 0.0, fixed: dict[str, Any] | None = None, **more: Any
+    ) -> Problem:
         moving = jax.tree.map(np.asarray, data | more)
         return Problem(moving, {} if fixed is None else fixed, rate)
 
@@ -74,7 +76,7 @@ def _problems(sizes: Sizes) -> dict[str, Problem]:
     }
 
 
-def _even(t: Any, s: Any) -> Any:
+def _even(t: Array, s: Array) -> Array:
     return (t + s) % 2 == 0
 
 

@@ -18,7 +18,7 @@ from attnlab._src.masks.structural import causal, sliding_window
 from attnlab._src.operands import cut
 from attnlab._src.ops.attention import attention
 from attnlab._src.ops.choice import default_platform
-from attnlab._src.types import Live, Modifier, PyTree, Score, Tile
+from attnlab._src.types import Intervals, Live, Modifier, PyTree, Score, Tile
 
 
 class Sizes(NamedTuple):
@@ -53,7 +53,7 @@ class Sizes(NamedTuple):
         }
 
 
-def is_pytree(checker: Checker, x: Any) -> None:
+def is_pytree(checker: Checker, x: PyTree) -> None:
     """Checks that arrays are leaves, and that the rest is hashable structure."""
     with checker.law("arrays are leaves, all else is hashable structure"):
         leaves, structure = jax.tree.flatten(x)
@@ -267,7 +267,7 @@ def _sound(side: str, live: Live, some: np.ndarray, every: np.ndarray) -> str:
     return f"{listed.mean():.0%} of blocks live, {some.mean():.0%} necessary"
 
 
-def _listed(intervals: Any, count: int) -> np.ndarray:
+def _listed(intervals: Intervals, count: int) -> np.ndarray:
     lo, hi = (np.asarray(x)[..., None] for x in intervals)
     numbers = np.arange(count)
     return np.asarray(((numbers >= lo) & (numbers < hi)).any(-2))

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from attnlab._src.types import Array, AttentionInputs
 
@@ -28,7 +28,7 @@ def apply_deferred(inputs: AttentionInputs) -> AttentionInputs:
     )
 
 
-def scaled_query(inputs: AttentionInputs, dtype: Any = None) -> Array:
+def scaled_query(inputs: AttentionInputs, dtype: DTypeLike | None = None) -> Array:
     """The query times the scales of the logits, in its own type or in ``dtype``."""
     query = inputs.query if dtype is None else inputs.query.astype(dtype)
     if inputs.logit_scale != 1:

@@ -84,10 +84,10 @@ def backward(
         seen_keys = seen.reshape(s.B, s.S, s.K, -1).any(-1)
         sides = lost.swapaxes(1, 2)[..., None], seen.swapaxes(1, 2)[:, :, None]
 
-        def nan(x: Any, where: Array) -> Any:
+        def nan(x: Array | None, where: Array) -> Any:
             return None if x is None else jnp.where(where, jnp.nan, x)
 
-        def operand(x: Array) -> Any:
+        def operand(x: Array) -> Array | None:
             """``[B or 1, N or 1, T or 1, S or 1, *payload]``."""
             rows, cols = (
                 side.any([n for n in range(4) if x.shape[n] == 1], keepdims=True)

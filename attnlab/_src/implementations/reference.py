@@ -1,6 +1,6 @@
 """The reference implementation: dense, readable, differentiable to any order."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.types import Array, AttentionInputs, Implementation, PyTree, Tile
 
 
-def _over(fn: Any, size: int, shared: tuple[PyTree, ...]) -> Any:
+def _over(
+    fn: Callable[..., PyTree], size: int, shared: tuple[PyTree, ...]
+) -> tuple[Callable[..., PyTree], PyTree]:
     """Maps over the leading axis of every array; arrays of size 1 there are shared."""
     axes = jax.tree.map(lambda x: None if x.shape[0] == 1 else 0, shared)
     arrays = jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, shared)
@@ -41,7 +43,9 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
     inputs, sizes = apply_deferred(inputs), inputs.sizes
     group = sizes.N // sizes.K
 
-    def one_head(arrays: Any, operands: Any) -> tuple[Array, Array, Array]:
+    def one_head(
+        arrays: tuple[Array, ...], operands: PyTree
+    ) -> tuple[Array, Array, Array]:
         q, k, v, head = arrays
         params, head_scale, modifiers, masks, q_pos, k_pos, words = operands
         tile = Tile(q_pos, k_pos, head)
@@ -78,7 +82,9 @@ def attend(inputs: AttentionInputs) -> tuple[Array, Array, Array]:
         lost |= (visible & bad_v[None]).any(1)
         return _lose(lost, seen, output), lse, weights
 
-    def one_example(arrays: Any, operands: Any) -> tuple[Array, Array, Array]:
+    def one_example(
+        arrays: tuple[Array, ...], operands: PyTree
+    ) -> tuple[Array, Array, Array]:
         q, k, v = (x.swapaxes(0, 1) for x in arrays)
         k, v = jnp.repeat(k, group, 0), jnp.repeat(v, group, 0)
         heads = jnp.arange(sizes.N, dtype=jnp.int32)

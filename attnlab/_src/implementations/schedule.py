@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import lax
 
 from attnlab._src.implementations.tile import squeeze_params, widened
 from attnlab._src.operands import corner, cut
-from attnlab._src.types import Array, AttentionInputs, Plan, PyTree
+from attnlab._src.types import Array, ArrayLike, AttentionInputs, Plan, PyTree
 
 #: Default number of keys in a chunk; with fewer keys a core is idle.
 CHUNK = 512
@@ -38,17 +38,17 @@ class Walk(NamedTuple):
         any_rest: whether some row may have another chunk.
     """
 
-    lo: Any
-    end: Any
-    full: Any
-    total: Any
+    lo: ArrayLike
+    end: ArrayLike
+    full: ArrayLike
+    total: ArrayLike
     wide: int
     chunk: int
     one_chunk: bool
     any_full: bool
     any_rest: bool
 
-    def chunks(self) -> tuple[Any, Any]:
+    def chunks(self) -> tuple[ArrayLike, ArrayLike]:
         """Number of chunks of full blocks, and of others, each ``[Bp, Np, rows]``."""
         fulls = self.full // self.wide
         return fulls, -(-(self.total - fulls * self.wide) // self.chunk)
@@ -105,7 +105,7 @@ class Tiles:
         self.nk = -(-self.sizes.S // self.bk)
         self.walk = make_walk(plan)
 
-    def pad(self, x: Array, fill: Any = None) -> Array:
+    def pad(self, x: Array, fill: int | None = None) -> Array:
         """Pads an operand's axes of length T and S to whole blocks.
 
         Without ``fill``, the padding repeats the last entries, not zeros: a modifier
@@ -185,7 +185,7 @@ class Tiles:
         ]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-    def _at(self, row: Row, j: Array) -> tuple[Any, tuple[int, int]]:
+    def _at(self, row: Row, j: Array) -> tuple[tuple[Array, ...], tuple[int, int]]:
         """Start indices and sizes of the tile at key block ``j``."""
         place = (row.example, row.head, row.block * self.bq, j * self.bk)
         return place, (self.bq, self.bk)
@@ -231,8 +231,11 @@ class Tiles:
         return lax.fori_loop(jnp.int32(0), jnp.int32(count), block, x)
 
     def over_chunks(
-        self, row: Row, step: Callable[[Array, Array, Any, bool], Any], state: Any
-    ) -> Any:
+        self,
+        row: Row,
+        step: Callable[[Array, Array, PyTree, bool], PyTree],
+        state: PyTree,
+    ) -> PyTree:
         """Runs ``step(ids, valid, state, masked)`` over the chunks of a row."""
         w = self.walk
         if w.one_chunk:
@@ -242,14 +245,14 @@ class Tiles:
         in_full, in_rest = (pick(x, row) for x in w.chunks())
         if w.any_full:
 
-            def full(c: Array, state: Any) -> Any:
+            def full(c: Array, state: PyTree) -> PyTree:
                 return step(*self.locate(row, c * w.wide, w.wide), state, False)
 
             state = lax.fori_loop(jnp.int32(0), in_full, full, state)
         if w.any_rest:
             first = in_full * w.wide
 
-            def rest(c: Array, state: Any) -> Any:
+            def rest(c: Array, state: PyTree) -> PyTree:
                 where = self.locate(row, first + c * w.chunk, w.chunk)
                 return step(*where, state, True)
 
@@ -261,18 +264,18 @@ def _pad_length(x: Array, length: int) -> Array:
     return jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
 
 
-def _block(x: Array, example: Any, start: Any, head: Any, size: int) -> Array:
+def _block(x: Array, example: Array, start: Array, head: Array, size: int) -> Array:
     shape = (1, size, 1, x.shape[-1])
     cut = lax.dynamic_slice(x, _starts(example, start, head, 0), shape)
     return cut.reshape(size, x.shape[-1])
 
 
-def _starts(*starts: Any) -> list[Array]:
+def _starts(*starts: int | Array) -> list[Array]:
     """Indices as int32: in x64 mode Python ints would become int64."""
     return [jnp.asarray(n, jnp.int32) for n in starts]
 
 
-def pick(x: Any, row: Row) -> Array:
+def pick(x: ArrayLike, row: Row) -> Array:
     """The entry of a row in a plan array ``[Bp, Np, rows, ...]``."""
     x = jnp.asarray(x)
     example = row.example if x.shape[0] != 1 else 0

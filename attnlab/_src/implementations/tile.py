@@ -1,12 +1,14 @@
 """The mathematics of one tile, shared by every implementation written in JAX."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import default_matmul_precision, lax
+from jax.lax import PrecisionLike
 
 from attnlab._src.operands import tile_shape
 from attnlab._src.scores.projected import unwrapped
@@ -78,7 +80,7 @@ def precision_name(precision: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def precision_of(precision: Any) -> Iterator[None]:
+def precision_of(precision: PrecisionLike) -> Iterator[None]:
     """A context that sets the default precision of products, if it has a name."""
     name = precision_name(precision)
     with contextlib.nullcontext() if name is None else default_matmul_precision(name):
@@ -168,7 +170,11 @@ def _only_where(seen: Array, x: Array) -> Array:
 
 
 def _logits(
-    name: str, shape: tuple[int, ...], dtype: Any, make: Callable[..., Any], *args: Any
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    make: Callable[..., Array],
+    *args: PyTree,
 ) -> Array:
     """``make(*args)``, checked to be floating and of the shape of the tile."""
     where = f"for a tile of {shape[0]} x {shape[1]} pairs"
@@ -225,7 +231,7 @@ def _of_small_tile(inputs: AttentionInputs) -> Any:
     """
     sides = 2, 3
 
-    def logits(arrays: Any, params: PyTree, modifiers: PyTree) -> Array:
+    def logits(arrays: Sequence[Array], params: PyTree, modifiers: PyTree) -> Array:
         query, key, *places = arrays
         found = compare(inputs, squeeze_params(params), None, query, key)
         return modify(inputs, found, Tile(*places), modifiers)

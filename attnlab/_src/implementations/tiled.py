@@ -30,6 +30,7 @@ from attnlab._src.masks.planning import plan_of
 from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.types import (
     Array,
+    ArrayLike,
     AttentionInputs,
     Implementation,
     Plan,
@@ -69,7 +70,7 @@ class Tiled(Implementation):
     def _tiles(self, inputs: AttentionInputs) -> Tiles:
         return Tiles(inputs, plan_of(inputs, self.block_sizes(inputs), cols=False))
 
-    def blocks_executed(self, plan: Plan) -> Any:
+    def blocks_executed(self, plan: Plan) -> ArrayLike:
         """See :class:`attnlab.extend.Implementation`: counts whole chunks."""
         walk = make_walk(plan)
         in_full, in_rest = walk.chunks()
@@ -233,7 +234,7 @@ class Tiled(Implementation):
             sums.learned,
             _like(sums.learned, (inputs.pair_params, inputs.modifier_operands)),
         )
-        gradients: dict[str, Any] = {
+        gradients: dict[str, PyTree] = {
             "query": None if d_query is None else tiles.unrow(d_query),
             "key": tiles.unblock(sums.key),
             "value": tiles.unblock(sums.value),
@@ -257,7 +258,9 @@ class _Sums(NamedTuple):
     learned: PyTree
 
 
-def _add(how: Callable[..., Array], x: Array | None, tile: Array, **place: Any) -> Any:
+def _add(
+    how: Callable[..., Array], x: Array | None, tile: Array, **place: Any
+) -> Array | None:
     return None if x is None else how(x, tile=tile, **place)
 
 
@@ -330,7 +333,7 @@ def _estimate(inputs: AttentionInputs, size: tuple[int, int]) -> float:
         return float(size[0])
     walk = make_walk(plan_of(inputs, size, cols=False))
 
-    def seconds(chunks: Any, blocks: int) -> float:
+    def seconds(chunks: ArrayLike, blocks: int) -> float:
         area = size[0] * size[1] * blocks
         # Small tiles have lower rates, as they use one core only.
         rate = next(rate for least, rate in measured().tile_rates if area >= least)

@@ -23,7 +23,16 @@ from attnlab._src.masks.intervals import (
 from attnlab._src.masks.liveness import mask_density
 from attnlab._src.masks.planning import dense_mask, plan_mask
 from attnlab._src.masks.rule import Bounds, Rule, checked_visible
-from attnlab._src.types import Array, Intervals, Operand, Plan, PyTree, Tile, pytree
+from attnlab._src.types import (
+    Array,
+    ArrayLike,
+    Intervals,
+    Operand,
+    Plan,
+    PyTree,
+    Tile,
+    pytree,
+)
 
 
 class Mask(Rule):
@@ -67,10 +76,10 @@ class Mask(Rule):
     #: Makes NumPy leave ``array & mask`` to the mask.
     __array_ufunc__ = None
 
-    def __and__(self, other: Any) -> "Mask":
+    def __and__(self, other: object) -> "Mask":
         return And((self, _part(other)))
 
-    def __or__(self, other: Any) -> "Mask":
+    def __or__(self, other: object) -> "Mask":
         return Or((self, _part(other)))
 
     __rand__ = __and__
@@ -263,7 +272,7 @@ def full() -> Mask:
 class Dense(Mask):
     """A boolean array as a mask."""
 
-    array: Any
+    array: ArrayLike
 
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""
@@ -352,7 +361,7 @@ def as_mask(mask: Any) -> Mask:
     )
 
 
-def _part(mask: Any) -> Mask:
+def _part(mask: object) -> Mask:
     if mask is None:
         raise TypeError("a mask cannot be combined with None; for no mask use full()")
     return as_mask(mask)

@@ -1,17 +1,15 @@
 """What structure alone tells of a mask whose data are unknown."""
 
-from typing import Any
-
 import jax
 
 from attnlab._src.exact import exactly
 from attnlab._src.masks.base import And, Mask, Not, Or
 from attnlab._src.masks.data import predicate
 from attnlab._src.masks.per_head import PerHead
-from attnlab._src.types import PyTree
+from attnlab._src.types import Array, PyTree
 
 
-def _every_pair(t: Any, s: Any) -> Any:
+def _every_pair(t: Array, s: Array) -> Array:
     return (t >= 0) & (s >= 0)
 
 

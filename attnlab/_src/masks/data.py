@@ -4,8 +4,7 @@ Lengths, documents and operands refer to slots of the arrays, not to positions.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ from attnlab._src.types import (
 )
 
 
-def _flags(blocks: Blocks, operand: Any, how: str, fill: bool) -> Any:
+def _flags(blocks: Blocks, operand: ArrayLike, how: str, fill: bool) -> ArrayLike:
     """A boolean operand along one side, reduced by blocks: ``[Bp, Np, count]``."""
     other = 5 - blocks.axis
     return blocks.reduce(operand, blocks.axis, how, fill).squeeze(other)
@@ -44,8 +43,8 @@ def _flags(blocks: Blocks, operand: Any, how: str, fill: bool) -> Any:
 class Lengths(Mask):
     """The first slots of each sequence hold tokens, the rest is padding."""
 
-    query: Any
-    key: Any
+    query: ArrayLike | None
+    key: ArrayLike | None
 
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""
@@ -113,8 +112,8 @@ def _clip(rows: Intervals, same: Intervals) -> Intervals:
 class Documents(Mask):
     """Tokens attend within their own document; a negative id is padding."""
 
-    query_ids: Any
-    key_ids: Any
+    query_ids: ArrayLike
+    key_ids: ArrayLike | None
 
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""
@@ -142,7 +141,7 @@ class Documents(Mask):
         """See :class:`Mask`."""
         by_side = dict(zip(("query", "key"), operands, strict=True))
 
-        def spread(blocks: Blocks) -> tuple[Any, Any, Any]:
+        def spread(blocks: Blocks) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
             ids = by_side[blocks.side]
             xp = namespace(ids)
             known = xp.where(ids < 0, FAR, ids)
@@ -177,7 +176,7 @@ class Documents(Mask):
 class Predicate(Mask):
     """A user's function as a mask."""
 
-    arrays: tuple[Any, ...]
+    arrays: tuple[ArrayLike, ...]
     fn: Callable[..., Array] = static()
 
     def operands(self, query_length: int, key_length: int) -> PyTree:
@@ -217,7 +216,7 @@ def documents(query_ids: ArrayLike, key_ids: ArrayLike | None = None) -> Mask:
     return Documents(*document_ids(query_ids=query_ids, key_ids=key_ids))
 
 
-def document_ids(**named: Any) -> list[Any]:
+def document_ids(**named: ArrayLike) -> list[ArrayLike]:
     """Ids of documents as int32, negative = padding; the keywords name them in errors.
 
     Traced ids of a wider type are renumbered, all arrays together, so that ids that
@@ -246,11 +245,14 @@ def document_ids(**named: Any) -> list[Any]:
     ]
 
 
-def _is_wide_tracer(x: Any) -> bool:
+def _is_wide_tracer(x: ArrayLike) -> bool:
     return isinstance(x, jax.core.Tracer) and arguments.is_wide(x.dtype)
 
 
-def lengths(query: Any = None, key: Any = None) -> Mask:
+def lengths(
+    query: int | Sequence[int] | ArrayLike | None = None,
+    key: int | Sequence[int] | ArrayLike | None = None,
+) -> Mask:
     """The first ``query`` / ``key`` slots of each sequence are used; others are hidden.
 
     Args:

@@ -1,18 +1,18 @@
 """Sets of block intervals: union, intersection, complement; of NumPy or JAX arrays."""
 
-from typing import Any
+from types import ModuleType
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab._src.types import Intervals
+from attnlab._src.types import ArrayLike, Intervals
 
 #: The greatest position; as the end of an interval of positions: no end.
 FAR = 2**31 - 1
 
 
-def namespace(*arrays: Any) -> Any:
+def namespace(*arrays: object) -> ModuleType:
     """NumPy where every array is NumPy's (or a number), else jax.numpy."""
     known = (np.ndarray, np.generic, int, float, bool)
     return np if all(isinstance(a, known) for a in arrays) else jnp
@@ -23,24 +23,24 @@ def numbers(count: int, rank: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32).reshape((1,) * (rank - 1) + (count,))
 
 
-def plus(x: Any, n: int) -> Any:
+def plus(x: ArrayLike, n: int) -> ArrayLike:
     """``x + n``, or ``FAR`` where that is beyond int32; n is at least 0."""
     return namespace(x).minimum(x, FAR - n) + n
 
 
-def _cummax(x: Any) -> Any:
+def _cummax(x: ArrayLike) -> ArrayLike:
     if isinstance(x, np.ndarray):
         return np.maximum.accumulate(x, axis=-1)
     return lax.cummax(x, axis=x.ndim - 1)
 
 
-def _shift(x: Any, fill: Any, xp: Any) -> Any:
+def _shift(x: ArrayLike, fill: int, xp: ModuleType) -> ArrayLike:
     """Moves entries one to the right; the first becomes ``fill``."""
     first = xp.full(x.shape[:-1] + (1,), fill, x.dtype)
     return xp.concatenate([first, x[..., :-1]], -1)
 
 
-def _concatenate(parts: list[Any], xp: Any) -> Any:
+def _concatenate(parts: list[ArrayLike], xp: ModuleType) -> ArrayLike:
     lead = jnp.broadcast_shapes(*(p.shape[:-1] for p in parts))
     return xp.concatenate(
         [xp.broadcast_to(p, lead + p.shape[-1:]) for p in parts], axis=-1
@@ -120,7 +120,7 @@ def difference(a: Intervals, b: Intervals, count: int) -> Intervals:
     return merge(intersection(a, complement(b, count), count))
 
 
-def runs(flags: Any) -> Intervals:
+def runs(flags: ArrayLike) -> Intervals:
     """The intervals in which a boolean array ``[..., count]`` is True."""
     xp = namespace(flags)
     count = flags.shape[-1]
@@ -134,7 +134,7 @@ def runs(flags: Any) -> Intervals:
     return Intervals(lo[..., : (count + 1) // 2], hi[..., : (count + 1) // 2])
 
 
-def hull(flags: Any) -> Intervals:
+def hull(flags: ArrayLike) -> Intervals:
     """One interval from the first True to the last of ``[..., count]``."""
     xp = namespace(flags)
     count = flags.shape[-1]
@@ -144,7 +144,7 @@ def hull(flags: Any) -> Intervals:
     return Intervals(lo[..., None].astype(np.int32), hi[..., None].astype(np.int32))
 
 
-def first_run(flags: Any) -> Intervals:
+def first_run(flags: ArrayLike) -> Intervals:
     """The first run of True in ``[..., count]``: unlike a hull it holds no False."""
     xp = namespace(flags)
     count = flags.shape[-1]

@@ -15,7 +15,7 @@ from attnlab._src.masks.intervals import FAR, namespace, numbers, plus
 from attnlab._src.masks.rule import Bounds
 from attnlab._src.masks.structural import nothing, size_argument
 from attnlab._src.prng import as_threefry
-from attnlab._src.types import Array, Operand, PyTree, Tile, pytree, static
+from attnlab._src.types import Array, ArrayLike, Operand, PyTree, Tile, pytree, static
 
 
 @pytree
@@ -26,8 +26,8 @@ class BlockLayout(Mask):
     m, R']`` lists query blocks for each key block; where it is None, a plan finds them.
     """
 
-    rows: Any
-    cols: Any
+    rows: ArrayLike
+    cols: ArrayLike | None
     block_size: int = static()
     name: str = static()
 
@@ -96,7 +96,7 @@ class BlockLayout(Mask):
             lead + (rows.count * span, 1)
         )
 
-        def of_rows(table: Any) -> Any:
+        def of_rows(table: ArrayLike) -> ArrayLike:
             """``[..., entries, m]`` as ``[..., rows.count, span * m]``."""
             table = xp.broadcast_to(table, lead + table.shape[2:])
             return xp.take_along_axis(table, flat, axis=2).reshape(
@@ -130,12 +130,12 @@ class BlockLayout(Mask):
         return f"{self.name}({rows}, block_size={self.block_size})"
 
 
-def _lift(table: Any) -> Any:
+def _lift(table: ArrayLike) -> ArrayLike:
     """The layout; one without an axis of heads gets one."""
     return table[None] if table.ndim == 2 else table
 
 
-def blocks(indices: Any, block_size: int) -> Mask:
+def blocks(indices: ArrayLike, block_size: int) -> Mask:
     """Each block of queries sees the key blocks that are listed for it.
 
     Hugging Face's BigBird draws its random blocks as such a list.
@@ -179,12 +179,12 @@ class _Listed(NamedTuple):
         exact: whether every block between is listed, too.
     """
 
-    first: Any
-    last: Any
-    exact: Any
+    first: ArrayLike
+    last: ArrayLike
+    exact: ArrayLike
 
 
-def _columns(table: Any, count: int) -> _Listed:
+def _columns(table: ArrayLike, count: int) -> _Listed:
     """Query blocks for each of the first key blocks: the transpose of a table.
 
     Args:
@@ -201,7 +201,7 @@ def _columns(table: Any, count: int) -> _Listed:
     query_blocks = np.repeat(np.arange(n, dtype=np.int32), each)
     places = np.arange(length, dtype=np.int32)
 
-    def one(table: Any) -> tuple[Any, ...]:
+    def one(table: ArrayLike) -> tuple[ArrayLike, ...]:
         key_block = table.reshape(-1)
         inside = (key_block >= 0) & (key_block < count)
         key_block = xp.where(inside, key_block, count)
@@ -242,7 +242,7 @@ def _columns(table: Any, count: int) -> _Listed:
 
 
 def random_blocks(
-    rng: Any, blocks_per_row: int, block_size: int, num_blocks: int
+    rng: ArrayLike | int, blocks_per_row: int, block_size: int, num_blocks: int
 ) -> Mask:
     """Each block of queries sees a few blocks of keys, drawn at random.
 

@@ -46,7 +46,7 @@ def scan_partial(
     batch = max([x.shape[0] for x in leaves] + [full.lo.shape[0]])
     heads = max([x.shape[1] for x in leaves] + [full.lo.shape[1], mask.head_count])
 
-    def pad(x: Array, fill: Any) -> Array:
+    def pad(x: Array, fill: int) -> Array:
         widths = [(0, 0)] * x.ndim
         widths[2] = (0, nq * bq - t if x.shape[2] == t and t > 1 else 0)
         widths[3] = (0, nk * bk - s if x.shape[3] == s and s > 1 else 0)
@@ -67,7 +67,7 @@ def scan_partial(
         def block(rank: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
             which = (end <= rank).sum(dtype=jnp.int32)
             j = hi[which] - (end[which] - rank)
-            at: Any = (b, h, i * bq, j * bk), (bq, bk)
+            at = (b, h, i * bq, j * bk), (bq, bk)
             tile = Tile(cut(q_pos, *at), cut(k_pos, *at), h)
             tiles = jax.tree.map(lambda x: cut(x, *at), blank)
             seen = jnp.broadcast_to(visible_pairs(mask, tile, tiles), (bq, bk))
@@ -138,7 +138,7 @@ def alive(
     # One mapped example after another: mapped at once, each loop would run as long as
     # the longest, and the shortcut would never be taken.
     @sequential_vmap
-    def decide(operands: Any, q: Array, k: Array, plan: Any) -> tuple[Array, Array]:
+    def decide(operands: PyTree, q: Array, k: Array, plan: Any) -> tuple[Array, Array]:
         return _decide(without_arrays, operands, q, k, fixed if plan is None else plan)
 
     return decide(*given)

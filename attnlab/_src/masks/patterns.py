@@ -1,7 +1,6 @@
 """Anchors, and sparse patterns named after their papers."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from attnlab._src.types import Array, ArrayLike, Operand, PyTree, Tile, pytree, 
 class AnchorIndices(Mask):
     """``Anchor`` with positions that are data: ``[*batch, A]``, negative = none."""
 
-    indices: Any
+    indices: ArrayLike
     side: str = static()
 
     def operands(self, query_length: int, key_length: int) -> PyTree:
@@ -95,7 +94,7 @@ def anchor(
     return masks[0] if len(masks) == 1 else masks[0] | masks[1]
 
 
-def _runs(positions: Any) -> tuple[tuple[int, int], ...]:
+def _runs(positions: int | Sequence[int] | ArrayLike) -> tuple[tuple[int, int], ...]:
     if not isinstance(positions, Sequence):
         count = size_argument("positions", positions, 0)
         return ((0, count),) if count else ()
@@ -131,7 +130,7 @@ def big_bird(
     window: int,
     anchors: int | Sequence[int] | ArrayLike,
     random_blocks: int,
-    rng: Any,
+    rng: ArrayLike | int,
     block_size: int = 64,
     num_blocks: int = 64,
 ) -> Mask:

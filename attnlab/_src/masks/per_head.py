@@ -1,7 +1,6 @@
 """A mask that differs by head."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from attnlab._src.masks.rule import Bounds, checked_visible
 from attnlab._src.types import Array, Intervals, Operand, PyTree, Tile, pytree, static
 
 
-def _is_operand(x: Any) -> bool:
+def _is_operand(x: object) -> bool:
     return isinstance(x, Operand)
 
 

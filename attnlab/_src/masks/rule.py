@@ -65,7 +65,7 @@ class Rule:
         super().__init_subclass__(**options)
         for name, unknown in _UNKNOWN.items():
             owner = next(c for c in cls.__mro__ if name in c.__dict__)
-            theirs: Any = getattr(owner, "visible", None)
+            theirs = getattr(owner, "visible", None)
             if theirs not in (cls.visible, Rule.visible, None):
                 setattr(cls, name, unknown)
 
@@ -152,7 +152,7 @@ def _parts(rule: Rule) -> list[Rule]:
 
 
 #: The defaults for a class that overrides ``visible`` and not these.
-_UNKNOWN: dict[str, Any] = {
+_UNKNOWN: dict[str, object] = {
     name: getattr(Rule, name)
     for name in (
         "bounds",

@@ -1,17 +1,15 @@
 """Masks that are pure structure: static, hashable, planned in NumPy."""
 
-from typing import Any
-
 import numpy as np
 
 from attnlab._src.masks.base import Mask
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import FAR, namespace, plus
 from attnlab._src.masks.rule import Bounds
-from attnlab._src.types import Array, Intervals, PyTree, Tile, pytree, static
+from attnlab._src.types import Array, ArrayLike, Intervals, PyTree, Tile, pytree, static
 
 
-def size_argument(name: str, value: Any, least: int, else_: str = "") -> int:
+def size_argument(name: str, value: object, least: int, else_: str = "") -> int:
     """An int that is at least ``least``, or an error that names the argument.
 
     Args:
@@ -32,7 +30,7 @@ def size_argument(name: str, value: Any, least: int, else_: str = "") -> int:
     return int(value)
 
 
-def nothing(like: Any) -> Intervals:
+def nothing(like: ArrayLike) -> Intervals:
     """No interval in any row of ``like [..., rows, m]``."""
     empty = namespace(like).zeros(like.shape[:-1] + (0,), np.int32)
     return Intervals(empty, empty)
@@ -71,7 +69,7 @@ class Window(Mask):
         lo, hi = rows.rows_lo, rows.rows_hi
         zero = lo * 0
 
-        def span(first: Any, last: Any) -> tuple[Any, Any]:
+        def span(first: ArrayLike, last: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
             start = zero - FAR if left is None else first - left
             stop = zero + FAR if right is None else plus(last, right + 1)
             return start, stop

@@ -1,19 +1,18 @@
 """Modifiers: additive bias and soft cap."""
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnlab._src import arguments
-from attnlab._src.types import Array, Modifier, Operand, Tile, pytree
+from attnlab._src.types import Array, ArrayLike, Modifier, Operand, Tile, pytree
 
 
 @pytree
 class Bias(Modifier):
     """``logits + array``, an array that broadcasts to ``[B, N, T, S]``."""
 
-    array: Any
+    array: ArrayLike
 
     def operands(self) -> tuple[Operand, ...]:
         """See :class:`attnlab.Modifier`."""
@@ -30,7 +29,7 @@ class SoftCap(Modifier):
 
     flops_per_pair = 3
 
-    cap: Any
+    cap: jax.typing.ArrayLike
 
     def operands(self) -> tuple[Operand, ...]:
         """See :class:`attnlab.Modifier`."""
@@ -42,7 +41,7 @@ class SoftCap(Modifier):
         return cap * jnp.tanh(logits / cap)
 
 
-def bias(array: Any) -> Modifier:
+def bias(array: ArrayLike) -> Modifier:
     """Adds an array to the logits; -inf hides a pair, unless a soft cap follows.
 
     Args:
@@ -60,7 +59,7 @@ def bias(array: Any) -> Modifier:
     return Bias(arguments.floating("bias", array))
 
 
-def soft_cap(cap: Any) -> Modifier:
+def soft_cap(cap: jax.typing.ArrayLike) -> Modifier:
     """Keeps logits within ``(-cap, cap)`` smoothly: ``cap * tanh(logits / cap)``.
 
     Args:

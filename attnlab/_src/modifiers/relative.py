@@ -1,13 +1,13 @@
 """Modifiers that depend on the offset between key and query position."""
 
 import math
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnlab._src import arguments
-from attnlab._src.types import Array, Modifier, Operand, Tile, pytree, static
+from attnlab._src.types import Array, ArrayLike, Modifier, Operand, Tile, pytree, static
 
 
 @pytree
@@ -16,7 +16,7 @@ class Alibi(Modifier):
 
     flops_per_pair = 3
 
-    slopes: Any
+    slopes: ArrayLike
 
     def operands(self) -> tuple[Operand, ...]:
         """See :class:`attnlab.Modifier`."""
@@ -34,7 +34,7 @@ class RelativeTable(Modifier):
 
     flops_per_pair = 6
 
-    table: Any
+    table: ArrayLike
     bidirectional: bool | None = static()
     left: int = static()
     right: int = static()
@@ -97,7 +97,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     return np.asarray(slopes, np.float32)
 
 
-def alibi(slopes: Any) -> Modifier:
+def alibi(slopes: jax.typing.ArrayLike) -> Modifier:
     """Attention with linear biases: ``logits - slope[head] * |t - s|``.
 
     Args:
@@ -116,7 +116,7 @@ def alibi(slopes: Any) -> Modifier:
 
 
 def relative_bias(
-    table: Any, *, bidirectional: bool = True, max_distance: int = 128
+    table: ArrayLike, *, bidirectional: bool = True, max_distance: int = 128
 ) -> Modifier:
     """T5's relative bias: a learned number for each bucket of offsets and each head.
 
@@ -146,7 +146,7 @@ def relative_bias(
     return RelativeTable(table, bidirectional, max_distance, 0)
 
 
-def clipped_relative(table: Any, *, left: int, right: int) -> Modifier:
+def clipped_relative(table: ArrayLike, *, left: int, right: int) -> Modifier:
     """A learned number for each offset of a local window; offsets beyond are clipped.
 
     ``logits + table[head, clip(s - t, -left, right) + left]``

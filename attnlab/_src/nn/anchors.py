@@ -9,6 +9,8 @@ import numpy as np
 from flax import nnx
 
 from attnlab._src.masks.base import Mask, as_mask
+from attnlab._src.masks.geometry import Blocks
+from attnlab._src.masks.rule import Bounds
 from attnlab._src.nn.attention import MultiHeadAttention
 from attnlab._src.nn.cache import KeyValue
 from attnlab._src.nn.positions import positions_of
@@ -51,7 +53,7 @@ class Rows(Mask):
         """See :class:`attnlab.masks.Mask`."""
         return self.whole.visible(tile, operands)
 
-    def bounds(self, rows: Any, cols: Any, operands: PyTree) -> Any:
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
         """See :class:`attnlab.masks.Mask`."""
         return self.whole.bounds(rows, cols, operands)
 
@@ -186,7 +188,7 @@ class AnchoredAttention(MultiHeadAttention):
         query: Array,
         memory: tuple[Array, Array],
         mask: Mask | ArrayLike | None,
-        where: tuple[Any, Array | None, Array | None],
+        where: tuple[int | ArrayLike, Array | None, Array | None],
         options: dict[str, Any],
     ) -> AttentionResult:
         """Ordinary attention, then the output rows of the anchors are replaced.

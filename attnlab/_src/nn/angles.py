@@ -8,12 +8,12 @@ modulo a full turn: large positions lose no accuracy.
 import decimal
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from attnlab._src.arguments import integers
 from attnlab._src.types import Array, ArrayLike
@@ -27,7 +27,7 @@ def sinusoids(
     *,
     base: float = 10_000.0,
     interleaved: bool = True,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Array:
     """``sin`` and ``cos`` of positions, with wavelengths in a geometric series.
 
@@ -65,7 +65,7 @@ def sin_cos(
     base: float,
     scaling: float = 1.0,
     offset: int = 0,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> tuple[Array, Array]:
     """Sine and cosine of ``(positions + offset) / scaling * base ** (-i / features)``.
 
@@ -88,7 +88,7 @@ def sin_cos(
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def _sin_cos(
-    positions: Array, rates: ArrayLike, starts: ArrayLike, dtype: Any
+    positions: Array, rates: ArrayLike, starts: ArrayLike, dtype: np.dtype
 ) -> tuple[Array, Array]:
     """Sines and cosines of positions times rates plus starts, both in turns."""
     shape = (1,) * positions.ndim + (-1,)

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
 
 from attnlab._src.masks.base import Mask, as_mask, full
 from attnlab._src.nn.cache import (
@@ -57,7 +59,7 @@ class MultiHeadAttention(nnx.Module):
         dropout_rate: float = 0.0,
         cache: CachePolicy = KEEP_ALL,
         implementation: str | None = None,
-        precision: Any = None,
+        precision: PrecisionLike = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
@@ -137,7 +139,7 @@ class MultiHeadAttention(nnx.Module):
         value: Array | None = None,
         *,
         mask: Mask | ArrayLike | None = None,
-        query_offset: Any = 0,
+        query_offset: int | ArrayLike = 0,
         query_positions: Array | None = None,
         key_positions: Array | None = None,
         rngs: nnx.Rngs | None = None,
@@ -172,7 +174,7 @@ class MultiHeadAttention(nnx.Module):
         value: Array | None = None,
         *,
         mask: Mask | ArrayLike | None = None,
-        query_offset: Any = 0,
+        query_offset: int | ArrayLike = 0,
         query_positions: Array | None = None,
         key_positions: Array | None = None,
         rngs: nnx.Rngs | None = None,
@@ -216,7 +218,7 @@ class MultiHeadAttention(nnx.Module):
         memory: KeyValue,
         *,
         mask: Mask | ArrayLike | None = None,
-        query_offset: Any = 0,
+        query_offset: int | ArrayLike = 0,
         query_positions: Array | None = None,
         key_positions: Array | None = None,
         rngs: nnx.Rngs | None = None,
@@ -268,7 +270,9 @@ class MultiHeadAttention(nnx.Module):
         lost = cache.overflows(positions)[:, None, None]
         return jnp.where(lost, jnp.nan, output), following
 
-    def make_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
+    def make_cache(
+        self, batch: int, length: int, dtype: DTypeLike = jnp.float32
+    ) -> Cache:
         """An empty cache for :meth:`decode`, made by the layer's cache policy.
 
         Args:
@@ -296,7 +300,7 @@ class MultiHeadAttention(nnx.Module):
         self,
         given: tuple[Array, Array | None, Array | None],
         mask: Mask | ArrayLike | None,
-        where: tuple[Any, Array | None, Array | None],
+        where: tuple[int | ArrayLike, Array | None, Array | None],
         options: dict[str, Any],
     ) -> AttentionResult:
         """Attends, and applies the output projection."""
@@ -311,7 +315,7 @@ class MultiHeadAttention(nnx.Module):
         query: Array,
         memory: tuple[Array, Array],
         mask: Mask | ArrayLike | None,
-        where: tuple[Any, Array | None, Array | None],
+        where: tuple[int | ArrayLike, Array | None, Array | None],
         options: dict[str, Any],
     ) -> AttentionResult:
         """Attends: outputs ``[*batch, T, N, D]``, before the output projection."""
@@ -323,8 +327,8 @@ class MultiHeadAttention(nnx.Module):
         by: Any,
         query: Array,
         memory: tuple[Array, Array],
-        mask: Any,
-        where: tuple[Any, Array | None, Array | None],
+        mask: Mask | ArrayLike | None,
+        where: tuple[int | ArrayLike, Array | None, Array | None],
         options: dict[str, Any],
     ) -> AttentionResult:
         """Attends with the query, key and value projections of ``by``."""
@@ -341,7 +345,9 @@ class MultiHeadAttention(nnx.Module):
         values = KeyValue(key, project(by.value, value))
         return self._attend(query, values, as_arrays(self.score), **seen, **options)
 
-    def _placed(self, heads: Array, norm: Any, positions: Array) -> Array:
+    def _placed(
+        self, heads: Array, norm: Callable[[Array], Array] | None, positions: Array
+    ) -> Array:
         return self.position.rotate(heads if norm is None else norm(heads), positions)
 
     def _attend(

@@ -1,7 +1,7 @@
 """Beam search: a compiled loop that decodes several hypotheses of each example."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def _search(
 ) -> Decoded:
     batch = prompt.shape[0]
 
-    def penalty(tokens: Any, like: Array) -> Array:
+    def penalty(tokens: int | Array, like: Array) -> Array:
         tokens = jnp.asarray(tokens, like.dtype)
         return ((5.0 + tokens) / 6.0) ** length_penalty.astype(like.dtype)
 
@@ -165,7 +165,7 @@ def _check_state(state: PyTree, batch: int) -> None:
             )
 
 
-def _as_penalty(given: Any) -> Array:
+def _as_penalty(given: object) -> Array:
     known = not isinstance(given, jax.core.Tracer)
     if not isinstance(given, (int, float, np.number, np.ndarray, jax.Array)):
         raise TypeError(

@@ -1,19 +1,19 @@
 """A Transformer block: attention and feed-forward layers with residuals."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
 from attnlab._src.exact import exactly
-from attnlab._src.masks.base import Full
+from attnlab._src.masks.base import Full, Mask
 from attnlab._src.nn.attention import MultiHeadAttention
 from attnlab._src.nn.cache import Cache, KeyValue
 from attnlab._src.nn.layers import Residual
 from attnlab._src.nn.positions import Positions, zero_empty
 from attnlab._src.ops.hidden import zero_hidden
-from attnlab._src.types import Array
+from attnlab._src.types import Array, ArrayLike
 
 
 class BlockState(NamedTuple):
@@ -76,8 +76,8 @@ class Block(nnx.Module):
         x: Array,
         memory: Array | None = None,
         *,
-        mask: Any = None,
-        memory_mask: Any = None,
+        mask: Mask | ArrayLike | None = None,
+        memory_mask: Mask | ArrayLike | None = None,
         query_positions: Array | None = None,
     ) -> Array:
         """Applies the block to a sequence.
@@ -122,7 +122,7 @@ class Block(nnx.Module):
         x: Array,
         state: BlockState,
         *,
-        memory_mask: Any = None,
+        memory_mask: Mask | ArrayLike | None = None,
         positions: Array | None = None,
     ) -> tuple[Array, BlockState]:
         """Applies it to the next tokens, see :meth:`MultiHeadAttention.decode`."""
@@ -174,7 +174,9 @@ class Block(nnx.Module):
             return BlockState(cache)
         return BlockState(cache, self.cross_attention.project(memory))
 
-    def _zero_padding(self, x: Array, mask: Any, positions: Array | None) -> Array:
+    def _zero_padding(
+        self, x: Array, mask: Mask | ArrayLike | None, positions: Array | None
+    ) -> Array:
         if mask is None and positions is None:
             return x
         slots = jnp.ones((*x.shape[:-1], 1), bool)
@@ -195,7 +197,9 @@ class Block(nnx.Module):
         # nnx.tabulate can show a function that is handed over, but not a module.
         return self.feed_forward_residual(x, feed)
 
-    def _cross(self, x: Array, memory: Any, attend: Callable[..., Array]) -> Array:
+    def _cross(
+        self, x: Array, memory: Array | KeyValue | None, attend: Callable[..., Array]
+    ) -> Array:
         """Applies ``attend(cross_attention, x, memory)``, if there is one."""
         cross, residual = self.cross_attention, self.cross_residual
         if cross is None or residual is None:
@@ -210,7 +214,7 @@ class Block(nnx.Module):
 
 
 def _needed(
-    cross: MultiHeadAttention, mask: Any, positions: Array | None
+    cross: MultiHeadAttention, mask: Mask | ArrayLike | None, positions: Array | None
 ) -> Array | None:
     """``positions``, or None if no part of the cross-attention depends on them.
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from attnlab._src import arguments
 from attnlab._src.masks.base import Mask
@@ -151,7 +153,7 @@ def _empty(
     num_heads: int,
     head_size: int,
     value_size: int | None,
-    dtype: Any,
+    dtype: DTypeLike,
     anchors: int,
     window: int | None,
 ) -> Cache:
@@ -173,7 +175,7 @@ def full_cache(
     head_size: int,
     *,
     value_size: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Cache:
     """An empty cache with a slot for each position.
 
@@ -200,7 +202,7 @@ def ring_cache(
     head_size: int,
     *,
     value_size: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Cache:
     """An empty cache that keeps the last ``window`` positions, with the current one.
 
@@ -232,7 +234,7 @@ def streaming_cache(
     head_size: int,
     *,
     value_size: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Cache:
     """An empty cache that keeps the first ``anchors`` and last ``window`` positions.
 
@@ -321,7 +323,7 @@ def check_examples(name: str, x: ArrayLike, batch: int, *features: str) -> None:
         )
 
 
-def check_type(cache: Cache, dtype: Any) -> None:
+def check_type(cache: Cache, dtype: np.dtype) -> None:
     """Raises if the cache has another type than the layer computes in."""
     if cache.key.dtype != dtype:
         raise TypeError(

@@ -9,9 +9,14 @@ import jax
 from flax import nnx
 from flax.errors import TraceContextError
 
+from attnlab._src.types import PyTree
+
 
 def compile_once(
-    search: Callable[..., Any], step: Callable[..., Any], *data: Any, **static: Hashable
+    search: Callable[..., Any],
+    step: Callable[..., Any],
+    *data: PyTree,
+    **static: Hashable,
 ) -> Any:
     """``search(step, *data, **static)``, compiled once per shape if step is a module's.
 
@@ -50,16 +55,16 @@ def compile_once(
 def _run(
     search: Callable[..., Any],
     method: Callable[..., Any],
-    graph: Any,
+    graph: nnx.GraphDef,
     static: tuple[tuple[str, Hashable], ...],
-    arrays: Any,
-    data: tuple[Any, ...],
+    arrays: PyTree,
+    data: tuple[PyTree, ...],
 ) -> Any:
     step = functools.partial(method, nnx.merge(graph, arrays))
     return search(step, *data, **dict(static))
 
 
-def _hashable(key: Any) -> bool:
+def _hashable(key: object) -> bool:
     try:
         hash(key)
     except TypeError:

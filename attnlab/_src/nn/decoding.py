@@ -230,7 +230,12 @@ def is_one_of(tokens: Array, ends: Array) -> Array:
 
 
 def check(
-    step: Any, state: PyTree, prompt: Any, length: Any, end: Any, padding: Any
+    step: object,
+    state: PyTree,
+    prompt: Any,
+    length: object,
+    end: object,
+    padding: Any,
 ) -> tuple[Array, Array, Array]:
     """Checks the arguments that every search takes.
 
@@ -254,7 +259,7 @@ def check(
     return prompt, ends.reshape(-1), padding
 
 
-def _check_room(step: Any, state: PyTree, given: int, length: int) -> None:
+def _check_room(step: object, state: PyTree, given: int, length: int) -> None:
     """Raises if full caches, or learned positions, are too short for the search."""
     # The last token needs no slot: the logits after it are not used.
     taken = given + length - 1

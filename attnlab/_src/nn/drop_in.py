@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
 
 from attnlab._src.masks.base import Mask, as_mask
 from attnlab._src.masks.structural import causal
@@ -87,8 +89,8 @@ def attention_fn(
         dropout_rng: Any = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
-        dtype: Any = None,
-        precision: Any = None,
+        dtype: DTypeLike | None = None,
+        precision: PrecisionLike = None,
         module: Any = None,
         is_causal: bool = False,
         force_fp32_for_softmax: bool = False,
@@ -136,7 +138,7 @@ def attention_fn(
     return attend
 
 
-def _refuse(**replacements: Any) -> None:
+def _refuse(**replacements: object) -> None:
     for name, replacement in replacements.items():
         if replacement is not None:
             raise NotImplementedError(

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from attnlab._src import arguments
 from attnlab._src.nn import explicit
@@ -37,8 +37,8 @@ class Embedding(nnx.Module):
         norm: Callable[[Array], Array] | None = None,
         dropout_rate: float = 0.0,
         logits_bias: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Draws the vectors from a normal distribution of variance ``1 / features``.

@@ -10,6 +10,7 @@ References:
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab._src.placement import names_of
@@ -33,14 +34,14 @@ def project(linear: Any, x: Array) -> Array:
     return linear(x, out_sharding=_beside(x, x.ndim - inward, outward))
 
 
-def look_up(table: Any, tokens: Array) -> Array:
+def look_up(table: nnx.Embed, tokens: Array) -> Array:
     """``table(tokens)``, sharded as tokens are: ``[*rows] -> [*rows, features]``."""
     if not _is_explicit(tokens):
         return table(tokens)
     return table(tokens, out_sharding=_beside(tokens, tokens.ndim, [None]))
 
 
-def logits(table: Any, x: Array) -> Array:
+def logits(table: nnx.Embed, x: Array) -> Array:
     """``table.attend(x)``: ``[*rows, features] -> [*rows, V]``, likewise."""
     if not _is_explicit(x):
         return table.attend(x)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from attnlab._src.nn.explicit import project
 from attnlab._src.nn.parameters import GLOROT, Initializer, named
@@ -127,8 +128,8 @@ class FeedForward(nnx.Module):
         activation: Callable[[Array], Array] = jax.nn.relu,
         dropout_rate: float = 0.0,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = GLOROT,
         rngs: nnx.Rngs,
     ):

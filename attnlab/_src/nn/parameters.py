@@ -46,7 +46,7 @@ def as_params(tree: PyTree) -> PyTree:
 def as_arrays(tree: PyTree) -> PyTree:
     """The tree given to :func:`as_params`, with the current values of its arrays."""
 
-    def is_variable(x: Any) -> bool:
+    def is_variable(x: object) -> bool:
         return isinstance(x, nnx.Variable)
 
     return jax.tree.map(

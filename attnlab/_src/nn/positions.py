@@ -1,12 +1,12 @@
 """Positions: added to embeddings, rotating queries and keys, or added to logits."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from attnlab._src import arguments
 from attnlab._src.modifiers.relative import alibi, alibi_slopes, relative_bias
@@ -29,7 +29,7 @@ def _of_rank(x: Array, rank: int) -> Array:
     return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
-def positions_of(x: Array, offset: Any, given: Array | None) -> Array:
+def positions_of(x: Array, offset: int | ArrayLike, given: Array | None) -> Array:
     """Positions ``[T]`` or ``[*batch, T]``: as given, or slot numbers plus an offset.
 
     Args:
@@ -102,7 +102,7 @@ class Learned(nnx.Module):
         length: int,
         features: int,
         *,
-        param_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Draws the vectors from a normal distribution of standard deviation 0.02.
@@ -157,7 +157,7 @@ class Positions(nnx.Module):
         return ()
 
 
-def as_positions(position: Any) -> Positions:
+def as_positions(position: object) -> Positions:
     """Checks that it is a ``Positions``; None becomes one that changes nothing."""
     if position is None:
         return Positions()
@@ -171,7 +171,7 @@ def as_positions(position: Any) -> Positions:
     raise TypeError(f"position: expected an instance of Positions, got {got}; {hint}")
 
 
-def refuse_added(position: Any) -> None:
+def refuse_added(position: object) -> None:
     """Raises for positions that are added to embeddings, a class or an instance."""
     kind = position if isinstance(position, type) else type(position)
     if issubclass(kind, (Sinusoidal, Learned)):
@@ -296,7 +296,7 @@ class RelativeBias(Positions):
         buckets: int = 32,
         max_distance: int = 128,
         bidirectional: bool = True,
-        param_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Draws the biases from a normal distribution of standard deviation 0.02.
@@ -347,7 +347,7 @@ class ClippedRelative(Positions):
         *,
         left: int,
         right: int,
-        param_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Draws the vectors, shared by all heads, from N(0, 0.02^2).
@@ -382,7 +382,7 @@ class _OffsetSums(Modifier):
 
     flops_per_pair = 4
 
-    sums: Any
+    sums: Array
     left: int = static()
     right: int = static()
 

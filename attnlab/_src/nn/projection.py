@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from attnlab._src.nn.parameters import GLOROT, ZEROS, Initializer, named
 from attnlab._src.ops.validate import is_wide_float
@@ -17,8 +18,8 @@ def projection(
     name: str | None = "hidden",
     *,
     use_bias: bool = False,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     kernel_init: Initializer = GLOROT,
     bias_init: Initializer = ZEROS,
     rngs: nnx.Rngs,

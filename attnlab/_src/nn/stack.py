@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab._src.masks.base import Mask
 from attnlab._src.nn.blocks import Block, BlockState
 from attnlab._src.nn.cache import Cache
 from attnlab._src.nn.layers import Layer
-from attnlab._src.types import Array
+from attnlab._src.types import Array, ArrayLike
 
 
 class Stack(nnx.Module):
@@ -76,8 +77,8 @@ class Stack(nnx.Module):
         x: Array,
         memory: Array | None = None,
         *,
-        mask: Any = None,
-        memory_mask: Any = None,
+        mask: Mask | ArrayLike | None = None,
+        memory_mask: Mask | ArrayLike | None = None,
         query_positions: Array | None = None,
     ) -> Array:
         """Applies all blocks and the norm; arguments as of :class:`Block`."""
@@ -107,7 +108,7 @@ class Stack(nnx.Module):
         x: Array,
         states: Sequence[BlockState],
         *,
-        memory_mask: Any = None,
+        memory_mask: Mask | ArrayLike | None = None,
         positions: Array | None = None,
     ) -> tuple[Array, tuple[BlockState, ...]]:
         """Applies blocks and norm to the next tokens; see :meth:`Block.decode`."""

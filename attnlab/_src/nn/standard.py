@@ -24,7 +24,7 @@ def make_blocks(
     dropout_rate: float = 0.0,
     mask: Mask | ArrayLike | Sequence[Mask] | None = None,
     cross_attention: bool = False,
-    position: Callable[[], Any] | None = None,
+    position: Callable[[], Positions | None] | None = None,
     norm: Callable[..., nnx.Module] | None = nnx.LayerNorm,
     residual: Callable[..., Residual] = PostNorm,
     feed_forward: Callable[..., nnx.Module] = FeedForward,

@@ -14,7 +14,7 @@ from attnlab._src.nn.cache import Cache, check_examples
 from attnlab._src.nn.embedding import Embedding
 from attnlab._src.nn.stack import Stack
 from attnlab._src.nn.standard import last_norm, make_blocks, make_embedding
-from attnlab._src.types import Array, ArrayLike
+from attnlab._src.types import Array, ArrayLike, PyTree
 
 
 class Encoder(nnx.Module):
@@ -58,7 +58,11 @@ class Encoder(nnx.Module):
         return cls(embedding, Stack(blocks, norm=norm, remat=remat, scan=scan))
 
     def __call__(
-        self, tokens: ArrayLike, *, mask: Any = None, positions: Array | None = None
+        self,
+        tokens: ArrayLike,
+        *,
+        mask: Mask | ArrayLike | None = None,
+        positions: Array | None = None,
     ) -> Array:
         """``[*batch, T] -> [*batch, T, features]``.
 
@@ -94,7 +98,11 @@ class MaskedLanguageModel(nnx.Module):
         self.encoder, self.head = encoder, head
 
     def __call__(
-        self, tokens: ArrayLike, *, mask: Any = None, positions: Array | None = None
+        self,
+        tokens: ArrayLike,
+        *,
+        mask: Mask | ArrayLike | None = None,
+        positions: Array | None = None,
     ) -> Array:
         """``[*batch, T] -> [*batch, T, V]``; arguments as of :class:`Encoder`."""
         x = self.encoder(tokens, mask=mask, positions=positions)
@@ -110,7 +118,7 @@ class DecoderState(NamedTuple):
     """
 
     blocks: tuple[BlockState, ...]
-    memory_mask: Any = None
+    memory_mask: Mask | ArrayLike | None = None
 
 
 class Decoder(nnx.Module):
@@ -185,8 +193,8 @@ class Decoder(nnx.Module):
         tokens: ArrayLike,
         memory: Array | None = None,
         *,
-        mask: Any = None,
-        memory_mask: Any = None,
+        mask: Mask | ArrayLike | None = None,
+        memory_mask: Mask | ArrayLike | None = None,
         positions: Array | None = None,
     ) -> Array:
         """``[*batch, T] -> [*batch, T, V]``.
@@ -213,7 +221,7 @@ class Decoder(nnx.Module):
         length: int,
         memory: Array | None = None,
         *,
-        memory_mask: Any = None,
+        memory_mask: Mask | ArrayLike | None = None,
         make_cache: Callable[[Block], Cache] | None = None,
         dtype: Any = None,
     ) -> DecoderState:
@@ -267,7 +275,7 @@ class Decoder(nnx.Module):
         )
         return self._logits(x), state._replace(blocks=blocks)
 
-    def _types(self) -> list[Any]:
+    def _types(self) -> list[jnp.dtype]:
         """The type each self-attention computes in, found by abstract evaluation."""
 
         def queries(decoder: Decoder, tokens: Array) -> list[Array]:
@@ -347,9 +355,9 @@ class EncoderDecoder(nnx.Module):
         source: ArrayLike,
         target: ArrayLike,
         *,
-        source_mask: Any = None,
-        target_mask: Any = None,
-        memory_mask: Any = None,
+        source_mask: Mask | ArrayLike | None = None,
+        target_mask: Mask | ArrayLike | None = None,
+        memory_mask: Mask | ArrayLike | None = None,
     ) -> Array:
         """Logits of the tokens that follow each target token.
 
@@ -368,12 +376,12 @@ class EncoderDecoder(nnx.Module):
         return self.decoder(target, memory, mask=target_mask, memory_mask=memory_mask)
 
 
-def _for_batch(mask: Any, batch: int) -> Mask | None:
+def _for_batch(mask: Mask | ArrayLike | None, batch: int) -> Mask | None:
     """The mask with the batch as first axis of its arrays, as states need it."""
     if mask is None:
         return None
 
-    def spread(part: Any) -> Any:
+    def spread(part: PyTree) -> PyTree:
         if not isinstance(part, Dense):
             return part
         shape = (1,) * (4 - part.array.ndim) + part.array.shape

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,9 @@ def _mapped(
     axes: Sequence[int | None],
     *,
     asked: Asked,
-    wanted: Any,
-    structure: Any,
-    **_: Any,
+    wanted: tuple[bool, ...] | None,
+    structure: jax.tree_util.PyTreeDef,
+    **_: object,
 ) -> tuple[list[Array], list[int]]:
     """One pass with the mapped axis folded; the results have it in front."""
     on = [axis is not None for axis in axes]

@@ -16,7 +16,7 @@ from attnlab._src.ops.choice import as_platform, choose, default_platform
 from attnlab._src.ops.explain import canonical, describe
 from attnlab._src.ops.prepare import position_kinds_of, positions_of
 from attnlab._src.ops.validate import Arguments, Options, Settings, check_names
-from attnlab._src.types import AttentionInputs, Plan
+from attnlab._src.types import Array, ArrayLike, AttentionInputs, Plan, PyTree, Sizes
 
 
 class Cost(NamedTuple):
@@ -86,9 +86,9 @@ class Cost(NamedTuple):
 
 
 def cost(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: ArrayLike | jax.ShapeDtypeStruct,
+    key: ArrayLike | jax.ShapeDtypeStruct,
+    value: ArrayLike | jax.ShapeDtypeStruct,
     *,
     platform: str | None = None,
     **options: Unpack[Options],
@@ -165,7 +165,7 @@ def cost(
     )
 
 
-def _data(args: Arguments) -> Any:
+def _data(args: Arguments) -> PyTree:
     """The data that decide which keys a query sees."""
     return args.mask, args.query_offset, args.query_positions, args.key_positions
 
@@ -175,7 +175,7 @@ def _count(
 ) -> tuple[Plan, int]:
     """The plan, as NumPy, and the visible pairs (where the data are known)."""
 
-    def work(args: Arguments) -> tuple[Plan, Any]:
+    def work(args: Arguments) -> tuple[Plan, Array]:
         batch = args.query.shape[:-3]
         query, key = positions_of(args, batch, shapes.sizes.T, shapes.sizes.S)
         heads = shapes.query_positions.shape[1]
@@ -198,7 +198,7 @@ def _count(
         return plan, scan_partial(args.mask, operands, query, key, plan)[0]
 
     # A function of the mask's data and positions: query, key and value may be shapes.
-    def from_data(data: Any) -> Any:
+    def from_data(data: PyTree) -> tuple[Plan, Array]:
         names = ("mask", "query_offset", "query_positions", "key_positions")
         return work(args._replace(**dict(zip(names, data, strict=True))))
 
@@ -207,7 +207,7 @@ def _count(
     return plan, _total(np.asarray(by_query), shapes.sizes)
 
 
-def _total(counts: Any, sizes: Any) -> int:
+def _total(counts: np.ndarray, sizes: Sizes) -> int:
     """The sum of ``[Bp, Np, ...]`` over all heads and examples."""
     counts = np.asarray(counts, np.int64)
     shared = sizes.B // counts.shape[0] * (sizes.N // counts.shape[1])
@@ -229,7 +229,7 @@ def _temporary(args: Arguments, settings: Settings, backward: bool) -> int:
     """Peak temporary bytes, as the compiler of the default backend reports them."""
     call = functools.partial(run_attention, settings=settings)
 
-    def loss(arrays: Any, args: Arguments) -> Any:
+    def loss(arrays: tuple[Array, ...], args: Arguments) -> Array:
         args = args._replace(query=arrays[0], key=arrays[1], value=arrays[2])
         return call(args).output.astype(jnp.float32).sum()
 

@@ -28,7 +28,7 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: Any = None,
+    scale: jax.typing.ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
@@ -46,7 +46,7 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: Any = None,
+    scale: jax.typing.ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
@@ -63,7 +63,7 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: Any = None,
+    scale: jax.typing.ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
@@ -189,7 +189,7 @@ def as_visible(mask: Array, full: tuple[int, ...]) -> Mask:
     return dense(jnp.atleast_2d(mask))
 
 
-def as_bias(bias: Any, full: tuple[int, ...]) -> Modifier:
+def as_bias(bias: ArrayLike, full: tuple[int, ...]) -> Modifier:
     """An array that broadcasts to ``full``, ``[*batch, N, T, S]``, as a modifier."""
     bias = as_array("bias", bias)
     check_fits("bias", bias.shape, full)
@@ -198,14 +198,14 @@ def as_bias(bias: Any, full: tuple[int, ...]) -> Modifier:
     return as_modifier(bias)
 
 
-def _four_axes(name: str, x: Any, letters: str) -> Array:
+def _four_axes(name: str, x: ArrayLike, letters: str) -> Array:
     x = as_array(name, x)
     if x.ndim not in (3, 4):
         raise ValueError(f"{name}: expected {letters}, got shape {x.shape}")
     return x if x.ndim == 4 else x[None]
 
 
-def _band(is_causal: bool, window: Any) -> Mask | None:
+def _band(is_causal: bool, window: int | tuple[int, int] | None) -> Mask | None:
     """Causality and window as one band of offsets."""
     if window is None:
         return causal() if is_causal else None
@@ -222,7 +222,7 @@ def _band(is_causal: bool, window: Any) -> Mask | None:
     return sliding_window(left, 0 if is_causal else right)
 
 
-def _lengths(query: Any, key: Any, batch: int) -> Mask | None:
+def _lengths(query: ArrayLike | None, key: ArrayLike | None, batch: int) -> Mask | None:
     if query is None and key is None:
         return None
     return lengths(
@@ -231,7 +231,7 @@ def _lengths(query: Any, key: Any, batch: int) -> Mask | None:
     )
 
 
-def _length(name: str, given: Any, batch: int) -> Array | None:
+def _length(name: str, given: ArrayLike | None, batch: int) -> Array | None:
     if given is None:
         return None
     given = arguments.integers(name, given)
@@ -243,7 +243,7 @@ def _length(name: str, given: Any, batch: int) -> Array | None:
     return given
 
 
-def _scale(scale: Any) -> Any:
+def _scale(scale: jax.typing.ArrayLike | None) -> Array | None:
     """A number or a scalar as an array, so that a new scale does not recompile."""
     if scale is None:
         return None

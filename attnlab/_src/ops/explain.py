@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from attnlab._src.masks.base import Full, Mask, full
 from attnlab._src.ops.choice import as_platform, choose, passed_over
 from attnlab._src.ops.prepare import prepare
 from attnlab._src.ops.validate import Arguments, Options, Settings, check, check_names
-from attnlab._src.types import AttentionInputs, Implementation
+from attnlab._src.types import ArrayLike, AttentionInputs, Implementation
 
 
 class Explanation(NamedTuple):
@@ -51,7 +51,10 @@ class Explanation(NamedTuple):
 
 
 def canonical(
-    query: Any, key: Any, value: Any, options: Options
+    query: ArrayLike | jax.ShapeDtypeStruct,
+    key: ArrayLike | jax.ShapeDtypeStruct,
+    value: ArrayLike | jax.ShapeDtypeStruct,
+    options: Options,
 ) -> tuple[Arguments, Settings, AttentionInputs]:
     """What ``check`` returns, and the inputs of an implementation, as shapes."""
     args, settings = check(query, key, value, **options)
@@ -133,9 +136,9 @@ def crossover(
 
 
 def explain(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: ArrayLike | jax.ShapeDtypeStruct,
+    key: ArrayLike | jax.ShapeDtypeStruct,
+    value: ArrayLike | jax.ShapeDtypeStruct,
     *,
     platform: str | None = None,
     **options: Unpack[Options],

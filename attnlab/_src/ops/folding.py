@@ -6,7 +6,7 @@ head, so that no keys are copied; otherwise into the batch.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ from attnlab._src.masks.base import And, Mask, Not, Or
 from attnlab._src.masks.per_head import PerHead
 from attnlab._src.masks.planning import reads_head
 from attnlab._src.ops.choice import chosen_name
-from attnlab._src.types import Array, PyTree
+from attnlab._src.types import Array, AttentionInputs, PyTree
 
 #: Arguments of a pass: the inputs; for a backward pass also arrays ``[B, T, N, ...]``.
-Given = tuple[Any, ...]
+Given = tuple[PyTree, ...]
 #: Which leaves of the inputs need a gradient; None: the pass is a forward pass.
 Wanted = tuple[bool, ...] | None
 
@@ -114,7 +114,7 @@ class IntoHeads(NamedTuple):
     def _mask(self, mask: Mask) -> Mask:
         """The mask, in which each head keeps its part of ``per_head``."""
 
-        def one(mask: Any) -> Any:
+        def one(mask: PyTree) -> PyTree:
             if not exactly(mask, PerHead):
                 return mask
             order = np.asarray(mask.order).reshape(self.key_heads, 1, self.group)
@@ -147,7 +147,7 @@ class IntoHeads(NamedTuple):
         return [one(x) for x in found]
 
 
-def _operands(inputs: Any) -> dict[str, PyTree]:
+def _operands(inputs: AttentionInputs) -> dict[str, PyTree]:
     """Arrays whose second axis is that of the heads, N or 1."""
     names = ("pair_params", "modifier_operands", "mask_operands", "dropout_words")
     names = (*names, "query_positions", "key_positions", "head_scale")
@@ -176,10 +176,10 @@ def fold_of(
     if any(along) or (wanted is not None and any(wanted[1:])):
         return into_batch
 
-    def folded(fold: IntoBatch | IntoHeads) -> Any:
+    def folded(fold: IntoBatch | IntoHeads) -> AttentionInputs:
         return jax.eval_shape(lambda x: fold.fold(mapped, x, wanted), given)[0]
 
-    def held(inputs: Any) -> int:
+    def held(inputs: AttentionInputs) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(inputs))
 
     alone = folded(into_batch)

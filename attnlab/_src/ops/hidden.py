@@ -7,19 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab._src.masks.base import Mask
 from attnlab._src.ops.prepare import what_is_seen
 from attnlab._src.ops.validate import Arguments, check
-from attnlab._src.types import Array
+from attnlab._src.types import Array, ArrayLike
 
 
 def zero_hidden(
     query: Array,
     *memory: Array,
     num_heads: int,
-    mask: Any = None,
-    query_offset: Any = 0,
-    query_positions: Any = None,
-    key_positions: Any = None,
+    mask: Mask | ArrayLike | None = None,
+    query_offset: int | ArrayLike = 0,
+    query_positions: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
 ) -> tuple[Array, ...]:
     """The arrays with zeros in slots that see nothing, or that no query sees.
 

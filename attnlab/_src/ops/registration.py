@@ -58,7 +58,7 @@ def register(implementation: Implementation, *, priority: float | None = None) -
     _forget()
 
 
-def checked_name(implementation: Any) -> str:
+def checked_name(implementation: object) -> str:
     """The name of an implementation that is not attnlab's own.
 
     Raises:
@@ -73,7 +73,7 @@ def checked_name(implementation: Any) -> str:
             "implementation: expected an attnlab.extend.Implementation, got "
             f"{kind}{hint}"
         )
-    name: Any = getattr(implementation, "name", None)
+    name = getattr(implementation, "name", None)
     if not isinstance(name, str) or not name:
         raise ValueError(f"implementation: {kind}.name must be a string, got {name!r}")
     if name in BUILT_IN:

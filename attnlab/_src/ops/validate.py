@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding
 
 from attnlab._src import arguments
@@ -16,14 +17,21 @@ from attnlab._src.masks.intervals import FAR
 from attnlab._src.ops.choice import named
 from attnlab._src.scores.inner import ScaledDot
 from attnlab._src.scores.projected import ProjectedKeys, check_score
-from attnlab._src.types import Array, ArrayLike, Modifier, Score, accumulation_dtype
+from attnlab._src.types import (
+    Array,
+    ArrayLike,
+    Modifier,
+    PyTree,
+    Score,
+    accumulation_dtype,
+)
 
 
 class Options(TypedDict, total=False):
     """The keyword arguments of :func:`attnlab.attention`, described there."""
 
     score: Score | None
-    mask: Any
+    mask: Mask | ArrayLike | None
     modifiers: Sequence[Modifier]
     sinks: ArrayLike | None
     dropout_rate: float
@@ -31,7 +39,7 @@ class Options(TypedDict, total=False):
     query_offset: int | ArrayLike
     query_positions: ArrayLike | None
     key_positions: ArrayLike | None
-    precision: Any
+    precision: PrecisionLike
     implementation: str | None
 
 
@@ -73,7 +81,7 @@ class Settings:
     """
 
     dropout_rate: float = 0.0
-    precision: Any = None
+    precision: PrecisionLike = None
     implementation: str | None = None
     stats: bool = False
     top_k: int | str | None = None
@@ -85,7 +93,7 @@ class Settings:
         return dataclasses.replace(self, **changes)
 
 
-def is_wide_float(dtype: Any) -> bool:
+def is_wide_float(dtype: np.dtype) -> bool:
     """Whether it is a floating type of at least 16 bits."""
     return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2
 
@@ -187,7 +195,7 @@ def _as_offset(offset: Any, length: int) -> Any:
     return jnp.asarray(checked, jnp.int32) if is_int else offset
 
 
-def _check_leaves(name: str, owner: Any) -> None:
+def _check_leaves(name: str, owner: PyTree) -> None:
     """Checks that ``owner`` is a pytree of arrays and numbers."""
     kind = type(owner).__name__
     for path, leaf in jax.tree.leaves_with_path(owner):
@@ -200,7 +208,7 @@ def _check_leaves(name: str, owner: Any) -> None:
             arguments.check_kept(f"{name}: {kind}{jax.tree_util.keystr(path)}", leaf)
 
 
-def _as_modifiers(modifiers: Any) -> tuple[Modifier, ...]:
+def _as_modifiers(modifiers: object) -> tuple[Modifier, ...]:
     if isinstance(modifiers, Modifier) or not isinstance(modifiers, Iterable):
         raise TypeError(
             f"modifiers: expected a sequence, got {modifiers!r}; write modifiers=[...]"
@@ -227,7 +235,7 @@ def _as_rate(rate: Any) -> float:
     return float(rate)
 
 
-def as_top_k(top_k: Any, length: int) -> Any:
+def as_top_k(top_k: Any, length: int) -> int | Literal["all"] | None:
     """None, "all", or an int from 1 to the number of keys."""
     if top_k is None or (isinstance(top_k, str) and top_k == "all"):
         return top_k
@@ -246,7 +254,7 @@ def as_top_k(top_k: Any, length: int) -> Any:
     return int(top_k)
 
 
-def check_names(caller: str, options: Mapping[str, Any]) -> None:
+def check_names(caller: str, options: Mapping[str, object]) -> None:
     """Checks the names of keyword arguments that a function passes on.
 
     Raises:
@@ -350,7 +358,7 @@ def check_fits(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> None
 
 
 def check_operand_shapes(
-    operands: Any, shape: tuple[int, int, int], owner: str
+    operands: PyTree, shape: tuple[int, int, int], owner: str
 ) -> None:
     """Checks that each axis of normalised operands is full or 1.
 

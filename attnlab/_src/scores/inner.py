@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from attnlab._src import arguments
 from attnlab._src.exact import exactly
@@ -85,7 +86,7 @@ class Bilinear(Score):
         key_size: int | None = None,
         *,
         num_heads: int = 1,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> "Bilinear":
         """Normal weights of variance ``1 / (H of query * H of key)``.
 
@@ -182,7 +183,7 @@ def _widened(x: Array) -> Array:
     return x.astype(accumulation_dtype(x.dtype))
 
 
-def _factor(name: str, x: Any) -> Array:
+def _factor(name: str, x: object) -> Array:
     """The factor as an array, a scalar or ``[N]``; ``name`` is for errors."""
     factor = jnp.asarray(arguments.real(name, x))
     if factor.ndim > 1:
@@ -190,7 +191,7 @@ def _factor(name: str, x: Any) -> Array:
     return factor
 
 
-def _times(x: Array, name: str, factor: Any) -> Array:
+def _times(x: Array, name: str, factor: object) -> Array:
     """``[*, N, H]`` times a number or ``[N]``, in the accumulation type.
 
     ``name``: that of the factor, for errors.
@@ -211,7 +212,7 @@ def _unit(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
 
 
-def check_weight(name: str, x: Any, *shape: Any) -> None:
+def check_weight(name: str, x: Any, *shape: int | str | tuple[int, ...]) -> None:
     """Checks for a floating array of a shape, in which a string stands for any size.
 
     Raises:

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from attnlab._src import arguments
 from attnlab._src.reverse import reverse_only
@@ -25,7 +27,7 @@ from attnlab._src.varying import vary_like
 _FORWARD_MODE = "additive and concat scores does not exist"
 
 
-def _tile_type(*arrays: Array) -> Any:
+def _tile_type(*arrays: Array) -> np.dtype:
     return accumulation_dtype(*(a.dtype for a in arrays))
 
 
@@ -121,7 +123,7 @@ class Additive(Score):
         num_heads: int = 1,
         num_key_heads: int | None = None,
         bias: bool = True,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> "Additive":
         """Weights of variance ``1 / fan-in``, a zero bias.
 
@@ -254,7 +256,7 @@ class Mlp(Score):
         num_heads: int = 1,
         num_key_heads: int | None = None,
         activation: Callable[[Array], Array] = jax.nn.relu,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> "Mlp":
         """Normal weights, zero biases.
 

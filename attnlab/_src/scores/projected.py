@@ -56,7 +56,7 @@ class ProjectedKeys(Score):
         return self.score.flops_per_query(head_size)
 
 
-def check_score(score: Any) -> None:
+def check_score(score: object) -> None:
     """Raises a TypeError if it is no score."""
     if not isinstance(score, Score):
         hint = "; that is a class: call it, or its init, to make a score"

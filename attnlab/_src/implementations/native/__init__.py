@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from attnlab._src.implementations.native import load
 from attnlab._src.implementations.native.program import (
@@ -150,9 +151,9 @@ class Native(Implementation):
         rows = -(-s.T // plan.block_q)
         kept = math.ceil(plan.block_q / 32) * 32 * math.ceil(s.P / 8) * 8
 
-        results: list[Any] = []
+        results: list[jax.ShapeDtypeStruct] = []
 
-        def result(shape: tuple[int, ...], dtype: Any, on: bool = True) -> int:
+        def result(shape: tuple[int, ...], dtype: DTypeLike, on: bool = True) -> int:
             results.append(jax.ShapeDtypeStruct(shape if on else (0,), dtype))
             return len(results) - 1
 
@@ -219,7 +220,7 @@ class Native(Implementation):
                 strict=True,
             )
         )
-        gradients: dict[str, Any] = {
+        gradients: dict[str, PyTree] = {
             "query": found[0] if want.query else None,
             "key": found[1] if want.key else None,
             "value": found[2] if want.value else None,
@@ -359,7 +360,7 @@ class _Call:
 
             def block(first: Array, j: Array, words: Array) -> Array:
                 k = jnp.clip(first + j * span, 0, s.S - span)
-                at: Any = (b, n, r * 32, k), (32, span)
+                at = (b, n, r * 32, k), (32, span)
                 tile = Tile(cut(q_pos, *at), cut(k_pos, *at), n.astype(jnp.int32))
                 mine = jax.tree.map(lambda x: cut(x, *at), operands)
                 seen = visible_pairs(mask, tile, mine)

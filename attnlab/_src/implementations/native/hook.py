@@ -8,13 +8,13 @@ its path, before attnlab's dependencies are installed.
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 
-def _load_build() -> Any:
+def _load_build() -> ModuleType:
     path = Path(__file__).with_name("build.py")
     spec = importlib.util.spec_from_file_location("_attnlab_native_build", path)
     assert spec is not None

@@ -4,7 +4,6 @@ The integers are those of the enumerations in ``src/problem.h`` and ``src/mask.h
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from attnlab._src.scores.projected import comparison_class, unwrapped
 from attnlab._src.types import Array, Modifier, PyTree, Score
 
 _INNER, _ADDITIVE, _MLP = range(3)
-_ACTIVATIONS: dict[Any, int] = {
+_ACTIVATIONS: dict[Callable[..., Array], int] = {
     jax.nn.relu: 0,
     jnp.tanh: 1,
     jax.nn.tanh: 1,
@@ -75,10 +74,10 @@ def modifier_code(modifier: Modifier) -> int | None:
 class Buffers:
     """The arguments of a call, in order."""
 
-    def __init__(self, *arrays: Any):
+    def __init__(self, *arrays: Array):
         self.arrays = list(arrays)
 
-    def add(self, array: Any) -> int:
+    def add(self, array: Array) -> int:
         """Adds an array; returns its index."""
         self.arrays.append(array)
         return len(self.arrays) - 1

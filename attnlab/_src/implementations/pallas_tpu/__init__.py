@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from attnlab._src.implementations import not_finite
 from attnlab._src.implementations.pallas_tpu.backward import Backward
@@ -26,7 +27,7 @@ from attnlab._src.implementations.pallas_tpu.steps import (
     by_query,
 )
 from attnlab._src.masks.planning import plan_of
-from attnlab._src.types import Array, AttentionInputs, Implementation
+from attnlab._src.types import Array, ArrayLike, AttentionInputs, Implementation
 
 #: Greatest memory beyond O(T + S), in bytes: for bits of masks that a kernel cannot
 #: evaluate, and for gradients of a bias that heads or examples share, which are stored
@@ -44,7 +45,7 @@ class PallasTpu(Implementation):
     shares_program = False
 
     #: See ``pallas_call``; True runs on any platform, slowly.
-    interpret: ClassVar[Any] = False
+    interpret: ClassVar[bool | pltpu.InterpretParams] = False
     #: Number that block sizes are multiples of.
     lanes: ClassVar[int] = 128
     #: Block sizes to use instead of the table's.
@@ -118,7 +119,7 @@ class PallasTpu(Implementation):
         """Scalar memory for the list of live blocks; it depends on shapes only."""
         s = inputs.sizes
 
-        def words(inputs: AttentionInputs) -> tuple[Any, ...]:
+        def words(inputs: AttentionInputs) -> tuple[ArrayLike, ...]:
             plan = plan_of(inputs, blocks[:2], cols=of == "backward")
             plan = fit(plan, blocks[:2])
             if of == "forward":
@@ -178,7 +179,7 @@ class PallasTpu(Implementation):
         """See :class:`attnlab.extend.Implementation`."""
         blocks = self.sizes(inputs, "backward")
 
-        def run(inputs: AttentionInputs, *above: Any) -> list[Array | None]:
+        def run(inputs: AttentionInputs, *above: Array) -> list[Array | None]:
             return Backward(inputs, wanted, blocks, limit(), self.interpret).run(*above)
 
         return not_finite.backward(inputs, output, lse, d_output, d_lse, run)

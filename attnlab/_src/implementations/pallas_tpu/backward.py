@@ -36,7 +36,7 @@ from attnlab._src.implementations.pallas_tpu.steps import Step, by_key, run_if
 from attnlab._src.implementations.schedule import Tiles
 from attnlab._src.implementations.tile import scaled
 from attnlab._src.masks.planning import plan_of
-from attnlab._src.types import Array, AttentionInputs
+from attnlab._src.types import Array, AttentionInputs, PyTree
 
 f32 = jnp.float32
 
@@ -52,7 +52,7 @@ class Backward:
         wanted: Sequence[bool],
         blocks: Blocks,
         limit: int,
-        interpret: Any,
+        interpret: bool | pltpu.InterpretParams,
     ):
         """Plans the pass.
 
@@ -83,7 +83,7 @@ class Backward:
         self.params = self.compare.params(self.place)
         self.learned, self.windows = self._windows()
 
-    def at(self, *index: Any) -> tuple[Any, Any, Step]:
+    def at(self, *index: Any) -> tuple[int | Array, int | Array, Step]:
         """The example, the key head and the step at an index of the grid."""
         axes = 2 + len(self.steps.grid)
         return index[0], index[1], self.steps.at(index[:axes], index[axes:])
@@ -122,7 +122,7 @@ class Backward:
     def _by_query(self, length: int, across: bool) -> pl.BlockSpec:
         """Blocks of ``[B, N, queries, length]``; across: ``[.., length, queries]``."""
 
-        def index(*index: Any) -> tuple[Any, ...]:
+        def index(*index: Any) -> tuple[int | Array, ...]:
             at = self.place(*index)
             return at.example, at.head, *((0, at.row) if across else (at.row, 0))
 
@@ -133,7 +133,7 @@ class Backward:
     def _by_key(self, length: int, across: bool) -> pl.BlockSpec:
         """Blocks of ``[B, K, keys, length]``; across: ``[.., length, keys]``."""
 
-        def index(*index: Any) -> tuple[Any, ...]:
+        def index(*index: Any) -> tuple[int | Array, ...]:
             example, head, step = self.at(*index)
             end = (0, step.outer) if across else (step.outer, 0)
             return example, head, *end
@@ -188,11 +188,11 @@ class Backward:
         size = self.segment * blocks.q
         lead = (s.B, s.K, self.segments)
 
-        def segment(*index: Any) -> tuple[Any, ...]:
+        def segment(*index: Any) -> tuple[int | Array, ...]:
             example, head, step = self.at(*index)
             return example, head, step.segment, 0, 0, 0
 
-        def column(*index: Any) -> tuple[Any, ...]:
+        def column(*index: Any) -> tuple[int | Array, ...]:
             example, head, step = self.at(*index)
             return example, head, step.segment, step.outer, 0
 
@@ -258,7 +258,7 @@ class Backward:
             found = d_modifiers.get(number)
             return None if found is None else like(found, operand)
 
-        gradients: dict[str, Any] = {
+        gradients: dict[str, PyTree] = {
             "query": scaled(inputs, d_query[:, : s.T], None),
             "key": by_key(d_key) * self.compare.factor,
             "value": by_key(d_value),

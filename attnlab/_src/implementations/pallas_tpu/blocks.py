@@ -4,7 +4,7 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -85,7 +85,7 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _sizes(head_size: str, of: str, found: Any) -> Blocks:
+def _sizes(head_size: str, of: str, found: object) -> Blocks:
     if of not in ("forward", "backward"):
         raise ValueError(
             f"head size {head_size}: expected forward or backward, got {of!r}"

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.lax import PrecisionLike
 from jax.sharding import ManualAxisType
+from jax.typing import DTypeLike
 
 from attnlab._src.implementations.pallas_tpu.blocks import device, limit
 from attnlab._src.implementations.pallas_tpu.steps import Steps
@@ -29,8 +32,8 @@ class Products(NamedTuple):
         precision: precision of the product.
     """
 
-    dtype: Any
-    precision: Any
+    dtype: DTypeLike
+    precision: PrecisionLike
 
     @classmethod
     def of(cls, inputs: AttentionInputs) -> "Products":
@@ -40,7 +43,7 @@ class Products(NamedTuple):
         alike = inputs.query.dtype == inputs.value.dtype
         return cls(inputs.query.dtype if alike else jnp.float32, None)
 
-    def __call__(self, a: Array, b: Array, dims: Any = NN) -> Array:
+    def __call__(self, a: Array, b: Array, dims: lax.DotDimensionNumbers = NN) -> Array:
         """The product, in float32."""
         return lax.dot_general(
             a.astype(self.dtype),
@@ -62,7 +65,7 @@ def fit(plan: Plan, sizes: tuple[int, int]) -> Plan:
     if plan.block_k < sizes[1]:
         # The only block of keys is padded, and the padding must be masked: no block is
         # full.
-        xp: Any = np if plan.is_static else jnp
+        xp: ModuleType = np if plan.is_static else jnp
 
         def partial(live: Live) -> Live:
             pairs = zip(live.full, live.partial, strict=True)
@@ -96,12 +99,12 @@ def call(
     in_specs: Sequence[pl.BlockSpec],
     out_shape: Sequence[jax.ShapeDtypeStruct],
     out_specs: Sequence[pl.BlockSpec],
-    scratch: Sequence[Any],
+    scratch: Sequence[pl.MemoryRef],
     *,
     name: str,
-    interpret: Any,
+    interpret: bool | pltpu.InterpretParams,
     aliases: dict[int, int] | None = None,
-) -> Any:
+) -> list[Array]:
     """Calls a kernel, whose arguments are the words of the steps, then references."""
     grid = (*lead, *steps.grid)
     # What a device computes varies over no axis of a mesh: shard_map asks for that.

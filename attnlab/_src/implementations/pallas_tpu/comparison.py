@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from attnlab._src.exact import exactly
 from attnlab._src.implementations.deferred import scaled_query, scaling_rounds
@@ -19,7 +20,7 @@ from attnlab._src.implementations.pallas_tpu.operands import Place, Reader
 from attnlab._src.modifiers.bias import SoftCap
 from attnlab._src.scores.pairwise import Additive, Mlp
 from attnlab._src.scores.projected import comparison_class, unwrapped
-from attnlab._src.types import Array, AttentionInputs
+from attnlab._src.types import Array, AttentionInputs, PyTree
 
 f32 = jnp.float32
 
@@ -51,7 +52,7 @@ class Given(NamedTuple):
     params: Sequence[Any]
     room: Sequence[Any]
     product: Products
-    scale: Any
+    scale: Array | None
 
 
 class Sums(NamedTuple):
@@ -79,7 +80,7 @@ class Comparison:
         self.inputs = inputs
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DTypeLike:
         """Type of queries and keys in the kernel."""
         key, query = self.inputs.key.dtype, self.inputs.query.dtype
         return query if key == query else f32
@@ -96,7 +97,7 @@ class Comparison:
         """The constant scale of logits if queries are not scaled, else 1."""
         return self.inputs.logit_scale if scaling_rounds(self.inputs) else 1.0
 
-    def _scaled(self, z: Array, scale: Any) -> Array:
+    def _scaled(self, z: Array, scale: float | Array | None) -> Array:
         if self.factor != 1:
             scale = self.factor if scale is None else self.factor * scale
         return _times(z, scale)
@@ -118,7 +119,7 @@ class Comparison:
         """Readers of the parameters of the score."""
         return []
 
-    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[Any]:
+    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[pl.MemoryRef]:
         """Scratch memory of the comparison; it may use ``spare`` bytes more."""
         return []
 
@@ -141,14 +142,14 @@ class Comparison:
         sums.q[...] += given.product(given.k_across[:, part.keys], d)
         sums.k[part.keys, :] += given.product(_times(d, given.scale), given.q[...])
 
-    def finish_gradients(self, found: Sequence[Array]) -> Any:
+    def finish_gradients(self, found: Sequence[Array]) -> PyTree:
         """Sums ``[B, N, *shape]`` as gradients ``[B, N, 1, 1, *payload]``."""
         raise NotImplementedError("an inner product has no parameters")
 
 
 class _AdditiveComparison(Comparison):
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DTypeLike:
         return f32
 
     def _weight(self) -> Array:
@@ -168,7 +169,7 @@ class _AdditiveComparison(Comparison):
         weight = self._weight()[..., None]
         return [_by_head(jnp.broadcast_to(weight, (*weight.shape[:3], _LANES)), place)]
 
-    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[Any]:
+    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[pl.MemoryRef]:
         shapes = [(blocks.chunk, blocks.q)]
         if of == "backward":
             shapes.append((_UNITS * blocks.chunk, _width(blocks.q)))
@@ -267,14 +268,14 @@ class _AdditiveComparison(Comparison):
             for ref in sums.params:
                 ref[unit, :] += d_weight.sum(0, keepdims=True)
 
-    def finish_gradients(self, found: Sequence[Array]) -> Any:
+    def finish_gradients(self, found: Sequence[Array]) -> PyTree:
         structure = jax.tree.structure(self.inputs.pair_params)
         return jax.tree.unflatten(structure, [found[0].sum(-1)])
 
 
 class _MlpComparison(Comparison):
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DTypeLike:
         return f32
 
     def _columns(self) -> list[Array]:
@@ -295,7 +296,7 @@ class _MlpComparison(Comparison):
     def params(self, place: Callable[..., Place]) -> list[Reader]:
         return [_by_head(x, place) for x in self._columns()]
 
-    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[Any]:
+    def room(self, blocks: Blocks, of: str, spare: int = 0) -> list[pl.MemoryRef]:
         return [pltpu.VMEM((blocks.chunk, blocks.q), f32)]
 
     def one_key(
@@ -357,7 +358,7 @@ class _MlpComparison(Comparison):
         for ref, found in zip(sums.params, d_params, strict=True):
             ref[...] += found
 
-    def finish_gradients(self, found: Sequence[Array]) -> Any:
+    def finish_gradients(self, found: Sequence[Array]) -> PyTree:
         leaves, structure = jax.tree.flatten(self.inputs.pair_params)
         # Undoes ``_columns``: matrices are transposed, vectors are columns.
         found = [
@@ -367,11 +368,11 @@ class _MlpComparison(Comparison):
         return jax.tree.unflatten(structure, found)
 
 
-def _times(x: Array, scale: Any) -> Array:
+def _times(x: Array, scale: float | Array | None) -> Array:
     return x if scale is None else x * scale
 
 
-def _loop(count: int, body: Callable[[Array, Any], Any], start: Any) -> Any:
+def _loop(count: int, body: Callable[[Array, PyTree], PyTree], start: PyTree) -> PyTree:
     """``lax.fori_loop`` from 0, with an int32 counter also in x64 mode."""
     with jax.enable_x64(False):
         return lax.fori_loop(0, count, body, start)
@@ -397,7 +398,7 @@ def _tiles(q: Any) -> list[slice]:
 def _by_head(x: Array, place: Callable[..., Place]) -> Reader:
     """A reader of ``[B or 1, N or 1, rows, columns]``: whole, for the step's head."""
 
-    def index(*index: Any) -> tuple[Any, ...]:
+    def index(*index: Any) -> tuple[int | Array, ...]:
         at = place(*index)
         example = at.example if x.shape[0] > 1 else 0
         return example, at.head if x.shape[1] > 1 else 0, 0, 0

@@ -27,7 +27,7 @@ _ELEMENTWISE = frozenset({
 _CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call")
 
 
-def is_elementwise(fn: Callable[..., Array], *shapes: Any) -> bool:
+def is_elementwise(fn: Callable[..., Array], *shapes: PyTree) -> bool:
     """Whether each element of the result depends only on that element of each array.
 
     Args:
@@ -61,7 +61,7 @@ def _elementwise(jaxpr: Any) -> bool:
 def tile_shapes(tree: PyTree) -> PyTree:
     """Shapes for tracing: a small tile for operands along T or S, else a scalar."""
 
-    def one(x: Any) -> Any:
+    def one(x: Array) -> jax.ShapeDtypeStruct:
         runs = max(x.shape[2:4]) > 1
         return jax.ShapeDtypeStruct((8, 16) if runs else (), x.dtype)
 
@@ -83,12 +83,12 @@ def mask_is_elementwise(mask: Mask, operands: PyTree) -> bool:
     return is_elementwise(visible, _POSITIONS, _POSITIONS, _HEAD, tile_shapes(operands))
 
 
-def modifier_is_elementwise(modifier: Modifier, operands: Sequence[Any]) -> bool:
+def modifier_is_elementwise(modifier: Modifier, operands: Sequence[Array]) -> bool:
     """Whether a kernel can evaluate it."""
     if any(x.ndim > 4 for x in operands):
         return False
 
-    def apply(z: Array, t: Array, s: Array, head: Array, operands: Any) -> Array:
+    def apply(z: Array, t: Array, s: Array, head: Array, operands: PyTree) -> Array:
         return modifier.apply(z, Tile(t, s, head), *operands)
 
     logits = jax.ShapeDtypeStruct((8, 16), jnp.float32)

@@ -30,7 +30,7 @@ SAFE = 50.0
 
 
 def forward(
-    inputs: AttentionInputs, blocks: Blocks, interpret: Any
+    inputs: AttentionInputs, blocks: Blocks, interpret: bool | pltpu.InterpretParams
 ) -> tuple[Array, Array]:
     """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``, float32."""
     compare = comparison(inputs)
@@ -47,7 +47,10 @@ def forward(
 
 
 def _forward(
-    inputs: AttentionInputs, blocks: Blocks, interpret: Any, bounded: bool
+    inputs: AttentionInputs,
+    blocks: Blocks,
+    interpret: bool | pltpu.InterpretParams,
+    bounded: bool,
 ) -> tuple[Array, Array]:
     s = inputs.sizes
     group = s.N // s.K

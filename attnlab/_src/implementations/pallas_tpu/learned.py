@@ -30,7 +30,7 @@ class Window(NamedTuple):
 
     shape: tuple[int, ...]
     spec: pl.BlockSpec
-    scratch: tuple[Any, ...]
+    scratch: tuple[pl.MemoryRef, ...]
     zeroed: bool
     clear: Callable[..., None]
     add: Callable[..., None]
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
     """
 
     tiles: Tiles
-    step: Callable[..., tuple[Any, Any, Step]]
+    step: Callable[..., tuple[int | Array, int | Array, Step]]
     group: int
     segments: int
     segment: int
@@ -60,11 +60,11 @@ class Layout(NamedTuple):
     def rows(self, step: Step) -> Any:
         """The slice of a step's queries within their segment."""
         size = self.tiles.bq
-        start = (step.inner - step.segment * self.segment) * size
+        start: Any = (step.inner - step.segment * self.segment) * size
         return pl.ds(pl.multiple_of(start, size), size)
 
 
-def nothing(*_: Any) -> None:
+def nothing(*_: object) -> None:
     """Does nothing: for windows without ``add`` or ``close``."""
 
 
@@ -93,11 +93,11 @@ def window(x: Array, layout: Layout) -> Window:
 def _of_heads(layout: Layout) -> Window:
     s, group, size = layout.tiles.inputs.sizes, layout.group, layout.tiles.bq
 
-    def index(*index: Any) -> tuple[Any, ...]:
+    def index(*index: Any) -> tuple[int | Array, ...]:
         example, head, _ = layout.step(*index)
         return example, head, 0, 0, 0
 
-    def clear(step: Step, begins: Any, ref: Any) -> None:
+    def clear(step: Step, begins: bool | Array, ref: Any) -> None:
         pl.when(begins)(lambda: ref.__setitem__(..., jnp.zeros_like(ref)))
 
     def add(step: Step, part: Part, d: Array, ref: Any) -> None:
@@ -119,11 +119,11 @@ def _of_queries(layout: Layout) -> Window:
     s, group = layout.tiles.inputs.sizes, layout.group
     size = layout.segment * layout.tiles.bq
 
-    def index(*index: Any) -> tuple[Any, ...]:
+    def index(*index: Any) -> tuple[int | Array, ...]:
         example, head, step = layout.step(*index)
         return example, head, step.segment, 0, 0, 0
 
-    def clear(step: Step, begins: Any, ref: Any) -> None:
+    def clear(step: Step, begins: bool | Array, ref: Any) -> None:
         pl.when(step.fresh)(lambda: ref.__setitem__(..., jnp.zeros_like(ref)))
 
     def add(step: Step, part: Part, d: Array, ref: Any) -> None:
@@ -149,11 +149,11 @@ def _of_keys(layout: Layout) -> Window:
     s, group = layout.tiles.inputs.sizes, layout.group
     size, lanes = layout.tiles.bk, layout.lanes
 
-    def index(*index: Any) -> tuple[Any, ...]:
+    def index(*index: Any) -> tuple[int | Array, ...]:
         example, head, step = layout.step(*index)
         return example, head, step.segment, 0, 0, step.outer
 
-    def clear(step: Step, begins: Any, ref: Any, sums: Any) -> None:
+    def clear(step: Step, begins: bool | Array, ref: Any, sums: Any) -> None:
         pl.when(step.first)(lambda: sums.__setitem__(..., jnp.zeros_like(sums)))
 
     def add(step: Step, part: Part, d: Array, ref: Any, sums: Any) -> None:
@@ -186,11 +186,11 @@ def _of_pairs(layout: Layout) -> Window:
     s, group = layout.tiles.inputs.sizes, layout.group
     block_q, block_k = layout.tiles.bq, layout.tiles.bk
 
-    def index(*index: Any) -> tuple[Any, ...]:
+    def index(*index: Any) -> tuple[int | Array, ...]:
         example, head, step = layout.step(*index)
         return example, head * group + step.member, step.inner, step.outer
 
-    def clear(step: Step, begins: Any, ref: Any) -> None:
+    def clear(step: Step, begins: bool | Array, ref: Any) -> None:
         if step.empty is not False:
             pl.when(step.empty)(lambda: ref.__setitem__(..., jnp.zeros_like(ref)))
 
@@ -216,11 +216,11 @@ def of_parameter(shape: tuple[int, ...], layout: Layout) -> Window:
     """
     s, group = layout.tiles.inputs.sizes, layout.group
 
-    def index(*index: Any) -> tuple[Any, ...]:
+    def index(*index: Any) -> tuple[int | Array, ...]:
         example, head, _ = layout.step(*index)
         return example, head, 0, *(0 for _ in shape)
 
-    def clear(step: Step, begins: Any, ref: Any) -> None:
+    def clear(step: Step, begins: bool | Array, ref: Any) -> None:
         pl.when(begins)(lambda: ref.__setitem__(..., jnp.zeros_like(ref)))
 
     return Window(

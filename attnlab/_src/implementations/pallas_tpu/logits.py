@@ -1,6 +1,6 @@
 """Modifiers, mask and dropout of a block, for the forward and the backward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from attnlab._src.implementations.pallas_tpu.operands import (
 from attnlab._src.implementations.schedule import Tiles
 from attnlab._src.implementations.tile import kept, modify, widened
 from attnlab._src.masks.base import Full
-from attnlab._src.types import Array, AttentionInputs, Tile
+from attnlab._src.types import Array, AttentionInputs, PyTree, Tile
 
 
 class Part(NamedTuple):
@@ -67,12 +67,12 @@ class Rules:
                 lambda mask, operands: bits(mask, operands, tiles),
             )
 
-    def tile(self, part: Part, refs: Any) -> Tile:
+    def tile(self, part: Part, refs: Sequence[Any]) -> Tile:
         """The head and the positions of a part, each ``[keys, queries]``."""
         place, first, size = part
         shape = size, self.tiles.bq
 
-        def along(number: int | None, axis: int, start: Any) -> Array:
+        def along(number: int | None, axis: int, start: int | Array) -> Array:
             if number is None:
                 return lax.broadcasted_iota(jnp.int32, shape, axis) + start
             return self.read(number, part, refs)
@@ -84,28 +84,30 @@ class Rules:
             place.head,
         )
 
-    def read(self, number: int, part: Part, refs: Any) -> Array:
+    def read(self, number: int, part: Part, refs: Sequence[Any]) -> Array:
         """The operand with this number, ``[keys, queries]`` or a scalar."""
         return self.readers.readers[number].read(refs[number], *part)
 
-    def scale(self, part: Part, refs: Any) -> Any:
+    def scale(self, part: Part, refs: Sequence[Any]) -> Array | None:
         """``head_scale`` of the head; None if there is none, or if queries have it."""
         if self.head_scale is None:
             return None
         return self.read(self.head_scale, part, refs)
 
-    def modify(self, logits: Array, part: Part, refs: Any, operands: Any) -> Array:
+    def modify(
+        self, logits: Array, part: Part, refs: Sequence[Any], operands: PyTree
+    ) -> Array:
         """Applies the modifiers."""
         if not self.inputs.modifiers:
             return logits
         return modify(self.inputs, logits, self.tile(part, refs), operands)
 
-    def read_modifiers(self, part: Part, refs: Any) -> Any:
+    def read_modifiers(self, part: Part, refs: Sequence[Any]) -> PyTree:
         """The operands of the modifiers."""
         read = jax.tree.map(lambda n: self.read(n, part, refs), self.modifiers)
         return widened(self.inputs, read)
 
-    def hide(self, logits: Array, part: Part, refs: Any) -> Array:
+    def hide(self, logits: Array, part: Part, refs: Sequence[Any]) -> Array:
         """-inf where the mask hides a pair of a partial block."""
         tile = self.tile(part, refs)
         seen = []
@@ -123,7 +125,7 @@ class Rules:
             logits = jnp.where(each, logits, -jnp.inf)
         return logits
 
-    def kept(self, part: Part, refs: Any) -> Array | None:
+    def kept(self, part: Part, refs: Sequence[Any]) -> Array | None:
         """Which weights dropout keeps; None: all."""
         if self.words is None:
             return None

@@ -1,6 +1,6 @@
 """Estimates the vector memory of a kernel before it is compiled."""
 
-from typing import Any
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +111,6 @@ def _gradients(inputs: AttentionInputs, blocks: Blocks) -> list[tuple[int, ...]]
     return [x.shape for x in jax.eval_shape(arrays, inputs)]
 
 
-def _nowhere(*_: Any) -> Any:
+def _nowhere(*_: object) -> NoReturn:
     """A ``place`` that must not be called, as only shapes are needed."""
     raise AssertionError

@@ -30,10 +30,10 @@ WORD = 32
 class Place(NamedTuple):
     """Indices of a step: example, query head, block of queries, block of keys."""
 
-    example: Any
-    head: Any
-    row: Any
-    col: Any
+    example: int | Array
+    head: int | Array
+    row: int | Array
+    col: int | Array
 
 
 class Reader(NamedTuple):
@@ -64,7 +64,7 @@ class Readers:
         self.tiles, self.place = tiles, place
         self.readers: list[Reader] = []
 
-    def add(self, x: Array, fill: Any = None) -> int:
+    def add(self, x: Array, fill: int | None = None) -> int:
         """Adds an operand ``[B or 1, N or 1, T or 1, S or 1]``; returns its number."""
         block_q, block_k = self.tiles.bq, self.tiles.bk
         x = self.tiles.pad(x, fill)
@@ -107,7 +107,7 @@ class Readers:
             spec = pl.BlockSpec(memory_space=pltpu.SMEM)
             return self._add(Reader(x.reshape(-1), spec, read))
 
-        def index(*index: Any) -> tuple[Any, ...]:
+        def index(*index: Any) -> tuple[int | Array, ...]:
             at = self.place(*index)
             if pairs:
                 return *_own(x, at), at.row, at.col
@@ -124,7 +124,7 @@ class Readers:
             bit = lax.broadcasted_iota(jnp.int32, rows.shape, 0) % WORD
             return (lax.shift_right_logical(rows, bit) & 1) != 0
 
-        def index(*index: Any) -> tuple[Any, ...]:
+        def index(*index: Any) -> tuple[int | Array, ...]:
             at = self.place(*index)
             return *_own(words, at), at.col, at.row
 
@@ -136,7 +136,7 @@ class Readers:
         return len(self.readers) - 1
 
 
-def _own(x: Array, at: Place) -> tuple[Any, Any]:
+def _own(x: Array, at: Place) -> tuple[int | Array, int | Array]:
     """Indices of a place into the leading axes of ``[B or 1, N or 1, ...]``."""
     return at.example if x.shape[0] > 1 else 0, at.head if x.shape[1] > 1 else 0
 

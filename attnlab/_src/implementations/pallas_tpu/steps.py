@@ -11,6 +11,8 @@ blocks.
 """
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from attnlab._src.types import Intervals, Live, Plan
+from attnlab._src.types import Array, ArrayLike, Intervals, Live, Plan
 
 #: Greatest memory of the words in bytes; a core has 1 MiB of scalar memory.
 MOST_BYTES = 2**19
@@ -49,16 +51,16 @@ class Step(NamedTuple):
         empty: whether this is the step of an outer block without live blocks.
     """
 
-    outer: Any
-    inner: Any
-    member: Any
-    segment: Any
-    first: Any
-    last: Any
-    fresh: Any
-    active: Any
-    masked: Any
-    empty: Any
+    outer: int | Array
+    inner: int | Array
+    member: int | Array
+    segment: int | Array
+    first: bool | Array
+    last: bool | Array
+    fresh: bool | Array
+    active: bool | Array
+    masked: bool | Array
+    empty: bool | Array
 
 
 class Steps(NamedTuple):
@@ -73,8 +75,8 @@ class Steps(NamedTuple):
         kinds: whether there may be full blocks, and whether partial ones.
     """
 
-    grid: tuple[Any, ...]
-    words: tuple[Any, ...]
+    grid: tuple[int | Array, ...]
+    words: tuple[ArrayLike, ...]
     lists: tuple[int, int]
     count: int
     kinds: tuple[bool, bool]
@@ -102,7 +104,7 @@ class Steps(NamedTuple):
         start = (start if self.lists[1] == 1 else start + head) * self.count
         block, marks = (ref[start + place[0]] for ref in words)
 
-        def marked(bit: int) -> Any:
+        def marked(bit: int) -> Array:
             return (marks & bit) != 0
 
         return Step(
@@ -119,7 +121,7 @@ class Steps(NamedTuple):
         )
 
 
-def run_if(condition: Any, body: Any) -> None:
+def run_if(condition: bool | Array, body: Callable[[], None]) -> None:
     """Runs ``body()`` if the condition holds; without branch if it is Python's bool."""
     if not isinstance(condition, bool):
         pl.when(condition)(body)
@@ -158,14 +160,14 @@ def _steps(
     outers = live.full.lo.shape[2]
     segment = inners if segment is None else segment
     segments = -(-inners // segment)
-    xp: Any = np if isinstance(live.full.lo, np.ndarray) else jnp
+    xp: ModuleType = np if isinstance(live.full.lo, np.ndarray) else jnp
     full, partial = (x.per_row() for x in live)
     if xp is np and segments * segment == inners:
         kinds = bool((full == inners).all()), bool((partial == inners).all())
         if any(kinds):
             return Steps((segments, outers, group, segment), (), (1, 1), 0, kinds)
 
-    def owned(x: Any) -> Any:
+    def owned(x: ArrayLike) -> ArrayLike:
         """``[Bp, Np, outers, m] -> [Bp, Np, segments, outers, group, m]``."""
         batch, heads, _, many = x.shape
         if heads == 1:
@@ -189,7 +191,7 @@ def _listed(live: Live, outers: int, segment: int, group: int) -> Steps:
     The axis of lines is (segment, outer block, member of the group), flattened.
     """
     full, partial = live
-    xp: Any = np if isinstance(full.lo, np.ndarray) else jnp
+    xp: ModuleType = np if isinstance(full.lo, np.ndarray) else jnp
     lo = xp.concatenate([full.lo, partial.lo], -1)
     end = xp.concatenate([full.hi, partial.hi], -1) - lo
     end = xp.maximum(end, 0).cumsum(-1, dtype=np.int32)
@@ -200,7 +202,13 @@ def _listed(live: Live, outers: int, segment: int, group: int) -> Steps:
     count = int(longest) if xp is np else lo.shape[2] * segment
     nobody = xp.full((1,), -1, np.int32)
 
-    def one(lo: Any, end: Any, total: Any, fulls: Any, stop: Any) -> tuple[Any, Any]:
+    def one(
+        lo: ArrayLike,
+        end: ArrayLike,
+        total: ArrayLike,
+        fulls: ArrayLike,
+        stop: ArrayLike,
+    ) -> tuple[ArrayLike, ArrayLike]:
         t = xp.arange(count, dtype=np.int32)
         exists = t < stop[-1]
         line = xp.minimum(xp.searchsorted(stop, t, side="right"), len(stop) - 1)

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
 
 from attnlab._src.masks.base import Mask, as_mask, dense
 from attnlab._src.modifiers.bias import bias
@@ -57,7 +59,7 @@ class Alignment(nnx.Module):
         query: Projection | None = None,
         key: Projection | None = None,
         implementation: str | None = None,
-        precision: Any = None,
+        precision: PrecisionLike = None,
     ):
         """Puts parts together.
 
@@ -85,7 +87,7 @@ class Alignment(nnx.Module):
         attention_size: int,
         *,
         score: Score | None = None,
-        param_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "Alignment":
@@ -176,12 +178,12 @@ class Alignment(nnx.Module):
         query: Array,
         memory: KeyValue,
         score: Score,
-        mask: Any,
+        mask: Mask | ArrayLike | None,
         query_positions: Array | None,
         key_positions: Array | None,
         *,
         stats: bool,
-        top_k: Any = None,
+        top_k: int | Literal["all"] | None = None,
     ) -> AttentionResult:
         return self._run(
             query,
@@ -210,7 +212,7 @@ class Alignment(nnx.Module):
         )
         return found._replace(output=found.output[:, :, 0])
 
-    def _seen(self, mask: Any) -> Any:
+    def _seen(self, mask: Mask | ArrayLike | None) -> Mask | ArrayLike | None:
         if self.mask is None or mask is None:
             return self.mask if mask is None else mask
         return self.mask & mask
@@ -251,7 +253,7 @@ class PredictiveAlignment(Alignment):
         features: int,
         half_width: int,
         hidden_size: int | None = None,
-        param_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         **options: Any,
     ):
@@ -286,12 +288,12 @@ class PredictiveAlignment(Alignment):
         query: Array,
         memory: KeyValue,
         score: Score,
-        mask: Any,
+        mask: Mask | ArrayLike | None,
         query_positions: Array | None,
         key_positions: Array | None,
         *,
         stats: bool,
-        top_k: Any = None,
+        top_k: int | Literal["all"] | None = None,
     ) -> AttentionResult:
         slots = jnp.arange(memory.value.shape[1], dtype=jnp.int32)[None]
         places = slots if key_positions is None else key_positions

@@ -1,11 +1,11 @@
 """The recurrent decoder of Bahdanau, Cho and Bengio, 2015."""
 
 from collections.abc import Callable
-from typing import Any
 
 from flax import nnx
 from jax import lax
 
+from attnlab._src.nn.attention import MultiHeadAttention
 from attnlab._src.nn.embedding import Embedding
 from attnlab._src.nn.projection import projection
 from attnlab._src.nn.recurrent.alignment import Alignment
@@ -59,7 +59,7 @@ class BahdanauDecoder(AttentiveDecoder):
         self,
         embedding: Embedding,
         cell: AnyCell,
-        attention: Any,
+        attention: Alignment | MultiHeadAttention,
         readout: Callable[[Array, Array, Array], Array],
         *,
         context: nnx.Linear,
@@ -90,8 +90,8 @@ class BahdanauDecoder(AttentiveDecoder):
         context_features: int,
         last_features: int,
         attention_size: int | None = None,
-        attention: Any = None,
-        cell: Any = GRU,
+        attention: Alignment | MultiHeadAttention | None = None,
+        cell: Callable[..., AnyCell] = GRU,
         rngs: nnx.Rngs,
     ) -> "BahdanauDecoder":
         """The decoder of the paper; parts can be replaced.

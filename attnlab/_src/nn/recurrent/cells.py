@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from attnlab._src.nn.parameters import GLOROT, ZEROS, Initializer, named
 from attnlab._src.nn.projection import projection
@@ -31,8 +32,8 @@ class Cell(nnx.Module):
         in_features: int,
         hidden_size: int,
         *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = GLOROT,
         recurrent_init: Initializer = ORTHOGONAL,
         bias_init: Initializer = ZEROS,
@@ -91,7 +92,7 @@ class Cell(nnx.Module):
             )
         return self.input(x)
 
-    def start(self, batch: int, dtype: Any = jnp.float32) -> PyTree:
+    def start(self, batch: int, dtype: DTypeLike = jnp.float32) -> PyTree:
         """A state of zeros; its arrays lead with ``batch``."""
         return self.state(jnp.zeros((batch, self.state_size), dtype))
 
@@ -112,7 +113,7 @@ class Cell(nnx.Module):
         """
         raise NotImplementedError
 
-    def _turned(self, output: Array, dtype: Any) -> Array:
+    def _turned(self, output: Array, dtype: DTypeLike) -> Array:
         return output @ self.recurrent[...].astype(dtype)
 
 
@@ -151,7 +152,7 @@ class GRU(Cell):
         in_features: int,
         hidden_size: int,
         *,
-        param_dtype: Any = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         bias_init: Initializer = ZEROS,
         rngs: nnx.Rngs,
         **options: Any,
@@ -306,7 +307,7 @@ class StackedCells(nnx.Module):
         """See :class:`Cell`."""
         return self.cells[0].project(x)
 
-    def start(self, batch: int, dtype: Any = jnp.float32) -> PyTree:
+    def start(self, batch: int, dtype: DTypeLike = jnp.float32) -> PyTree:
         """See :class:`Cell`."""
         return tuple(cell.start(batch, dtype) for cell in self.cells)
 

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab._src.nn.attention import MultiHeadAttention
 from attnlab._src.nn.embedding import Embedding
 from attnlab._src.nn.projection import projection
+from attnlab._src.nn.recurrent.alignment import Alignment
 from attnlab._src.nn.recurrent.cells import GRU
 from attnlab._src.nn.recurrent.layers import AnyCell, Encoded, run_cell
 from attnlab._src.nn.recurrent.readouts import MaxoutReadout
@@ -37,7 +39,7 @@ class RecurrentState(NamedTuple):
     """
 
     cell: PyTree
-    source: Any
+    source: PyTree
     position: Array
     said: Array | None = None
 
@@ -99,7 +101,7 @@ class RecurrentDecoder(nnx.Module):
         """Logits, queries ``[B, T, features]`` of the attention, and the next state."""
         raise NotImplementedError
 
-    def _begin(self, vector: Array, source: Any) -> RecurrentState:
+    def _begin(self, vector: Array, source: PyTree) -> RecurrentState:
         cell = self.cell.state(jnp.tanh(self.first(vector)))
         return RecurrentState(cell, source, jnp.zeros(vector.shape[0], jnp.int32))
 
@@ -152,7 +154,7 @@ class PlainDecoder(RecurrentDecoder):
         features: int = 512,
         hidden_size: int = 512,
         context_features: int,
-        cell: Any = GRU,
+        cell: Callable[..., AnyCell] = GRU,
         rngs: nnx.Rngs,
     ) -> "PlainDecoder":
         """A decoder with one layer and a maxout readout.
@@ -202,7 +204,11 @@ class AttentiveDecoder(RecurrentDecoder):
     """Base class of decoders that attend to the encoder's states."""
 
     def __init__(
-        self, embedding: Embedding, cell: AnyCell, attention: Any, first: nnx.Linear
+        self,
+        embedding: Embedding,
+        cell: AnyCell,
+        attention: Alignment | MultiHeadAttention,
+        first: nnx.Linear,
     ):
         """Puts parts together.
 
@@ -214,7 +220,7 @@ class AttentiveDecoder(RecurrentDecoder):
                 has two) to ``cell.state_size``.
         """
         super().__init__(embedding, cell, first)
-        self.attention = attention
+        self.attention: Any = attention
 
     def start(self, encoded: Encoded) -> RecurrentState:
         """See :class:`RecurrentDecoder`; projects the encoder's states once."""

@@ -1,9 +1,12 @@
 """The recurrent encoder-decoder."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
+from attnlab._src.nn.attention import MultiHeadAttention
+from attnlab._src.nn.recurrent.alignment import Alignment
 from attnlab._src.nn.recurrent.bahdanau import BahdanauDecoder
 from attnlab._src.nn.recurrent.cells import GRU, LSTM
 from attnlab._src.nn.recurrent.decoders import (
@@ -12,7 +15,7 @@ from attnlab._src.nn.recurrent.decoders import (
     RecurrentDecoder,
     RecurrentState,
 )
-from attnlab._src.nn.recurrent.layers import RecurrentEncoder
+from attnlab._src.nn.recurrent.layers import AnyCell, RecurrentEncoder
 from attnlab._src.nn.recurrent.luong import LuongDecoder
 from attnlab._src.types import Array, ArrayLike
 
@@ -45,7 +48,7 @@ class RecurrentEncoderDecoder(nnx.Module):
         *,
         features: int = 512,
         hidden_size: int = 512,
-        cell: Any = GRU,
+        cell: Callable[..., AnyCell] = GRU,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "RecurrentEncoderDecoder":
@@ -60,7 +63,11 @@ class RecurrentEncoderDecoder(nnx.Module):
             rngs: Flax's random streams.
             **options: further arguments of :meth:`RecurrentEncoder.standard`.
         """
-        sizes = {"features": features, "hidden_size": hidden_size, "cell": cell}
+        sizes: dict[str, Any] = {
+            "features": features,
+            "hidden_size": hidden_size,
+            "cell": cell,
+        }
         encoder = RecurrentEncoder.standard(
             vocabulary_size, rngs=rngs, **sizes, **options
         )
@@ -81,9 +88,9 @@ class RecurrentEncoderDecoder(nnx.Module):
         features: int = 620,
         hidden_size: int = 1000,
         attention_size: int | None = None,
-        attention: Any = None,
+        attention: Alignment | MultiHeadAttention | None = None,
         bidirectional: bool = True,
-        cell: Any = GRU,
+        cell: Callable[..., AnyCell] = GRU,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "RecurrentEncoderDecoder":
@@ -102,7 +109,11 @@ class RecurrentEncoderDecoder(nnx.Module):
             rngs: Flax's random streams.
             **options: further arguments of :meth:`RecurrentEncoder.standard`.
         """
-        sizes = {"features": features, "hidden_size": hidden_size, "cell": cell}
+        sizes: dict[str, Any] = {
+            "features": features,
+            "hidden_size": hidden_size,
+            "cell": cell,
+        }
         encoder = RecurrentEncoder.standard(
             vocabulary_size, bidirectional=bidirectional, rngs=rngs, **sizes, **options
         )
@@ -125,9 +136,9 @@ class RecurrentEncoderDecoder(nnx.Module):
         *,
         features: int = 1000,
         hidden_size: int = 1000,
-        attention: Any = None,
+        attention: Alignment | MultiHeadAttention | None = None,
         input_feeding: bool = False,
-        cell: Any = LSTM,
+        cell: Callable[..., AnyCell] = LSTM,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "RecurrentEncoderDecoder":
@@ -146,7 +157,11 @@ class RecurrentEncoderDecoder(nnx.Module):
             rngs: Flax's random streams.
             **options: further arguments of :meth:`RecurrentEncoder.standard`.
         """
-        sizes = {"features": features, "hidden_size": hidden_size, "cell": cell}
+        sizes: dict[str, Any] = {
+            "features": features,
+            "hidden_size": hidden_size,
+            "cell": cell,
+        }
         encoder = RecurrentEncoder.standard(
             vocabulary_size, rngs=rngs, **sizes, **options
         )

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from attnlab._src.masks.data import documents as within
 from attnlab._src.masks.structural import causal, sliding_window
+from attnlab._src.nn.attention import MultiHeadAttention
 from attnlab._src.nn.cache import (
     Cache,
     KeyValue,
@@ -20,7 +22,7 @@ from attnlab._src.nn.embedding import Embedding
 from attnlab._src.nn.projection import projection
 from attnlab._src.nn.recurrent.alignment import Alignment
 from attnlab._src.nn.recurrent.cells import LSTM
-from attnlab._src.nn.recurrent.layers import Recurrent
+from attnlab._src.nn.recurrent.layers import AnyCell, Recurrent
 from attnlab._src.types import Array, ArrayLike, PyTree, promoted
 
 
@@ -97,8 +99,8 @@ class RecurrentLanguageModel(nnx.Module):
         features: int = 512,
         hidden_size: int = 512,
         num_layers: int = 1,
-        cell: Any = LSTM,
-        attention: Any = None,
+        cell: Callable[..., AnyCell] = LSTM,
+        attention: Alignment | MultiHeadAttention | None = None,
         rngs: nnx.Rngs,
     ) -> "RecurrentLanguageModel":
         """A model of equal layers, by default with scaled dot-product attention.
@@ -137,7 +139,7 @@ class RecurrentLanguageModel(nnx.Module):
         features: int = 512,
         hidden_size: int = 512,
         num_layers: int = 1,
-        cell: Any = LSTM,
+        cell: Callable[..., AnyCell] = LSTM,
         rngs: nnx.Rngs,
     ) -> "RecurrentLanguageModel":
         """Without attention; arguments as of :meth:`standard`."""
@@ -176,7 +178,7 @@ class RecurrentLanguageModel(nnx.Module):
         return self._logits(context, x)
 
     def start(
-        self, batch: int, length: int, *, dtype: Any = None
+        self, batch: int, length: int, *, dtype: DTypeLike | None = None
     ) -> RecurrentLanguageModelState:
         """The state before the first token.
 

@@ -1,6 +1,6 @@
 """Recurrent layers in one direction or both, and the recurrent encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -202,7 +202,7 @@ class RecurrentEncoder(nnx.Module):
         hidden_size: int = 512,
         num_layers: int = 1,
         bidirectional: bool = False,
-        cell: Any = GRU,
+        cell: Callable[..., AnyCell] = GRU,
         dropout_rate: float = 0.0,
         embedding: Embedding | None = None,
         rngs: nnx.Rngs,
@@ -256,7 +256,7 @@ class RecurrentEncoder(nnx.Module):
         """
         x = self.embedding(tokens)
         real, _ = _read(tokens.shape, lengths, documents, False)
-        state: Any = None
+        state: PyTree = None
         for place, layer in enumerate(self.layers):
             if place and self.dropout is not None:
                 x = self.dropout(x)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from attnlab._src.nn.attention import MultiHeadAttention
 from attnlab._src.nn.embedding import Embedding
 from attnlab._src.nn.projection import projection
 from attnlab._src.nn.recurrent.alignment import Alignment
@@ -52,7 +53,7 @@ class LuongDecoder(AttentiveDecoder):
         self,
         embedding: Embedding,
         cell: AnyCell,
-        attention: Any,
+        attention: Alignment | MultiHeadAttention,
         *,
         combine: nnx.Linear,
         head: Callable[[Array], Array],
@@ -87,9 +88,9 @@ class LuongDecoder(AttentiveDecoder):
         hidden_size: int = 512,
         context_features: int,
         last_features: int | None = None,
-        attention: Any = None,
+        attention: Alignment | MultiHeadAttention | None = None,
         input_feeding: bool = False,
-        cell: Any = LSTM,
+        cell: Callable[..., AnyCell] = LSTM,
         rngs: nnx.Rngs,
     ) -> "LuongDecoder":
         """The decoder of the paper, with one layer; parts can be replaced.

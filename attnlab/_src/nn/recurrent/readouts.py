@@ -1,9 +1,8 @@
 """Output layers of recurrent decoders: state, context and token vector to logits."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from attnlab._src.nn.projection import projection
 from attnlab._src.types import Array, promoted
@@ -23,8 +22,8 @@ class Readout(nnx.Module):
         features: int,
         vocabulary_size: int,
         *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Makes the matrix and the bias.
@@ -74,8 +73,8 @@ class MaxoutReadout(nnx.Module):
         hidden_size: int,
         vocabulary_size: int,
         *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Makes the matrices and biases of both layers.

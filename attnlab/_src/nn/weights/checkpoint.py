@@ -33,7 +33,7 @@ class Tensor(NamedTuple):
     """
 
     shape: tuple[int, ...]
-    read: Callable[[], Any]
+    read: Callable[[], ArrayLike]
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def tensors_of(source: Source) -> Iterator[dict[str, Tensor]]:
         yield found
 
 
-def _numpy(array: Any) -> Any:
+def _numpy(array: Any) -> ArrayLike:
     """Converts a PyTorch tensor to NumPy, which has no bfloat16; others stay."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
@@ -101,7 +101,7 @@ def _numpy(array: Any) -> Any:
     return array
 
 
-def _read(path: Path, file: Any, name: str) -> Any:
+def _read(path: Path, file: Any, name: str) -> np.ndarray:
     with _told(f"{path}: tensor {name!r} cannot be read; convert it to float32"):
         return file.get_tensor(name)
 

@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 
 from attnlab._src.nn.weights.checkpoint import Source, Tensor, tensors_of
 from attnlab._src.nn.weights.recipes import Names, Shape
+from attnlab._src.types import PyTree
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -113,7 +114,7 @@ def empty(make: Callable[[], M]) -> M:
     """
     graphs = []
 
-    def constants() -> Any:
+    def constants() -> PyTree:
         graph, _, rest = nnx.split(make(), nnx.Param, ...)
         graphs.append(graph)
         return rest
@@ -217,7 +218,7 @@ def _similar(name: str, found: Mapping[str, Tensor]) -> str:
     return f" (is it {close[0]!r}?)" if close else ""
 
 
-def _placed(array: np.ndarray, old: Any) -> jax.Array:
+def _placed(array: np.ndarray, old: object) -> jax.Array:
     """The array on the devices of the old one, if that was placed explicitly."""
     if isinstance(old, jax.Array) and old.committed:
         return jax.device_put(array, old.sharding)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class Recipe(NamedTuple):
 
     names: tuple[str, ...]
     shapes: Callable[[tuple[int, ...]], Sequence[Shape]]
-    make: Callable[..., Any]
+    make: Callable[..., np.ndarray]
 
 
 def tensor(name: str) -> Recipe:
@@ -78,7 +78,7 @@ def part(recipe: Recipe, index: int, count: int, axis: int = -1) -> Recipe:
         whole[axis] = count * (one[axis] or 0)
         return [tuple(whole)]
 
-    def make(shape: tuple[int, ...], array: np.ndarray) -> Any:
+    def make(shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
         return recipe.make(shape, np.split(array, count, axis)[index])
 
     return Recipe(recipe.names, shapes, make)
@@ -91,7 +91,7 @@ def stacked(recipes: Sequence[Recipe]) -> Recipe:
     def shapes(shape: tuple[int, ...]) -> Sequence[Shape]:
         return [s for recipe in recipes for s in recipe.shapes(shape[1:])]
 
-    def make(shape: tuple[int, ...], *arrays: np.ndarray) -> Any:
+    def make(shape: tuple[int, ...], *arrays: np.ndarray) -> np.ndarray:
         rest = iter(arrays)
         each = ([next(rest) for _ in recipe.names] for recipe in recipes)
         return np.stack([
