@@ -136,7 +136,7 @@ def _factors(
     return arguments, [output, Factors(output[:3])]
 
 
-def factors_of(inputs: AttentionInputs) -> Any:
+def factors_of(inputs: Any) -> Any:
     """The record with :class:`Factors` instead of arrays."""
     return dataclasses.replace(
         inputs,
