@@ -1,5 +1,17 @@
 """Attention on several devices."""
 
+from attnlab._src.ops.across import SequenceCost as SequenceCost
+from attnlab._src.ops.across import attention as attention
+from attnlab._src.ops.across import attention_with_stats as attention_with_stats
+from attnlab._src.ops.across import cost as cost
+from attnlab._src.ops.sequence.costs import StrategyCost as StrategyCost
 from attnlab._src.placement import use as use
 
-__all__ = ["use"]
+__all__ = [
+    "SequenceCost",
+    "StrategyCost",
+    "attention",
+    "attention_with_stats",
+    "cost",
+    "use",
+]

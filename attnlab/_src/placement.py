@@ -2,14 +2,34 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-_PLACE: contextvars.ContextVar[NamedSharding | None] = contextvars.ContextVar(
+#: How keys reach queries that are sharded along their length; of those that cost the
+#: same, the first is taken.
+STRATEGIES = ("exchange", "all_to_all", "ring", "all_gather")
+#: The strategy that costs least, known when arrays are.
+AUTOMATIC = "automatic"
+
+
+class Place(NamedTuple):
+    """What :func:`use` tells.
+
+    Attributes:
+        sharding: of queries, ``[B, T, N]``.
+        strategy: one of :data:`STRATEGIES` or :data:`AUTOMATIC`.
+    """
+
+    sharding: NamedSharding
+    strategy: str
+
+
+_PLACE: contextvars.ContextVar[Place | None] = contextvars.ContextVar(
     "attnlab_place", default=None
 )
 #: A name of an axis of a mesh, or several, the major one first.
@@ -18,12 +38,20 @@ Axes = str | Sequence[str] | None
 
 @contextlib.contextmanager
 def use(
-    mesh: Mesh, *, batch: Axes = None, heads: Axes = None, sequence: Axes = None
+    mesh: Mesh | AbstractMesh,
+    *,
+    batch: Axes = None,
+    heads: Axes = None,
+    sequence: Axes = None,
+    strategy: str | None = None,
 ) -> Iterator[None]:
-    """Within this, calls know along which axes of a mesh their queries are sharded.
+    """Within this, calls know along which axes of a mesh their arrays are sharded.
 
-    Two kinds of programs need it:
+    Three kinds of programs need it:
 
+    * those whose sequences are sharded: with ``sequence=``, devices send each other the
+      keys that the plan of the mask names (see :func:`attnlab.sharding.attention`),
+      and no others; without it, XLA gathers all keys;
     * those for several TPUs, on meshes with automatic axes: there XLA partitions a
       program after its kernels are made;
     * those with dropout inside ``jax.shard_map``: a device must know which examples and
@@ -37,11 +65,15 @@ def use(
         mesh: of the devices.
         batch: axes that shard the examples: the first axis of query, key and value.
         heads: axes that shard the query heads, and the key heads if they divide them.
-        sequence: axes that shard the query positions.
+        sequence: axes that shard queries and keys along their length. Calls with fewer
+            queries or keys than shards (a step of decoding) are computed as without.
+        strategy: how keys reach the queries: "exchange", "all_to_all", "ring" or
+            "all_gather"; None: the one that costs least.
 
     Raises:
         TypeError: if ``mesh`` is no mesh, or axes are not names.
-        ValueError: if an axis is not one of the mesh's, or is named twice.
+        ValueError: if an axis is not one of the mesh's, or is named twice; or if there
+            is no such strategy.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -55,7 +87,7 @@ def use(
         >>> attend(jnp.ones((2, 4, 1, 8))).shape
         (2, 4, 1, 8)
     """
-    if not isinstance(mesh, Mesh):
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise TypeError(
             f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}"
         )
@@ -78,8 +110,13 @@ def use(
             if axis in seen:
                 raise ValueError(f"{name}: axis {axis!r} is named twice")
             seen.add(axis)
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(
+            f"strategy: expected one of {', '.join(STRATEGIES)} or None, got "
+            f"{strategy!r}"
+        )
     spec = PartitionSpec(*(axes or None for axes in names.values()))
-    token = _PLACE.set(NamedSharding(mesh, spec))
+    token = _PLACE.set(Place(NamedSharding(mesh, spec), strategy or AUTOMATIC))
     try:
         yield
     finally:
@@ -104,7 +141,7 @@ def first_of_shard(kind: str, size: int) -> Any:
     known = _PLACE.get()
     if known is None:
         return 0
-    axes = names_of(known.spec[{"batch": 0, "heads": 2}[kind]])
+    axes = names_of(known.sharding.spec[{"batch": 0, "heads": 2}[kind]])
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if not axes or not {*axes} <= {*manual}:
         return 0
@@ -113,4 +150,22 @@ def first_of_shard(kind: str, size: int) -> Any:
 
 def place() -> NamedSharding | None:
     """The sharding of queries ``[B, T, N]`` that :func:`use` tells; None: unknown."""
-    return _PLACE.get()
+    known = _PLACE.get()
+    return None if known is None else known.sharding
+
+
+def strategy() -> str | None:
+    """The strategy that :func:`use` tells; None: no sequence is sharded.
+
+    Inside a ``shard_map`` the arrays are one device's, and it is None.
+    """
+    known = _PLACE.get()
+    if known is None or jax.sharding.get_abstract_mesh().manual_axes:
+        return None
+    return known.strategy if shards_of(known.sharding) > 1 else None
+
+
+def shards_of(sharding: NamedSharding) -> int:
+    """Into how many shards ``[B, T, N]`` is cut along T."""
+    shape = sharding.mesh.shape
+    return math.prod(shape[axis] for axis in names_of(sharding.spec[1]))

@@ -1,6 +1,7 @@
 """The functions ``attention`` and ``attention_with_stats``."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Unpack
 
@@ -16,6 +17,7 @@ from attnlab._src.implementations.top_k import top_weights
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.ops.derivative import run
 from attnlab._src.ops.prepare import prepare
+from attnlab._src.ops.sequence.run import run_sharded
 from attnlab._src.ops.validate import (
     Arguments,
     Options,
@@ -24,6 +26,7 @@ from attnlab._src.ops.validate import (
     check,
     check_names,
 )
+from attnlab._src.placement import AUTOMATIC, names_of
 from attnlab._src.types import (
     Array,
     ArrayLike,
@@ -178,7 +181,11 @@ def attend(
 
 def run_attention(args: Arguments, settings: Settings) -> AttentionResult:
     """The whole computation on validated arguments."""
-    return compiled_attention(args, settings.but(place=placement.place()))
+    place, strategy = placement.place(), placement.strategy()
+    if place is not None and strategy is not None:
+        least = min(args.query.shape[-3], args.key.shape[-3])
+        strategy = None if least < placement.shards_of(place) else strategy
+    return compiled_attention(args, settings.but(place=place, strategy=strategy))
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -187,6 +194,8 @@ def compiled_attention(args: Arguments, settings: Settings) -> AttentionResult:
     placed = _explicitly_placed(args, settings.top_k)
     if placed is not None:
         settings = settings.but(place=_flat(placed.lse))
+        if settings.strategy is None and _lengths_are_sharded_alike(args):
+            settings = settings.but(strategy=AUTOMATIC)
     run_on: Any = functools.partial(_run, settings=settings)
     if placed is not None:
         run_on = jax.sharding.auto_axes(run_on, out_sharding=placed)
@@ -219,6 +228,16 @@ def _explicitly_placed(args: Arguments, top_k: int | str | None) -> Any:
     )
 
 
+def _lengths_are_sharded_alike(args: Arguments) -> bool:
+    """Whether the same explicit axes shard queries and keys along their length."""
+    query, key = map(jax.typeof, (args.query, args.key))
+    axes = [names_of(x.sharding.spec[x.ndim - 3]) for x in (query, key)]
+    if axes[0] != axes[1] or not axes[0]:
+        return False
+    shards = math.prod(query.sharding.mesh.shape[axis] for axis in axes[0])
+    return min(query.shape[-3], key.shape[-3]) >= shards > 1
+
+
 def _flat(place: NamedSharding) -> NamedSharding:
     """Of ``[*batch, T, N]`` that of ``[B, T, N]``."""
     *batch, t, heads = place.spec
@@ -235,7 +254,7 @@ def _run(args: Arguments, settings: Settings) -> AttentionResult:
         args.mask.operands(t, args.key.shape[-3])
         return _nothing(args, settings.top_k)
     inputs = prepare(args, settings)
-    output, lse = run(inputs, settings.implementation, settings.place)
+    output, lse = _passes(inputs, settings)
     weights, indices = _weights(inputs, lse, settings.top_k)
     if args.sinks is not None:
         total = _with_sinks(lse, args.sinks)
@@ -248,6 +267,13 @@ def _run(args: Arguments, settings: Settings) -> AttentionResult:
     output = output.astype(args.query.dtype)
     found = AttentionResult(output, lse, weights, indices)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), found)
+
+
+def _passes(inputs: AttentionInputs, settings: Settings) -> tuple[Array, Array]:
+    name, place = settings.implementation, settings.place
+    if settings.strategy is not None and place is not None:
+        return run_sharded(inputs, name, place, settings.strategy)
+    return run(inputs, name, place)
 
 
 def _nothing(args: Arguments, top_k: int | str | None) -> AttentionResult:

@@ -24,7 +24,7 @@ _FORWARD_MODE = 'attention needs implementation="reference"'
 
 
 @pytree
-class _Wanted:
+class Wanted:
     """Which leaves of the inputs need a gradient: structure, not data."""
 
     flags: tuple[bool, ...] = static()
@@ -96,7 +96,7 @@ def _with_backward(asked: Asked) -> Callable[[AttentionInputs], tuple[Array, Arr
         return output, lse
 
     def forward(inputs: Any) -> tuple[tuple[Array, Array], PyTree]:
-        wanted = _Wanted(tuple(x.perturbed for x in jax.tree.leaves(inputs)))
+        wanted = Wanted(tuple(x.perturbed for x in jax.tree.leaves(inputs)))
         inputs = jax.tree.map(lambda x: x.value, inputs)
         output, kept = keep(*one_pass(asked, None, inputs))
         return (output, with_inf(kept)), (wanted, inputs, output, kept)
@@ -110,7 +110,7 @@ def _with_backward(asked: Asked) -> Callable[[AttentionInputs], tuple[Array, Arr
             d_output = jnp.zeros_like(output)
         d_output = jnp.where(sees[..., None], d_output, 0)
         d_lse = None if isinstance(d_lse, SymbolicZero) else jnp.where(sees, d_lse, 0)
-        found = _backward(asked, wanted.flags, inputs, output, lse, d_output, d_lse)
+        found = backward_pass(asked, wanted.flags, inputs, output, lse, d_output, d_lse)
         gradients = iter(found)
         leaves = [next(gradients) if on else None for on in wanted.flags]
         return (jax.tree.unflatten(jax.tree.structure(inputs), leaves),)
@@ -119,7 +119,7 @@ def _with_backward(asked: Asked) -> Callable[[AttentionInputs], tuple[Array, Arr
     return attend
 
 
-def _backward(
+def backward_pass(
     asked: Asked,
     flags: tuple[bool, ...],
     inputs: AttentionInputs,

@@ -78,6 +78,8 @@ class Settings:
             Flax's ``broadcast_dropout``.
         place: sharding of the query, ``[B, T, N]``, on a mesh with explicit axes; None
             where it is not known while tracing.
+        strategy: how keys reach queries whose sequence is sharded; None: XLA gathers
+            them.
     """
 
     dropout_rate: float = 0.0
@@ -87,6 +89,7 @@ class Settings:
     top_k: int | str | None = None
     shared_dropout: bool = False
     place: NamedSharding | None = None
+    strategy: str | None = None
 
     def but(self, **changes: Any) -> "Settings":
         """A copy with some of them changed."""

@@ -1,0 +1,1 @@
+"""Attention whose queries and keys are sharded along their length."""

@@ -1,0 +1,215 @@
+"""What each strategy sends and computes: from the plan, before anything runs."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from attnlab._src.masks.base import Full, Mask
+from attnlab._src.masks.bound import structural_bound
+from attnlab._src.masks.planning import index_blocks, make_plan
+from attnlab._src.ops.sequence.needs import Lengths
+from attnlab._src.ops.sequence.schedule import ring_hops, schedule_of
+from attnlab._src.ops.sequence.shards import Shards, without_slots
+from attnlab._src.ops.shares import Factors, Share, factors_of, reads_head, share_of
+from attnlab._src.placement import names_of, shards_of
+from attnlab._src.types import AttentionInputs, accumulation_dtype
+
+#: Queries and keys in the blocks by which work is counted.
+_BLOCK = 128
+
+
+class StrategyCost(NamedTuple):
+    """What a strategy costs, for the device that has most of it.
+
+    Attributes:
+        refused: why it cannot be taken; empty if it can.
+        bytes_forward: bytes that a device receives in the forward pass.
+        bytes_backward: in the backward pass, for gradients of query, key and value.
+        keys_held: keys that a device attends to at once.
+        pairs: for each shard of the sequence the query-key pairs of one head and
+            example in live blocks; an upper bound where the mask has data.
+    """
+
+    refused: tuple[str, ...]
+    bytes_forward: int
+    bytes_backward: int
+    keys_held: int
+    pairs: tuple[int, ...]
+
+    @property
+    def imbalance(self) -> float:
+        """The most pairs of a device, relative to the mean."""
+        total = sum(self.pairs)
+        return max(self.pairs) * len(self.pairs) / total if total else 1.0
+
+    def __str__(self) -> str:
+        if self.refused:
+            return "not possible: " + "; ".join(self.refused)
+        return (
+            f"{self.bytes_forward:,} bytes forward, {self.bytes_backward:,} backward; "
+            f"{self.keys_held:,} keys at once; most work {self.imbalance:.2f} x mean"
+        )
+
+
+def costs_of(inputs: AttentionInputs, place: NamedSharding) -> dict[str, StrategyCost]:
+    """The cost of each strategy.
+
+    Args:
+        inputs: the whole record; arrays may be shapes.
+        place: of queries and keys, ``[B, T, N]``.
+    """
+    shards, share = divided(inputs, place)
+    mesh, bound, lengths = place.mesh, known_bound(inputs), shards.lengths
+    count, size = lengths.count, lengths.keys
+    sizes = _Bytes(inputs, shards, share, mesh)
+    pairs = pairs_of(bound, lengths)
+    even = (math.ceil(sum(pairs) / count),) * count
+    schedule, hops = schedule_of(bound, lengths), ring_hops(bound, lengths)
+    shared = 2 * schedule.everyone.size * (count - 1) / count
+    sent = schedule.received - shared
+    turned = sizes.turned * (count - 1) // count
+    ring_back = (sizes.key * hops + sizes.gradient * (hops + (hops > 0))) * size
+    return {
+        "exchange": StrategyCost(
+            (),
+            int(sent * sizes.key + shared * sizes.summed),
+            int((sent + shared) * sizes.gradient),
+            schedule.held,
+            pairs,
+        ),
+        "all_to_all": StrategyCost(
+            _turning_refused(inputs, share, mesh, count),
+            turned,
+            turned,
+            count * size,
+            even,
+        ),
+        "ring": StrategyCost(
+            (), hops * size * sizes.key, ring_back, size * min(2, hops + 1), pairs
+        ),
+        "all_gather": StrategyCost(
+            (),
+            (count - 1) * size * sizes.key,
+            (count - 1) * size * sizes.gradient,
+            count * size,
+            pairs,
+        ),
+    }
+
+
+def best_of(costs: dict[str, StrategyCost]) -> str:
+    """The possible strategy of least bytes times imbalance, then of fewest keys."""
+    possible = {name: cost for name, cost in costs.items() if not cost.refused}
+
+    def price(name: str) -> tuple[float, int]:
+        cost = possible[name]
+        return cost.bytes_forward * cost.imbalance, cost.keys_held
+
+    return min(possible, key=price)
+
+
+def known_bound(inputs: AttentionInputs) -> Mask | None:
+    """What is known of the mask while tracing; None: any query may see any key."""
+    if not inputs.index_positions:
+        return None
+    return structural_bound(inputs.mask, inputs.mask_operands)
+
+
+def divided(inputs: AttentionInputs, place: NamedSharding) -> tuple[Shards, Share]:
+    """How a record is divided, given the sharding of queries and keys ``[B, T, N]``."""
+    batch, axes, heads = map(names_of, place.spec)
+    whole = reads_head(inputs)
+    share = share_of(place.mesh, (batch, (), heads), inputs.sizes, whole)
+    share = Share(share.axes | {"t": axes, "s": axes})
+    return Shards.of(inputs, axes, shards_of(place)), share
+
+
+class _Bytes:
+    """Bytes that a device has for each of its keys, or of its arrays.
+
+    Attributes:
+        key: of all that is sent with a key.
+        summed: the same where it is sent by a sum: flags are summed as int32.
+        gradient: of the gradients of a key and its value.
+        turned: of queries, keys, values and outputs of a shard.
+    """
+
+    def __init__(
+        self, inputs: AttentionInputs, shards: Shards, share: Share, mesh: Any
+    ):
+        """Counts them."""
+
+        def here(x: Any, factors: Factors) -> int:
+            parts = (
+                math.prod(mesh.shape[axis] for axis in share.axes.get(f or "", ()))
+                for f in factors
+            )
+            axes = zip(x.shape, parts, strict=True)
+            return math.prod(-(-n // part) for n, part in axes)
+
+        leaves = jax.tree.leaves(without_slots(inputs))
+        marked = zip(leaves, shards.factors, strict=True)
+        rows = [
+            (here(x, f) // shards.lengths.keys, np.dtype(x.dtype).itemsize)
+            for x, f in marked
+            if "s" in f and "t" not in f
+        ]
+        self.key = sum(n * width for n, width in rows)
+        self.summed = sum(n * (4 if width == 1 else width) for n, width in rows)
+        named = factors_of(inputs)
+        query, key, value = (
+            here(getattr(inputs, n), getattr(named, n))
+            for n in ("query", "key", "value")
+        )
+        width = np.dtype(inputs.key.dtype).itemsize
+        narrow = np.dtype(inputs.value.dtype).itemsize
+        self.gradient = (key * width + value * narrow) // shards.lengths.keys
+        output = query // inputs.sizes.P * inputs.sizes.D
+        wide = np.dtype(accumulation_dtype(inputs.query.dtype)).itemsize
+        self.turned = (
+            query * np.dtype(inputs.query.dtype).itemsize
+            + key * width
+            + value * narrow
+            + output * wide
+        )
+
+
+def _turning_refused(
+    inputs: AttentionInputs, share: Share, mesh: Any, count: int
+) -> tuple[str, ...]:
+    """Why heads cannot be divided among the devices instead of the sequence."""
+    reasons = []
+    if reads_head(inputs):
+        reasons.append("the mask or a modifier reads the number of the head")
+    for name, letter, axis in (("query", "N", "n"), ("key", "K", "k")):
+        parts = math.prod(mesh.shape[a] for a in share.axes[axis])
+        heads = getattr(inputs.sizes, letter) // parts
+        if heads % count:
+            reasons.append(f"{heads} {name} heads do not divide by {count} shards")
+    return tuple(reasons)
+
+
+@functools.lru_cache(maxsize=256)
+def pairs_of(bound: Mask | None, lengths: Lengths) -> tuple[int, ...]:
+    """Query-key pairs in live blocks, for each shard of queries."""
+    mask = Full() if bound is None else bound
+    queries = lengths.queries
+    block = next(n for n in range(min(_BLOCK, queries), 0, -1) if queries % n == 0)
+    plan = make_plan(
+        mask,
+        mask.operands(lengths.query_length, lengths.key_length),
+        index_blocks("query", lengths.query_length, block),
+        index_blocks("key", lengths.key_length, min(_BLOCK, lengths.key_length)),
+        cols=False,
+    )
+    full, partial = (np.asarray(x.per_row()).mean((0, 1)) for x in plan.rows)
+    live = full + partial
+    each = np.zeros(lengths.count * (queries // block))
+    each[: len(live)] = live
+    area = plan.block_q * plan.block_k
+    shards = each.reshape(lengths.count, -1).sum(1) * area
+    return tuple(int(n) for n in shards)

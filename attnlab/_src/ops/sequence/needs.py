@@ -1,0 +1,111 @@
+"""Which keys each device needs: from the plan whose rows are the shards of queries."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from attnlab._src.masks.base import Mask
+from attnlab._src.masks.planning import index_blocks, make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """How a sequence is cut into shards of one size.
+
+    Attributes:
+        count: shards.
+        query_length: T, before padding.
+        key_length: S, before padding.
+    """
+
+    count: int
+    query_length: int
+    key_length: int
+
+    @property
+    def queries(self) -> int:
+        """Queries in a shard."""
+        return -(-self.query_length // self.count)
+
+    @property
+    def keys(self) -> int:
+        """Keys in a shard."""
+        return -(-self.key_length // self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """The key slots that the queries of each shard may see.
+
+    The slots are cut into ranges such that all slots of a range lie in one shard, and
+    are needed by the same shards.
+
+    Attributes:
+        starts: ``[E]``, first slot of each range, ascending.
+        sizes: ``[E]``, slots in each range.
+        owners: ``[E]``, the shard that holds it.
+        by: ``[count, E]`` boolean, whether a shard needs it.
+    """
+
+    starts: np.ndarray
+    sizes: np.ndarray
+    owners: np.ndarray
+    by: np.ndarray
+
+    def cut_at(self, edges: Sequence[int]) -> "Needs":
+        """The same needs, with further edges between ranges."""
+        ends = self.starts + self.sizes
+        inside = [x for x in edges if 0 < x < ends[-1]]
+        starts = np.unique(np.concatenate([self.starts, np.asarray(inside, int)]))
+        whole = np.searchsorted(self.starts, starts, "right") - 1
+        sizes = np.diff(np.append(starts, ends[-1]))
+        return Needs(starts, sizes, self.owners[whole], self.by[:, whole])
+
+
+@functools.lru_cache(maxsize=256)
+def needs_of(mask: Mask | None, lengths: Lengths) -> Needs:
+    """What each shard needs.
+
+    Args:
+        mask: of structure alone; None: any query may see any key.
+        lengths: of the shards.
+    """
+    count, total = lengths.count, lengths.key_length
+    edges = np.minimum(np.arange(count + 1) * lengths.keys, total)
+    if mask is None:
+        intervals = [np.array([[0, total]])] * count
+    else:
+        intervals = _of_plan(mask, lengths)
+    starts = np.unique(np.concatenate([edges, *(x.ravel() for x in intervals)]))
+    sizes = np.diff(starts)
+    starts = starts[:-1]
+    by = np.zeros((count, len(starts)), bool)
+    for shard, spans in enumerate(intervals):
+        for first, last in spans:
+            by[shard, (starts >= first) & (starts < last)] = True
+    return Needs(starts, sizes, starts // lengths.keys, by)
+
+
+def _of_plan(mask: Mask, lengths: Lengths) -> list[np.ndarray]:
+    """For each shard of queries intervals ``[m, 2]`` of key slots."""
+    plan = make_plan(
+        mask,
+        mask.operands(lengths.query_length, lengths.key_length),
+        index_blocks("query", lengths.query_length, lengths.queries),
+        index_blocks("key", lengths.key_length, 1),
+        cols=False,
+    )
+    found = []
+    for shard in range(lengths.count):
+        if shard * lengths.queries >= lengths.query_length:
+            found.append(np.zeros((0, 2), int))
+            continue
+        spans = [
+            np.stack([np.asarray(x.lo)[:, :, shard], np.asarray(x.hi)[:, :, shard]], -1)
+            for x in plan.rows
+        ]
+        flat = np.concatenate([x.reshape(-1, 2) for x in spans]).astype(int)
+        found.append(flat[flat[:, 1] > flat[:, 0]])
+    return found

@@ -1,0 +1,165 @@
+"""What devices send is what was predicted, to the byte; and it follows the plan."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from attnlab import masks, sharding
+from attnlab._src.ops.sequence.needs import Lengths, needs_of
+from attnlab._src.ops.sequence.schedule import ring_hops, schedule_of
+from attnlab._src.placement import STRATEGIES
+from tests.devices import mesh_of, received
+from tests.grid import few
+
+COUNT, T = 4, 64
+PATTERNS = {
+    "full": None,
+    "causal": masks.causal(),
+    "window": masks.sliding_window(5, 0),
+    "two sides": masks.sliding_window(3, 20),
+    "anchors": masks.causal() & (masks.sliding_window(5, 0) | masks.prefix(2)),
+    "two anchors": masks.sliding_window(2, 2) | masks.anchor((0, 40), see_all=False),
+    "chunks": masks.chunked(24),
+    "dilated": masks.dilated_window(12, 12, 4),
+}
+
+
+def arrays(length=T, heads=4):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(k, (2, length, heads, 8)) for k in keys]
+
+
+def compiled(mask, strategy, length=T, backward=False, **options):
+    mesh = mesh_of()
+    place = NamedSharding(mesh, Spec(None, ("x", "y")))
+
+    def attend(q, k, v):
+        return sharding.attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            mesh=mesh,
+            sequence=("x", "y"),
+            strategy=strategy,
+            implementation="tiled",
+            **options,
+        )
+
+    def back(q, k, v):
+        output, pull = jax.vjp(attend, q, k, v)
+        return pull(output)
+
+    given = [jax.device_put(x, place) for x in arrays(length)]
+    return jax.jit(back if backward else attend).lower(*given).compile()
+
+
+def predicted(mask, length=T):
+    shape = jax.ShapeDtypeStruct((2, length, 4, 8), jnp.float32)
+    mesh = AbstractMesh((COUNT,), ("x",))
+    return sharding.cost(shape, shape, shape, mask=mask, mesh=mesh, sequence="x")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "strategy"),
+    few(
+        itertools.product(PATTERNS, STRATEGIES),
+        ("anchors", "exchange"),
+        ("two anchors", "exchange"),
+        ("two sides", "exchange"),
+        ("causal", "ring"),
+        ("full", "all_to_all"),
+        ("full", "all_gather"),
+    ),
+)
+def test_bytes_are_those_predicted(pattern, strategy):
+    mask = PATTERNS[pattern]
+    cost = predicted(mask).strategies[strategy]
+    assert received(compiled(mask, strategy), COUNT) == cost.bytes_forward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pattern", "strategy"), [*itertools.product(PATTERNS, STRATEGIES)]
+)
+def test_bytes_of_both_passes(pattern, strategy):
+    mask = PATTERNS[pattern]
+    cost = predicted(mask).strategies[strategy]
+    found = received(compiled(mask, strategy, backward=True), COUNT)
+    both = cost.bytes_forward + cost.bytes_backward
+    if strategy == "ring":
+        # XLA sees that both passes send the same keys at first, and sends them once.
+        both -= min(ring_hops(mask, Lengths(COUNT, T, T)), 1) * 2 * T // COUNT * 256
+    assert found == both
+
+
+def test_a_window_costs_the_same_whatever_the_length():
+    mask = PATTERNS["anchors"]
+    costs = {
+        (length, count): sharding.cost(
+            *[jax.ShapeDtypeStruct((1, length, 4, 8), jnp.float32)] * 3,
+            mask=mask,
+            mesh=AbstractMesh((count,), ("x",)),
+            sequence="x",
+        )
+        for length in (1024, 65536)
+        for count in (4, 16)
+    }
+    assert {cost.chosen for cost in costs.values()} == {"exchange"}
+    row = 2 * 4 * 8 * 4
+    for (_, count), cost in costs.items():
+        anchors = 2 * 2 * (count - 1) / count
+        found = cost.strategies["exchange"].bytes_forward
+        assert found == int((5 + anchors) * row)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("length", [T, 61])
+def test_each_device_gets_the_keys_that_it_needs(pattern, length):
+    mask = PATTERNS[pattern]
+    lengths = Lengths(COUNT, length, length)
+    dense = (masks.full() if mask is None else mask).to_dense(length)
+    needs, schedule = needs_of(mask, lengths), schedule_of(mask, lengths)
+    for shard in range(COUNT):
+        first = shard * lengths.keys
+        queries = slice(first, first + lengths.queries)
+        wanted = {int(s) for s in np.flatnonzero(np.asarray(dense[queries]).any(0))}
+        needed = {
+            int(slot)
+            for e in np.flatnonzero(needs.by[shard])
+            for slot in needs.starts[e] + np.arange(needs.sizes[e])
+        }
+        assert wanted <= needed
+        if pattern != "dilated":
+            assert wanted == needed
+        lists = [schedule.everyone, *(table for _, table in schedule.hops)]
+        listed = [int(s) for table in lists for s in table.slots[shard] if s >= 0]
+        near = range(first - schedule.left, first + lengths.keys + schedule.right)
+        assert needed <= {*listed, *near}
+        # A key that came twice would count twice.
+        assert len({*listed}) == len(listed)
+        assert not {*listed} & {*near}
+
+
+def test_work_is_counted_for_each_shard():
+    cost = predicted(masks.causal(), 1024)
+    ring, turned = cost.strategies["ring"], cost.strategies["all_to_all"]
+    assert ring.pairs == tuple(128 * 128 * n for n in (3, 7, 11, 15))
+    assert round(ring.imbalance, 3) == 1.667
+    assert turned.imbalance == 1.0
+    assert "1.67 x mean" in str(cost)
+
+
+def test_the_choice_takes_the_fewest_bytes():
+    assert predicted(masks.sliding_window(5, 0)).chosen == "exchange"
+    assert predicted(masks.causal(), 1024).chosen == "all_to_all"
+    heads = [jax.ShapeDtypeStruct((2, 1024, n, 8), jnp.float32) for n in (4, 1, 1)]
+    mesh = AbstractMesh((COUNT,), ("x",))
+    cost = sharding.cost(*heads, mask=masks.causal(), mesh=mesh, sequence="x")
+    assert cost.chosen == "ring"
+    assert "1 key heads do not divide" in str(cost)
