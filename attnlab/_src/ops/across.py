@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from attnlab._src import placement
-from attnlab._src.ops.attention import attend
+from attnlab._src.ops.attention import attend, bound_of
 from attnlab._src.ops.explain import canonical, describe
 from attnlab._src.ops.sequence.costs import StrategyCost, best_of, costs_of
 from attnlab._src.ops.validate import Options, check_names
@@ -40,8 +40,9 @@ def attention(
 
     Masks, modifiers, dropout and positions are those of one device. Lengths that the
     devices do not divide are padded. Data of a mask (documents, lengths, random blocks)
-    are unknown when the program is made: what its structure alone does not hide is sent
-    (combine documents with a window as long as the longest one).
+    that are constants of a traced program give exact lists of keys. Data that are
+    arguments are unknown when the program is made: what its structure alone does not
+    hide is sent, so combine documents with a window as long as the longest one.
 
     Args:
         query: ``[*batch, T, N, H]``, arrays of the whole sequence.
@@ -165,7 +166,7 @@ def cost(
     with _placed(query, key, mesh, sequence, batch, heads, None):
         args, _, inputs = canonical(query, key, value, _known(options))
         place: Any = placement.place()
-        found = costs_of(inputs, place)
+        found = costs_of(inputs, place, bound_of(args, data_are_known=True))
         shards = placement.shards_of(place)
         return SequenceCost(describe(args, inputs), shards, best_of(found), found)
 

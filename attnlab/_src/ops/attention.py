@@ -14,9 +14,11 @@ from attnlab._src.implementations.deferred import apply_deferred
 from attnlab._src.implementations.reference import attend as reference_attend
 from attnlab._src.implementations.tiled import Tiled
 from attnlab._src.implementations.top_k import top_weights
+from attnlab._src.masks.base import Mask
+from attnlab._src.masks.bound import known_bound, structural_bound
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.ops.derivative import run
-from attnlab._src.ops.prepare import prepare
+from attnlab._src.ops.prepare import position_kinds_of, prepare
 from attnlab._src.ops.sequence.run import run_sharded
 from attnlab._src.ops.validate import (
     Arguments,
@@ -181,11 +183,47 @@ def attend(
 
 def run_attention(args: Arguments, settings: Settings) -> AttentionResult:
     """The whole computation on validated arguments."""
-    place, strategy = placement.place(), placement.strategy()
-    if place is not None and strategy is not None:
-        least = min(args.query.shape[-3], args.key.shape[-3])
-        strategy = None if least < placement.shards_of(place) else strategy
-    return compiled_attention(args, settings.but(place=place, strategy=strategy))
+    settings = settings.but(place=placement.place(), strategy=_strategy(args))
+    if settings.strategy is not None:
+        arrays = args.query, args.key, args.value
+        traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
+        settings = settings.but(bound=bound_of(args, data_are_known=traced))
+    return compiled_attention(args, settings)
+
+
+def _strategy(args: Arguments) -> str | None:
+    """How keys reach queries; None if their lengths are not sharded alike."""
+    strategy, place = placement.strategy(), placement.place()
+    query, key = map(jax.typeof, (args.query, args.key))
+    lengths = query.shape[-3], key.shape[-3]
+    if strategy is not None and place is not None:
+        shards = placement.shards_of(place)
+    elif query.sharding.mesh.explicit_axes:
+        axes = [names_of(x.sharding.spec[x.ndim - 3]) for x in (query, key)]
+        if axes[0] != axes[1] or not axes[0]:
+            return None
+        shards = math.prod(query.sharding.mesh.shape[axis] for axis in axes[0])
+        strategy = AUTOMATIC if shards > 1 else None
+    else:
+        return None
+    return strategy if min(lengths) >= shards else None
+
+
+def bound_of(args: Arguments, data_are_known: bool) -> Mask | None:
+    """What is known of the mask before the program runs; None: nothing.
+
+    Args:
+        args: of the call.
+        data_are_known: whether arrays of the mask that are no tracers may be read. They
+            are constants of a program that is traced now; where nothing is traced they
+            are arguments, and the program must not depend on them.
+    """
+    if position_kinds_of(args) != ("index", "index"):
+        return None
+    if data_are_known:
+        return known_bound(args.mask)
+    lengths = args.query.shape[-3], args.key.shape[-3]
+    return structural_bound(args.mask, args.mask.operands(*lengths))
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -194,8 +232,6 @@ def compiled_attention(args: Arguments, settings: Settings) -> AttentionResult:
     placed = _explicitly_placed(args, settings.top_k)
     if placed is not None:
         settings = settings.but(place=_flat(placed.lse))
-        if settings.strategy is None and _lengths_are_sharded_alike(args):
-            settings = settings.but(strategy=AUTOMATIC)
     run_on: Any = functools.partial(_run, settings=settings)
     if placed is not None:
         run_on = jax.sharding.auto_axes(run_on, out_sharding=placed)
@@ -226,16 +262,6 @@ def _explicitly_placed(args: Arguments, top_k: int | str | None) -> Any:
         None if top_k is None else on(heads, t, None),
         None if top_k in (None, "all") else on(heads, t, None),
     )
-
-
-def _lengths_are_sharded_alike(args: Arguments) -> bool:
-    """Whether the same explicit axes shard queries and keys along their length."""
-    query, key = map(jax.typeof, (args.query, args.key))
-    axes = [names_of(x.sharding.spec[x.ndim - 3]) for x in (query, key)]
-    if axes[0] != axes[1] or not axes[0]:
-        return False
-    shards = math.prod(query.sharding.mesh.shape[axis] for axis in axes[0])
-    return min(query.shape[-3], key.shape[-3]) >= shards > 1
 
 
 def _flat(place: NamedSharding) -> NamedSharding:
@@ -272,7 +298,7 @@ def _run(args: Arguments, settings: Settings) -> AttentionResult:
 def _passes(inputs: AttentionInputs, settings: Settings) -> tuple[Array, Array]:
     name, place = settings.implementation, settings.place
     if settings.strategy is not None and place is not None:
-        return run_sharded(inputs, name, place, settings.strategy)
+        return run_sharded(inputs, name, place, settings.strategy, settings.bound)
     return run(inputs, name, place)
 
 

@@ -80,6 +80,8 @@ class Settings:
             where it is not known while tracing.
         strategy: how keys reach queries whose sequence is sharded; None: XLA gathers
             them.
+        bound: what is known of the mask before the program runs, if there is a
+            strategy; None: nothing.
     """
 
     dropout_rate: float = 0.0
@@ -90,6 +92,7 @@ class Settings:
     shared_dropout: bool = False
     place: NamedSharding | None = None
     strategy: str | None = None
+    bound: Mask | None = None
 
     def but(self, **changes: Any) -> "Settings":
         """A copy with some of them changed."""

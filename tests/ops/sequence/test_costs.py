@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from attnlab import masks, sharding
+from attnlab._src.masks.bound import known_bound
 from attnlab._src.ops.sequence.needs import Lengths, needs_of
 from attnlab._src.ops.sequence.schedule import ring_hops, schedule_of
 from attnlab._src.placement import STRATEGIES
@@ -26,6 +27,10 @@ PATTERNS = {
     "two anchors": masks.sliding_window(2, 2) | masks.anchor((0, 40), see_all=False),
     "chunks": masks.chunked(24),
     "dilated": masks.dilated_window(12, 12, 4),
+    # Constants of the program.
+    "documents": masks.documents(np.arange(T) // 13),
+    "random": masks.random_blocks(3, blocks_per_row=1, block_size=4, num_blocks=16)
+    | masks.sliding_window(3, 3),
 }
 
 
@@ -73,6 +78,8 @@ def predicted(mask, length=T):
         ("two anchors", "exchange"),
         ("two sides", "exchange"),
         ("causal", "ring"),
+        ("documents", "exchange"),
+        ("random", "exchange"),
         ("full", "all_to_all"),
         ("full", "all_gather"),
     ),
@@ -122,13 +129,17 @@ def test_a_window_costs_the_same_whatever_the_length():
 @pytest.mark.parametrize("length", [T, 61])
 def test_each_device_gets_the_keys_that_it_needs(pattern, length):
     mask = PATTERNS[pattern]
+    if pattern == "documents":
+        mask = masks.documents(np.arange(length) // 13)
+    mask = None if mask is None else known_bound(mask)
     lengths = Lengths(COUNT, length, length)
     dense = (masks.full() if mask is None else mask).to_dense(length)
+    dense = np.asarray(dense).reshape(length, length)
     needs, schedule = needs_of(mask, lengths), schedule_of(mask, lengths)
     for shard in range(COUNT):
         first = shard * lengths.keys
         queries = slice(first, first + lengths.queries)
-        wanted = {int(s) for s in np.flatnonzero(np.asarray(dense[queries]).any(0))}
+        wanted = {int(s) for s in np.flatnonzero(dense[queries].any(0))}
         needed = {
             int(slot)
             for e in np.flatnonzero(needs.by[shard])
@@ -144,6 +155,19 @@ def test_each_device_gets_the_keys_that_it_needs(pattern, length):
         # A key that came twice would count twice.
         assert len({*listed}) == len(listed)
         assert not {*listed} & {*near}
+
+
+def test_data_that_are_arguments_are_unknown():
+    """New ids must not compile anew, so everything that may be seen is sent."""
+    ids = np.arange(T) // 13
+    shape = jax.ShapeDtypeStruct((T,), jnp.int32)
+    known = predicted(masks.documents(ids))
+    unknown = predicted(jax.eval_shape(masks.documents, shape))
+    everything = predicted(masks.full()).strategies["ring"].bytes_forward
+    assert known.chosen == "exchange"
+    assert known.strategies["exchange"].bytes_forward < everything / 3
+    ids_of_keys = 4 * (COUNT - 1) * T // COUNT
+    assert unknown.strategies["ring"].bytes_forward == everything + ids_of_keys
 
 
 def test_work_is_counted_for_each_shard():

@@ -9,9 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from attnlab._src.masks.base import Full, Mask
-from attnlab._src.masks.bound import structural_bound
 from attnlab._src.masks.planning import index_blocks, make_plan
-from attnlab._src.ops.sequence.needs import Lengths
+from attnlab._src.ops.sequence.needs import Lengths, operands_of
 from attnlab._src.ops.sequence.schedule import ring_hops, schedule_of
 from attnlab._src.ops.sequence.shards import Shards, without_slots
 from attnlab._src.ops.shares import Factors, Share, factors_of, reads_head, share_of
@@ -55,15 +54,18 @@ class StrategyCost(NamedTuple):
         )
 
 
-def costs_of(inputs: AttentionInputs, place: NamedSharding) -> dict[str, StrategyCost]:
+def costs_of(
+    inputs: AttentionInputs, place: NamedSharding, bound: Mask | None
+) -> dict[str, StrategyCost]:
     """The cost of each strategy.
 
     Args:
         inputs: the whole record; arrays may be shapes.
         place: of queries and keys, ``[B, T, N]``.
+        bound: what is known of the mask; None: any query may see any key.
     """
     shards, share = divided(inputs, place)
-    mesh, bound, lengths = place.mesh, known_bound(inputs), shards.lengths
+    mesh, lengths = place.mesh, shards.lengths
     count, size = lengths.count, lengths.keys
     sizes = _Bytes(inputs, shards, share, mesh)
     pairs = pairs_of(bound, lengths)
@@ -110,13 +112,6 @@ def best_of(costs: dict[str, StrategyCost]) -> str:
         return cost.bytes_forward * cost.imbalance, cost.keys_held
 
     return min(possible, key=price)
-
-
-def known_bound(inputs: AttentionInputs) -> Mask | None:
-    """What is known of the mask while tracing; None: any query may see any key."""
-    if not inputs.index_positions:
-        return None
-    return structural_bound(inputs.mask, inputs.mask_operands)
 
 
 def divided(inputs: AttentionInputs, place: NamedSharding) -> tuple[Shards, Share]:
@@ -201,7 +196,7 @@ def pairs_of(bound: Mask | None, lengths: Lengths) -> tuple[int, ...]:
     block = next(n for n in range(min(_BLOCK, queries), 0, -1) if queries % n == 0)
     plan = make_plan(
         mask,
-        mask.operands(lengths.query_length, lengths.key_length),
+        operands_of(mask, lengths.query_length, lengths.key_length),
         index_blocks("query", lengths.query_length, block),
         index_blocks("key", lengths.key_length, min(_BLOCK, lengths.key_length)),
         cols=False,

@@ -4,10 +4,15 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from attnlab._src.masks.base import Mask
-from attnlab._src.masks.planning import index_blocks, make_plan
+from attnlab._src.masks.planning import alone, index_blocks, make_plan
+from attnlab._src.types import PyTree
+
+#: Pairs of shards and blocks of keys that are looked at.
+_MOST_PAIRS = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,7 @@ def needs_of(mask: Mask | None, lengths: Lengths) -> Needs:
     """What each shard needs.
 
     Args:
-        mask: of structure alone; None: any query may see any key.
+        mask: its arrays, if any, are NumPy's; None: any query may see any key.
         lengths: of the shards.
     """
     count, total = lengths.count, lengths.key_length
@@ -88,24 +93,37 @@ def needs_of(mask: Mask | None, lengths: Lengths) -> Needs:
     return Needs(starts, sizes, starts // lengths.keys, by)
 
 
+def operands_of(mask: Mask, t: int, s: int) -> PyTree:
+    """The operands of a mask whose data are known, as NumPy arrays."""
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(np.asarray, alone(mask, t, s)[0])
+
+
 def _of_plan(mask: Mask, lengths: Lengths) -> list[np.ndarray]:
     """For each shard of queries intervals ``[m, 2]`` of key slots."""
+    t, s = lengths.query_length, lengths.key_length
+    operands = operands_of(mask, t, s)
+    size = 1
+    if jax.tree.leaves(operands):
+        # Data are looked at key by key: fewer, larger blocks where there are many.
+        fewest = lengths.count * s // _MOST_PAIRS
+        size = next(n for n in range(fewest + 1, s + 2) if lengths.keys % n == 0)
     plan = make_plan(
         mask,
-        mask.operands(lengths.query_length, lengths.key_length),
-        index_blocks("query", lengths.query_length, lengths.queries),
-        index_blocks("key", lengths.key_length, 1),
+        operands,
+        index_blocks("query", t, lengths.queries),
+        index_blocks("key", s, size),
         cols=False,
     )
     found = []
     for shard in range(lengths.count):
-        if shard * lengths.queries >= lengths.query_length:
+        if shard * lengths.queries >= t:
             found.append(np.zeros((0, 2), int))
             continue
         spans = [
             np.stack([np.asarray(x.lo)[:, :, shard], np.asarray(x.hi)[:, :, shard]], -1)
             for x in plan.rows
         ]
-        flat = np.concatenate([x.reshape(-1, 2) for x in spans]).astype(int)
-        found.append(flat[flat[:, 1] > flat[:, 0]])
+        flat = np.concatenate([x.reshape(-1, 2) for x in spans]).astype(int) * size
+        found.append(np.minimum(flat[flat[:, 1] > flat[:, 0]], s))
     return found

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from attnlab._src.masks.base import Mask
 from attnlab._src.ops.sequence import strategies
-from attnlab._src.ops.sequence.costs import best_of, costs_of, divided, known_bound
+from attnlab._src.ops.sequence.costs import best_of, costs_of, divided
 from attnlab._src.ops.sequence.ring import ring
 from attnlab._src.ops.sequence.schedule import ring_hops, schedule_of
 from attnlab._src.ops.shares import Factors, Share, factors_of
@@ -16,7 +17,11 @@ from attnlab._src.types import Array, AttentionInputs
 
 
 def run_sharded(
-    inputs: AttentionInputs, name: str | None, place: NamedSharding, strategy: str
+    inputs: AttentionInputs,
+    name: str | None,
+    place: NamedSharding,
+    strategy: str,
+    bound: Mask | None,
 ) -> tuple[Array, Array]:
     """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``, differentiable.
 
@@ -25,18 +30,19 @@ def run_sharded(
         name: the implementation asked for; None: the automatic choice.
         place: of queries and keys, ``[B, T, N]``.
         strategy: how keys reach the queries, or :data:`AUTOMATIC`.
+        bound: what is known of the mask; None: any query may see any key.
 
     Raises:
         NotImplementedError: if the strategy cannot take the inputs.
     """
     shards, share = divided(inputs, place)
+    costs = costs_of(inputs, place, bound)
     if strategy == AUTOMATIC:
-        strategy = best_of(costs_of(inputs, place))
-    elif refused := costs_of(inputs, place)[strategy].refused:
+        strategy = best_of(costs)
+    elif refused := costs[strategy].refused:
         raise NotImplementedError(
             f"strategy={strategy!r} cannot take these inputs: " + "; ".join(refused)
         )
-    bound = known_bound(inputs)
     t = inputs.sizes.T
     inputs = shards.padded(inputs)
     leaves, structure = jax.tree.flatten(inputs)
