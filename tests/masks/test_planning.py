@@ -269,6 +269,29 @@ def test_given_positions_are_sound(name, order):
                 assert any(inside) or not block.any()
 
 
+def test_given_positions_have_full_blocks():
+    """Those of a zig-zag order, too; but no block with an empty slot is full."""
+    slots = np.arange(64, dtype=np.int32)
+    known = masks.causal().plan(64, block_size=4)
+
+    def given(positions):
+        query, key = (
+            planning.position_blocks(side, positions[None], 4)
+            for side in ("query", "key")
+        )
+        return planning.make_plan(masks.causal(), (), query, key)
+
+    for live in (lambda p: p.rows, lambda p: p.cols):
+        for one, other in zip(live(given(slots)), live(known), strict=True):
+            np.testing.assert_array_equal(one.per_row(), other.per_row())
+    dealt = given(np.r_[slots[:16], slots[48:]])
+    assert dealt.rows.full.per_row().sum() == 28
+    emptied = given(np.where(slots == 21, -1, slots))
+    full = emptied.rows.full
+    assert full.per_row()[0, 0, 5] == 0
+    assert not ((full.lo <= 5) & (full.hi > 5)).any()
+
+
 #: The greatest position.
 FAR = 2**31 - 1
 #: Masks, and their rules for 64-bit positions, which do not overflow.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from attnlab._src.masks.intervals import FAR, hull, namespace
+from attnlab._src.masks.intervals import FAR, first_run, hull, namespace, numbers
 from attnlab._src.types import Intervals
 
 
@@ -23,6 +23,8 @@ class Blocks:
         hi: ``[B or 1, count]``, the greatest position in each block (-1 if none).
         offset: ``[B or 1]`` position of slot 0 where position = offset + slot; None
             where the positions are given one by one.
+        occupied: ``[B or 1, count]``, whether no slot of a block is empty, where
+            positions are given.
     """
 
     side: str
@@ -31,6 +33,7 @@ class Blocks:
     lo: Any
     hi: Any
     offset: Any
+    occupied: Any = None
 
     @property
     def count(self) -> int:
@@ -80,10 +83,13 @@ class Blocks:
 
     def covered(self, lo: Any, hi: Any) -> Intervals:
         """Complete blocks that hold positions of ``[lo, hi)`` only."""
-        xp = namespace(lo, hi, self.lo, *(() if self.offset is None else [self.offset]))
         if self.offset is None:
-            nothing = xp.zeros(lo.shape[:-1] + (0,), np.int32)
-            return Intervals(nothing, nothing)
+            inside = self.lo[:, None, None, None, :] >= lo[..., None]
+            inside = inside & (self.hi[:, None, None, None, :] < hi[..., None])
+            complete = numbers(self.count, 5) < self.length // self.size
+            found = first_run(inside & complete)
+            return Intervals(found.lo[..., 0], found.hi[..., 0])
+        xp = namespace(lo, hi, self.lo, self.offset)
         first = -(-self._slot(lo) // self.size)
         last = xp.minimum(self._slot(hi) // self.size, self.length // self.size)
         return Intervals(first, xp.maximum(first, last))

@@ -14,6 +14,7 @@ from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import (
     FAR,
     difference,
+    first_run,
     merge,
     namespace,
     numbers,
@@ -100,7 +101,8 @@ def position_blocks(side: str, positions: ArrayLike, size: int) -> Blocks:
     known = namespace(positions).where(positions < 0, FAR, positions)
     lo = blocks.reduce(known, 1, "min", FAR)
     hi = blocks.reduce(positions, 1, "max", -1)
-    return dataclasses.replace(blocks, lo=lo, hi=hi)
+    occupied = blocks.reduce(positions >= 0, 1, "all", True)
+    return dataclasses.replace(blocks, lo=lo, hi=hi, occupied=occupied)
 
 
 def blocks_of(
@@ -149,11 +151,7 @@ def plan_of(inputs: AttentionInputs, sizes: tuple[int, int], cols: bool) -> Plan
 def _live(mask: Rule, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
     possible, certain = mask.bounds(rows, cols, operands)
     possible, certain = merge(possible), merge(certain)
-    if rows.offset is None or cols.offset is None:
-        # Some slot may be empty: no block is surely full.
-        certain = Intervals(certain.lo[..., :0], certain.hi[..., :0])
-    elif not (rows.starts_at_zero and cols.starts_at_zero):
-        certain = _of_positions(certain, rows, cols)
+    certain = _without_empty(certain, rows, cols)
     if rows.side == "key" and rows.length % rows.size:
         # An incomplete last block of keys is never full, be it a column or a row.
         last = numbers(rows.count, certain.lo.ndim - 1)[..., None] == rows.count - 1
@@ -167,12 +165,24 @@ def _live(mask: Rule, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
     return Live(certain, difference(possible, certain, cols.count))
 
 
-def _of_positions(certain: Intervals, rows: Blocks, cols: Blocks) -> Intervals:
-    """Removes blocks with empty slots, whose positions an offset makes negative."""
-    xp = namespace(*certain, rows.lo, cols.offset)
-    first = xp.maximum(-(cols.offset // cols.size), 0)[:, None, None, None]
-    lo = xp.maximum(certain.lo, first)
-    return Intervals(lo, xp.where(rows.rows_lo < 0, lo, certain.hi))
+def _without_empty(certain: Intervals, rows: Blocks, cols: Blocks) -> Intervals:
+    """Removes blocks with empty slots, which are not full whatever the mask says."""
+    if not rows.starts_at_zero:
+        whole = rows.rows_lo >= 0
+        if rows.offset is None:
+            whole = rows.occupied[:, None, :, None]
+        xp = namespace(*certain, whole)
+        certain = Intervals(certain.lo, xp.where(whole, certain.hi, certain.lo))
+    if cols.starts_at_zero:
+        return certain
+    if cols.offset is None:
+        first, last = first_run(cols.occupied[:, None, None])
+    else:
+        first = namespace(cols.offset).maximum(-(cols.offset // cols.size), 0)
+        first, last = first[:, None, None, None], cols.count
+    xp = namespace(*certain, first)
+    lo, hi = xp.maximum(certain.lo, first), xp.minimum(certain.hi, last)
+    return Intervals(lo, xp.maximum(lo, hi))
 
 
 def make_plan(

@@ -7,11 +7,19 @@ from typing import Any, NamedTuple, Unpack
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from attnlab._src import placement
+from attnlab._src import arguments, placement
+from attnlab._src.masks.bound import known_bound
 from attnlab._src.ops.attention import attend, bound_of
 from attnlab._src.ops.explain import canonical, describe
-from attnlab._src.ops.sequence.costs import StrategyCost, best_of, costs_of
-from attnlab._src.ops.validate import Options, check_names
+from attnlab._src.ops.sequence.costs import (
+    Pairs,
+    StrategyCost,
+    best_of,
+    costs_of,
+    pairs_at,
+)
+from attnlab._src.ops.sequence.needs import Lengths
+from attnlab._src.ops.validate import Arguments, Options, check_names
 from attnlab._src.types import Array, ArrayLike, AttentionResult
 
 
@@ -166,9 +174,26 @@ def cost(
     with _placed(query, key, mesh, sequence, batch, heads, None):
         args, _, inputs = canonical(query, key, value, _known(options))
         place: Any = placement.place()
-        found = costs_of(inputs, place, bound_of(args, data_are_known=True))
+        bound = bound_of(args, data_are_known=True)
+        found = costs_of(inputs, place, bound, _pairs_given(args, place))
         shards = placement.shards_of(place)
         return SequenceCost(describe(args, inputs), shards, best_of(found), found)
+
+
+def _pairs_given(args: Arguments, place: Any) -> Pairs | None:
+    """Pairs of each shard where positions are given and known; else None."""
+    query, key = map(arguments.values, (args.query_positions, args.key_positions))
+    bound = known_bound(args.mask)
+    if (
+        query is None
+        or key is None
+        or query.ndim + key.ndim > 2
+        or jax.tree.leaves(bound)
+    ):
+        return None
+    shards = placement.shards_of(place)
+    lengths = Lengths(shards, args.query.shape[-3], args.key.shape[-3])
+    return pairs_at(bound, lengths, query, key)
 
 
 def _known(options: Options) -> Options:

@@ -166,8 +166,9 @@ def test_data_that_are_arguments_are_unknown():
     everything = predicted(masks.full()).strategies["ring"].bytes_forward
     assert known.chosen == "exchange"
     assert known.strategies["exchange"].bytes_forward < everything / 2
-    ids_of_keys = 4 * (COUNT - 1) * T // COUNT
-    assert unknown.strategies["ring"].bytes_forward == everything + ids_of_keys
+    # Of each key its id, and whether any query sees it.
+    data = (4 + 1) * (COUNT - 1) * T // COUNT
+    assert unknown.strategies["ring"].bytes_forward == everything + data
 
 
 def test_work_is_counted_for_each_shard():
@@ -187,3 +188,34 @@ def test_the_choice_takes_the_fewest_bytes():
     cost = sharding.cost(*heads, mask=masks.causal(), mesh=mesh, sequence="x")
     assert cost.chosen == "ring"
     assert "1 key heads do not divide" in str(cost)
+
+
+@pytest.mark.parametrize(
+    ("mask", "runs"),
+    [
+        (masks.causal(), 2 * COUNT - 1),
+        (masks.full(), 1),
+        (masks.sliding_window(100, 0), 1),
+        (masks.documents(np.repeat([0, 1, 2], [640, 256, 128])) & masks.causal(), None),
+    ],
+)
+def test_a_balanced_order_is_even(mask, runs):
+    length = 1024
+    order = sharding.balanced_order(mask, length, COUNT)
+    assert sorted(order) == [*range(length)]
+    assert runs is None or 1 + (np.diff(order) != 1).sum() == runs
+    visible = np.asarray(mask.to_dense(length)).reshape(length, length)
+    work = visible.sum(1)[order].reshape(COUNT, -1).sum(1)
+    assert work.max() <= 1.1 * work.mean()
+    # Dealt evenly, the ring is as even as all-to-all.
+    if mask is not None and not jax.tree.leaves(mask):
+        shape = jax.ShapeDtypeStruct((1, length, 4, 8), jnp.float32)
+        cost = sharding.cost(
+            *[shape] * 3,
+            mask=mask,
+            query_positions=order,
+            key_positions=order,
+            mesh=AbstractMesh((COUNT,), ("x",)),
+            sequence="x",
+        )
+        assert cost.strategies["ring"].imbalance <= 1.1

@@ -137,6 +137,17 @@ def test_explicit_axes_are_enough():
     close([compiled(*given)], [attend(*arrays())])
 
 
+@pytest.mark.parametrize("strategy", few(STRATEGIES, "ring"))
+def test_a_balanced_order(strategy):
+    mask = masks.causal()
+    order = sharding.balanced_order(mask, T, 4)
+    where = dict(mesh=mesh_of(), sequence=SEQUENCE, strategy=strategy)
+    options = dict(mask=mask, implementation="tiled")
+    dealt = options | dict(query_positions=order, key_positions=order)
+    found = both_passes(dealt, **where)(*(x[:, order] for x in arrays()))
+    close([x[:, np.argsort(order)] for x in found], both_passes(options)(*arrays()))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_hidden_keys_do_not_exist(strategy):
     q, k, v = arrays()

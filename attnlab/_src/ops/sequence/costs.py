@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from attnlab._src.masks.base import Full, Mask
-from attnlab._src.masks.planning import index_blocks, make_plan
+from attnlab._src.masks.geometry import Blocks
+from attnlab._src.masks.planning import index_blocks, make_plan, position_blocks
 from attnlab._src.ops.sequence.needs import Lengths, operands_of
 from attnlab._src.ops.sequence.schedule import ring_hops, schedule_of
 from attnlab._src.ops.sequence.shards import Shards, without_slots
@@ -55,7 +56,10 @@ class StrategyCost(NamedTuple):
 
 
 def costs_of(
-    inputs: AttentionInputs, place: NamedSharding, bound: Mask | None
+    inputs: AttentionInputs,
+    place: NamedSharding,
+    bound: Mask | None,
+    pairs: "Pairs | None" = None,
 ) -> dict[str, StrategyCost]:
     """The cost of each strategy.
 
@@ -63,13 +67,14 @@ def costs_of(
         inputs: the whole record; arrays may be shapes.
         place: of queries and keys, ``[B, T, N]``.
         bound: what is known of the mask; None: any query may see any key.
+        pairs: of each shard of queries, if they do not follow from ``bound``.
     """
     shards, share = divided(inputs, place)
     mesh, lengths = place.mesh, shards.lengths
     count, size = lengths.count, lengths.keys
     sizes = _Bytes(inputs, shards, share, mesh)
-    pairs = pairs_of(bound, lengths)
-    even = (math.ceil(sum(pairs) / count),) * count
+    whole, ring = pairs or [pairs_of(bound, lengths)] * 2
+    even = (math.ceil(sum(whole) / count),) * count
     schedule, hops = schedule_of(bound, lengths), ring_hops(bound, lengths)
     shared = 2 * schedule.everyone.size * (count - 1) / count
     sent = schedule.received - shared
@@ -81,7 +86,7 @@ def costs_of(
             int(sent * sizes.key + shared * sizes.summed),
             int((sent + shared) * sizes.gradient),
             schedule.held,
-            pairs,
+            whole,
         ),
         "all_to_all": StrategyCost(
             _turning_refused(inputs, share, mesh, count),
@@ -91,14 +96,14 @@ def costs_of(
             even,
         ),
         "ring": StrategyCost(
-            (), hops * size * sizes.key, ring_back, size * min(2, hops + 1), pairs
+            (), hops * size * sizes.key, ring_back, size * min(2, hops + 1), ring
         ),
         "all_gather": StrategyCost(
             (),
             (count - 1) * size * sizes.key,
             (count - 1) * size * sizes.gradient,
             count * size,
-            pairs,
+            whole,
         ),
     }
 
@@ -191,20 +196,46 @@ def _turning_refused(
 @functools.lru_cache(maxsize=256)
 def pairs_of(bound: Mask | None, lengths: Lengths) -> tuple[int, ...]:
     """Query-key pairs in live blocks, for each shard of queries."""
-    mask = Full() if bound is None else bound
+    block = _block_of(lengths)
+    query = index_blocks("query", lengths.query_length, block)
+    key = index_blocks("key", lengths.key_length, block)
+    return _pairs(Full() if bound is None else bound, lengths, query, key)
+
+
+#: Pairs of each shard of queries, with all keys at once, and shard after shard.
+Pairs = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def pairs_at(
+    bound: Mask, lengths: Lengths, queries: np.ndarray, keys: np.ndarray
+) -> Pairs:
+    """Pairs in live blocks, for slots at given positions ``[T]`` and ``[S]``.
+
+    A row of a plan whose positions are given is one interval of blocks. Keys in an
+    order of several pieces so have more live blocks at once than shard after shard.
+    """
+    block = _block_of(lengths)
+    query = position_blocks("query", queries[None], block)
+    each = [
+        _pairs(bound, lengths, query, position_blocks("key", part[None], block))
+        for part in (
+            keys,
+            *np.split(keys, range(lengths.keys, len(keys), lengths.keys)),
+        )
+    ]
+    return each[0], tuple(map(sum, zip(*each[1:], strict=True)))
+
+
+def _block_of(lengths: Lengths) -> int:
     queries = lengths.queries
-    block = next(n for n in range(min(_BLOCK, queries), 0, -1) if queries % n == 0)
-    plan = make_plan(
-        mask,
-        operands_of(mask, lengths.query_length, lengths.key_length),
-        index_blocks("query", lengths.query_length, block),
-        index_blocks("key", lengths.key_length, min(_BLOCK, lengths.key_length)),
-        cols=False,
-    )
-    full, partial = (np.asarray(x.per_row()).mean((0, 1)) for x in plan.rows)
-    live = full + partial
-    each = np.zeros(lengths.count * (queries // block))
-    each[: len(live)] = live
-    area = plan.block_q * plan.block_k
-    shards = each.reshape(lengths.count, -1).sum(1) * area
+    return next(n for n in range(min(_BLOCK, queries), 0, -1) if queries % n == 0)
+
+
+def _pairs(mask: Mask, lengths: Lengths, query: Blocks, key: Blocks) -> tuple[int, ...]:
+    operands = operands_of(mask, lengths.query_length, lengths.key_length)
+    rows = make_plan(mask, operands, query, key, cols=False).rows
+    full, partial = (np.asarray(x.per_row()).mean((0, 1)) for x in rows)
+    each = np.zeros(lengths.count * (lengths.queries // query.size))
+    each[: query.count] = full + partial
+    shards = each.reshape(lengths.count, -1).sum(1) * query.size * key.size
     return tuple(int(n) for n in shards)
