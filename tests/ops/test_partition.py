@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from attnlab import attention, masks, modifiers, nn, scores, sharding
-from attnlab._src.ops import partition
+from attnlab._src.ops import partition, primitive
 from attnlab._src.types import Modifier, Sizes, pytree
 from tests.devices import collectives, mesh_of
 from tests.grid import NATIVE, few
@@ -205,6 +205,29 @@ def test_key_heads_that_do_not_divide():
     given = placed(mesh_of(), (q, k, k), (Spec(None, None, "x"), Spec(), Spec()))
     for one, other in zip(run(*given), run(q, k, k), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", few([NATIVE, "tiled"], "tiled"))
+def test_devices_that_share_a_key_head_have_all(implementation, monkeypatch):
+    """Four devices along one axis, two key heads: each picks the one that it needs."""
+    mesh = jax.make_mesh((4,), ("heads",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, Spec(None, None, "heads"))
+
+    # As for several TPUs, whose compiler knows no rules.
+    def as_placed(run: Any, structure: Any, avals: Any, wanted: Any) -> Any:
+        return partition.divided_as_placed(run, structure, avals, wanted, place)
+
+    monkeypatch.setattr(primitive, "divided", as_placed)
+    q, k, v = arrays(2)
+    run = both_passes(implementation, dict(mask=masks.causal()))
+    given = placed(mesh, (q, k, v), (place.spec, Spec(), Spec()))
+    compiled = run.lower(*given).compile()
+    found = compiled(*given)
+    for one, other in zip(found, run(q, k, v), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+    assert found[0].sharding.is_equivalent_to(place, 4)
+    # Gradients of keys and values are summed; nothing else is sent.
+    assert collectives(compiled) == {"all-reduce": k.nbytes + v.nbytes}
 
 
 @pytree

@@ -2,24 +2,16 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from attnlab._src import arguments, placement
-from attnlab._src.masks.bound import known_bound
-from attnlab._src.ops.attention import attend, bound_of
-from attnlab._src.ops.explain import canonical, describe
-from attnlab._src.ops.sequence.costs import (
-    Pairs,
-    StrategyCost,
-    best_of,
-    costs_of,
-    pairs_at,
-)
-from attnlab._src.ops.sequence.needs import Lengths
-from attnlab._src.ops.validate import Arguments, Options, check_names
+from attnlab._src import placement
+from attnlab._src.ops.attention import attend
+from attnlab._src.ops.explain import canonical
+from attnlab._src.ops.mesh_cost import MeshCost, mesh_cost
+from attnlab._src.ops.validate import Options, check_names
 from attnlab._src.types import Array, ArrayLike, AttentionResult
 
 
@@ -108,45 +100,26 @@ def attention_with_stats(
         return attend(query, key, value, stats=True, **_known(options))
 
 
-class SequenceCost(NamedTuple):
-    """The result of :func:`cost`; ``str`` of it is readable text.
-
-    Attributes:
-        inputs: a line that describes the inputs.
-        shards: into how many shards the sequence is cut.
-        chosen: the strategy that the automatic choice takes.
-        strategies: the cost of each strategy, by its name.
-    """
-
-    inputs: str
-    shards: int
-    chosen: str
-    strategies: dict[str, StrategyCost]
-
-    def __str__(self) -> str:
-        lines = [self.inputs, f"sequence in {self.shards} shards: {self.chosen}"]
-        lines += [f"  {name}: {cost}" for name, cost in self.strategies.items()]
-        return "\n".join(lines)
-
-
 def cost(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: ArrayLike | jax.ShapeDtypeStruct,
+    key: ArrayLike | jax.ShapeDtypeStruct,
+    value: ArrayLike | jax.ShapeDtypeStruct,
     *,
-    sequence: placement.Axes,
+    sequence: placement.Axes = None,
     mesh: Mesh | AbstractMesh | None = None,
     batch: placement.Axes = None,
     heads: placement.Axes = None,
     **options: Unpack[Options],
-) -> SequenceCost:
-    """What :func:`attention` would send, for each strategy, and who computes how much.
+) -> MeshCost:
+    """What devices would send each other, for each strategy, and who computes what.
+
+    ``print(attnlab.explain(...))`` shows it, too, within :func:`attnlab.sharding.use`.
 
     Args:
         query: array or ``jax.ShapeDtypeStruct``, ``[*batch, T, N, H]``.
         key: ``[*batch, S, K, H]``.
         value: ``[*batch, S, K, D]``.
-        sequence: as of :func:`attention`.
+        sequence: as of :func:`attention`; None: the sequence is not sharded.
         mesh: as of :func:`attention`; an ``AbstractMesh`` needs no devices.
         batch: as of :func:`attention`.
         heads: as of :func:`attention`.
@@ -159,9 +132,8 @@ def cost(
         >>> x = jax.ShapeDtypeStruct((1, 65536, 4, 64), jnp.bfloat16)
         >>> mask = masks.sliding_window(1024, 0)
         >>> print(sharding.cost(x, x, x, mask=mask, mesh=mesh, sequence="sequence"))
-        B=1, T=65536, S=65536, N=4, K=4, P=64, D=64; bfloat16; score ScaledDot; mask
-        sliding_window(1024, 0)
-        sequence in 8 shards: exchange
+        8 devices divide B by 1, T by 8, N by 1, K by 1
+        keys reach queries by exchange
           exchange: 1,048,576 bytes forward, 1,048,576 backward; 9,216 keys at once;
           most work 1.01 x mean
           all_to_all: not possible: 4 query heads do not divide by 8 shards; 4 key heads
@@ -171,29 +143,10 @@ def cost(
           all_gather: 58,720,256 bytes forward, 58,720,256 backward; 65,536 keys at
           once; most work 1.01 x mean
     """
-    with _placed(query, key, mesh, sequence, batch, heads, None):
+    with _placed(query, key, mesh, sequence, batch, heads, None, needed=False):
         args, _, inputs = canonical(query, key, value, _known(options))
         place: Any = placement.place()
-        bound = bound_of(args, data_are_known=True)
-        found = costs_of(inputs, place, bound, _pairs_given(args, place))
-        shards = placement.shards_of(place)
-        return SequenceCost(describe(args, inputs), shards, best_of(found), found)
-
-
-def _pairs_given(args: Arguments, place: Any) -> Pairs | None:
-    """Pairs of each shard where positions are given and known; else None."""
-    query, key = map(arguments.values, (args.query_positions, args.key_positions))
-    bound = known_bound(args.mask)
-    if (
-        query is None
-        or key is None
-        or query.ndim + key.ndim > 2
-        or jax.tree.leaves(bound)
-    ):
-        return None
-    shards = placement.shards_of(place)
-    lengths = Lengths(shards, args.query.shape[-3], args.key.shape[-3])
-    return pairs_at(bound, lengths, query, key)
+        return mesh_cost(args, inputs, place)
 
 
 def _known(options: Options) -> Options:
@@ -210,6 +163,7 @@ def _placed(
     batch: placement.Axes,
     heads: placement.Axes,
     strategy: str | None,
+    needed: bool = True,
 ) -> Iterator[None]:
     """:func:`placement.use`, where it must be possible to cut the sequence."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
@@ -218,7 +172,7 @@ def _placed(
             "mesh: expected a mesh, got None outside of jax.set_mesh; make one with "
             "jax.make_mesh"
         )
-    if not placement.names_of(sequence):
+    if needed and not placement.names_of(sequence):
         raise ValueError(
             f"sequence: expected an axis of the mesh ({', '.join(mesh.axis_names)}), "
             f"got {sequence!r}"

@@ -7,10 +7,12 @@ from typing import NamedTuple, Unpack
 import jax
 import numpy as np
 
+from attnlab._src import placement
 from attnlab._src.exact import exactly
 from attnlab._src.implementations.measured import measured
 from attnlab._src.masks.base import Full, Mask, full
 from attnlab._src.ops.choice import as_platform, choose, passed_over
+from attnlab._src.ops.mesh_cost import MeshCost, mesh_cost
 from attnlab._src.ops.prepare import prepare
 from attnlab._src.ops.validate import Arguments, Options, Settings, check, check_names
 from attnlab._src.types import ArrayLike, AttentionInputs, Implementation
@@ -28,6 +30,8 @@ class Explanation(NamedTuple):
         crossover: the share of full attention's time that the mask takes, from which
             length on it is faster, and the machine of the measurements; None if nothing
             comparable was measured.
+        mesh: what each device has and what devices send, within
+            :func:`attnlab.sharding.use`; else None.
     """
 
     inputs: str
@@ -36,6 +40,7 @@ class Explanation(NamedTuple):
     block_sizes: tuple[int, int]
     passed_over: dict[str, tuple[str, ...]]
     crossover: str | None = None
+    mesh: MeshCost | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -45,6 +50,8 @@ class Explanation(NamedTuple):
         ]
         if self.crossover is not None:
             lines.append(self.crossover)
+        if self.mesh is not None:
+            lines.append(str(self.mesh))
         for name, reasons in self.passed_over.items():
             lines.append(f"  not {name}: {'; '.join(reasons)}")
         return "\n".join(lines)
@@ -173,6 +180,7 @@ def explain(
     platform = as_platform(platform)
     name = settings.implementation
     chosen = choose(inputs, name, platform)
+    place = placement.place()
     return Explanation(
         describe(args, inputs),
         platform,
@@ -180,4 +188,5 @@ def explain(
         chosen.block_sizes(inputs),
         passed_over(inputs, name, platform),
         crossover(args.mask, inputs, chosen),
+        None if place is None else mesh_cost(args, inputs, place),
     )

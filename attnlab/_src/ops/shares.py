@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -62,11 +63,13 @@ class Work:
             structure = _of_part(structure, self.avals)
 
         def call(*leaves: Array) -> list[Array]:
-            found = run(*leaves, structure=structure)
-            # A gradient on one device is a part of a sum.
+            picked = map(share.picked, leaves, self.arguments)
+            found = run(*picked, structure=structure)
             if self.is_forward:
                 return [*found]
-            return [*map(share.summed, found, self.results)]
+            # A gradient on one device is a part of a sum.
+            whole = map(share.put_back, found, self.results)
+            return [*map(share.summed, whole, self.results)]
 
         return call
 
@@ -77,9 +80,37 @@ class Share:
 
     Attributes:
         axes: the axes of the mesh that shard "b", "t", "n" and "k".
+        within: the axes of "n" that divide query heads of one key head, where a device
+            has several key heads and needs one of them.
+        key_heads: how many it has then.
+        devices: how many devices share a key head then.
     """
 
     axes: dict[str, tuple[str, ...]]
+    within: tuple[str, ...] = ()
+    key_heads: int = 1
+    devices: int = 1
+
+    def picked(self, x: Array, factors: Factors) -> Array:
+        """An argument with the key head that the device needs."""
+        if not (self.within and "k" in factors):
+            return x
+        axis = factors.index("k")
+        return lax.dynamic_slice_in_dim(x, self._key_head, 1, axis)
+
+    def put_back(self, gradient: Array, factors: Factors) -> Array:
+        """The gradient of an argument, given that of what :meth:`picked` returned."""
+        if not (self.within and "k" in factors):
+            return gradient
+        axis = factors.index("k")
+        shape = [*gradient.shape]
+        shape[axis] = self.key_heads
+        zeros = jnp.zeros(shape, gradient.dtype)
+        return lax.dynamic_update_slice_in_dim(zeros, gradient, self._key_head, axis)
+
+    @property
+    def _key_head(self) -> Array:
+        return lax.axis_index(self.within) // self.devices
 
     def spec(self, factors: Factors) -> PartitionSpec:
         """The sharding of an array."""
@@ -107,12 +138,16 @@ def share_of(
     n = () if heads_are_whole or sizes.N % parts(n) else n
     # Key heads are sharded by the first of these axes: a device has whole groups of
     # query heads, or a part of one group.
-    k = next(
-        k for i in range(len(n), -1, -1) for k in [n[:i]] if not sizes.K % parts(k)
-    )
-    if parts(k) < parts(n) and sizes.K not in (1, parts(k)):
-        n = k = ()
-    return Share({"b": b, "t": t, "n": n, "k": () if sizes.K == 1 else k})
+    first = next(i for i in range(len(n), -1, -1) if not sizes.K % parts(n[:i]))
+    k, within = n[:first], n[first:]
+    here = sizes.K // parts(k)
+    devices, uneven = divmod(parts(within), here)
+    if here > 1 and within and uneven:
+        n = k = within = ()
+    elif here == 1:
+        within = ()
+    axes = {"b": b, "t": t, "n": n, "k": () if sizes.K == 1 else k}
+    return Share(axes, within, here, devices)
 
 
 def reads_head(inputs: AttentionInputs) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from attnlab import masks, sharding
+from attnlab import explain, masks, sharding
 from attnlab._src.masks.bound import known_bound
 from attnlab._src.ops.sequence.needs import Lengths, needs_of
 from attnlab._src.ops.sequence.schedule import ring_hops, schedule_of
@@ -117,7 +117,7 @@ def test_a_window_costs_the_same_whatever_the_length():
         for length in (1024, 65536)
         for count in (4, 16)
     }
-    assert {cost.chosen for cost in costs.values()} == {"exchange"}
+    assert {cost.strategy for cost in costs.values()} == {"exchange"}
     row = 2 * 4 * 8 * 4
     for (_, count), cost in costs.items():
         anchors = 2 * 2 * (count - 1) / count
@@ -164,7 +164,7 @@ def test_data_that_are_arguments_are_unknown():
     known = predicted(masks.documents(ids))
     unknown = predicted(jax.eval_shape(masks.documents, shape))
     everything = predicted(masks.full()).strategies["ring"].bytes_forward
-    assert known.chosen == "exchange"
+    assert known.strategy == "exchange"
     assert known.strategies["exchange"].bytes_forward < everything / 2
     # Of each key its id, and whether any query sees it.
     data = (4 + 1) * (COUNT - 1) * T // COUNT
@@ -181,12 +181,12 @@ def test_work_is_counted_for_each_shard():
 
 
 def test_the_choice_takes_the_fewest_bytes():
-    assert predicted(masks.sliding_window(5, 0)).chosen == "exchange"
-    assert predicted(masks.causal(), 1024).chosen == "all_to_all"
+    assert predicted(masks.sliding_window(5, 0)).strategy == "exchange"
+    assert predicted(masks.causal(), 1024).strategy == "all_to_all"
     heads = [jax.ShapeDtypeStruct((2, 1024, n, 8), jnp.float32) for n in (4, 1, 1)]
     mesh = AbstractMesh((COUNT,), ("x",))
     cost = sharding.cost(*heads, mask=masks.causal(), mesh=mesh, sequence="x")
-    assert cost.chosen == "ring"
+    assert cost.strategy == "ring"
     assert "1 key heads do not divide" in str(cost)
 
 
@@ -219,3 +219,20 @@ def test_a_balanced_order_is_even(mask, runs):
             sequence="x",
         )
         assert cost.strategies["ring"].imbalance <= 1.1
+
+
+def test_explain_tells_what_a_mesh_costs():
+    shape = [jax.ShapeDtypeStruct((6, 1024, n, 8), jnp.float32) for n in (8, 2, 2)]
+    mesh = AbstractMesh((4, 2, 2), ("data", "model", "sequence"))
+    assert explain(*shape).mesh is None
+    with sharding.use(mesh, batch="data", heads="model", sequence="sequence"):
+        said = explain(*shape, mask=masks.sliding_window(16, 0))
+    assert said.mesh is not None
+    assert said.mesh.parts == {"B": 1, "T": 2, "N": 2, "K": 2}
+    assert "B=6 is not divided by data: each device computes all of it" in str(said)
+    assert "keys reach queries by exchange" in str(said)
+    few = sharding.cost(*shape, mesh=mesh, heads=("data", "model"))
+    assert few.parts["K"] == 1
+    # Each of 8 devices has a head of its own, and all keys: gradients are summed.
+    assert few.bytes_summed == round(2 * 2 * 6 * 1024 * 2 * 8 * 4 * 7 / 8)
+    assert few.strategy is None

@@ -1,5 +1,6 @@
 """What each strategy sends and computes: from the plan, before anything runs."""
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -124,7 +125,7 @@ def divided(inputs: AttentionInputs, place: NamedSharding) -> tuple[Shards, Shar
     batch, axes, heads = map(names_of, place.spec)
     whole = reads_head(inputs)
     share = share_of(place.mesh, (batch, (), heads), inputs.sizes, whole)
-    share = Share(share.axes | {"t": axes, "s": axes})
+    share = dataclasses.replace(share, axes=share.axes | {"t": axes, "s": axes})
     return Shards.of(inputs, axes, shards_of(place)), share
 
 
@@ -188,6 +189,8 @@ def _turning_refused(
     for name, letter, axis in (("query", "N", "n"), ("key", "K", "k")):
         parts = math.prod(mesh.shape[a] for a in share.axes[axis])
         heads = getattr(inputs.sizes, letter) // parts
+        if letter == "K" and share.within:
+            heads = 1
         if heads % count:
             reasons.append(f"{heads} {name} heads do not divide by {count} shards")
     return tuple(reasons)

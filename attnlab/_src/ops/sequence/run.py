@@ -55,8 +55,11 @@ def run_sharded(
         "all_to_all": lambda x: strategies.by_heads(x, shards, name),
     }[strategy]
 
+    named = jax.tree.leaves(factors_of(inputs))
+
     def local(*leaves: Array) -> tuple[Array, Array]:
-        return attend(jax.tree.unflatten(structure, leaves))
+        picked = map(share.picked, leaves, named)
+        return attend(jax.tree.unflatten(structure, picked))
 
     run = jax.shard_map(
         local,
