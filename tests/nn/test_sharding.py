@@ -8,7 +8,7 @@ from flax.core.spmd import logical_axis_rules
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from attnlab import nn
+from attnlab import masks, nn
 from tests.devices import collectives, mesh_of
 from tests.grid import few
 
@@ -66,3 +66,50 @@ def test_data_and_tensor_parallel(kind):
     assert set(collectives(compiled)) == {"all-reduce"}
     (_, logits), _ = found
     assert logits.sharding.shard_shape(logits.shape) == (4, 16, 24)
+
+
+@pytest.mark.parametrize("window", few([None, 6], 6))
+def test_caches_stay_sharded_by_batch_and_heads(window):
+    model = nn.Decoder.standard(
+        48,
+        features=16,
+        num_heads=4,
+        num_key_heads=2,
+        num_layers=1,
+        position=nn.Rotary,
+        mask=masks.causal() if window is None else masks.sliding_window(window, 0),
+        rngs=nnx.Rngs(0),
+    )
+    (block,) = model.stack.each()
+    block.attention.cache = nn.CachePolicy(window=window)
+    structure, params, rest = nnx.split(model, nnx.Param, ...)
+    prompt = jax.random.randint(jax.random.key(0), (4, 5), 0, 48)
+
+    @jax.jit
+    def step(params, tokens, state):
+        return nnx.merge(structure, params, rest, copy=True).decode(tokens, state)
+
+    mesh = mesh_of()
+    with logical_axis_rules(RULES):
+        specs = nnx.get_partition_spec(params)
+
+    def place(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    def as_heads(x):
+        return place(x, Spec("x", None, "y") if x.ndim == 4 else Spec("x"))
+
+    state = model.start(4, 16)
+    given = jax.tree.map(place, params, specs), place(prompt, Spec("x"))
+    given = *given, jax.tree.map(as_heads, state)
+    compiled = step.lower(*given).compile()
+    for one, other in zip(
+        *map(jax.tree.leaves, (compiled(*given), step(params, prompt, state))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    _, following = compiled(*given)
+    for x, before in zip(*map(jax.tree.leaves, (following, given[2])), strict=True):
+        assert x.sharding.is_equivalent_to(before.sharding, x.ndim)
+    # Partial sums of the products with parameters; no key or value is sent.
+    assert set(collectives(compiled)) == {"all-reduce"}

@@ -16,6 +16,7 @@ from attnlab._src.masks.planning import (
     index_blocks,
     lengths_of,
     make_plan,
+    shared_axes,
     slot_operand,
 )
 from attnlab._src.masks.rule import Rule, visible_pairs
@@ -52,54 +53,63 @@ def scan_partial(
         widths[3] = (0, nk * bk - s if x.shape[3] == s and s > 1 else 0)
         return jnp.pad(x, widths, constant_values=fill)
 
-    blank = jax.tree.map(lambda x: pad(x, 0), operands)
-    q_pos, k_pos = pad(query_positions, -1), pad(key_positions, -1)
+    padded = jax.tree.map(lambda x: pad(x, 0), operands)
+    padded = padded, pad(query_positions, -1), pad(key_positions, -1), full, partial
 
-    def row(checked_visible: Array, r: Array) -> tuple[Array, Array]:
-        b, h, i = r // (heads * nq), r // nq % heads, r % nq
+    def example(arrays: PyTree) -> tuple[Array, Array]:
+        """Counts of one example; its arrays ``[N or 1, T, S, *payload]``."""
+        tiles, q_pos, k_pos, full, partial = arrays
 
-        def pick(x: Array) -> Array:
-            return x[b if x.shape[0] != 1 else 0, h if x.shape[1] > 1 else 0, i]
+        def row(seen_keys: Array, r: Array) -> tuple[Array, Array]:
+            h, i = r // nq, r % nq
 
-        lo, hi = pick(partial.lo), pick(partial.hi)
-        end = jnp.maximum(hi - lo, 0).cumsum(dtype=jnp.int32)
+            def pick(x: Array) -> Array:
+                return x[h if x.shape[0] > 1 else 0, i]
 
-        def block(rank: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
-            which = (end <= rank).sum(dtype=jnp.int32)
-            j = hi[which] - (end[which] - rank)
-            at = (b, h, i * bq, j * bk), (bq, bk)
-            tile = Tile(cut(q_pos, *at), cut(k_pos, *at), h)
-            tiles = jax.tree.map(lambda x: cut(x, *at), blank)
-            seen = jnp.broadcast_to(visible_pairs(mask, tile, tiles), (bq, bk))
+            lo, hi = pick(partial.lo), pick(partial.hi)
+            end = jnp.maximum(hi - lo, 0).cumsum(dtype=jnp.int32)
+
+            def block(rank: Array, counts: tuple[Array, Array]) -> tuple[Array, Array]:
+                which = (end <= rank).sum(dtype=jnp.int32)
+                j = hi[which] - (end[which] - rank)
+
+                def tile_of(x: Array) -> Array:
+                    return cut(x[None], (0, h, i * bq, j * bk), (bq, bk))
+
+                tile = Tile(tile_of(q_pos), tile_of(k_pos), h)
+                seen = visible_pairs(mask, tile, jax.tree.map(tile_of, tiles))
+                seen = jnp.broadcast_to(seen, (bq, bk))
+                by_query, by_key = counts
+                by_key = lax.dynamic_update_slice(
+                    by_key,
+                    lax.dynamic_slice(by_key, (j * bk,), (bk,))
+                    + seen.sum(0, dtype=jnp.int32),
+                    (j * bk,),
+                )
+                return by_query + seen.sum(1, dtype=jnp.int32), by_key
+
+            counts = (jnp.zeros(bq, jnp.int32), jnp.zeros(nk * bk, jnp.int32))
+            counts = jax.tree.map(lambda x: vary_like(x, leaves), counts)
+            if end.shape[0]:
+                counts = lax.fori_loop(jnp.int32(0), end[-1], block, counts)
             by_query, by_key = counts
-            by_key = lax.dynamic_update_slice(
-                by_key,
-                lax.dynamic_slice(by_key, (j * bk,), (bk,))
-                + seen.sum(0, dtype=jnp.int32),
-                (j * bk,),
-            )
-            return by_query + seen.sum(1, dtype=jnp.int32), by_key
+            lo, hi = pick(full.lo), pick(full.hi)
+            widths = jnp.where(hi > lo, (hi - lo) * bk, 0)
+            index = numbers(nk, 2)
+            inside = ((index >= lo[:, None]) & (index < hi[:, None])).any(0)
+            by_key = by_key + jnp.repeat(inside, bk).astype(jnp.int32) * bq
+            # Summed on the way: a result for each row would be O(T S / block).
+            by_query = by_query + widths.sum(dtype=jnp.int32)
+            return seen_keys.at[h].add(by_key), by_query
 
-        counts = (jnp.zeros(bq, jnp.int32), jnp.zeros(nk * bk, jnp.int32))
-        counts = jax.tree.map(lambda x: vary_like(x, leaves), counts)
-        if end.shape[0]:
-            counts = lax.fori_loop(jnp.int32(0), end[-1], block, counts)
-        by_query, by_key = counts
-        lo, hi = pick(full.lo), pick(full.hi)
-        widths = jnp.where(hi > lo, (hi - lo) * bk, 0)
-        index = numbers(nk, 2)
-        inside = ((index >= lo[:, None]) & (index < hi[:, None])).any(0)
-        by_key = by_key + jnp.repeat(inside, bk).astype(jnp.int32) * bq
-        # Summed on the way: a result for each row would be O(T S / block) in memory.
-        by_query = by_query + widths.sum(dtype=jnp.int32)
-        return checked_visible.at[b * heads + h].add(by_key), by_query
+        rows = jnp.arange(heads * nq, dtype=jnp.int32)
+        start = vary_like(jnp.zeros((heads, nk * bk), jnp.int32), leaves)
+        by_key, by_query = lax.scan(row, start, rows)
+        return by_query.reshape(heads, nq * bq)[:, :t], by_key[:, :s]
 
-    rows = jnp.arange(batch * heads * nq, dtype=jnp.int32)
-    start = vary_like(jnp.zeros((batch * heads, nk * bk), jnp.int32), leaves)
-    by_key, by_query = lax.scan(row, start, rows)
-    by_query = by_query.reshape(batch, heads, nq * bq)[..., :t]
-    by_key = by_key.reshape(batch, heads, nk * bk)[..., :s]
-    return by_query, by_key
+    # Mapped over examples, not looped: where they are sharded, nothing is sent.
+    axes, padded = shared_axes(padded)
+    return jax.vmap(example, (axes,), axis_size=batch)(padded)
 
 
 def alive(

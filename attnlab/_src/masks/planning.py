@@ -308,19 +308,19 @@ def dense_visible(
         return jnp.broadcast_to(visible_pairs(mask, tile, operands), shape)
 
     def each(operands: PyTree, q: Array, k: Array, head: Array) -> Array:
-        axes, operands = _shared(operands)
+        axes, operands = shared_axes(operands)
         return jax.vmap(one, (axes, None, None, 0), axis_size=heads)(
             operands, q, k, head
         )
 
     arrays = (operands, query_positions[:, 0], key_positions[:, 0])
-    axes, arrays = _shared(arrays)
+    axes, arrays = shared_axes(arrays)
     index = jnp.arange(heads, dtype=jnp.int32)
     run = jax.vmap(lambda a: each(a[0], a[1], a[2], index), (axes,), axis_size=batch)
     return run(arrays)
 
 
-def _shared(tree: PyTree) -> tuple[PyTree, PyTree]:
+def shared_axes(tree: PyTree) -> tuple[PyTree, PyTree]:
     """Axes for ``jax.vmap``, and the arrays: a first axis of 1 means shared."""
     axes = jax.tree.map(lambda x: None if x.shape[0] == 1 else 0, tree)
     return axes, jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, tree)

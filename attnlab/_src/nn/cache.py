@@ -109,10 +109,13 @@ class Cache:
             )
         last = jnp.maximum(self.length, jnp.minimum(positions.max(1), FAR - 1) + 1)
         slots = self._slots(positions, last)
-        example = jnp.arange(key.shape[0])[:, None]
+
+        def set_slots(into: Array, slots: Array, new: Array) -> Array:
+            return into.at[slots].set(new, mode="drop")
 
         def write(into: Array, new: Array) -> Array:
-            return into.at[example, slots].set(new.astype(into.dtype), mode="drop")
+            # Mapped over examples, not indexed by them: sharded caches are not sent.
+            return jax.vmap(set_slots)(into, slots, new.astype(into.dtype))
 
         held = (self.key, self.value, self.positions)
         new = (key, value, positions)
