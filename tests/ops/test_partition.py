@@ -179,22 +179,31 @@ def test_explicit_axes(place):
         assert collectives(compiled) == {}
 
 
-def test_a_partly_manual_mesh():
-    """Within a ``shard_map`` over one axis, what the other axis shards is gathered."""
+@pytest.mark.parametrize("told", [False, True])
+def test_a_partly_manual_mesh(told):
+    """Within a ``shard_map`` over one axis, the other is known if somebody tells it."""
     q, k, v = arrays()
     mesh = mesh_of()
+    run = both_passes("tiled", dict(mask=masks.causal()))
 
     def local(q, k, v):
-        return attention(q, k, v, mask=masks.causal(), implementation="tiled")
+        if told:
+            with sharding.use(mesh, batch="x", heads="y"):
+                return run(q, k, v)
+        return run(q, k, v)
 
     example, heads = Spec("x"), Spec("x", None, "y")
-    run = jax.jit(
+    mapped = jax.jit(
         jax.shard_map(
             local, mesh=mesh, in_specs=example, out_specs=example, axis_names={"x"}
         )
     )
     given = placed(mesh, (q, k, v), (heads,) * 3)
-    np.testing.assert_allclose(run(*given), jax.jit(local)(q, k, v), atol=2e-5)
+    compiled = mapped.lower(*given).compile()
+    for one, other in zip(compiled(*given), run(q, k, v), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+    # Where nobody tells it, what the other axis shards is gathered.
+    assert bool(collectives(compiled)) is not told
 
 
 def test_key_heads_that_do_not_divide():

@@ -28,7 +28,7 @@ from attnlab._src.ops.validate import (
     check,
     check_names,
 )
-from attnlab._src.placement import AUTOMATIC, names_of
+from attnlab._src.placement import AUTOMATIC, names_of, shards_of
 from attnlab._src.types import (
     Array,
     ArrayLike,
@@ -297,9 +297,9 @@ def _run(args: Arguments, settings: Settings) -> AttentionResult:
 
 def _passes(inputs: AttentionInputs, settings: Settings) -> tuple[Array, Array]:
     name, place = settings.implementation, settings.place
-    if settings.strategy is not None and place is not None:
-        return run_sharded(inputs, name, place, settings.strategy, settings.bound)
-    return run(inputs, name, place)
+    if settings.strategy is None or place is None or shards_of(place) == 1:
+        return run(inputs, name, place)
+    return run_sharded(inputs, name, place, settings.strategy, settings.bound)
 
 
 def _nothing(args: Arguments, top_k: int | str | None) -> AttentionResult:

@@ -177,11 +177,16 @@ def divided_as_placed(
         place: the sharding of the query, ``[B, T, N]``.
     """
     work = Work.of(structure, avals, wanted)
-    axes = [*map(names_of, place.spec)]
-    share = share_of(place.mesh, axes, work.sizes, work.heads_are_whole)
+    context = jax.sharding.get_abstract_mesh()
+    mesh = place.mesh if context.empty else context
+    # Inside a shard_map over some axes, the others are left.
+    rest = {*mesh.axis_names} - {*mesh.manual_axes}
+    axes = [tuple(axis for axis in names_of(x) if axis in rest) for x in place.spec]
+    share = share_of(mesh, axes, work.sizes, work.heads_are_whole)
     return jax.shard_map(
         work.local(run, share),
-        mesh=place.mesh if jax.sharding.get_abstract_mesh().empty else None,
+        mesh=mesh if context.empty else None,
+        axis_names=rest,
         in_specs=tuple(map(share.spec, work.arguments)),
         out_specs=[*map(share.spec, work.results)],
         check_vma=False,

@@ -136,15 +136,17 @@ def _lower(
     exported = module.lowering_parameters.for_export
     platforms = ctx.platforms or module.platforms
     by_xla = spans_devices(module.axis_context) and not exported
-    # Inside a shard_map over some axes of the mesh, XLA gathers what the others shard:
-    # a sum over the devices of such a part of the mesh cannot be written down.
-    if by_xla and not hasattr(module.axis_context, "manual_axes"):
+    if by_xla:
         run = functools.partial(
             attention_p.bind, asked=asked, wanted=wanted, devices=devices
         )
         work = run, structure, ctx.avals_in, wanted
-        # A TPU's compiler knows no custom partitioning.
-        if "tpu" not in platforms:
+        # XLA knows custom partitioning neither on TPUs nor inside a shard_map over some
+        # axes of the mesh, where it gathers what the others shard.
+        by_rule = "tpu" not in platforms and not hasattr(
+            module.axis_context, "manual_axes"
+        )
+        if by_rule:
             return mlir.lower_fun(divided(*work))(ctx, *values)
         if asked.place is not None:
             return mlir.lower_fun(divided_as_placed(*work, asked.place))(ctx, *values)

@@ -61,13 +61,13 @@ def run_sharded(
         picked = map(share.picked, leaves, named)
         return attend(jax.tree.unflatten(structure, picked))
 
-    run = jax.shard_map(
+    on_shards = jax.shard_map(
         local,
         mesh=place.mesh if jax.sharding.get_abstract_mesh().empty else None,
         in_specs=tuple(_specs(inputs, share, strategy)),
         out_specs=(share.spec(Factors("btn")), share.spec(Factors("btn"))),
     )
-    output, lse = run(*leaves)
+    output, lse = on_shards(*leaves)
     return output[:, :t], lse[:, :t]
 
 
