@@ -5,6 +5,8 @@ from attnlab._src.bench.cases import SCORES as SCORES
 from attnlab._src.bench.cases import Case as Case
 from attnlab._src.bench.cases import Spec as Spec
 from attnlab._src.bench.cases import build as build
+from attnlab._src.bench.collectives import Collective as Collective
+from attnlab._src.bench.collectives import collectives as collectives
 from attnlab._src.bench.contenders import Implementation as Implementation
 from attnlab._src.bench.machine import measure_peaks as measure_peaks
 from attnlab._src.bench.peers import installed_peers as installed_peers
@@ -19,12 +21,14 @@ __all__ = [
     "PATTERNS",
     "SCORES",
     "Case",
+    "Collective",
     "Group",
     "Implementation",
     "Repeats",
     "Row",
     "Spec",
     "build",
+    "collectives",
     "installed_peers",
     "interleave",
     "load_documents",
