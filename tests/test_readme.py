@@ -3,6 +3,7 @@
 import pathlib
 import re
 import runpy
+import sys
 
 import pytest
 
@@ -28,8 +29,9 @@ def test_blocks_run(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_examples_run(path, loose):
+def test_examples_run(path, loose, monkeypatch):
     """Examples run with JAX's default promotion and use no private module."""
+    monkeypatch.setattr(sys, "argv", [str(path)])
     private = re.findall(r"attnlab\._\w+", path.read_text())
     assert not private
     runpy.run_path(str(path), run_name="__main__")
