@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
+import jax.numpy as jnp
+from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 #: How keys reach queries that are sharded along their length; of those that cost the
@@ -54,9 +55,10 @@ def use(
       and no others; without it, XLA gathers all keys;
     * those for several TPUs, on meshes with automatic axes: there XLA partitions a
       program after its kernels are made;
-    * those with dropout inside ``jax.shard_map``: a device must know which examples and
-      heads it has, so that weights are dropped as on one device. Without it, every
-      device drops the same weights of its shard.
+    * those inside ``jax.shard_map``: a device must know which examples and heads it
+      has. Then weights are dropped as on one device (without it, every device drops the
+      same weights of its shard), and sinks, arrays of modifiers and masks, and
+      parameters of ``compare`` may have all heads: a device takes its own.
 
     Enter it where the function is traced, for instance inside of what you give to
     ``jax.jit``: a program that was traced before does not change.
@@ -128,7 +130,17 @@ def names_of(axes: Axes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-def first_of_shard(kind: str, size: int) -> Any:
+def _axes_here(kind: str) -> tuple[str, ...]:
+    """The axes that divide "batch" or "heads", inside a ``shard_map`` over them."""
+    known = _PLACE.get()
+    if known is None:
+        return ()
+    axes = names_of(known.sharding.spec[{"batch": 0, "heads": 2}[kind]])
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return axes if {*axes} <= {*manual} else ()
+
+
+def first_of_shard(kind: str, size: int) -> int | Array:
     """The number of the first example or head of this device inside a ``shard_map``.
 
     Args:
@@ -138,14 +150,25 @@ def first_of_shard(kind: str, size: int) -> Any:
     Returns:
         0 outside, and where :func:`use` does not tell the axes.
     """
-    known = _PLACE.get()
-    if known is None:
-        return 0
-    axes = names_of(known.sharding.spec[{"batch": 0, "heads": 2}[kind]])
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    if not axes or not {*axes} <= {*manual}:
-        return 0
-    return lax.axis_index(axes) * size
+    axes = _axes_here(kind)
+    return lax.axis_index(axes) * size if axes else 0
+
+
+def of_own_heads(x: Any, heads: int, axis: int) -> Any:
+    """Of an array of all heads the part of this device, inside a ``shard_map``.
+
+    Args:
+        x: any array; one without all heads along the axis is returned as it is.
+        heads: how many the device has.
+        axis: of the heads.
+    """
+    axes = _axes_here("heads")
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = heads * math.prod(mesh.shape[name] for name in axes)
+    if whole == heads or x.shape[axis] != whole:
+        return x
+    first = lax.axis_index(axes) * heads
+    return lax.dynamic_slice_in_dim(jnp.asarray(x), first, heads, axis)
 
 
 def place() -> NamedSharding | None:

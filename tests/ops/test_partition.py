@@ -1,5 +1,6 @@
 """Sharded inputs stay sharded: what a device computes, and what devices send."""
 
+import dataclasses
 import itertools
 import re
 import subprocess
@@ -284,6 +285,34 @@ def test_dropout_inside_shard_map_is_that_of_one_device(check):
     )
     wanted = jax.jit(attend)(q, k, v)
     np.testing.assert_allclose(jax.jit(run)(q, k, v), wanted, atol=2e-5)
+
+
+def test_data_of_all_heads_inside_shard_map():
+    """A device takes those of its own heads."""
+    q, k, v = arrays()
+    mesh, spec = mesh_of(), Spec("x", None, "y")
+    score = scores.additive.init(RNG, H, hidden_size=5, num_heads=1)
+    seen = np.asarray(random(N, T, T) > -1)
+
+    def attend(q, k, v):
+        return attention(
+            q,
+            k,
+            v,
+            score=dataclasses.replace(score, weight=random(N, 5)),
+            mask=seen,
+            modifiers=[modifiers.alibi(N), modifiers.bias(random(N, 1, T))],
+            sinks=jnp.arange(4.0),
+            implementation="tiled",
+        )
+
+    def local(q, k, v):
+        with sharding.use(mesh, batch="x", heads="y"):
+            return attend(q, k, v)
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    wanted = jax.jit(attend)(q, k, v)
+    np.testing.assert_allclose(jax.jit(run)(q, k, v), wanted, rtol=1e-4, atol=2e-5)
 
 
 def test_a_context_says_how_queries_are_sharded():

@@ -29,6 +29,7 @@ from attnlab._src.types import (
     Array,
     AttentionInputs,
     Operand,
+    PyTree,
     Score,
     accumulation_dtype,
     skeleton,
@@ -56,6 +57,7 @@ def prepare(args: Arguments, settings: Settings) -> AttentionInputs:
         normalise_tree(m.operands(), batch, f"modifiers: {type(m).__name__}")
         for m in args.modifiers
     )
+    modifier_operands = _of_own_heads(modifier_operands, heads)
     check_operand_shapes(modifier_operands, (heads, t, s), "modifiers")
     query_positions, key_positions = seen.query_positions, seen.key_positions
     query_alive, key_alive = seen.query_alive, seen.key_alive
@@ -109,6 +111,11 @@ def prepare(args: Arguments, settings: Settings) -> AttentionInputs:
     return inputs
 
 
+def _of_own_heads(operands: PyTree, heads: int) -> PyTree:
+    """Normalised operands, of this device's heads alone inside a ``shard_map``."""
+    return jax.tree.map(lambda x: placement.of_own_heads(x, heads, 1), operands)
+
+
 class Seen(NamedTuple):
     """Which slots a mask leaves alive.
 
@@ -132,6 +139,7 @@ def what_is_seen(
 ) -> Seen:
     """Which slots are alive; of ``args``, only mask and positions are read."""
     operands = normalise_tree(args.mask.operands(t, s), batch, "mask")
+    operands = _of_own_heads(operands, heads)
     check_operand_shapes(operands, (heads, t, s), "mask")
     args.mask.check_heads(heads)
     operands = jax.lax.stop_gradient(operands)
@@ -251,6 +259,7 @@ def _project(
 
 def _pair_operand(x: Array, heads: int) -> Array:
     x = jnp.asarray(x)
+    x = placement.of_own_heads(x, heads, 0) if x.ndim else x
     if x.ndim == 0 or x.shape[0] not in (1, heads):
         raise ValueError(
             f"score: the first axis of each array of pair_params must be {heads} "

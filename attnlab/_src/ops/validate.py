@@ -10,7 +10,7 @@ import numpy as np
 from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding
 
-from attnlab._src import arguments
+from attnlab._src import arguments, placement
 from attnlab._src.implementations.tile import precision_name
 from attnlab._src.masks.base import Mask, as_mask
 from attnlab._src.masks.intervals import FAR
@@ -319,6 +319,7 @@ def check(
         arguments.prng_key("dropout_rng", dropout_rng, hint)
     if sinks is not None:
         arguments.floating("sinks", sinks)
+        sinks = placement.of_own_heads(sinks, heads, 0) if sinks.ndim else sinks
         if tuple(sinks.shape) not in ((heads,), (1,)):
             raise ValueError(
                 f"sinks: expected shape ({heads},), got {tuple(sinks.shape)}"
