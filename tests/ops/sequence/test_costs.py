@@ -25,6 +25,7 @@ PATTERNS = {
     "two sides": masks.sliding_window(3, 20),
     "anchors": masks.causal() & (masks.sliding_window(5, 0) | masks.prefix(2)),
     "two anchors": masks.sliding_window(2, 2) | masks.anchor((0, 40), see_all=False),
+    "anchors that see all": masks.sliding_window(3, 3) | masks.anchor(2),
     "chunks": masks.chunked(24),
     "dilated": masks.dilated_window(12, 12, 4),
     # Constants of the program.
@@ -76,6 +77,7 @@ def predicted(mask, length=T):
         itertools.product(PATTERNS, STRATEGIES),
         ("anchors", "exchange"),
         ("two anchors", "exchange"),
+        ("anchors that see all", "exchange"),
         ("two sides", "exchange"),
         ("causal", "ring"),
         ("documents", "exchange"),
@@ -157,6 +159,26 @@ def test_each_device_gets_the_keys_that_it_needs(pattern, length):
         # A key that came twice would count twice.
         assert len({*listed}) == len(listed)
         assert not {*listed} & {*near}
+
+
+def test_queries_that_see_all_go_to_the_keys():
+    """Anchors of Longformer cost O(anchors), whatever the length."""
+    mask = masks.sliding_window(8, 8) | masks.anchor(4)
+    found = {
+        length: sharding.cost(
+            *[jax.ShapeDtypeStruct((1, length, 4, 8), jnp.float32)] * 3,
+            mask=mask,
+            mesh=AbstractMesh((8,), ("x",)),
+            sequence="x",
+        )
+        for length in (1024, 65536, 65539)
+    }
+    assert {cost.strategy for cost in found.values()} == {"exchange"}
+    sent = {cost.strategies["exchange"].bytes_forward for cost in found.values()}
+    assert len(sent) == 1
+    # Shards behind the end hold no key.
+    assert ring_hops(mask, Lengths(8, 9, 9)) == 7
+    assert schedule_of(mask, Lengths(8, 9, 9)).received > 0
 
 
 def test_data_that_are_arguments_are_unknown():

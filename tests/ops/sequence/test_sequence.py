@@ -11,7 +11,14 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from attnlab import attention, attention_with_stats, masks, nn, sharding
+from attnlab import (
+    attention,
+    attention_with_stats,
+    masks,
+    modifiers,
+    nn,
+    sharding,
+)
 from attnlab._src.placement import STRATEGIES
 from tests.devices import collectives, mesh_of, received
 from tests.grid import NATIVE, few
@@ -33,6 +40,15 @@ MORE: dict[str, Any] = {
         ),
     ),
     "chunks": lambda: (2, dict(mask=masks.chunked(11))),
+    "longformer": lambda: (
+        2,
+        dict(
+            mask=masks.sliding_window(3, 3) | masks.anchor([0, 20]),
+            modifiers=[modifiers.alibi(N)],
+            dropout_rate=0.2,
+            dropout_rng=jax.random.key(1),
+        ),
+    ),
     "anchors": lambda: (
         N,
         dict(
@@ -47,6 +63,7 @@ ALL = CASES | MORE
 SHORT = (
     ("anchors", "exchange"),
     ("window of documents", "exchange"),
+    ("longformer", "exchange"),
     ("bias", "ring"),
     ("dense", "ring"),
     ("big bird", "all_to_all"),

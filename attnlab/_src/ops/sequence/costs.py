@@ -76,7 +76,9 @@ def costs_of(
     sizes = _Bytes(inputs, shards, share, mesh)
     whole, ring = pairs or [pairs_of(bound, lengths)] * 2
     even = (math.ceil(sum(whole) / count),) * count
-    schedule, hops = schedule_of(bound, lengths), ring_hops(bound, lengths)
+    schedule = schedule_of(bound, lengths, shards.queries_move)
+    hops = ring_hops(bound, lengths)
+    wide = 2 * schedule.wide.size * (count - 1) / count
     shared = 2 * schedule.everyone.size * (count - 1) / count
     sent = schedule.received - shared
     turned = sizes.turned * (count - 1) // count
@@ -84,8 +86,8 @@ def costs_of(
     return {
         "exchange": StrategyCost(
             (),
-            int(sent * sizes.key + shared * sizes.summed),
-            int((sent + shared) * sizes.gradient),
+            int(sent * sizes.key + shared * sizes.summed + wide * sizes.query),
+            int((sent + shared) * sizes.gradient + wide * sizes.wide_gradient),
             schedule.held,
             whole,
         ),
@@ -136,6 +138,8 @@ class _Bytes:
         key: of all that is sent with a key.
         summed: the same where it is sent by a sum: flags are summed as int32.
         gradient: of the gradients of a key and its value.
+        query: of all that is sent of a wide query, and of its results.
+        wide_gradient: of the gradients of a wide query and of its output.
         turned: of queries, keys, values and outputs of a shard.
     """
 
@@ -154,13 +158,21 @@ class _Bytes:
 
         leaves = jax.tree.leaves(without_slots(inputs))
         marked = zip(leaves, shards.factors, strict=True)
-        rows = [
-            (here(x, f) // shards.lengths.keys, np.dtype(x.dtype).itemsize)
-            for x, f in marked
-            if "s" in f and "t" not in f
-        ]
-        self.key = sum(n * width for n, width in rows)
-        self.summed = sum(n * (4 if width == 1 else width) for n, width in rows)
+        sides: dict[str, list[tuple[int, int]]] = {"s": [], "t": []}
+        for x, factors in marked:
+            for side, slots in (
+                ("s", shards.lengths.keys),
+                ("t", shards.lengths.queries),
+            ):
+                if side in factors and not {"s", "t"} <= {*factors}:
+                    each = here(x, factors) // slots
+                    sides[side].append((each, np.dtype(x.dtype).itemsize))
+
+        def summed(side: str) -> int:
+            return sum(n * (4 if width == 1 else width) for n, width in sides[side])
+
+        self.key = sum(n * width for n, width in sides["s"])
+        self.summed = summed("s")
         named = factors_of(inputs)
         query, key, value = (
             here(getattr(inputs, n), getattr(named, n))
@@ -171,6 +183,15 @@ class _Bytes:
         self.gradient = (key * width + value * narrow) // shards.lengths.keys
         output = query // inputs.sizes.P * inputs.sizes.D
         wide = np.dtype(accumulation_dtype(inputs.query.dtype)).itemsize
+        heads = query // inputs.sizes.P // shards.lengths.queries
+        # The output, its share, and the greatest log-sum-exp.
+        results = heads * (inputs.sizes.D + 2) * wide
+        self.query = summed("t") + results
+        of_query = query // shards.lengths.queries
+        self.wide_gradient = (
+            of_query * np.dtype(inputs.query.dtype).itemsize
+            + heads * inputs.sizes.D * wide
+        )
         self.turned = (
             query * np.dtype(inputs.query.dtype).itemsize
             + key * width

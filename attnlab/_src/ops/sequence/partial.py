@@ -24,6 +24,19 @@ def merged(results: Sequence[Result]) -> Result:
     return first
 
 
+def merged_over(result: Result, axes: tuple[str, ...]) -> Result:
+    """As :func:`merged`, of what each device along some axes has for all of them."""
+    output, lse = result
+    most = lax.pmax(lax.stop_gradient(lse), axes)
+    base = jnp.where(jnp.isneginf(most), 0, most)
+    hidden = jnp.isneginf(lse)
+    share = jnp.where(hidden, 0, jnp.exp(jnp.where(hidden, base, lse) - base))
+    total, summed = lax.psum((share, output * share[..., None]), axes)
+    sees = total > 0
+    safe = jnp.where(sees, total, 1)
+    return summed / safe[..., None], jnp.where(sees, base + jnp.log(safe), -jnp.inf)
+
+
 def _both(one: Result, other: Result) -> Result:
     logs = jnp.stack([one[1], other[1]])
     most = lax.stop_gradient(logs.max(0, keepdims=True))

@@ -48,7 +48,7 @@ def run_sharded(
     leaves, structure = jax.tree.flatten(inputs)
     attend: Any = {
         "exchange": lambda x: strategies.exchange(
-            x, shards, schedule_of(bound, shards.lengths), name
+            x, shards, schedule_of(bound, shards.lengths, shards.queries_move), name
         ),
         "ring": lambda x: ring(x, shards, ring_hops(bound, shards.lengths), name),
         "all_gather": lambda x: strategies.gather(x, shards, name),

@@ -41,6 +41,7 @@ class Schedule:
         everyone: keys that all devices get, from whichever device holds them.
         hops: pairs of a distance and what devices send to the device that far behind
             them in the sequence (modulo their count).
+        wide: queries that go to all keys, instead of all keys to them.
         keys: keys in a shard.
         count: shards.
     """
@@ -49,6 +50,7 @@ class Schedule:
     right: int
     everyone: Table
     hops: tuple[tuple[int, Table], ...]
+    wide: Table
     keys: int
     count: int
 
@@ -66,13 +68,20 @@ class Schedule:
 
 
 @functools.lru_cache(maxsize=256)
-def schedule_of(mask: Mask | None, lengths: Lengths) -> Schedule:
+def schedule_of(
+    mask: Mask | None, lengths: Lengths, queries_move: bool = False
+) -> Schedule:
     """The schedule that moves the fewest keys, of a few candidates.
 
     What lies next to a shard comes from its neighbours (the same number of keys for
     each), what several shards need goes to all, the rest is sent from device to device.
+
+    Args:
+        mask: as of :func:`needs_of`.
+        lengths: of the shards.
+        queries_move: whether queries may be wide.
     """
-    needs = needs_of(mask, lengths)
+    needs = needs_of(mask, lengths, queries_move)
     candidates = itertools.product(
         _reaches(needs, lengths, before=True),
         _reaches(needs, lengths, before=False),
@@ -145,12 +154,12 @@ class _Far:
     def hop_sizes(self) -> np.ndarray:
         """``[count]``, how many keys go to the device that far behind."""
         needs, count = self.needs, self.lengths.count
-        owned = needs.owners[:, None] == np.arange(count)
         each = (self.wanted & ~self.shared) * needs.sizes
-        pairs = each @ owned.astype(int)
+        # Of floats, for which NumPy has fast products.
+        pairs = each.astype(float) @ np.equal.outer(needs.owners, np.arange(count))
         shards = np.arange(count)
         hops = [pairs[shards, (shards - hop) % count].max() for hop in range(count)]
-        return np.array(hops)
+        return np.array(hops, int)
 
 
 #: Lists of more numbers than this are not made: they are part of the program.
@@ -173,7 +182,14 @@ def _made(far: _Far) -> Schedule:
         sender = (np.arange(count) - hop) % count
         own = far.wanted & ~far.shared & (needs.owners == sender[:, None])
         hops.append((int(hop), _hop_table(needs, lengths, own, sender)))
-    return Schedule(far.left, far.right, everyone, tuple(hops), lengths.keys, count)
+    own = needs.wide // lengths.queries == np.arange(count)[:, None]
+    wide = Table(
+        np.where(own, needs.wide % lengths.queries, -1).astype(np.int32),
+        np.broadcast_to(needs.wide, own.shape).astype(np.int32),
+    )
+    return Schedule(
+        far.left, far.right, everyone, tuple(hops), wide, lengths.keys, count
+    )
 
 
 def _table(

@@ -68,6 +68,26 @@ class Shards:
         key = pad(inputs.key_positions, named.key_positions, -1)
         return dataclasses.replace(made, query_positions=query, key_positions=key)
 
+    @property
+    def queries_move(self) -> bool:
+        """Whether queries can be sent: no array runs along both queries and keys."""
+        return not any({"t", "s"} <= {*named} for named in self.factors)
+
+    def with_queries(
+        self, inputs: AttentionInputs, pick: Callable[[Array, int], Array]
+    ) -> AttentionInputs:
+        """The record with ``pick(array, axis of queries)`` of what runs along them."""
+        leaves, structure = jax.tree.flatten(without_slots(inputs))
+        made = [
+            pick(x, named.index("t")) if "t" in named else x
+            for x, named in zip(leaves, self.factors, strict=True)
+        ]
+        return dataclasses.replace(
+            jax.tree.unflatten(structure, made),
+            key_positions=inputs.key_positions,
+            position_kinds=("given", inputs.position_kinds[1]),
+        )
+
     def keys(self, inputs: AttentionInputs) -> Keys:
         """What belongs to the keys, to be sent."""
         sent = without_slots(inputs)

@@ -9,7 +9,7 @@ from jax import lax
 from attnlab._src.masks.base import And
 from attnlab._src.masks.structural import prefix
 from attnlab._src.ops.derivative import run
-from attnlab._src.ops.sequence.partial import Result, merged
+from attnlab._src.ops.sequence.partial import Result, merged, merged_over
 from attnlab._src.ops.sequence.schedule import Schedule, Table
 from attnlab._src.ops.sequence.shards import Keys, Shards
 from attnlab._src.types import Array, AttentionInputs
@@ -35,7 +35,36 @@ def exchange(
     if lists := _listed(own, shards, schedule):
         keys, where = lists
         parts.append(shards.with_keys(inputs, keys, where, in_order=False))
-    return merged([run(part, name) for part in parts])
+    output, lse = merged([run(part, name) for part in parts])
+    if not schedule.wide.size:
+        return output, lse
+    # Queries that see keys of most shards went to all of them.
+    wide, wide_lse = _of_wide(inputs, own, shards, schedule, name)
+    local = jnp.asarray(schedule.wide.local)[shards.index]
+    rows = jnp.where(local < 0, output.shape[1], local)
+    return (
+        output.at[:, rows].set(wide, mode="drop"),
+        lse.at[:, rows].set(wide_lse, mode="drop"),
+    )
+
+
+def _of_wide(
+    inputs: AttentionInputs,
+    own: Keys,
+    shards: Shards,
+    schedule: Schedule,
+    name: str | None,
+) -> Result:
+    """Wide queries attend to the keys of each device; the results are merged."""
+
+    def everywhere(x: Array, axis: int) -> Array:
+        return _sum(_pick(x, axis, schedule.wide, shards), shards.axes)
+
+    queries = shards.with_queries(inputs, everywhere)
+    first = shards.index * schedule.keys
+    slots = first + jnp.arange(schedule.keys, dtype=jnp.int32)
+    part = shards.with_keys(queries, own, slots, in_order=True)
+    return merged_over(run(part, name), shards.axes)
 
 
 def _with_neighbours(own: Keys, shards: Shards, schedule: Schedule) -> Keys:
@@ -78,14 +107,14 @@ def _listed(own: Keys, shards: Shards, schedule: Schedule) -> tuple[Keys, Array]
 
 def _picked(own: Keys, shards: Shards, table: Table) -> Keys:
     """The keys that a list names, 0 where they are another device's."""
+    return shards.each(lambda x, axis: _pick(x, axis, table, shards), own)
+
+
+def _pick(x: Array, axis: int, table: Table, shards: Shards) -> Array:
     local = jnp.asarray(table.local)[shards.index]
-
-    def pick(x: Array, axis: int) -> Array:
-        found = jnp.take(x, local.clip(0), axis)
-        here = (local >= 0).reshape(-1, *[1] * (x.ndim - axis - 1))
-        return jnp.where(here, found, jnp.zeros((), x.dtype))
-
-    return shards.each(pick, own)
+    found = jnp.take(x, local.clip(0), axis)
+    here = (local >= 0).reshape(-1, *[1] * (x.ndim - axis - 1))
+    return jnp.where(here, found, jnp.zeros((), x.dtype))
 
 
 def _sum(x: Array, axes: tuple[str, ...]) -> Array:
