@@ -9,6 +9,14 @@ _SOUND = f"{_PLANS}test_sound_and_the_complement_too"
 
 MUTANTS = (
     Mutant(
+        "full-blocks-with-empty-slots",
+        "masks/planning.py",
+        "whole = rows.occupied[:, None, :, None]",
+        "whole = rows.occupied[:, None, :, None] | True",
+        "A block with an empty query slot counts as full.",
+        ("tests/masks/test_planning.py::test_given_positions_are_sound",),
+    ),
+    Mutant(
         "window-left",
         "masks/structural.py",
         "else t - self.left)",

@@ -131,10 +131,59 @@ MUTANTS = (
     Mutant(
         "shards-of-heads-without-their-keys",
         "ops/shares.py",
-        "if parts(k) < parts(n) and sizes.K not in (1, parts(k)):",
+        "if here > 1 and within and uneven:",
         "if False:",
         "Devices whose query heads use several key heads in part have all of these.",
         ("tests/ops/test_partition.py::test_key_heads_that_do_not_divide",),
+    ),
+    Mutant(
+        "the-key-head-of-another-device",
+        "ops/shares.py",
+        "return lax.axis_index(self.within) // self.devices",
+        "return lax.axis_index(self.within) % self.key_heads",
+        "A device of several that share a key head picks another one.",
+        ("tests/ops/test_partition.py::test_devices_that_share_a_key_head_have_all",),
+    ),
+    Mutant(
+        "a-halo-of-the-other-side",
+        "ops/sequence/strategies.py",
+        "first = shards.index * schedule.keys - schedule.left",
+        "first = shards.index * schedule.keys - schedule.right",
+        "Keys of neighbours are taken for those at other positions.",
+        ("tests/ops/sequence/test_sequence.py::test_explicit_axes_are_enough",),
+    ),
+    Mutant(
+        "partial-results-of-equal-weight",
+        "ops/sequence/partial.py",
+        "weights = (shares / safe)[..., None]",
+        "weights = jnp.full_like(shares, 0.5)[..., None]",
+        "Results of parts of the keys are not weighted by their sums.",
+        (
+            "tests/ops/sequence/test_sequence.py::"
+            "test_strategies_compute_what_one_device_does",
+        ),
+    ),
+    Mutant(
+        "a-ring-that-forgets-the-way-home",
+        "ops/sequence/ring.py",
+        "d_keys = shards.sent(add(d_keys, d_here), -hops)",
+        "d_keys = add(d_keys, d_here)",
+        "Gradients of keys stay on the device that saw them last.",
+        (
+            "tests/ops/sequence/test_sequence.py::"
+            "test_strategies_compute_what_one_device_does",
+        ),
+    ),
+    Mutant(
+        "wide-queries-in-the-wrong-rows",
+        "ops/sequence/strategies.py",
+        "rows = jnp.where(local < 0, output.shape[1], local)",
+        "rows = jnp.where(local < 0, output.shape[1], local + 1)",
+        "Results of queries that see all keys replace those of their neighbours.",
+        (
+            "tests/ops/sequence/test_sequence.py::"
+            "test_strategies_compute_what_one_device_does",
+        ),
     ),
     Mutant(
         "key-alive-in-all-heads",

@@ -75,12 +75,8 @@ def predicted(mask, length=T):
     ("pattern", "strategy"),
     few(
         itertools.product(PATTERNS, STRATEGIES),
-        ("anchors", "exchange"),
-        ("two anchors", "exchange"),
         ("anchors that see all", "exchange"),
-        ("two sides", "exchange"),
         ("causal", "ring"),
-        ("documents", "exchange"),
         ("random", "exchange"),
         ("full", "all_to_all"),
         ("full", "all_gather"),

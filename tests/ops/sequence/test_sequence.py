@@ -61,10 +61,7 @@ MORE: dict[str, Any] = {
 ALL = CASES | MORE
 #: In the short suite.
 SHORT = (
-    ("anchors", "exchange"),
-    ("window of documents", "exchange"),
     ("longformer", "exchange"),
-    ("bias", "ring"),
     ("dense", "ring"),
     ("big bird", "all_to_all"),
     ("positions", "all_gather"),
@@ -120,7 +117,6 @@ def test_strategies_compute_what_one_device_does(name, strategy, implementation)
     few(
         itertools.product(STRATEGIES, [(30, 30), (30, 41), (5, 32), (32, 4)]),
         ("exchange", (30, 41)),
-        ("ring", (5, 32)),
     ),
 )
 def test_lengths_that_devices_do_not_divide(strategy, lengths):
@@ -132,7 +128,9 @@ def test_lengths_that_devices_do_not_divide(strategy, lengths):
     close(run(*given), both_passes(options)(*given))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", few([AxisType.Auto, AxisType.Explicit], AxisType.Explicit)
+)
 def test_batch_and_sequence_are_sharded_together(kind):
     mesh, options = (
         mesh_of(kind),
@@ -162,7 +160,8 @@ def test_explicit_axes_are_enough():
     close([compiled(*given)], [attend(*arrays())])
 
 
-@pytest.mark.parametrize("strategy", few(STRATEGIES, "ring"))
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_balanced_order(strategy):
     mask = masks.causal()
     order = sharding.balanced_order(mask, T, 4)
@@ -173,7 +172,7 @@ def test_a_balanced_order(strategy):
     close([x[:, np.argsort(order)] for x in found], both_passes(options)(*arrays()))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", few(STRATEGIES, "exchange"))
 def test_hidden_keys_do_not_exist(strategy):
     q, k, v = arrays()
     bad = jnp.arange(T)[None, :, None, None] >= 27
@@ -185,7 +184,8 @@ def test_hidden_keys_do_not_exist(strategy):
     close(found, both_passes(options)(q, k, v))
 
 
-@pytest.mark.parametrize("strategy", few(STRATEGIES, "ring"))
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_partial_results_of_16_bits_are_merged_in_32(strategy):
     given = [x.astype(jnp.bfloat16) for x in arrays()]
     options = dict(mask=masks.causal(), implementation="tiled")
@@ -198,6 +198,7 @@ def test_partial_results_of_16_bits_are_merged_in_32(strategy):
     assert error <= 1.01 * alone
 
 
+@pytest.mark.slow
 def test_a_ring_holds_few_keys():
     """The backward pass needs no partial result."""
     shape = [jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)] * 3
@@ -261,6 +262,7 @@ def test_a_step_of_decoding_is_computed_as_without():
     close([one], [attention(q[:, :1], k, v)])
 
 
+@pytest.mark.slow
 def test_inside_shard_map_arrays_are_one_devices():
     mesh = mesh_of()
     spec = Spec(("x", "y"))
