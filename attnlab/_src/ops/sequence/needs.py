@@ -53,8 +53,8 @@ class Needs:
         sizes: ``[E]``, slots in each range.
         owners: ``[E]``, the shard that holds it.
         by: ``[count, E]`` boolean, whether a shard needs it.
-        wide: slots of queries that see keys of most shards (anchors that see all), for
-            which nothing is needed here: such queries go to the keys.
+        wide: slots of queries that see most keys (anchors that see all), for which
+            nothing is needed here: such queries go to the keys.
     """
 
     starts: np.ndarray
@@ -105,22 +105,23 @@ def needs_of(mask: Mask | None, lengths: Lengths, queries_move: bool = False) ->
 def _without_wide(
     mask: Mask, lengths: Lengths, intervals: list[np.ndarray]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Takes wide queries out of shards that need much more than others do."""
+    """Takes wide queries out of shards, if a few shards need much more than others."""
     count, t, s = lengths.count, lengths.query_length, lengths.key_length
     operands = operands_of(mask, t, s)
     if count < 3 or any(x.shape[2] > 1 for x in jax.tree.leaves(operands)):
         return intervals, np.zeros(0, int)
     sums = np.array([(x[:, 1] - x[:, 0]).sum() for x in intervals])
-    unusual = np.flatnonzero((sums > 2 * np.median(sums)) & (sums > 2 * lengths.keys))
+    unusual = np.flatnonzero(sums > s // 2)
+    if len(unusual) > max(2, count // 8):
+        return intervals, np.zeros(0, int)
     kept, wide = [*intervals], []
     for shard in unusual:
         first = int(shard) * lengths.queries
         stop = min(first + lengths.queries, t)
         rows = index_blocks("query", stop - first, 1, np.int32(first))
-        sides = [index_blocks("key", s, width) for width in (lengths.keys, 1)]
-        shards, keys = (_rows(make_plan(mask, operands, rows, x, False)) for x in sides)
-        seen = [int((x[:, 1] - x[:, 0]).sum()) for x in shards]
-        few = [n <= (count + 1) // 2 for n in seen]
+        key = index_blocks("key", s, 1)
+        keys = _rows(make_plan(mask, operands, rows, key, cols=False))
+        few = [int((x[:, 1] - x[:, 0]).sum()) <= s // 2 for x in keys]
         spans = [x for x, keep in zip(keys, few, strict=True) if keep]
         joined = np.concatenate([np.zeros((0, 2), int), *spans])
         kept[shard] = np.stack(merge(Intervals(*joined.T)), -1)

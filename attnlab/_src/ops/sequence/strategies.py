@@ -38,7 +38,7 @@ def exchange(
     output, lse = merged([run(part, name) for part in parts])
     if not schedule.wide.size:
         return output, lse
-    # Queries that see keys of most shards went to all of them.
+    # Queries that see most keys went to all devices.
     wide, wide_lse = _of_wide(inputs, own, shards, schedule, name)
     local = jnp.asarray(schedule.wide.local)[shards.index]
     rows = jnp.where(local < 0, output.shape[1], local)
