@@ -19,21 +19,24 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "kind", few([AxisType.Auto, AxisType.Explicit], AxisType.Explicit)
-)
-def test_data_and_tensor_parallel(kind):
-    model = nn.Decoder.standard(
+def decoder(**options):
+    return nn.Decoder.standard(
         48,
         features=16,
         num_heads=4,
         num_key_heads=2,
         num_layers=1,
         position=nn.Rotary,
-        residual=nn.PreNorm,
-        dropout_rate=0.1,
         rngs=nnx.Rngs(0),
+        **options,
     )
+
+
+@pytest.mark.parametrize(
+    "kind", few([AxisType.Auto, AxisType.Explicit], AxisType.Explicit)
+)
+def test_data_and_tensor_parallel(kind):
+    model = decoder(residual=nn.PreNorm, dropout_rate=0.1)
     structure, params, rest = nnx.split(model, nnx.Param, ...)
     tokens = jax.random.randint(jax.random.key(0), (8, 16), 0, 48)
 
@@ -70,16 +73,8 @@ def test_data_and_tensor_parallel(kind):
 
 @pytest.mark.parametrize("window", few([None, 6], 6))
 def test_caches_stay_sharded_by_batch_and_heads(window):
-    model = nn.Decoder.standard(
-        48,
-        features=16,
-        num_heads=4,
-        num_key_heads=2,
-        num_layers=1,
-        position=nn.Rotary,
-        mask=masks.causal() if window is None else masks.sliding_window(window, 0),
-        rngs=nnx.Rngs(0),
-    )
+    seen = masks.causal() if window is None else masks.sliding_window(window, 0)
+    model = decoder(mask=seen)
     (block,) = model.stack.each()
     block.attention.cache = nn.CachePolicy(window=window)
     structure, params, rest = nnx.split(model, nnx.Param, ...)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Unpack
+from typing import Any, Required, Unpack
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -77,27 +77,39 @@ def attention(
         Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers", 2023; Jacobs
         et al., "DeepSpeed Ulysses", 2023 (all_to_all).
     """
-    given = sequence, batch, heads, strategy
-    with _placed(query, key, mesh, *given):
+    with _placed(query, key, mesh, sequence, batch, heads, strategy):
         return attend(query, key, value, stats=False, **_known(options)).output
 
 
+#: Arguments of :func:`attention` that are none of :func:`attnlab.attention`.
+_NAMES = "mesh", "sequence", "batch", "heads", "strategy"
+
+
+class Sharded(Options, total=False):
+    """The keyword arguments of :func:`attention`, described there."""
+
+    sequence: Required[placement.Axes]
+    mesh: Mesh | AbstractMesh | None
+    batch: placement.Axes
+    heads: placement.Axes
+    strategy: str | None
+
+
 def attention_with_stats(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    sequence: placement.Axes,
-    mesh: Mesh | AbstractMesh | None = None,
-    batch: placement.Axes = None,
-    heads: placement.Axes = None,
-    strategy: str | None = None,
-    **options: Unpack[Options],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, **options: Unpack[Sharded]
 ) -> AttentionResult:
-    """As :func:`attention`, with the log-sum-exp ``[*batch, T, N]``."""
-    given = sequence, batch, heads, strategy
-    with _placed(query, key, mesh, *given):
-        return attend(query, key, value, stats=True, **_known(options))
+    """As :func:`attention`, with the log-sum-exp ``[*batch, T, N]``.
+
+    Args:
+        query: ``[*batch, T, N, H]``.
+        key: ``[*batch, S, K, H]``.
+        value: ``[*batch, S, K, D]``.
+        **options: every keyword argument of :func:`attention`.
+    """
+    rest: Any = dict(options)
+    given = [rest.pop(name, None) for name in _NAMES]
+    with _placed(query, key, *given):
+        return attend(query, key, value, stats=True, **_known(rest))
 
 
 def cost(

@@ -103,20 +103,38 @@ def _with_backward(asked: Asked) -> Callable[[AttentionInputs], tuple[Array, Arr
 
     def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
         wanted, inputs, output, kept = saved
-        lse, (d_output, d_lse) = with_inf(kept), cotangents
-        # No gradient passes a query that sees nothing.
-        sees = ~jnp.isneginf(lse)
-        if isinstance(d_output, SymbolicZero):
-            d_output = jnp.zeros_like(output)
-        d_output = jnp.where(sees[..., None], d_output, 0)
-        d_lse = None if isinstance(d_lse, SymbolicZero) else jnp.where(sees, d_lse, 0)
-        found = backward_pass(asked, wanted.flags, inputs, output, lse, d_output, d_lse)
+        results = results_and_cotangents(output, kept, cotangents)
+        found = backward_pass(asked, wanted.flags, inputs, *results)
         gradients = iter(found)
         leaves = [next(gradients) if on else None for on in wanted.flags]
         return (jax.tree.unflatten(jax.tree.structure(inputs), leaves),)
 
     attend.defvjp(forward, backward, symbolic_zeros=True)
     return attend
+
+
+def results_and_cotangents(
+    output: Array, kept: Array, cotangents: Any
+) -> tuple[Array, Array, Array, Array | None]:
+    """What a backward pass reads beside the inputs.
+
+    Args:
+        output: of the forward pass.
+        kept: its log-sum-exp, as :func:`keep` returns it.
+        cotangents: of both, perhaps symbolic zeros.
+
+    Returns:
+        Output, log-sum-exp, and their cotangents; None for a symbolic zero of the
+        latter.
+    """
+    lse, (d_output, d_lse) = with_inf(kept), cotangents
+    # No gradient passes a query that sees nothing.
+    sees = ~jnp.isneginf(lse)
+    if isinstance(d_output, SymbolicZero):
+        d_output = jnp.zeros_like(output)
+    d_output = jnp.where(sees[..., None], d_output, 0)
+    d_lse = None if isinstance(d_lse, SymbolicZero) else jnp.where(sees, d_lse, 0)
+    return output, lse, d_output, d_lse
 
 
 def backward_pass(

@@ -6,10 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from attnlab._src.ops.choice import named
-from attnlab._src.ops.derivative import Wanted, backward_pass, run
+from attnlab._src.ops.derivative import (
+    Wanted,
+    backward_pass,
+    results_and_cotangents,
+    run,
+)
 from attnlab._src.ops.primitive import Asked
 from attnlab._src.ops.residuals import keep, with_inf
 from attnlab._src.ops.sequence.partial import Result, merged
@@ -53,13 +57,7 @@ def ring(
 
     def backward(saved: PyTree, cotangents: Any) -> tuple[PyTree]:
         wanted, inputs, output, kept = saved
-        lse, (d_output, d_lse) = with_inf(kept), cotangents
-        sees = ~jnp.isneginf(lse)
-        if isinstance(d_output, SymbolicZero):
-            d_output = jnp.zeros_like(output)
-        d_output = jnp.where(sees[..., None], d_output, 0)
-        d_lse = None if isinstance(d_lse, SymbolicZero) else jnp.where(sees, d_lse, 0)
-        results = output, lse, d_output, d_lse
+        results = results_and_cotangents(output, kept, cotangents)
         found = _backward(inputs, shards, hops, asked, wanted.flags, results)
         return (found,)
 

@@ -142,7 +142,13 @@ class Shards:
         return [lax.ppermute(x, self.axes, pairs) for x in keys]
 
     def with_keys(
-        self, inputs: AttentionInputs, keys: Keys, slots: Array, in_order: bool
+        self,
+        inputs: AttentionInputs,
+        keys: Keys,
+        slots: Array,
+        *,
+        in_order: bool,
+        beyond: bool = False,
     ) -> AttentionInputs:
         """The record of this device's queries and of given keys.
 
@@ -152,6 +158,7 @@ class Shards:
             slots: ``[W]`` int32, where in the whole sequence each key lies; below 0 or
                 at least S: no key.
             in_order: whether each slot follows the one before it.
+            beyond: whether slots behind the last shard may be among them.
         """
         leaves, structure = jax.tree.flatten(without_slots(inputs))
         given = iter(keys)
@@ -168,21 +175,36 @@ class Shards:
         local = jax.tree.unflatten(structure, made)
         queries, kind = inputs.position_kinds
         exists = (slots >= 0) & (slots < total)
-        mask, operands = local.mask, local.mask_operands
         if kind == "given":
             positions = jnp.where(exists, local.key_positions - 1, -1)
         elif in_order:
             kind, positions = "offset", slots[None, None, None]
-            mask, operands = And((mask, prefix(total))), (operands, ())
+            local = self.within_length(local, beyond)
         else:
             kind, positions = "given", jnp.where(exists, slots, -1)[None, None, None]
         return dataclasses.replace(
             local,
             key_positions=positions,
-            mask=mask,
-            mask_operands=operands,
             needs_lse=True,
             position_kinds=("offset" if queries == "index" else queries, kind),
+        )
+
+    def within_length(
+        self, inputs: AttentionInputs, beyond: bool = False
+    ) -> AttentionInputs:
+        """The record whose mask hides slots behind the end, if there may be some.
+
+        Args:
+            inputs: a record whose positions of keys are slots of the whole sequence.
+            beyond: whether slots behind the last shard may be among them.
+        """
+        total = self.lengths.key_length
+        if not beyond and total == self.lengths.count * self.lengths.keys:
+            return inputs
+        return dataclasses.replace(
+            inputs,
+            mask=And((inputs.mask, prefix(total))),
+            mask_operands=(inputs.mask_operands, ()),
         )
 
 

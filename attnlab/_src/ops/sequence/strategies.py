@@ -6,8 +6,6 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from attnlab._src.masks.base import And
-from attnlab._src.masks.structural import prefix
 from attnlab._src.ops.derivative import run
 from attnlab._src.ops.sequence.partial import Result, merged, merged_over
 from attnlab._src.ops.sequence.schedule import Schedule, Table
@@ -31,7 +29,8 @@ def exchange(
     first = shards.index * schedule.keys - schedule.left
     width = schedule.left + schedule.keys + schedule.right
     slots = first + jnp.arange(width, dtype=jnp.int32)
-    parts = [shards.with_keys(inputs, main, slots, in_order=True)]
+    beyond = schedule.right > 0
+    parts = [shards.with_keys(inputs, main, slots, in_order=True, beyond=beyond)]
     if lists := _listed(own, shards, schedule):
         keys, where = lists
         parts.append(shards.with_keys(inputs, keys, where, in_order=False))
@@ -145,17 +144,14 @@ def by_heads(inputs: AttentionInputs, shards: Shards, name: str | None) -> Resul
     def turned(x: Array) -> Array:
         return lax.all_to_all(x, shards.axes, 2, 1, tiled=True)
 
-    total = shards.lengths.key_length
-    mask, operands, kinds = inputs.mask, inputs.mask_operands, inputs.position_kinds
     local = dataclasses.replace(
         inputs,
         query=turned(inputs.query),
         key=turned(inputs.key),
         value=turned(inputs.value),
     )
-    if kinds[1] == "index" and total < local.sizes.S:
-        mask, operands = And((mask, prefix(total))), (operands, ())
-        local = dataclasses.replace(local, mask=mask, mask_operands=operands)
+    if inputs.position_kinds[1] == "index":
+        local = shards.within_length(local)
     output, lse = run(local, name)
 
     def back(x: Array) -> Array:
