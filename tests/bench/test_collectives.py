@@ -46,3 +46,8 @@ def test_collectives_are_read():
 def test_a_loop_of_unknown_length():
     with pytest.raises(ValueError, match=r"main.5 sends in a loop of unknown length"):
         collectives(Compiled("{}"))
+
+
+def test_what_is_no_program():
+    with pytest.raises(TypeError, match=r"compiled: expected what .* got str"):
+        collectives(TEXT)

@@ -55,6 +55,7 @@ def collectives(compiled: Any) -> list[Collective]:
         compiled: what ``jax.jit(f).lower(...).compile()`` returns.
 
     Raises:
+        TypeError: if it is no compiled program.
         ValueError: if one runs in a loop whose length the program does not say.
 
     Example:
@@ -63,6 +64,11 @@ def collectives(compiled: Any) -> list[Collective]:
         >>> collectives(jax.jit(jnp.sum).lower(jnp.ones(8)).compile())
         []
     """
+    if not hasattr(compiled, "as_text"):
+        raise TypeError(
+            "compiled: expected what jax.jit(f).lower(...).compile() returns, got "
+            f"{type(compiled).__name__}"
+        )
     bodies: dict[str, list[str]] = {}
     name = entry = ""
     for line in compiled.as_text().splitlines():

@@ -78,7 +78,9 @@ def attention(
         et al., "DeepSpeed Ulysses", 2023 (all_to_all).
     """
     with _placed(query, key, mesh, sequence, batch, heads, strategy):
-        return attend(query, key, value, stats=False, **_known(options)).output
+        return attend(
+            query, key, value, stats=False, **_known("attention", options)
+        ).output
 
 
 #: Arguments of :func:`attention` that are none of :func:`attnlab.attention`.
@@ -109,7 +111,9 @@ def attention_with_stats(
     rest: Any = dict(options)
     given = [rest.pop(name, None) for name in _NAMES]
     with _placed(query, key, *given):
-        return attend(query, key, value, stats=True, **_known(rest))
+        return attend(
+            query, key, value, stats=True, **_known("attention_with_stats", rest)
+        )
 
 
 def cost(
@@ -156,13 +160,13 @@ def cost(
           once; most work 1.01 x mean
     """
     with _placed(query, key, mesh, sequence, batch, heads, None, needed=False):
-        args, _, inputs = canonical(query, key, value, _known(options))
+        args, _, inputs = canonical(query, key, value, _known("cost", options))
         place: Any = placement.place()
         return mesh_cost(args, inputs, place)
 
 
-def _known(options: Options) -> Options:
-    check_names("sharding.attention", options)
+def _known(caller: str, options: Options) -> Options:
+    check_names(f"sharding.{caller}", options)
     return options
 
 

@@ -1,5 +1,6 @@
 """What a call costs on a mesh: each device's part, and what devices send."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -64,6 +65,10 @@ def mesh_cost(
 ) -> MeshCost:
     """The cost of a call whose queries are sharded as ``place`` says, ``[B, T, N]``."""
     _, share = divided(inputs, place)
+    # Shorter sequences are computed as if they were not sharded.
+    is_cut = min(inputs.sizes.T, inputs.sizes.S) >= shards_of(place) > 1
+    if not is_cut:
+        share = dataclasses.replace(share, axes=share.axes | {"t": (), "s": ()})
     shape = place.mesh.shape
 
     def count(axes: tuple[str, ...]) -> int:
@@ -86,7 +91,7 @@ def mesh_cost(
         here = x.size // count(tuple(own)) * np.dtype(x.dtype).itemsize
         summed += 2 * here * (others - 1) / others
     strategy, strategies = None, {}
-    if shards_of(place) > 1:
+    if is_cut:
         bound = bound_of(args, data_are_known=True)
         strategies = costs_of(inputs, place, bound, _pairs_given(args, place))
         strategy = best_of(strategies)

@@ -76,8 +76,8 @@ class Settings:
             for each query.
         shared_dropout: whether all examples and heads have one dropout pattern, as with
             Flax's ``broadcast_dropout``.
-        place: sharding of the query, ``[B, T, N]``, on a mesh with explicit axes; None
-            where it is not known while tracing.
+        place: sharding of the query, ``[B, T, N]``, from explicit axes of its type or
+            from ``sharding.use``; None where it is not known while tracing.
         strategy: how keys reach queries whose sequence is sharded; None: XLA gathers
             them.
         bound: what is known of the mask before the program runs, if there is a

@@ -251,6 +251,14 @@ def test_explain_tells_what_a_mesh_costs():
     assert said.mesh.parts == {"B": 1, "T": 2, "N": 2, "K": 2}
     assert "B=6 is not divided by data: each device computes all of it" in str(said)
     assert "keys reach queries by exchange" in str(said)
+    # A step of decoding is computed as if the sequence were not sharded.
+    one = jax.ShapeDtypeStruct((8, 1, 8, 8), jnp.float32)
+    memory = [jax.ShapeDtypeStruct((8, 1024, 2, 8), jnp.float32)] * 2
+    with sharding.use(mesh, sequence="sequence"):
+        decoding = explain(one, *memory).mesh
+    assert decoding is not None
+    assert not decoding.strategies
+    assert "T=1 is not divided by sequence" in str(decoding)
     few = sharding.cost(*shape, mesh=mesh, heads=("data", "model"))
     assert few.parts["K"] == 1
     # Each of 8 devices has a head of its own, and all keys: gradients are summed.
