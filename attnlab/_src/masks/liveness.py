@@ -60,7 +60,9 @@ def scan_partial(
         """Counts of one example; its arrays ``[N or 1, T, S, *payload]``."""
         tiles, q_pos, k_pos, full, partial = arrays
 
-        def row(seen_keys: Array, r: Array) -> tuple[Array, Array]:
+        def row(
+            found: tuple[Array, Array], r: Array
+        ) -> tuple[tuple[Array, Array], None]:
             h, i = r // nq, r % nq
 
             def pick(x: Array) -> Array:
@@ -100,12 +102,18 @@ def scan_partial(
             by_key = by_key + jnp.repeat(inside, bk).astype(jnp.int32) * bq
             # Summed on the way: a result for each row would be O(T S / block).
             by_query = by_query + widths.sum(dtype=jnp.int32)
-            return seen_keys.at[h].add(by_key), by_query
+            # Indexed, not sliced: XLA would hand the sharding of queries on to each
+            # tile, and sum over devices in every step.
+            slots = i * bq + jnp.arange(bq, dtype=jnp.int32)
+            of_queries, of_keys = found
+            of_queries = of_queries.at[h, slots].set(by_query)
+            return (of_queries, of_keys.at[h].add(by_key)), None
 
         rows = jnp.arange(heads * nq, dtype=jnp.int32)
-        start = vary_like(jnp.zeros((heads, nk * bk), jnp.int32), leaves)
-        by_key, by_query = lax.scan(row, start, rows)
-        return by_query.reshape(heads, nq * bq)[:, :t], by_key[:, :s]
+        start = [jnp.zeros((heads, n), jnp.int32) for n in (nq * bq, nk * bk)]
+        start = jax.tree.map(lambda x: vary_like(x, leaves), tuple(start))
+        (by_query, by_key), _ = lax.scan(row, start, rows)
+        return by_query[:, :t], by_key[:, :s]
 
     # Mapped over examples, not looped: where they are sharded, nothing is sent.
     axes, padded = shared_axes(padded)
