@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -55,6 +56,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 import attnlab  # noqa: E402, F401
+from attnlab._src.implementations.batched import Batched  # noqa: E402
 from attnlab._src.implementations.native import Native  # noqa: E402
 from attnlab._src.implementations.tiled import Tiled  # noqa: E402
 from attnlab._src.ops.primitive import compute  # noqa: E402
@@ -183,17 +185,22 @@ def leave_few_programs():
 @pytest.fixture
 def tile(monkeypatch):
     """``tile(q, k, chunk)`` sets tile sizes, so that small inputs have many tiles."""
-    walk = sys.modules["attnlab._src.implementations.schedule"]
+    walks = [
+        sys.modules[f"attnlab._src.implementations.{name}"]
+        for name in ("schedule", "batched")
+    ]
     prepare = sys.modules["attnlab._src.ops.prepare"]
 
     def force(block_q, block_k, chunk=None):
         forget()
         sizes = (block_q, block_k)
-        for kind in (Tiled, Native):
+        for kind in (Tiled, Batched, Native):
             monkeypatch.setattr(kind, "block_sizes", lambda self, inputs: sizes)
         monkeypatch.setattr(prepare, "_ALIVE_BLOCK", max(sizes))
-        for name in ("CHUNK", "LONGEST_CHUNK"):
+        for walk, name in itertools.product(walks, ("CHUNK", "LONGEST_CHUNK")):
             monkeypatch.setattr(walk, name, block_k if chunk is None else chunk)
+        # A few lanes for many rows, so that a step ends in the middle of a row's run.
+        monkeypatch.setattr(walks[1], "STEP_FLOATS", 5 * block_q * (chunk or block_k))
 
     yield force
     monkeypatch.undo()

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "bench": BASE | {"scores", "modifiers", "masks", "implementations", "ops"},
 }
 #: Files that implementations share; implementations do not import each other.
-SHARED = {"deferred", "measured", "schedule", "tile"}
+SHARED = {"deferred", "measured", "schedule", "steps", "tile"}
 
 
 def modules():

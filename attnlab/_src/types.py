@@ -338,6 +338,8 @@ class Implementation:
     differentiable: ClassVar[bool] = False
     #: Where it runs, as lowering names it ("cpu", "cuda", "rocm", "tpu"); None: all.
     platforms: ClassVar[tuple[str, ...] | None] = None
+    #: Where the automatic choice takes it; None: wherever it runs.
+    chosen_on: ClassVar[tuple[str, ...] | None] = None
     #: Whether a program that is exported (``jax.export``) can hold it.
     exportable: ClassVar[bool] = True
     #: Whether a program for several platforms can hold it.

@@ -53,7 +53,7 @@ class Sevens(extend.Implementation):
 def sevens(monkeypatch):
     """``Sevens``, registered as the first of the automatic choice on CPUs."""
     made = Sevens()
-    for name in ("native", "pallas_tpu"):
+    for name in ("native", "pallas_tpu", "batched"):
         monkeypatch.delitem(PRIORITIES, name)
     extend.register(made, priority=1)
     yield made
@@ -168,7 +168,10 @@ def test_elsewhere_nothing_of_the_cpu_remains():
     program = lowered(gradient, "cuda")
     assert "stablehlo.while" in program
     assert "custom_call" not in program
-    assert explain(X, X, X, platform="cuda").implementation == "tiled"
+    for platform in ("cuda", "rocm", "gpu"):
+        told = explain(X, X, X, platform=platform)
+        assert told.implementation == cost(X, X, X, platform=platform).implementation
+        assert told.implementation == "batched"
     program = lowered(gradient, "tpu")
     # The loops are in branches for inputs that are not finite.
     assert program.count("stablehlo.while") == 3

@@ -271,8 +271,8 @@ CASES = {
     "implementation": (
         call(implementation="flash"),
         ValueError,
-        "implementation: expected one of native, pallas_tpu, tiled, splash, jax_nn, "
-        "reference or None, got 'flash'",
+        "implementation: expected one of native, pallas_tpu, batched, tiled, splash, "
+        "jax_nn, reference or None, got 'flash'",
     ),
     "refusal": (
         call(
@@ -495,9 +495,9 @@ CASES = {
         r"explain\(\) got an unexpected keyword argument 'top_k'",
     ),
     "platform": (
-        lambda: cost(Q, K, V, platform="gpu"),
+        lambda: cost(Q, K, V, platform="metal"),
         ValueError,
-        "platform: expected one of cpu, cuda, rocm, tpu or None, got 'gpu'",
+        "platform: expected one of cpu, cuda, rocm, tpu, gpu or None, got 'metal'",
     ),
 }
 

@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 COLOURS = {
     "native": "#000000",
     "tiled": "#0072B2",
+    "batched": "#F0E442",
     "jax_nn": "#E69F00",
     "reference": "#999999",
     "jax.nn": "#D55E00",
@@ -28,7 +29,7 @@ COLOURS = {
     "torch": "#009E73",
     "flex": "#56B4E9",
 }
-_MORE = ("#F0E442", "#777777", "#AA4499")
+_MORE = ("#777777", "#AA4499", "#882255")
 
 
 def colour(name: str, names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from attnlab._src.bench.options import Options
 from attnlab._src.bench.peers import installed_peers
 from attnlab._src.bench.runner import Group
 from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.ops.choice import default_platform, other_platforms
 
 #: Implementations that store all logits; they are compared on a few problems only.
 DENSE = ("jax_nn", "reference")
@@ -81,7 +82,9 @@ def select(options: Options, peers: Sequence[Contender] | None = None) -> list[G
     for dtype in options.dtypes:
         for pattern, score, beside in _grid(options):
             names = options.implementations or tuple(
-                n for n in IMPLEMENTATIONS if n not in DENSE
+                name
+                for name, made in IMPLEMENTATIONS.items()
+                if name not in DENSE and not other_platforms(made, default_platform())
             )
             extra = [n for n in beside if n in IMPLEMENTATIONS and n not in names]
             if options.implementations:

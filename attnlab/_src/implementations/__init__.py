@@ -1,5 +1,6 @@
 """Implementations: different ways to compute the same attention."""
 
+from attnlab._src.implementations.batched import Batched
 from attnlab._src.implementations.jax_nn import JaxNn
 from attnlab._src.implementations.native import Native
 from attnlab._src.implementations.pallas_tpu import PallasTpu
@@ -12,6 +13,7 @@ from attnlab._src.types import Implementation
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "native": Native(),
     "pallas_tpu": PallasTpu(),
+    "batched": Batched(),
     "tiled": Tiled(),
     "splash": Splash(),
     "jax_nn": JaxNn(),
@@ -20,7 +22,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 #: Candidates of the automatic choice, with the greatest number tried first; ``tiled``
 #: supports all inputs on all platforms. All others run only when asked for by name, as
 #: they hold ``[T, S]`` in memory.
-PRIORITIES: dict[str, float] = {"native": 20, "pallas_tpu": 10, "tiled": 0}
+PRIORITIES: dict[str, float] = {
+    "native": 20,
+    "pallas_tpu": 10,
+    "batched": 5,
+    "tiled": 0,
+}
 #: Names of the implementations that come with attnlab.
 BUILT_IN = frozenset(IMPLEMENTATIONS)
 

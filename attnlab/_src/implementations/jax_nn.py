@@ -1,18 +1,24 @@
 """An adapter to ``jax.nn.dot_product_attention``, for inputs with the same result."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from attnlab._src.exact import exactly
-from attnlab._src.implementations.deferred import scaled_query
 from attnlab._src.masks.base import Full
 from attnlab._src.masks.planning import visible
+from attnlab._src.masks.structural import Window
 from attnlab._src.modifiers.bias import Bias
 from attnlab._src.types import Array, AttentionInputs, Implementation
 
 
 class JaxNn(Implementation):
-    """``jax.nn.dot_product_attention`` with a dense boolean mask where needed."""
+    """``jax.nn.dot_product_attention``, with a dense mask unless it is causal or none.
+
+    It rounds weights of 16-bit inputs to 16 bits. On NVIDIA GPUs these inputs run on
+    cuDNN where JAX offers that.
+    """
 
     name = "jax_nn"
     differentiable = True
@@ -40,14 +46,35 @@ class JaxNn(Implementation):
             )
         if inputs.query.dtype == jnp.float64:
             reasons.append("its softmax is float32, for float64 inputs too")
-        if inputs.value.dtype in (jnp.float16, jnp.bfloat16):
-            reasons.append("it rounds the weights to 16 bits")
+        if inputs.value.dtype.itemsize == 2 and inputs.head_scale is not None:
+            reasons.append("it would round the query, scaled by head, to 16 bits")
         if inputs.precision is not None:
             reasons.append("it takes no precision=")
         return tuple(reasons)
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.extend.Implementation`."""
+        s, mask = inputs.sizes, inputs.mask
+        lse = jnp.zeros((s.B, s.T, s.N), inputs.accumulation_dtype)
+        sides = inputs.query, inputs.key, inputs.value
+        if inputs.head_scale is not None:
+            scale = inputs.head_scale.swapaxes(1, 2).astype(inputs.query.dtype)
+            sides = inputs.query * scale, *sides[1:]
+
+        def attend(**options: Any) -> Array:
+            # It promotes 16-bit types, where a user's setting may forbid that. And it
+            # scales the logits: a scaled query may be rounded to 16 bits.
+            with jax.numpy_dtype_promotion("standard"):
+                return jax.nn.dot_product_attention(
+                    *sides, scale=inputs.logit_scale, **options
+                )
+
+        causal = exactly(mask, Window) and (mask.left, mask.right) == (None, 0)
+        causal = causal and mask.step == 1 and s.T == s.S
+        everything = exactly(mask, Full) and s.S > 0
+        if (everything or causal) and inputs.index_positions and not inputs.modifiers:
+            way = "cudnn" if _has_cudnn(inputs) else None
+            return attend(is_causal=causal, implementation=way), lse
         bias = None
         for (operand,) in inputs.modifier_operands:
             wide = operand.astype(inputs.accumulation_dtype)
@@ -58,13 +85,18 @@ class JaxNn(Implementation):
         sees = seen.any(-1).swapaxes(1, 2)[..., None]
         # jax.nn adds its mask to the logits: for a query that sees nothing it yields
         # the mean of the values, where attnlab yields zero.
-        output = jax.nn.dot_product_attention(
-            scaled_query(inputs),
-            inputs.key,
-            inputs.value,
-            bias,
-            None if exactly(inputs.mask, Full) and bias is None else seen,
-            scale=1.0,
-        )
-        output = jnp.where(sees, output, 0)
-        return output, jnp.zeros(output.shape[:3], inputs.accumulation_dtype)
+        return jnp.where(sees, attend(bias=bias, mask=seen), 0), lse
+
+
+def _has_cudnn(inputs: AttentionInputs) -> bool:
+    """Whether JAX offers cuDNN for such arrays, on the default device.
+
+    The platform of the program is not known yet: JAX differentiates ``forward``, so it
+    is traced at once.
+    """
+    size, device = inputs.sizes.P, jax.devices()[0]
+    generation = getattr(device, "compute_capability", None)
+    if "NVIDIA" not in device.device_kind or generation is None:
+        return False
+    small = inputs.query.dtype.itemsize == 2 and size <= 128 and size % 8 == 0
+    return small and float(generation) >= 8

@@ -25,13 +25,18 @@ def default_platform() -> str:
 def as_platform(platform: str | None) -> str:
     """A platform that lowering knows; for None, the default backend's.
 
+    "gpu" is JAX's name for both "cuda" and "rocm": that of the default backend, if it
+    is one of these, otherwise "cuda".
+
     Raises:
         ValueError: if lowering knows no such platform.
     """
     here = default_platform()
     if platform is None:
         return here
-    known = dict.fromkeys((*PLATFORMS, here))
+    if platform == "gpu":
+        return here if here == "rocm" else "cuda"
+    known = dict.fromkeys((*PLATFORMS, "gpu", here))
     if not isinstance(platform, str) or platform not in known:
         raise ValueError(
             f"platform: expected one of {', '.join(known)} or None, got {platform!r}"
@@ -58,6 +63,16 @@ def _program_reasons(
     if divided and not implementation.partitionable:
         where += ("XLA cannot divide it among several devices; jax.shard_map can",)
     return where
+
+
+def other_platforms(
+    implementation: Implementation, platform: str | None
+) -> tuple[str, ...]:
+    """Why the automatic choice leaves out an implementation that runs here."""
+    only = implementation.chosen_on
+    if only is None or platform in only:
+        return ()
+    return (f"others are faster but on {' and '.join(only)}; it runs when asked for",)
 
 
 def symbolic_sizes(inputs: AttentionInputs, letters: str = "BTS") -> dict[str, str]:
@@ -122,6 +137,7 @@ def choose(
         # Stop at the first capable one: some must trace the user's functions to tell.
         for made in map(IMPLEMENTATIONS.__getitem__, automatic()):
             elsewhere = _program_reasons(made, platform, exported, shared, divided)
+            elsewhere += other_platforms(made, platform)
             if not elsewhere and not _reasons(made, inputs):
                 return made
         lengths = symbolic_sizes(inputs, "TS")
@@ -166,6 +182,8 @@ def passed_over(
             continue
         if name is not None:
             why = (f"{name!r} was asked for",)
+        elif elsewhere := other_platforms(made, platform):
+            why = elsewhere
         elif other in PRIORITIES:
             why = (f"{chosen!r} comes first",)
         elif other in BUILT_IN:

@@ -156,7 +156,8 @@ def explain(
         query: array or ``jax.ShapeDtypeStruct``, ``[*batch, T, N, H]``.
         key: ``[*batch, S, K, H]``.
         value: ``[*batch, S, K, D]``.
-        platform: "cpu", "cuda", "rocm" or "tpu"; the default backend's if not given.
+        platform: "cpu", "cuda", "rocm", "gpu" (either of these) or "tpu"; the default
+            backend's if not given.
         **options: every keyword argument of :func:`attnlab.attention`.
 
     Raises:
@@ -170,8 +171,9 @@ def explain(
         >>> print(explain(x, x, x, mask=mask, platform="cuda"))  # doctest: +ELLIPSIS
         B=1, T=4096, S=4096, N=8, K=8, P=64, D=64; float32; score ScaledDot; mask
         sliding_window(256, 256)
-        on cuda: tiled, blocks of 256 queries x 128 keys
+        on cuda: batched, blocks of 128 queries x 128 keys
           not native: it runs on cpu, not on cuda...
+          not tiled: 'batched' comes first...
           not jax_nn: it holds [T, S] in memory; it runs only when asked for
           not reference: it holds [T, S] in memory; it runs only when asked for
     """

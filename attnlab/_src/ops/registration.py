@@ -21,8 +21,9 @@ def register(implementation: Implementation, *, priority: float | None = None) -
     Args:
         implementation: an instance; callers give its ``name``.
         priority: the automatic choice takes the capable implementation of the greatest
-            priority. attnlab's own have 20 (``native``), 10 (``pallas_tpu``) and 0
-            (``tiled``). None: it runs only when asked for by name.
+            priority. attnlab's own have 20 (``native``), 10 (``pallas_tpu``), 5
+            (``batched``, on GPUs) and 0 (``tiled``). None: it runs only when asked for
+            by name.
 
     Raises:
         TypeError: if it is no instance of :class:`attnlab.extend.Implementation`, lacks
