@@ -30,7 +30,7 @@ def sentences():
         for b in WHAT
         for c in WHERE
     ]
-    for i in range(600):
+    for i in range(200):
         chosen = [clauses[(i * 37 + j * j * (i + 5)) % 64] for j in range(1 + i % 12)]
         one, other = (", ".join(side) for side in zip(*chosen, strict=True))
         yield f"{one} {i}", f"{other} {i}"

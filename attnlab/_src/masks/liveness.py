@@ -1,5 +1,6 @@
 """Which slots are alive, and how many pairs are visible: exact, without ``[T, S]``."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,8 +45,7 @@ def scan_partial(
     nq, nk = -(-t // bq), -(-s // bk)
     leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
     full, partial = jax.tree.map(jnp.asarray, plan.rows)
-    batch = max([x.shape[0] for x in leaves] + [full.lo.shape[0]])
-    heads = max([x.shape[1] for x in leaves] + [full.lo.shape[1], mask.head_count])
+    batch, heads = _counted(mask, leaves, plan)
 
     def pad(x: Array, fill: int) -> Array:
         widths = [(0, 0)] * x.ndim
@@ -120,6 +120,12 @@ def scan_partial(
     return jax.vmap(example, (axes,), axis_size=batch)(padded)
 
 
+def _counted(mask: Rule, leaves: Sequence[Array], plan: Plan) -> tuple[int, int]:
+    """The numbers of examples and of heads that differ in what they see."""
+    shapes = [x.shape for x in leaves] + [plan.rows.full.lo.shape]
+    return max(s[0] for s in shapes), max(mask.head_count, *(s[1] for s in shapes))
+
+
 def alive(
     mask: Rule,
     operands: PyTree,
@@ -188,20 +194,19 @@ def _decide(
     # Self-attention, as a rule, lets each living token see itself: then the necessary
     # condition for being alive is sufficient, and nothing needs to be counted.
     index = jnp.arange(plan.query_length, dtype=jnp.int32)
-    shapes = jax.eval_shape(exact, None)
+    leaves = [*jax.tree.leaves(operands), query_positions, key_positions]
+    shape = *_counted(mask, leaves, plan), plan.query_length
     lower = _diagonal(mask, operands, query_positions, key_positions, index)
     uppers = []
     agree = jnp.ones((), bool)
-    for side, positions, shape in zip(
-        ("query", "key"), (query_positions, key_positions), shapes, strict=True
-    ):
+    for side, positions in (("query", query_positions), ("key", key_positions)):
         slots = positions.reshape(*positions.shape[:2], -1) >= 0
         known = _along(side, mask, operands)
         if known is not None:
             slots = slots & known
-        upper = jnp.broadcast_to(slots, shape.shape)
-        agree &= (upper == jnp.broadcast_to(lower, shape.shape)).all()
-        uppers.append(vary_like(upper, [operands, query_positions, key_positions]))
+        upper = jnp.broadcast_to(slots, shape)
+        agree &= (upper == jnp.broadcast_to(lower, shape)).all()
+        uppers.append(vary_like(upper, leaves))
     return lax.cond(agree, lambda _: tuple(uppers), exact, None)
 
 
