@@ -18,6 +18,7 @@ _BUCKETS = (
     f"{_CELL}[scaled_dot-lengths-t5-grouped-float32-offset-dropout-square-blocks]"
 )
 _NATIVE = "tests/native/kernel/test_running.py::"
+_BATCHED = "tests/implementations/test_batched.py::"
 _TPU = "tests/implementations/test_pallas_tpu.py::"
 
 MUTANTS = (
@@ -139,7 +140,7 @@ MUTANTS = (
         "ranks = jnp.where(works, ranks, jnp.iinfo(jnp.int32).max - self.chunk)",
         "pass",
         "A lane without work computes a chunk of the last row once more.",
-        (_STREAMING,),
+        (f"{_BATCHED}test_every_chunk_is_computed_once[causal-7]",),
     ),
     Mutant(
         "batched-shared-gradient",
