@@ -112,6 +112,15 @@ def test_strategies_compute_what_one_device_does(name, strategy, implementation)
     close(run(*given), both_passes(options)(*given))
 
 
+def test_keys_of_all_kinds_are_one_pass():
+    """Of neighbours and of lists: no partial results are merged."""
+    mask = masks.causal() & (masks.sliding_window(5, 0) | masks.prefix(3))
+    options = dict(mask=mask, implementation="tiled")
+    where = dict(mesh=mesh_of(), sequence=SEQUENCE, strategy="exchange")
+    traced = both_passes(options, **where).trace(*arrays())
+    assert str(traced.jaxpr).count(" attention[") == 2  # forward and backward
+
+
 @pytest.mark.parametrize(
     ("strategy", "lengths"),
     few(

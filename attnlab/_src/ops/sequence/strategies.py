@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab._src.ops.derivative import run
-from attnlab._src.ops.sequence.partial import Result, merged, merged_over
+from attnlab._src.ops.sequence.partial import Result, merged_over
 from attnlab._src.ops.sequence.schedule import Schedule, Table
 from attnlab._src.ops.sequence.shards import Keys, Shards
 from attnlab._src.types import Array, AttentionInputs
@@ -30,11 +30,12 @@ def exchange(
     width = schedule.left + schedule.keys + schedule.right
     slots = first + jnp.arange(width, dtype=jnp.int32)
     beyond = schedule.right > 0
-    parts = [shards.with_keys(inputs, main, slots, in_order=True, beyond=beyond)]
     if lists := _listed(own, shards, schedule):
         keys, where = lists
-        parts.append(shards.with_keys(inputs, keys, where, in_order=False))
-    output, lse = merged([run(part, name) for part in parts])
+        main = shards.joined([keys, main])
+        slots = jnp.concatenate([where, slots])
+    part = shards.with_keys(inputs, main, slots, in_order=not lists, beyond=beyond)
+    output, lse = run(part, name)
     if not schedule.wide.size:
         return output, lse
     # Queries that see most keys went to all devices.
