@@ -4,9 +4,13 @@ A decoder with a causal window of 4,096 and 64 anchors, in bfloat16, with AdamW.
 sequence is sharded over all chips; each gets the keys that the plan of the mask names.
 The TPU's own compiler, which needs no TPU (``pip install -e ".[tpu-aot]"``), tells the
 memory of a chip and what chips send. Nothing is run.
+
+Draws which keys devices need of each other under some masks, too; ``--slice`` without
+names does only that.
 """
 
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +25,26 @@ from rich.console import Console
 from rich.table import Table
 
 from attnlab import masks, nn, sharding
+from attnlab._src.bench.charts import plt, save
+from attnlab._src.ops.sequence.needs import Lengths, needs_of
 from attnlab.bench import collectives
 from benchmarks.common import parser, write
 
 MASK = masks.causal() & (masks.sliding_window(4095, 0) | masks.prefix(64))
+
+
+#: What :func:`draw` shows, 8 devices with 128 tokens each.
+DEVICES, TOKENS = 8, 128
+DRAWN = {
+    "causal window of 96": masks.causal() & masks.sliding_window(95, 0),
+    "the same and 16 anchors": masks.causal()
+    & (masks.sliding_window(95, 0) | masks.prefix(16)),
+    "documents of 200 to 360 tokens": masks.documents(
+        np.repeat(np.arange(4), [200, 300, 164, 360])
+    ),
+    "Longformer, 3 anchors": masks.longformer(window=64, anchors=[0, 1, 2]),
+    "causal": masks.causal(),
+}
 
 
 class Sizes(NamedTuple):
@@ -159,6 +179,36 @@ def show(sizes: Sizes, rows: list[dict[str, Any]]) -> None:
     Console(width=None if Console().is_terminal else 120).print(made)
 
 
+def draw(folder: Path) -> Path:
+    """A picture: rows are devices, columns are those whose keys they need."""
+    figure, panels = plt.subplots(1, len(DRAWN), figsize=(13, 3.2))
+    for panel, (name, mask) in zip(panels, DRAWN.items(), strict=True):
+        total = DEVICES * TOKENS
+        needs = needs_of(mask, Lengths(DEVICES, total, total), queries_move=True)
+        keys = np.zeros((DEVICES, DEVICES), int)
+        for owner in range(DEVICES):
+            mine = needs.owners == owner
+            keys[:, owner] = (needs.by[:, mine] * needs.sizes[mine]).sum(1)
+        shown = np.where(np.eye(DEVICES) > 0, 2 * TOKENS, keys)  # its own: darkest
+        panel.imshow(shown, cmap="Blues", vmin=0, vmax=2 * TOKENS)
+        for (device, owner), count in np.ndenumerate(keys):
+            if count and device != owner:
+                panel.text(owner, device, f"{count}", ha="center", va="center", size=7)
+        sent = keys.sum() - np.trace(keys)
+        title = f"{name}\n{sent:,} keys are sent"
+        if len(needs.wide):
+            title += f", and {len(needs.wide)} queries"
+        panel.set_title(title, fontsize=8)
+        panel.set_xlabel("keys of device", fontsize=8)
+        panel.set_xticks(range(DEVICES))
+        panel.set_yticks(range(DEVICES))
+        panel.tick_params(labelsize=7)
+    panels[0].set_ylabel("needed by device", fontsize=8)
+    figure.tight_layout()
+    (path,) = save(figure, folder, "devices", ("svg",))
+    return path
+
+
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument(
@@ -166,6 +216,7 @@ def main() -> None:
     )
     given = options.parse_args()
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles, and finds no TPU
+    print(draw(given.out))
     sizes, slices = Sizes(), given.slice
     if given.quick:
         sizes, slices = Sizes(2**14, 1, 256, 2), ("v5e:2x2",)
@@ -179,7 +230,8 @@ def main() -> None:
             {"sizes": sizes._asdict(), "rows": rows},
             quiet=topology != slices[-1],
         )
-    show(sizes, rows)
+    if rows:
+        show(sizes, rows)
 
 
 if __name__ == "__main__":
