@@ -20,8 +20,8 @@ _QUICK = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
 )
-#: The tests of sharding need at least four devices.
-_NEEDED = ("--xla_force_host_platform_device_count=4",)
+#: The tests of sharding use four devices, a few of them eight.
+_NEEDED = ("--xla_force_host_platform_device_count=8",)
 
 
 def _known(flags):

@@ -1,4 +1,4 @@
-"""Four simulated devices, and what a compiled program sends between them."""
+"""A mesh of four simulated devices, and what a compiled program sends between them."""
 
 import jax
 from jax.sharding import AxisType

@@ -112,6 +112,26 @@ def test_strategies_compute_what_one_device_does(name, strategy, implementation)
     close(run(*given), both_passes(options)(*given))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("longformer", "exchange"),
+        ("big bird", "exchange"),
+        ("window of documents", "exchange"),
+        ("dense", "ring"),
+        ("dropout", "ring"),
+        ("positions", "all_gather"),
+    ],
+)
+def test_eight_devices(name, strategy):
+    key_heads, options = ALL[name]()
+    given = arrays(key_heads)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    run = both_passes(options, mesh=mesh, sequence="x", strategy=strategy)
+    close(run(*given), both_passes(options)(*given))
+
+
 def test_keys_of_all_kinds_are_one_pass():
     """Of neighbours and of lists: no partial results are merged."""
     mask = masks.causal() & (masks.sliding_window(5, 0) | masks.prefix(3))
