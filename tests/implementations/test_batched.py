@@ -86,8 +86,8 @@ def test_the_number_of_rows_adds_no_step(backward, tile, monkeypatch):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         # The steps are the only loops.
         assert text.count("stablehlo.while") == 1 + backward
-        # The search for a lane's row has a few more operations in longer tables.
-        heavy = r"stablehlo\.(dot_general|exponential|gather|scatter|reduce)\b"
+        # The search for the row of a lane has a few more gathers in longer tables.
+        heavy = r"stablehlo\.(dot_general|exponential|scatter|reduce)\b"
         return collections.Counter(re.findall(heavy, text))
 
     short, long = 96, 192
