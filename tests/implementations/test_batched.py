@@ -96,6 +96,16 @@ def test_the_number_of_rows_adds_no_step(backward, tile, monkeypatch):
         assert lanes_of(length, mask)[1].steps == 5
 
 
+def test_copies_of_keys_are_bounded(monkeypatch):
+    """Of many rows of a single query, as in decoding."""
+    monkeypatch.setattr(batched, "STEP_FLOATS", 2**9)
+    x = jnp.zeros((8, 64, N, H))
+    inputs = prepare(*check(x[:, :1], x, x))
+    tiles = Tiles(inputs, plan_of(inputs, (1, 4), cols=False))
+    lanes = Lanes.of(tiles)
+    assert lanes.count * lanes.chunk * 4 * H <= 2**9 or lanes.count == 1
+
+
 def test_memory_is_bounded():
     """A step holds its tiles; the rest is proportional to the length."""
 

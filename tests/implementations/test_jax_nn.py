@@ -40,15 +40,28 @@ def test_empty_slots_are_hidden_without_a_mask():
 
 
 @pytest.mark.parametrize("name", few(MASKS, "causal", "window"))
+@pytest.mark.usefixtures("loose")  # jax.nn promotes
 def test_16_bits(name):
-    q, k, v = arrays("bfloat16")
-    wide = [x.astype("float32") for x in (q, k, v)]
-    wanted = attention(*wide, mask=MASKS[name], implementation="reference")
-    found = attention(q, k, v, mask=MASKS[name], implementation="jax_nn")
-    assert found.dtype == jnp.bfloat16
-    # The weights and the result are rounded.
-    allowed = 2 * float(jnp.finfo(jnp.bfloat16).eps) * np.abs(wide[2]).max()
-    assert np.abs(found.astype("float32") - wanted).max() <= allowed
+    given = arrays("bfloat16")
+    wide = [x.astype("float32") for x in given]
+
+    def both(given, implementation):
+        def run(*given):
+            return attention(*given, mask=MASKS[name], implementation=implementation)
+
+        output, pull = jax.vjp(run, *given)
+        return output, *pull(jnp.ones_like(output))
+
+    # Weights, their gradients, those of the logits, and the results are rounded.
+    for one, other in zip(both(given, "jax_nn"), both(wide, "reference"), strict=True):
+        assert one.dtype == jnp.bfloat16
+        allowed = 4 * float(jnp.finfo(jnp.bfloat16).eps) * np.abs(other).max()
+        assert np.abs(one.astype("float32") - other).max() <= allowed
+
+
+def test_16_bits_are_refused_where_promotion_is_an_error():
+    with pytest.raises(NotImplementedError, match="promotes 16-bit types"):
+        attention(*arrays("bfloat16"), implementation="jax_nn")
 
 
 def test_a_scale_of_each_head_is_refused_in_16_bits():
@@ -81,6 +94,7 @@ CUDNN: dict[str, Any] = {
 }
 
 
+@pytest.mark.usefixtures("loose")
 @pytest.mark.parametrize("name", CUDNN)
 def test_cudnn_where_jax_offers_it(name, monkeypatch):
     options, dtype, generation, wanted = CUDNN[name]
@@ -91,7 +105,7 @@ def test_cudnn_where_jax_offers_it(name, monkeypatch):
         raise Asked(implementation, kwargs)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
     forget()
     with pytest.raises(Asked) as asked:
         attention(*arrays(dtype), **options, implementation="jax_nn")

@@ -26,7 +26,6 @@ def compare(
     coarse: DTypeLike,
     terms: int,
     pairs: int,
-    rounded: int = 1,
 ) -> None:
     """Error of ``found`` <= 2 x error of ``reference`` + rounding, array by array.
 
@@ -38,7 +37,6 @@ def compare(
             gradients, too, are rounded to it.
         terms: how many terms a sum over an axis has; each adds a rounding error.
         pairs: how many query-key pairs add to a gradient that all of them share.
-        rounded: how often a value is rounded to ``coarse`` on its way to the result.
 
     Raises:
         AssertionError: naming the array, its error and what is allowed.
@@ -61,9 +59,7 @@ def compare(
 
         accumulated = np.float64 if dtype == np.float64 else np.float32
         each = terms + pairs / max(x.size, 1)
-        rounding = (
-            rounded * float(jnp.finfo(coarse).eps) + each * np.finfo(accumulated).eps
-        )
+        rounding = float(jnp.finfo(coarse).eps) + each * np.finfo(accumulated).eps
         with np.errstate(invalid="ignore"):
             allowed = 2 * greatest(low - truth) + rounding * greatest(truth)
             error = greatest(x - truth)

@@ -26,7 +26,8 @@ from attnlab._src.types import (
     PyTree,
 )
 
-#: Greatest number of floats that a step holds in one array of its tiles: 128 MiB.
+#: Greatest number of floats that a step holds in one array of its tiles, 128 MiB in
+#: float32; one lane may need more.
 STEP_FLOATS = 2**25
 #: Greatest number of keys in a chunk.
 LONGEST_CHUNK = 1024
@@ -167,7 +168,9 @@ class Lanes(NamedTuple):
         held = tiles.inputs.score.floats_per_pair or s.P
         if tiles.inputs.score.is_inner_product:
             held = 1
-        limit = max(STEP_FLOATS // (held * tiles.bq * tiles.bk * chunk), 1)
+        # A lane has a copy of its chunk's keys and values, too.
+        floats = max(held * tiles.bq, s.P, s.D) * tiles.bk * chunk
+        limit = max(STEP_FLOATS // floats, 1)
         count = max(min(limit, rows), 1)
         if plan.is_static:
             # With fewer lanes there are as many steps, and fewer idle lanes.

@@ -1,5 +1,6 @@
 """An adapter to ``jax.nn.dot_product_attention``, for inputs with the same result."""
 
+import functools
 from typing import Any
 
 import jax
@@ -48,6 +49,13 @@ class JaxNn(Implementation):
             reasons.append("its softmax is float32, for float64 inputs too")
         if inputs.value.dtype.itemsize == 2 and inputs.head_scale is not None:
             reasons.append("it would round the query, scaled by head, to 16 bits")
+        config: Any = jax.config
+        strict = config.jax_numpy_dtype_promotion == "strict"
+        if inputs.value.dtype.itemsize == 2 and strict:
+            reasons.append(
+                "it promotes 16-bit types, which jax_numpy_dtype_promotion='strict' "
+                "forbids"
+            )
         if inputs.precision is not None:
             reasons.append("it takes no precision=")
         return tuple(reasons)
@@ -61,17 +69,13 @@ class JaxNn(Implementation):
             scale = inputs.head_scale.swapaxes(1, 2).astype(inputs.query.dtype)
             sides = inputs.query * scale, *sides[1:]
 
-        def attend(**options: Any) -> Array:
-            # It promotes 16-bit types, where a user's setting may forbid that. And it
-            # scales the logits: a scaled query may be rounded to 16 bits.
-            with jax.numpy_dtype_promotion("standard"):
-                return jax.nn.dot_product_attention(
-                    *sides, scale=inputs.logit_scale, **options
-                )
-
+        # It scales the logits: a scaled query may be rounded to 16 bits.
+        attend = functools.partial(
+            jax.nn.dot_product_attention, *sides, scale=inputs.logit_scale
+        )
         causal = exactly(mask, Window) and (mask.left, mask.right) == (None, 0)
         causal = causal and mask.step == 1 and s.T == s.S
-        everything = exactly(mask, Full) and s.S > 0
+        everything = exactly(mask, Full) and s.S != 0  # it may be symbolic
         if (everything or causal) and inputs.index_positions and not inputs.modifiers:
             way = "cudnn" if _has_cudnn(inputs) else None
             return attend(is_causal=causal, implementation=way), lse
@@ -94,7 +98,10 @@ def _has_cudnn(inputs: AttentionInputs) -> bool:
     The platform of the program is not known yet: JAX differentiates ``forward``, so it
     is traced at once.
     """
-    size, device = inputs.sizes.P, jax.devices()[0]
+    config: Any = jax.config
+    size, device = inputs.sizes.P, config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
     generation = getattr(device, "compute_capability", None)
     if "NVIDIA" not in device.device_kind or generation is None:
         return False

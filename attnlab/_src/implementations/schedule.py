@@ -1,4 +1,4 @@
-"""How ``tiled`` walks a plan: rows of blocks, chunks of live key blocks, tiles."""
+"""How ``tiled`` and ``batched`` cut a plan into rows, chunks of live blocks, tiles."""
 
 import functools
 from collections.abc import Callable

@@ -72,7 +72,8 @@ def other_platforms(
     only = implementation.chosen_on
     if only is None or platform in only:
         return ()
-    return (f"others are faster but on {' and '.join(only)}; it runs when asked for",)
+    where = " and ".join(only)
+    return (f"the automatic choice takes it only on {where}; it runs when asked for",)
 
 
 def symbolic_sizes(inputs: AttentionInputs, letters: str = "BTS") -> dict[str, str]:
@@ -182,10 +183,8 @@ def passed_over(
             continue
         if name is not None:
             why = (f"{name!r} was asked for",)
-        elif elsewhere := other_platforms(made, platform):
-            why = elsewhere
         elif other in PRIORITIES:
-            why = (f"{chosen!r} comes first",)
+            why = other_platforms(made, platform) or (f"{chosen!r} comes first",)
         elif other in BUILT_IN:
             why = ("it holds [T, S] in memory; it runs only when asked for",)
         else:

@@ -132,13 +132,16 @@ def test_eight_devices(name, strategy):
     close(run(*given), both_passes(options)(*given))
 
 
-def test_keys_of_all_kinds_are_one_pass():
-    """Of neighbours and of lists: no partial results are merged."""
-    mask = masks.causal() & (masks.sliding_window(5, 0) | masks.prefix(3))
+@pytest.mark.parametrize(
+    ("all_see", "passes"), [(masks.prefix(2), 1), (~masks.prefix(T - 2), 2)]
+)
+def test_keys_that_come_first_are_of_one_pass(all_see, passes):
+    """Keys of both sides in one block would be near to every window."""
+    mask = masks.sliding_window(5, 0) | all_see
     options = dict(mask=mask, implementation="tiled")
     where = dict(mesh=mesh_of(), sequence=SEQUENCE, strategy="exchange")
     traced = both_passes(options, **where).trace(*arrays())
-    assert str(traced.jaxpr).count(" attention[") == 2  # forward and backward
+    assert str(traced.jaxpr).count(" attention[") == 2 * passes  # and backward
 
 
 @pytest.mark.parametrize(

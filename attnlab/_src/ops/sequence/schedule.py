@@ -55,6 +55,15 @@ class Schedule:
     count: int
 
     @property
+    def lists_come_first(self) -> bool:
+        """Whether what comes by lists lies before all other keys of each device."""
+        first = np.arange(self.count)[:, None] * self.keys - self.left
+        tables = self.everyone, *(table for _, table in self.hops)
+        return all(
+            bool((table.slots < first)[table.slots >= 0].all()) for table in tables
+        )
+
+    @property
     def received(self) -> float:
         """Keys that a device receives; a sum over devices moves each key twice."""
         shared = 2 * self.everyone.size * (self.count - 1) / self.count

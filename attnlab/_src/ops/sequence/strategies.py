@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab._src.ops.derivative import run
-from attnlab._src.ops.sequence.partial import Result, merged_over
+from attnlab._src.ops.sequence.partial import Result, merged, merged_over
 from attnlab._src.ops.sequence.schedule import Schedule, Table
 from attnlab._src.ops.sequence.shards import Keys, Shards
 from attnlab._src.types import Array, AttentionInputs
@@ -30,12 +30,19 @@ def exchange(
     width = schedule.left + schedule.keys + schedule.right
     slots = first + jnp.arange(width, dtype=jnp.int32)
     beyond = schedule.right > 0
-    if lists := _listed(own, shards, schedule):
+    lists = _listed(own, shards, schedule)
+    if lists and schedule.lists_come_first:
+        # One pass. Blocks of keys from both sides of the shard would be near to every
+        # window, and each query would compute all keys between.
         keys, where = lists
         main = shards.joined([keys, main])
         slots = jnp.concatenate([where, slots])
-    part = shards.with_keys(inputs, main, slots, in_order=not lists, beyond=beyond)
-    output, lse = run(part, name)
+        parts = [shards.with_keys(inputs, main, slots, in_order=False)]
+    else:
+        parts = [shards.with_keys(inputs, main, slots, in_order=True, beyond=beyond)]
+        if lists:
+            parts.append(shards.with_keys(inputs, *lists, in_order=False))
+    output, lse = merged([run(part, name) for part in parts])
     if not schedule.wide.size:
         return output, lse
     # Queries that see most keys went to all devices.
