@@ -190,6 +190,10 @@ class Live(NamedTuple):
     full: Intervals
     partial: Intervals
 
+    def per_row(self) -> Any:
+        """Number of live blocks of each row, ``[Bp, Np, rows]``."""
+        return self.full.per_row() + self.partial.per_row()
+
 
 @pytree
 class Plan:
@@ -362,8 +366,7 @@ class Implementation:
 
     def blocks_executed(self, plan: Plan) -> Any:
         """Blocks of keys that each block of queries computes, ``[Bp, Np, rows]``."""
-        full, partial = plan.rows
-        return full.per_row() + partial.per_row()
+        return plan.rows.per_row()
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``.

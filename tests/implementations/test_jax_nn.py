@@ -4,6 +4,7 @@ import types
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,16 @@ def test_a_scale_of_each_head_is_refused_in_16_bits():
         )
 
 
+def test_symbolic_lengths_without_a_mask():
+    shape = jax.export.symbolic_shape("2, t - 1, 2, 8")
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    run = jax.jit(lambda x: attention(x, x, x, implementation="jax_nn"))
+    call = jax.export.export(run)(x).call
+    x = arrays()[0]
+    wanted = attention(x, x, x, implementation="reference")
+    np.testing.assert_allclose(call(x), wanted, atol=1e-5)
+
+
 class Asked(Exception):
     """What ``jax.nn`` was asked for."""
 
@@ -83,6 +94,7 @@ CUDNN: dict[str, Any] = {
     "float32": (dict(mask=masks.causal()), "float32", "9.0", None),
     "old": (dict(mask=masks.causal()), "bfloat16", "7.5", None),
     "no GPU": (dict(mask=masks.causal()), "bfloat16", None, None),
+    "the default device is a CPU": ({}, "bfloat16", "9.0", None),
     # Without is_causal, a window of jax.nn's cuDNN path would see the future.
     "window": (dict(mask=masks.sliding_window(3, 0)), "bfloat16", "9.0", "default"),
     "bias": (
@@ -105,9 +117,10 @@ def test_cudnn_where_jax_offers_it(name, monkeypatch):
         raise Asked(implementation, kwargs)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    default = jax.devices()[0] if "default" in name else None
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     forget()
-    with pytest.raises(Asked) as asked:
+    with jax.default_device(default), pytest.raises(Asked) as asked:
         attention(*arrays(dtype), **options, implementation="jax_nn")
     way, given = asked.value.args
     assert way == wanted

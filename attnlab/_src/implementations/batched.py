@@ -1,9 +1,8 @@
-"""Pure XLA, many rows at once: few operations, each over many tiles, as GPUs want them.
+"""Pure XLA, many rows at once: few operations, each over many tiles, for GPUs.
 
-Every step of one loop computes a chunk of keys for many rows of the plan. A row has at
-most one chunk in a step, so its state is read and written without conflicts. The number
-of steps is that of the longest row's chunks, or what memory asks for; it depends on the
-number of rows in no other way.
+Each step of one loop computes a chunk of keys for many rows of the plan. A row has at
+most one chunk in a step, so its state is read and written without conflicts. There are
+as many steps as the longest row has chunks; more only where memory limits a step.
 """
 
 from collections.abc import Sequence
@@ -14,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab._src.implementations.schedule import Row, Tiles
+from attnlab._src.implementations.schedule import Row, Tiles, floats_per_pair, side_of
 from attnlab._src.implementations.steps import BackwardSteps, ForwardSteps, Softmax
-from attnlab._src.masks.planning import plan_of
 from attnlab._src.types import (
     Array,
     ArrayLike,
@@ -45,17 +43,17 @@ class Batched(Implementation):
 
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
         """See :class:`attnlab.extend.Implementation`."""
-        s = inputs.sizes
-        return min(max(s.T, 1), 128), min(max(s.S, 1), 128)
+        s, side = inputs.sizes, side_of(inputs, most=128)
+        return min(max(s.T, 1), side), min(max(s.S, 1), side)
 
     def blocks_executed(self, plan: Plan) -> ArrayLike:
         """See :class:`attnlab.extend.Implementation`: counts whole chunks."""
         chunk = _chunk_of(plan)
-        return -(-_live(plan) // chunk) * chunk
+        return -(-plan.rows.per_row() // chunk) * chunk
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.extend.Implementation`."""
-        tiles = Tiles(inputs, plan_of(inputs, self.block_sizes(inputs), cols=False))
+        tiles = Tiles.of(inputs, self.block_sizes(inputs))
         steps, lanes = ForwardSteps(tiles), Lanes.of(tiles)
 
         def body(number: Array, states: Softmax) -> Softmax:
@@ -85,7 +83,7 @@ class Batched(Implementation):
         wanted: Sequence[bool],
     ) -> list[Array | None]:
         """See :class:`attnlab.extend.Implementation`."""
-        tiles = Tiles(inputs, plan_of(inputs, self.block_sizes(inputs), cols=False))
+        tiles = Tiles.of(inputs, self.block_sizes(inputs))
         steps = BackwardSteps(tiles, output, lse, d_output, d_lse, wanted)
         lanes, s = Lanes.of(tiles), inputs.sizes
 
@@ -160,16 +158,14 @@ class Lanes(NamedTuple):
         s, plan = tiles.sizes, tiles.plan
         chunk = _chunk_of(plan)
         xp = np if plan.is_static else jnp
-        each = -(-_live(plan) // chunk)
+        each = -(-plan.rows.per_row() // chunk)
         each = xp.broadcast_to(each, (s.B, s.N, tiles.nq)).reshape(-1)
         rows = each.shape[0]
         ends = each.cumsum(dtype=np.int32)
         most, work = each.max(initial=0), ends[-1:].sum(dtype=np.int32)
-        held = tiles.inputs.score.floats_per_pair or s.P
-        if tiles.inputs.score.is_inner_product:
-            held = 1
         # A lane has a copy of its chunk's keys and values, too.
-        floats = max(held * tiles.bq, s.P, s.D) * tiles.bk * chunk
+        held = max(floats_per_pair(tiles.inputs) * tiles.bq, s.P, s.D)
+        floats = held * tiles.bk * chunk
         limit = max(STEP_FLOATS // floats, 1)
         count = max(min(limit, rows), 1)
         if plan.is_static:
@@ -227,19 +223,13 @@ class _Sums(NamedTuple):
     learned: PyTree
 
 
-def _live(plan: Plan) -> ArrayLike:
-    """Number of live blocks of each row, ``[Bp, Np, rows]``."""
-    full, partial = plan.rows
-    return full.per_row() + partial.per_row()
-
-
 def _chunk_of(plan: Plan) -> int:
     """Number of blocks in a chunk, so that the chunks of all rows cost least."""
     count = -(-plan.key_length // plan.block_k)
     most = max(min(LONGEST_CHUNK // plan.block_k, count), 1)
     if not plan.is_static:
         return min(max(CHUNK // plan.block_k, 1), most)
-    live, pairs = _live(plan), plan.block_q * plan.block_k
+    live, pairs = plan.rows.per_row(), plan.block_q * plan.block_k
 
     def cost(chunk: int) -> int:
         return int((-(-live // chunk)).sum()) * (chunk * pairs + _CHUNK_OVERHEAD)

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from attnlab._src.implementations.tile import squeeze_params, widened
+from attnlab._src.masks.planning import plan_of
 from attnlab._src.operands import corner, cut
 from attnlab._src.types import Array, ArrayLike, AttentionInputs, Plan, PyTree
 
@@ -17,6 +18,8 @@ from attnlab._src.types import Array, ArrayLike, AttentionInputs, Plan, PyTree
 CHUNK = 512
 #: Greatest number of keys in a chunk; chunks of full blocks have this size.
 LONGEST_CHUNK = 1024
+#: Greatest number of floats that a score may store for one tile (MLP: P per pair).
+TILE_FLOATS = 2**21
 #: Constant cost of a chunk, in pairs.
 _CHUNK_OVERHEAD = 2**15
 
@@ -86,6 +89,28 @@ def make_walk(plan: Plan) -> Walk:
     return walk._replace(any_full=bool(in_full.any()), any_rest=bool(in_rest.any()))
 
 
+def floats_per_pair(inputs: AttentionInputs) -> int:
+    """How many floats the score holds at once for each pair of a tile."""
+    if inputs.score.is_inner_product:
+        return 1
+    told = inputs.score.floats_per_pair
+    if told is not None:
+        return max(told, 1)
+    widths = [x.shape[-1] for x in jax.tree.leaves(inputs.pair_params)]
+    return max([inputs.sizes.P, *widths])
+
+
+def side_of(inputs: AttentionInputs, most: int) -> int:
+    """The side of a square tile whose floats keep to :data:`TILE_FLOATS`.
+
+    Args:
+        inputs: the canonical record.
+        most: the greatest side, a multiple of 8; the least is 8.
+    """
+    side = int((TILE_FLOATS / floats_per_pair(inputs)) ** 0.5) // 8 * 8
+    return min(max(side, 8), most)
+
+
 class Row(NamedTuple):
     """Indices of a row of the walk: example, query head, block of queries."""
 
@@ -104,6 +129,11 @@ class Tiles:
         self.nq = -(-self.sizes.T // self.bq)
         self.nk = -(-self.sizes.S // self.bk)
         self.walk = make_walk(plan)
+
+    @classmethod
+    def of(cls, inputs: AttentionInputs, sizes: tuple[int, int]) -> "Tiles":
+        """Of a plan by rows, with blocks of these sizes."""
+        return cls(inputs, plan_of(inputs, sizes, cols=False))
 
     def pad(self, x: Array, fill: int | None = None) -> Array:
         """Pads an operand's axes of length T and S to whole blocks.

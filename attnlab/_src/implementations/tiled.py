@@ -15,7 +15,7 @@ import jax
 from jax import lax
 
 from attnlab._src.implementations.measured import measured
-from attnlab._src.implementations.schedule import Tiles, make_walk
+from attnlab._src.implementations.schedule import Tiles, make_walk, side_of
 from attnlab._src.implementations.steps import BackwardSteps, ForwardSteps
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.types import (
@@ -26,9 +26,6 @@ from attnlab._src.types import (
     Plan,
     PyTree,
 )
-
-#: Greatest number of floats that a score may store for one tile (MLP: P per pair).
-TILE_FLOATS = 2**21
 
 
 class Tiled(Implementation):
@@ -44,20 +41,12 @@ class Tiled(Implementation):
             return 1, 1
         candidates = [(1024, 512), (512, 512), (256, 128)]
         if not inputs.score.is_inner_product:
-            held = inputs.score.floats_per_pair
-            if held is None:
-                widths = [x.shape[-1] for x in jax.tree.leaves(inputs.pair_params)]
-                held = max([s.P, *widths])
-            side = int((TILE_FLOATS / held) ** 0.5) // 8 * 8
-            side = min(max(side, 8), 512)
+            side = side_of(inputs, most=512)
             candidates = [(side, side)]
         sizes = [(min(q, s.T), min(k, s.S)) for q, k in candidates]
         if len(set(sizes)) == 1:
             return sizes[0]
         return min(sizes, key=lambda size: _estimate(inputs, size))
-
-    def _tiles(self, inputs: AttentionInputs) -> Tiles:
-        return Tiles(inputs, plan_of(inputs, self.block_sizes(inputs), cols=False))
 
     def blocks_executed(self, plan: Plan) -> ArrayLike:
         """See :class:`attnlab.extend.Implementation`: counts whole chunks."""
@@ -67,7 +56,7 @@ class Tiled(Implementation):
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.extend.Implementation`."""
-        tiles = self._tiles(inputs)
+        tiles = Tiles.of(inputs, self.block_sizes(inputs))
         steps = ForwardSteps(tiles)
         start = steps.start()
 
@@ -90,7 +79,7 @@ class Tiled(Implementation):
         wanted: Sequence[bool],
     ) -> list[Array | None]:
         """See :class:`attnlab.extend.Implementation`."""
-        tiles, s = self._tiles(inputs), inputs.sizes
+        tiles, s = Tiles.of(inputs, self.block_sizes(inputs)), inputs.sizes
         steps = BackwardSteps(tiles, output, lse, d_output, d_lse, wanted)
         start = _Sums(
             steps.zeros((s.B * s.K, tiles.nk, s.P, tiles.bk), steps.want.key),

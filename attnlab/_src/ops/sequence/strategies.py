@@ -32,8 +32,8 @@ def exchange(
     beyond = schedule.right > 0
     lists = _listed(own, shards, schedule)
     if lists and schedule.lists_come_first:
-        # One pass. Blocks of keys from both sides of the shard would be near to every
-        # window, and each query would compute all keys between.
+        # One pass. Not for keys from both sides of the shard: a block of them spans the
+        # whole shard, and queries would compute keys that they do not see.
         keys, where = lists
         main = shards.joined([keys, main])
         slots = jnp.concatenate([where, slots])
