@@ -344,6 +344,8 @@ class Implementation:
     platforms: ClassVar[tuple[str, ...] | None] = None
     #: Where the automatic choice takes it; None: wherever it runs.
     chosen_on: ClassVar[tuple[str, ...] | None] = None
+    #: Why the automatic choice leaves it out, where it has no priority.
+    why_not_automatic: ClassVar[str] = "it was registered without a priority"
     #: Whether a program that is exported (``jax.export``) can hold it.
     exportable: ClassVar[bool] = True
     #: Whether a program for several platforms can hold it.

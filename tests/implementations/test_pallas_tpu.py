@@ -25,8 +25,9 @@ from attnlab._src.implementations import IMPLEMENTATIONS, pallas_tpu
 from attnlab._src.implementations.pallas_tpu import blocks, memory
 from attnlab._src.implementations.pallas_tpu.backward import Backward
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks, limit
-from attnlab._src.implementations.pallas_tpu.call import Products, fit
+from attnlab._src.implementations.pallas_tpu.call import Products
 from attnlab._src.implementations.pallas_tpu.steps import by_key, by_query
+from attnlab._src.implementations.schedule import fit
 from attnlab._src.ops.explain import canonical
 from attnlab._src.ops.prepare import prepare
 from attnlab._src.ops.validate import check

@@ -157,10 +157,15 @@ def lowered(
     """
     with on(target):
         made = jax.export.export(jax.jit(fn), platforms=("tpu",))(*shapes)
+    return leaves_only(made)
+
+
+def leaves_only(program: jax.export.Exported) -> jax.export.Exported:
+    """A program as a function of leaves that returns leaves."""
     return dataclasses.replace(
-        made,
-        in_tree=jax.tree.structure((tuple(made.in_avals), {})),
-        out_tree=jax.tree.structure(tuple(made.out_avals)),
+        program,
+        in_tree=jax.tree.structure((tuple(program.in_avals), {})),
+        out_tree=jax.tree.structure(tuple(program.out_avals)),
     )
 
 
@@ -253,10 +258,7 @@ def _compile(
         ]
         if profile:
             flags.append(f"--xla_jf_dump_static_llo_profile_to={dumps}")
-        # The caller's XLA_FLAGS would change the result.
-        kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        environment = {
-            **kept,
+        settings = {
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": known.accelerator,
             "TPU_WORKER_HOSTNAMES": "localhost",
@@ -266,25 +268,40 @@ def _compile(
         }
         command = [sys.executable, "-m", "attnlab._src.bench.deviceless"]
         command += [known.topology, str(source), str(dumps)]
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            why = f"the compiler took more than {timeout:.0f} s"
-            return {"why": why, "stopped": True}
-        if done.returncode == -signal.SIGINT:
-            # Ctrl-C reached both processes: the compiler did not crash.
-            raise KeyboardInterrupt
-        if done.returncode in (-signal.SIGKILL, -signal.SIGTERM):
-            return {"why": "the compiler was killed", "stopped": True}
-        if done.returncode:
-            lines = [x for x in done.stderr.splitlines() if "failed" in x.lower()]
-            said = lines[0].split("] ", 1)[-1][:200] if lines else ""
-            return {"why": said} if said else None
-        return json.loads(done.stdout.splitlines()[-1])
+        return run_compiler(command, settings, timeout)
+
+
+def run_compiler(
+    command: Sequence[str], settings: dict[str, str], timeout: float
+) -> dict[str, Any] | None:
+    """Runs a process that prints a line of JSON; None if it crashes without a message.
+
+    Args:
+        command: the command.
+        settings: environment variables besides the caller's.
+        timeout: seconds until it is stopped.
+    """
+    # The caller's XLA_FLAGS would change the result.
+    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    try:
+        done = subprocess.run(
+            command,
+            env={**kept, **settings},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        why = f"the compiler took more than {timeout:.0f} s"
+        return {"why": why, "stopped": True}
+    if done.returncode == -signal.SIGINT:
+        # Ctrl-C reached both processes: the compiler did not crash.
+        raise KeyboardInterrupt
+    if done.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+        return {"why": "the compiler was killed", "stopped": True}
+    if done.returncode:
+        lines = [x for x in done.stderr.splitlines() if "failed" in x.lower()]
+        said = lines[0].split("] ", 1)[-1][:200] if lines else ""
+        return {"why": said} if said else None
+    return json.loads(done.stdout.splitlines()[-1])

@@ -3,6 +3,7 @@
 from attnlab._src.implementations.batched import Batched
 from attnlab._src.implementations.jax_nn import JaxNn
 from attnlab._src.implementations.native import Native
+from attnlab._src.implementations.pallas_gpu import PallasGpu
 from attnlab._src.implementations.pallas_tpu import PallasTpu
 from attnlab._src.implementations.reference import Reference
 from attnlab._src.implementations.splash import Splash
@@ -13,6 +14,7 @@ from attnlab._src.types import Implementation
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "native": Native(),
     "pallas_tpu": PallasTpu(),
+    "pallas_gpu": PallasGpu(),
     "batched": Batched(),
     "tiled": Tiled(),
     "splash": Splash(),
@@ -20,8 +22,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Reference(),
 }
 #: Candidates of the automatic choice, with the greatest number tried first; ``tiled``
-#: supports all inputs on all platforms. All others run only when asked for by name, as
-#: they hold ``[T, S]`` in memory.
+#: supports all inputs on all platforms. All others run only when asked for by name, and
+#: say why in ``why_not_automatic``.
 PRIORITIES: dict[str, float] = {
     "native": 20,
     "pallas_tpu": 10,

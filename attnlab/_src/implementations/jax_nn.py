@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab._src.exact import exactly
+from attnlab._src.implementations.capability import default_capability
 from attnlab._src.masks.base import Full
 from attnlab._src.masks.planning import visible
 from attnlab._src.masks.structural import Window
@@ -22,6 +23,7 @@ class JaxNn(Implementation):
     """
 
     name = "jax_nn"
+    why_not_automatic = "it holds [T, S] in memory"
     differentiable = True
     symbolic = "BTS"
 
@@ -98,12 +100,6 @@ def _has_cudnn(inputs: AttentionInputs) -> bool:
     The platform of the program is not known yet: JAX differentiates ``forward``, so it
     is traced at once.
     """
-    config: Any = jax.config
-    size, device = inputs.sizes.P, config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
-    generation = getattr(device, "compute_capability", None)
-    if "NVIDIA" not in device.device_kind or generation is None:
-        return False
+    capability, size = default_capability(), inputs.sizes.P
     small = inputs.query.dtype.itemsize == 2 and size <= 128 and size % 8 == 0
-    return small and float(generation) >= 8
+    return small and capability is not None and capability >= 8

@@ -109,6 +109,7 @@ class Reference(Implementation):
     """Dense einsum with ``[B, N, T, S]`` in memory; the specification of all others."""
 
     name = "reference"
+    why_not_automatic = "it holds [T, S] in memory"
     differentiable = True
     symbolic = "BTS"
 

@@ -1,7 +1,9 @@
 """How ``tiled`` and ``batched`` cut a plan into rows, chunks of live blocks, tiles."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -12,7 +14,15 @@ from jax import lax
 from attnlab._src.implementations.tile import squeeze_params, widened
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.operands import corner, cut
-from attnlab._src.types import Array, ArrayLike, AttentionInputs, Plan, PyTree
+from attnlab._src.types import (
+    Array,
+    ArrayLike,
+    AttentionInputs,
+    Intervals,
+    Live,
+    Plan,
+    PyTree,
+)
 
 #: Default number of keys in a chunk; with fewer keys a core is idle.
 CHUNK = 512
@@ -87,6 +97,32 @@ def make_walk(plan: Plan) -> Walk:
     walk = walk._replace(chunk=min(range(1, wide + 1), key=executed))
     in_full, in_rest = walk.chunks()
     return walk._replace(any_full=bool(in_full.any()), any_rest=bool(in_rest.any()))
+
+
+def fit(plan: Plan, sizes: tuple[int, int]) -> Plan:
+    """The plan with the kernel's block sizes, where a short side is one padded block.
+
+    Args:
+        plan: the plan, whose block sizes do not exceed T and S.
+        sizes: queries and keys in a block of the kernel.
+    """
+    rows, cols = plan.rows, plan.cols
+    if plan.block_k < sizes[1]:
+        # The only block of keys is padded, and the padding must be masked: no block is
+        # full.
+        xp: ModuleType = np if plan.is_static else jnp
+
+        def partial(live: Live) -> Live:
+            pairs = zip(live.full, live.partial, strict=True)
+            return Live(
+                Intervals(*(x[..., :0] for x in live.full)),
+                Intervals(*(xp.concatenate(x, -1) for x in pairs)),
+            )
+
+        rows, cols = partial(rows), None if cols is None else partial(cols)
+    return dataclasses.replace(
+        plan, rows=rows, cols=cols, block_q=sizes[0], block_k=sizes[1]
+    )
 
 
 def floats_per_pair(inputs: AttentionInputs) -> int:

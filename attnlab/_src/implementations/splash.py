@@ -19,6 +19,7 @@ class Splash(Implementation):
     """``jax.experimental.pallas.ops.tpu.splash_attention``, for structural masks."""
 
     name = "splash"
+    why_not_automatic = "it holds [T, S] in memory"
     differentiable = True
     platforms = ("tpu",)
     partitionable = False

@@ -4,7 +4,6 @@ import jax
 import jax.extend.backend
 
 from attnlab._src.implementations import (
-    BUILT_IN,
     IMPLEMENTATIONS,
     PRIORITIES,
     automatic,
@@ -185,10 +184,8 @@ def passed_over(
             why = (f"{name!r} was asked for",)
         elif other in PRIORITIES:
             why = other_platforms(made, platform) or (f"{chosen!r} comes first",)
-        elif other in BUILT_IN:
-            why = ("it holds [T, S] in memory; it runs only when asked for",)
         else:
-            why = ("it was registered without a priority: it runs only when asked for",)
+            why = (f"{made.why_not_automatic}; it runs only when asked for",)
         reasons = _program_reasons(made, platform, False, False, False) + _reasons(
             made, inputs
         )

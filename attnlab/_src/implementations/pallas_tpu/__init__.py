@@ -9,14 +9,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from attnlab._src.implementations import not_finite
-from attnlab._src.implementations.pallas_tpu.backward import Backward
-from attnlab._src.implementations.pallas_tpu.blocks import Blocks, best, limit
-from attnlab._src.implementations.pallas_tpu.call import fit
-from attnlab._src.implementations.pallas_tpu.elementwise import (
+from attnlab._src.implementations.elementwise import (
     modifier_is_elementwise,
     needs_bits,
     why_not_score,
 )
+from attnlab._src.implementations.pallas_tpu.backward import Backward
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks, best, limit
 from attnlab._src.implementations.pallas_tpu.forward import forward
 from attnlab._src.implementations.pallas_tpu.memory import bytes_needed, segment_of
 from attnlab._src.implementations.pallas_tpu.steps import (
@@ -26,6 +25,7 @@ from attnlab._src.implementations.pallas_tpu.steps import (
     by_key,
     by_query,
 )
+from attnlab._src.implementations.schedule import fit
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.types import Array, ArrayLike, AttentionInputs, Implementation
 

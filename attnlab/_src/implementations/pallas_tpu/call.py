@@ -1,13 +1,10 @@
 """Parts that all kernels here share: products, array layouts, the Pallas call."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -18,7 +15,7 @@ from jax.typing import DTypeLike
 from attnlab._src.implementations.pallas_tpu.blocks import device, limit
 from attnlab._src.implementations.pallas_tpu.steps import Steps
 from attnlab._src.implementations.tile import may_round
-from attnlab._src.types import Array, AttentionInputs, Intervals, Live, Plan
+from attnlab._src.types import Array, AttentionInputs
 
 #: Dimension numbers of products: NN for [m, k] [k, n], NT for [m, k] [n, k].
 NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
@@ -52,32 +49,6 @@ class Products(NamedTuple):
             precision=self.precision,
             preferred_element_type=jnp.float32,
         )
-
-
-def fit(plan: Plan, sizes: tuple[int, int]) -> Plan:
-    """The plan with the kernel's block sizes, where a short side is one padded block.
-
-    Args:
-        plan: the plan, whose block sizes do not exceed T and S.
-        sizes: queries and keys in a block of the kernel.
-    """
-    rows, cols = plan.rows, plan.cols
-    if plan.block_k < sizes[1]:
-        # The only block of keys is padded, and the padding must be masked: no block is
-        # full.
-        xp: ModuleType = np if plan.is_static else jnp
-
-        def partial(live: Live) -> Live:
-            pairs = zip(live.full, live.partial, strict=True)
-            return Live(
-                Intervals(*(x[..., :0] for x in live.full)),
-                Intervals(*(xp.concatenate(x, -1) for x in pairs)),
-            )
-
-        rows, cols = partial(rows), None if cols is None else partial(cols)
-    return dataclasses.replace(
-        plan, rows=rows, cols=cols, block_q=sizes[0], block_k=sizes[1]
-    )
 
 
 def heads_first(

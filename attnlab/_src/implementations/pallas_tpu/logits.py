@@ -12,11 +12,10 @@ from attnlab._src.implementations.deferred import scaling_rounds
 from attnlab._src.implementations.pallas_tpu.operands import (
     Place,
     Readers,
-    bits,
-    visibility,
 )
 from attnlab._src.implementations.schedule import Tiles
 from attnlab._src.implementations.tile import kept, modify, widened
+from attnlab._src.implementations.visibility import bits, visibility
 from attnlab._src.masks.base import Full
 from attnlab._src.types import Array, AttentionInputs, PyTree, Tile
 

@@ -5,10 +5,10 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 
+from attnlab._src.implementations.elementwise import needs_bits
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 from attnlab._src.implementations.pallas_tpu.comparison import comparison
-from attnlab._src.implementations.pallas_tpu.elementwise import needs_bits
-from attnlab._src.implementations.pallas_tpu.operands import WORD
+from attnlab._src.implementations.visibility import WORD
 from attnlab._src.types import Array, AttentionInputs
 
 #: Gradients of a segment of queries get at most 1 / SEGMENT of the memory.

@@ -27,23 +27,26 @@ _ELEMENTWISE = frozenset({
 _CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call")
 
 
-def is_elementwise(fn: Callable[..., Array], *shapes: PyTree) -> bool:
+def is_elementwise(
+    fn: Callable[..., Array], *shapes: PyTree, lacking: frozenset[str] = frozenset()
+) -> bool:
     """Whether each element of the result depends only on that element of each array.
 
     Args:
         fn: function of scalars, and of arrays of one common shape.
         shapes: shapes of its arguments.
+        lacking: primitives that it must not contain.
     """
     try:
         traced = jax.make_jaxpr(fn)(*shapes)
     except Exception:  # user-defined functions may raise anything
         return False
-    return all(x.ndim == 0 for x in map(jnp.asarray, traced.consts)) and _elementwise(
-        traced.jaxpr
-    )
+    if any(x.ndim > 0 for x in map(jnp.asarray, traced.consts)):
+        return False
+    return _elementwise(traced.jaxpr, _ELEMENTWISE - lacking)
 
 
-def _elementwise(jaxpr: Any) -> bool:
+def _elementwise(jaxpr: Any, known: frozenset[str]) -> bool:
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name == "broadcast_in_dim":
@@ -51,9 +54,9 @@ def _elementwise(jaxpr: Any) -> bool:
                 return False
         elif name in _CALLS:
             inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-            if inner is None or not _elementwise(getattr(inner, "jaxpr", inner)):
+            if inner is None or not _elementwise(getattr(inner, "jaxpr", inner), known):
                 return False
-        elif name not in _ELEMENTWISE:
+        elif name not in known:
             return False
     return True
 
@@ -83,8 +86,12 @@ def mask_is_elementwise(mask: Mask, operands: PyTree) -> bool:
     return is_elementwise(visible, _POSITIONS, _POSITIONS, _HEAD, tile_shapes(operands))
 
 
-def modifier_is_elementwise(modifier: Modifier, operands: Sequence[Array]) -> bool:
-    """Whether a kernel can evaluate it."""
+def modifier_is_elementwise(
+    modifier: Modifier,
+    operands: Sequence[Array],
+    lacking: frozenset[str] = frozenset(),
+) -> bool:
+    """Whether a kernel can evaluate it, which lacks some primitives."""
     if any(x.ndim > 4 for x in operands):
         return False
 
@@ -93,7 +100,8 @@ def modifier_is_elementwise(modifier: Modifier, operands: Sequence[Array]) -> bo
 
     logits = jax.ShapeDtypeStruct((8, 16), jnp.float32)
     shapes = tile_shapes(tuple(operands))
-    return is_elementwise(apply, logits, _POSITIONS, _POSITIONS, _HEAD, shapes)
+    places = _POSITIONS, _POSITIONS, _HEAD
+    return is_elementwise(apply, logits, *places, shapes, lacking=lacking)
 
 
 def needs_bits(mask: Mask, operands: PyTree) -> int:
