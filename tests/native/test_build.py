@@ -56,6 +56,15 @@ def test_a_failure_keeps_its_reason_and_the_old_library(build, compiler, monkeyp
     assert not build.NOTE.exists()
 
 
+def test_a_library_of_the_same_sources_is_kept(build, monkeypatch):
+    without_compiler(monkeypatch)
+    kept = f"library {build.source_hash()}"
+    build.LIBRARY.write_text(kept)
+    assert build.build_or_note() is None
+    assert build.LIBRARY.read_text() == kept
+    assert not build.NOTE.exists()
+
+
 def test_the_hash_is_that_of_the_sources(build):
     first = build.source_hash()
     (build.SOURCES / "include" / "xla" / "README.md").write_text("other")

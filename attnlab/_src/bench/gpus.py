@@ -43,6 +43,8 @@ class Card:
         shared: bytes of shared memory of a multiprocessor.
         block_shared: bytes of it that a thread block may use.
         clock: GHz.
+        products: operations of products of 16-bit numbers in a second, from the
+            card's data sheet.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class Card:
     shared: int
     block_shared: int
     clock: float
+    products: float
 
     def config(self) -> str:
         """The text from which XLA makes a topology without a device."""
@@ -88,15 +91,15 @@ device_description_str: "{self.kind}"
 CARDS = {
     "gpu:a100": Card(
         "NVIDIA A100-SXM4-80GB", (8, 0), 108, 41_943_040, 84_974_239_744,
-        2_039_000_000_000, 167_936, 166_912, 1.41,
+        2_039_000_000_000, 167_936, 166_912, 1.41, 312e12,
     ),
     "gpu:h100": Card(
         "NVIDIA H100 80GB HBM3", (9, 0), 132, 52_428_800, 84_942_979_072,
-        3_352_320_000_000, 233_472, 232_448, 1.98,
+        3_352_320_000_000, 233_472, 232_448, 1.98, 989e12,
     ),
     "gpu:b200": Card(
         "NVIDIA B200", (10, 0), 148, 132_644_864, 191_000_000_000,
-        8_000_000_000_000, 233_472, 232_448, 1.965,
+        8_000_000_000_000, 233_472, 232_448, 1.965, 2250e12,
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The command ``attnlab static``: options, table and output file."""
+"""The command ``attnlab static``: options, tables and output file."""
 
 import argparse
 import dataclasses
@@ -10,13 +10,16 @@ import jax
 
 from attnlab._src.bench.cases import PATTERNS, SCORES, Spec
 from attnlab._src.bench.files import write_atomically
+from attnlab._src.bench.gpus import CARDS
 from attnlab._src.bench.options import writable_folder
 from attnlab._src.bench.targets import TARGETS
 
 DESCRIPTION = """\
-Estimates the cost of attention on a TPU, without having one. The TPU's own compiler
-(extra "tpu-aot") reports the cycles of a block, the plan the number of blocks. These
-are static estimates: compare them with each other; they are not times."""
+Estimates the cost of attention on a TPU or GPU, without having one. The TPU's own
+compiler (extra "tpu-aot") reports the cycles of a block, the plan the number of blocks.
+NVIDIA's assembler (extra "gpu-aot") reports registers, spills, instructions, and stall
+counts of a block. These are static estimates: compare them with each other; they are
+not times."""
 
 #: Letters of --shape, and the fields of ``Spec`` they stand for.
 _LETTERS = {
@@ -75,9 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--target",
         nargs="+",
-        choices=TARGETS,
+        choices=(*TARGETS, *CARDS),
         default=["tpu:v5e"],
-        help="which TPUs (tpu:v5e)",
+        help="which TPUs and GPUs (tpu:v5e)",
     )
     add(
         "--shape",
@@ -106,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks",
         type=sizes,
         metavar="QxKxC",
-        help="block sizes: queries, keys, keys at once (from attnlab's table)",
+        help="block sizes on TPUs: queries, keys, keys at once (from attnlab's table)",
     )
     add(
         "--out",
@@ -125,12 +128,13 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
         called: the whole command line, to be written to the file.
 
     Returns:
-        The exit status: 0; 1 if the compiler reported no cycles, or a problem cannot be
-        computed; 130 if interrupted.
+        The exit status: 0; 1 if the compiler reported nothing of a kernel, or a problem
+        cannot be computed; 130 if interrupted.
     """
     from rich.console import Console
     from rich.progress import Progress
 
+    from attnlab._src.bench.gpu_static import GpuRow, gpu_row
     from attnlab._src.bench.static import Row, row
     from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 
@@ -146,7 +150,7 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
         for s in given.score
         for of in given.passes
     ]
-    rows: list[Row] = []
+    rows: list[Row | GpuRow] = []
     refused: list[dict[str, Any]] = []
     stopped = False
     try:
@@ -155,7 +159,10 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
             for target, of, spec in wanted:
                 progress.update(task, description=f"{target} {of} {spec.label}")
                 try:
-                    rows.append(row(spec, of, target, blocks=blocks))
+                    if target in CARDS:
+                        rows.append(gpu_row(spec, of, target))
+                    else:
+                        rows.append(row(spec, of, target, blocks=blocks))
                 except (NotImplementedError, ValueError) as error:
                     asked = {"spec": dataclasses.asdict(spec), "why": str(error)}
                     refused.append({"target": target, "of": of, **asked})
@@ -171,7 +178,11 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
         return 130 if stopped else 1
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(_table(rows))
+    on_gpus = [each for each in rows if isinstance(each, GpuRow)]
+    on_tpus = [each for each in rows if isinstance(each, Row)]
+    for table, found in ((_table, on_tpus), (_gpu_table, on_gpus)):
+        if found:
+            console.print(table(found))
     for each in rows:
         if each.why:
             console.print(f"{each.target} {each.of}: {each.why}", highlight=False)
@@ -182,7 +193,9 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
     console.print(f"written: {path}", highlight=False)
     if stopped:
         return 130
-    return 1 if refused or any(each.cycles is None for each in rows) else 0
+    nothing = any(each.cycles is None for each in on_tpus)
+    nothing |= any(not each.kernels for each in on_gpus)
+    return 1 if refused or nothing else 0
 
 
 def _table(rows: Sequence[Any]) -> Any:
@@ -223,4 +236,41 @@ def _table(rows: Sequence[Any]) -> Any:
             else f"{kernel.memory / 2**20:.1f} MiB",
             "-" if each.ratio_to_splash is None else f"{each.ratio_to_splash:.2f}",
         )
+    return table
+
+
+def _gpu_table(rows: Sequence[Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        title="compiled, not timed: the assembler's stall counts are no times"
+    )
+    for name in ("target", "pass", "mask", "kernel"):
+        table.add_column(name)
+    numbers = (
+        "live", "partial", "registers", "spills", "tensor core", "exponential",
+        "stalls", "bound by",
+    )  # fmt: skip
+    for name in numbers:
+        table.add_column(name, justify="right")
+    for each in rows:
+        live = f"{each.full + each.partial:,} of {each.total:,}"
+        lead = each.target, each.of, each.spec.pattern
+        blocks = live, f"{each.partial:,}"
+        for kernel in each.kernels:
+            table.add_row(
+                *lead,
+                kernel.name,
+                *blocks,
+                f"{kernel.registers}",
+                f"{kernel.spills:,}",
+                f"{kernel.instructions['tensor core']:,}",
+                f"{kernel.instructions['exponential']:,}",
+                " / ".join(f"{loop.stalls:,}" for loop in kernel.loops),
+                each.binds or "-",
+            )
+        if not each.kernels:
+            table.add_row(
+                *lead, each.implementation, *blocks, *"-----", each.binds or "-"
+            )
     return table

@@ -146,12 +146,16 @@ def build(
 def build_or_note(folder: Path = HERE) -> str | None:
     """Builds the library in a folder; if that fails, writes a note there.
 
+    A library of the same sources and flags is kept: installing attnlab into a second
+    environment, which takes the sources where they are, takes seconds.
+
     Returns:
         The reason of the failure, or None.
     """
-    note = folder / NOTE.name
+    note, library = folder / NOTE.name, folder / LIBRARY.name
     try:
-        build(folder / LIBRARY.name)
+        if not (library.exists() and source_hash().encode() in library.read_bytes()):
+            build(library)
     except (BuildError, OSError) as error:
         note.write_text(f"{error}\n")
         return str(error)
