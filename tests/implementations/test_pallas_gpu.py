@@ -197,6 +197,10 @@ REFUSED: dict[str, tuple[list[Any], dict[str, Any]]] = {
         {"precision": "highest"},
     ),
     "heads of size 136 are larger than 128": (shapes(size=136), {}),
+    "B is 70,000, and its grid has 65,535": (
+        [jax.ShapeDtypeStruct((70_000, 8, 2, 64), jnp.bfloat16)] * 3,
+        {},
+    ),
     "Bias has a number for each pair": (
         shapes(),
         {"modifiers": [modifiers.bias(jnp.zeros((256, 256)))]},

@@ -17,6 +17,8 @@ from attnlab._src.implementations.pallas_gpu.substitute import LACKING
 from attnlab._src.implementations.tile import may_round
 from attnlab._src.types import Array, AttentionInputs, Implementation
 
+#: Greatest size of an axis of the grid of thread blocks, but for the last one.
+_MOST_BLOCKS = 65_535
 #: Greatest memory for bits of masks that a kernel cannot evaluate, in bytes.
 _MOST_BYTES = 2**30
 
@@ -27,6 +29,8 @@ class PallasGpu(Implementation):
     name = "pallas_gpu"
     platforms = ("cuda",)
     why_not_automatic = "it has not been timed on a GPU yet"
+    # JAX guarantees no compatibility for such kernels.
+    exportable = False
     # JAX lowers every branch of such a program for each of them.
     shares_program = False
 
@@ -52,6 +56,9 @@ class PallasGpu(Implementation):
             reasons.append("it rounds weights to 16 bits, which precision= forbids")
         if 0 in s:
             reasons.append("an axis is empty")
+        for axis, size in (("B", s.B), ("N", s.N)):
+            if size > _MOST_BLOCKS:
+                reasons.append(f"{axis} is {size:,}, and its grid has {_MOST_BLOCKS:,}")
         if not inputs.score.is_inner_product:
             reasons.append("the score is not an inner product")
         for size in dict.fromkeys((s.P, s.D)):

@@ -204,7 +204,7 @@ class Backward:
         rows = tiles.nq * blocks.rows
         found, *sums = call(
             kernel,
-            {"head": s.N, "row": tiles.nq, "example": s.B},
+            {"example": s.B, "head": s.N, "row": tiles.nq},
             (
                 self.sides,
                 self.by_query(rows),
@@ -332,7 +332,7 @@ class Backward:
         cols = tiles.nk * blocks.rows
         d_key, d_value, *sums = call(
             kernel,
-            {"head": s.K, "column": tiles.nk, "example": s.B},
+            {"example": s.B, "head": s.K, "column": tiles.nk},
             (
                 self.sides,
                 self.by_query(tiles.nq * blocks.columns),

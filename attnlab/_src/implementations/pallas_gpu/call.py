@@ -230,7 +230,8 @@ def call(
 
     Args:
         kernel: the kernel.
-        grid: sizes of the axes of the grid by name, the last one walked first.
+        grid: sizes of the axes of the grid by name. Neighbours along the last one start
+            together, and so find the blocks that they share in the cache.
         arrays: its arrays.
         out_type: types of its results.
         scratch: its scratch memory, for all warpgroups together.

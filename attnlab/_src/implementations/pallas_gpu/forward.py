@@ -114,7 +114,7 @@ def forward(
     memory = functools.partial(shared, many, ROWS, dtype=dtype, lanes=blocks.lanes)
     output, lse = call(
         kernel,
-        {"head": s.N, "row": tiles.nq, "example": s.B},
+        {"example": s.B, "head": s.N, "row": tiles.nq},
         (sides, steps.arrays, rules.arrays),
         [
             jax.ShapeDtypeStruct((s.B, s.T, s.N, depth), dtype),
