@@ -377,7 +377,7 @@ ERRORS = {
     "implementation": (
         call(implementation="flash"),
         ValueError,
-        "implementation: expected one of native, pallas_tpu, batched, .* got 'flash'",
+        "implementation: expected one of native, pallas_tpu, .* got 'flash'",
     ),
     "refusal": (
         call(implementation="jax_nn", return_residual=True),

@@ -271,8 +271,8 @@ CASES = {
     "implementation": (
         call(implementation="flash"),
         ValueError,
-        "implementation: expected one of native, pallas_tpu, batched, tiled, splash, "
-        "jax_nn, reference or None, got 'flash'",
+        "implementation: expected one of native, pallas_tpu, pallas_gpu, batched, "
+        "tiled, splash, jax_nn, reference or None, got 'flash'",
     ),
     "refusal": (
         call(

@@ -198,10 +198,7 @@ def gpu_study(
             f"{' and '.join(missing)} not found: the GPU's compiler comes with "
             'pip install "attnlab[gpu-aot]"'
         )
-    kernels = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
-    made = jax.export.export(
-        jax.jit(fn), platforms=("cuda",), disabled_checks=[kernels]
-    )(*shapes)
+    made = jax.export.export(jax.jit(fn), platforms=("cuda",))(*shapes)
     program = leaves_only(made)
     cache = cache_folder() / "targets" if cache is None else cache
     said = hashlib.sha256(re.sub(r"loc\(.*?\)", "", program.mlir_module()).encode())

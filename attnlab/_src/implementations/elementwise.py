@@ -15,11 +15,12 @@ from attnlab._src.scores.pairwise import Mlp
 from attnlab._src.scores.projected import comparison_class, unwrapped
 from attnlab._src.types import Array, Modifier, PyTree, Score, Tile
 
-#: Names of elementwise primitives that a kernel may contain.
+#: Names of elementwise primitives that a kernel may contain; "div" is of integers.
 _ELEMENTWISE = frozenset({
     "abs", "add", "add_any", "and", "clamp", "convert_element_type", "copy", "cos",
-    "div", "eq", "exp", "exp2", "floor", "ge", "gt", "integer_pow", "le", "log",
-    "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow",
+    "div", "eq", "exp", "exp2", "float div", "floor", "ge", "gt", "integer_pow", "le",
+    "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not",
+    "one_minus_square", "or", "pow",
     "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "sign", "sin", "sqrt", "square", "stop_gradient", "sub",
     "tanh", "xor",
@@ -49,6 +50,9 @@ def is_elementwise(
 def _elementwise(jaxpr: Any, known: frozenset[str]) -> bool:
     for equation in jaxpr.eqns:
         name = equation.primitive.name
+        dtype = equation.outvars[0].aval.dtype
+        if name == "div" and jnp.issubdtype(dtype, jnp.floating):
+            name = "float div"
         if name == "broadcast_in_dim":
             if equation.invars[0].aval.size != 1:
                 return False
@@ -75,15 +79,18 @@ _POSITIONS = jax.ShapeDtypeStruct((8, 16), jnp.int32)
 _HEAD = jax.ShapeDtypeStruct((), jnp.int32)
 
 
-def mask_is_elementwise(mask: Mask, operands: PyTree) -> bool:
-    """Whether a kernel can evaluate it."""
+def mask_is_elementwise(
+    mask: Mask, operands: PyTree, lacking: frozenset[str] = frozenset()
+) -> bool:
+    """Whether a kernel can evaluate it, which lacks some primitives."""
     if any(x.ndim > 4 for x in jax.tree.leaves(operands)):
         return False
 
     def visible(t: Array, s: Array, head: Array, operands: PyTree) -> Array:
         return mask.visible(Tile(t, s, head), operands)
 
-    return is_elementwise(visible, _POSITIONS, _POSITIONS, _HEAD, tile_shapes(operands))
+    shapes = _POSITIONS, _POSITIONS, _HEAD, tile_shapes(operands)
+    return is_elementwise(visible, *shapes, lacking=lacking)
 
 
 def modifier_is_elementwise(
@@ -100,17 +107,30 @@ def modifier_is_elementwise(
 
     logits = jax.ShapeDtypeStruct((8, 16), jnp.float32)
     shapes = tile_shapes(tuple(operands))
-    places = _POSITIONS, _POSITIONS, _HEAD
-    return is_elementwise(apply, logits, *places, shapes, lacking=lacking)
+    given = logits, _POSITIONS, _POSITIONS, _HEAD, shapes
+    if not is_elementwise(apply, *given, lacking=lacking):
+        return False
+    if not lacking:
+        return True
+
+    def pulled(d: Array, z: Array, *given: PyTree) -> PyTree:
+        return jax.vjp(lambda z: apply(z, *given), z)[1](d)[0]
+
+    return is_elementwise(pulled, logits, *given, lacking=lacking)
 
 
-def needs_bits(mask: Mask, operands: PyTree) -> int:
+#: Tells of a mask and its operands whether a kernel evaluates it.
+Knows = Callable[[Mask, PyTree], bool]
+
+
+def needs_bits(mask: Mask, operands: PyTree, knows: Knows = mask_is_elementwise) -> int:
     """Number of parts of a mask that a kernel cannot evaluate and gets as bits."""
     if exactly(mask, And, Or):
-        return sum(map(needs_bits, mask.parts, operands))
+        pairs = zip(mask.parts, operands, strict=True)
+        return sum(needs_bits(*pair, knows) for pair in pairs)
     if exactly(mask, Not):
-        return needs_bits(mask.part, operands)
-    return not mask_is_elementwise(mask, operands)
+        return needs_bits(mask.part, operands, knows)
+    return not knows(mask, operands)
 
 
 def why_not_score(score: Score) -> str | None:

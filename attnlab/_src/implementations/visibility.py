@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab._src.exact import exactly
-from attnlab._src.implementations.elementwise import mask_is_elementwise
+from attnlab._src.implementations.elementwise import Knows, mask_is_elementwise
 from attnlab._src.implementations.schedule import Row, Tiles
 from attnlab._src.masks.base import And, Mask, Not, Or
 from attnlab._src.masks.rule import checked_visible, visible_pairs
@@ -40,7 +40,11 @@ Visible = Callable[[Tile, Callable[[int], Array]], Array]
 
 
 def visibility(
-    mask: Mask, operands: PyTree, readers: Readers, make_bits: Callable[..., Array]
+    mask: Mask,
+    operands: PyTree,
+    readers: Readers,
+    make_bits: Callable[..., Array],
+    knows: Knows = mask_is_elementwise,
 ) -> Visible:
     """A function that evaluates the mask in a kernel.
 
@@ -48,19 +52,21 @@ def visibility(
         mask: the mask without its arrays.
         operands: its operands.
         readers: the arrays that it reads are added to these.
-        make_bits: ``(mask, operands) -> words``, for a part that is not elementwise.
+        make_bits: ``(mask, operands) -> words``, for a part that it does not know.
+        knows: which parts it knows.
     """
     if exactly(mask, And, Or):
         parts = [
-            visibility(m, o, readers, make_bits)
+            visibility(m, o, readers, make_bits, knows)
             for m, o in zip(mask.parts, operands, strict=True)
         ]
         join = jnp.logical_and if exactly(mask, And) else jnp.logical_or
         return lambda tile, read: functools.reduce(join, [p(tile, read) for p in parts])
     if exactly(mask, Not):
-        part = visibility(mask.part, operands, readers, make_bits)
-        return lambda tile, read: ~part(tile, read)
-    if not mask_is_elementwise(mask, operands):
+        part = visibility(mask.part, operands, readers, make_bits, knows)
+        # JAX 0.12 cannot compile ``~`` of booleans for GPUs.
+        return lambda tile, read: part(tile, read) ^ True
+    if not knows(mask, operands):
         number = readers.add_words(make_bits(mask, operands))
         return lambda tile, read: read(number)
     numbers = jax.tree.map(readers.add, operands)

@@ -3,6 +3,7 @@
 Lengths, documents and operands refer to slots of the arrays, not to positions.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 
@@ -65,10 +66,8 @@ class Lengths(Mask):
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""
-        result = jnp.ones((1, 1), bool)
-        for operand in operands:
-            result = result if operand is None else result & operand
-        return result
+        given = [operand for operand in operands if operand is not None]
+        return functools.reduce(jnp.logical_and, given, jnp.bool_(True))
 
     def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
         """See :class:`Mask`."""

@@ -13,7 +13,7 @@ from attnlab._src.implementations.elementwise import (
     needs_bits,
 )
 from attnlab._src.implementations.pallas_gpu.blocks import BLOCKS, LANES, Blocks
-from attnlab._src.implementations.pallas_gpu.substitute import LACKING
+from attnlab._src.implementations.pallas_gpu.substitute import LACKING, knows
 from attnlab._src.implementations.tile import may_round
 from attnlab._src.types import Array, AttentionInputs, Implementation
 
@@ -24,13 +24,14 @@ _MOST_BYTES = 2**30
 
 
 class PallasGpu(Implementation):
-    """Kernels in Mosaic GPU for compute capability 9.0; memory O(T + S)."""
+    """Kernels in Mosaic GPU for compute capability 9.0.
+
+    Memory is O(T + S), and a bit for each pair for masks that they do not know.
+    """
 
     name = "pallas_gpu"
     platforms = ("cuda",)
     why_not_automatic = "it has not been timed on a GPU yet"
-    # JAX guarantees no compatibility for such kernels.
-    exportable = False
     # JAX lowers every branch of such a program for each of them.
     shares_program = False
 
@@ -69,12 +70,18 @@ class PallasGpu(Implementation):
         ):
             name = type(modifier).__name__
             if not modifier_is_elementwise(modifier, own, LACKING):
-                reasons.append(f"{name} is no function of one pair at a time")
+                reasons.append(
+                    f"{name} is no function of one pair at a time, in operations that "
+                    "its kernels know"
+                )
             if any(min(x.shape[2:4]) > 1 for x in own):
                 reasons.append(f"{name} has a number for each pair")
-        parts = needs_bits(inputs.mask, inputs.mask_operands)
+        parts = needs_bits(inputs.mask, inputs.mask_operands, knows)
         if parts * s.B * s.N * s.T * s.S / 8 > _MOST_BYTES:
-            reasons.append("bits of the mask, which it does not know, need too much")
+            reasons.append(
+                "bits of the mask, which it does not know, need more than "
+                f"{_MOST_BYTES / 2**30:.0f} GiB"
+            )
         return tuple(reasons)
 
     def _sizes(self, inputs: AttentionInputs, of: str) -> Blocks:

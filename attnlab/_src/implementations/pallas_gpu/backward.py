@@ -30,7 +30,7 @@ from attnlab._src.implementations.pallas_gpu.call import (
     load,
     shared,
     split,
-    whole_lanes,
+    whole_tiles,
 )
 from attnlab._src.implementations.pallas_gpu.logits import Rules
 from attnlab._src.implementations.pallas_gpu.operands import Place
@@ -68,16 +68,19 @@ class Backward:
         self.sizes, self.dtype = inputs.sizes, inputs.query.dtype
         self.group = self.sizes.N // self.sizes.K
         self.product = Products(self.dtype, bool(interpret))
+        # Rounded as in the products, so that gradients of a row's logits sum to zero.
+        d_output = d_output.astype(self.dtype)
         delta = (d_output.astype(f32) * output).sum(-1)
         if d_lse is not None:
             delta = delta - d_lse
         # For a query that sees nothing: exp2(logits - inf) = 0.
-        shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
+        shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+        if not inputs.modifiers:  # see ``Rules.to_base_2``
+            shift = shift * LOG2_E
         self._by_query = shift.swapaxes(1, 2), delta.swapaxes(1, 2)
-        # Scale of dropout, applied once and not in every tile.
-        d_output = d_output.astype(f32) * (1 / (1 - inputs.dropout_rate))
-        sides = inputs.query, d_output.astype(self.dtype), inputs.key, inputs.value
-        self.sides = [whole_lanes(x) for x in sides]
+        self._kept_scale = 1 / (1 - inputs.dropout_rate)
+        sides = inputs.query, d_output, inputs.key, inputs.value
+        self.sides = [whole_tiles(x) for x in sides]
         self.width, self.depth = (self.sides[n].shape[-1] for n in (0, 1))
         leaves = jax.tree.leaves(inputs.modifier_operands)
         wanted = jax.tree.leaves(want.modifier_operands)
@@ -87,7 +90,7 @@ class Backward:
         self.others = [n for n in learned if leaves[n].shape[3] == 1]
 
     def by_query(self, rows: int) -> list[Array]:
-        """Log-sum-exp to the base 2, and delta: ``[B, N, rows]``, padded."""
+        """Log-sum-exp, see ``Rules.to_base_2``, and delta: ``[B, N, rows]``, padded."""
         pad = [(0, 0), (0, 0), (0, rows - self.sizes.T)]
         shift, delta = self._by_query
         return [jnp.pad(shift, pad, constant_values=jnp.inf), jnp.pad(delta, pad)]
@@ -112,9 +115,8 @@ class Backward:
             masked: whether some pair may be hidden.
             z: inner products.
             d_weights: computes the gradients of the weights.
-            by_query: yield, as tiles, log-sum-exp to the base 2, and what is subtracted
-                from the gradients of weights. They are called late, as each takes
-                registers.
+            by_query: yield, as tiles, log-sum-exp, and what is subtracted from the
+                gradients of weights. They are called late, as each takes registers.
             learned: numbers of the operands of modifiers whose gradients are wanted.
 
         Returns:
@@ -123,11 +125,12 @@ class Backward:
         """
         z, pull = rules.logits_again(z, at, given, masked, learned)
         shift, delta = by_query
-        p = jnp.exp2(z - shift())
+        p = jnp.exp2((z - shift()) * rules.to_base_2)
         d = d_weights()
         keep, dropped = rules.kept(at, given), p
         if keep is not None:
-            d, dropped = jnp.where(keep, d, 0.0), jnp.where(keep, p, 0.0)
+            d = jnp.where(keep, d * self._kept_scale, 0.0)
+            dropped = jnp.where(keep, p, 0.0)
         d, more = pull(p * (d - delta()))
         return dropped, d, more
 
@@ -194,7 +197,11 @@ class Backward:
                 _, total, *sums = state
                 for x, result in zip(sums, results[1:], strict=True):
                     result[example, head, span] = x
-                query[...] = (total * self.inputs.logit_scale).astype(dtype)
+                total = total * self.inputs.logit_scale
+                if direct:
+                    results[0][example, span, head] = total
+                    return
+                query[...] = total.astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(query, results[0].at[example, span, head])
                 plgpu.wait_smem_to_gmem(0)
@@ -202,6 +209,9 @@ class Backward:
             split(many, compute, copy, self.product.interpreted)
 
         rows = tiles.nq * blocks.rows
+        # ``head_scale`` multiplies the gradient later: rounded, it might be lost.
+        direct = self.inputs.head_scale is not None
+        shape = (s.B, rows, s.N, self.width) if direct else self.sides[0].shape
         found, *sums = call(
             kernel,
             {"example": s.B, "head": s.N, "row": tiles.nq},
@@ -212,7 +222,7 @@ class Backward:
                 rules.arrays,
             ),
             [
-                jax.ShapeDtypeStruct((s.B, s.T, s.N, self.width), dtype),
+                jax.ShapeDtypeStruct(shape, f32 if direct else dtype),
                 *(jax.ShapeDtypeStruct((s.B, s.N, rows), f32) for _ in self.others),
             ],
             self._memory(blocks),
@@ -220,7 +230,7 @@ class Backward:
             name="attnlab_backward_query",
             interpret=self.interpret,
         )
-        return found[..., : s.P], dict(
+        return found[:, : s.T, :, : s.P], dict(
             zip(self.others, (x[..., : s.T] for x in sums), strict=True)
         )
 
@@ -320,7 +330,7 @@ class Backward:
                     full((ROWS, self.depth), 0, TILE),
                 )
                 _, d_key, d_value = members(member, state)
-                found = (d_key * self.inputs.logit_scale, d_value)
+                found = d_key * self.inputs.logit_scale, d_value * self._kept_scale
                 for to, x, result in zip((key, value), found, results[:2], strict=True):
                     to[...] = x.astype(dtype)
                     plgpu.commit_smem()
@@ -340,8 +350,7 @@ class Backward:
                 rules.arrays,
             ),
             [
-                jax.ShapeDtypeStruct((s.B, s.S, s.K, self.width), dtype),
-                jax.ShapeDtypeStruct((s.B, s.S, s.K, self.depth), dtype),
+                *(jax.ShapeDtypeStruct(x.shape, dtype) for x in self.sides[2:]),
                 *(jax.ShapeDtypeStruct((s.B, s.N, cols), f32) for _ in self.along_keys),
             ],
             self._memory(blocks),
@@ -350,7 +359,7 @@ class Backward:
             interpret=self.interpret,
         )
         more = dict(zip(self.along_keys, (x[..., : s.S] for x in sums), strict=True))
-        return d_key[..., : s.P], d_value[..., : s.D], more
+        return d_key[:, : s.S, :, : s.P], d_value[:, : s.S, :, : s.D], more
 
     def _memory(self, blocks: Blocks) -> list[Any]:
         """Scratch memory: two arrays of all warpgroups, their barriers, room, ring."""
@@ -371,7 +380,6 @@ class Backward:
         found, sums = {}, {}
         if want.query or self.others:
             d_query, sums = self.query(of_query)
-            # See ``Implementation.backward`` for the type.
             found["query"] = d_query.astype(f32)
         if want.key or want.value or self.along_keys:
             found["key"], found["value"], more = self.key(of_key)

@@ -209,10 +209,15 @@ def split(
         copy()
 
 
-def whole_lanes(x: Array) -> Array:
-    """``[..., X]`` with zeros up to a multiple of ``LANES``."""
-    more = -x.shape[-1] % LANES
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
+def whole_tiles(x: Array) -> Array:
+    """``[B, L, heads, X]`` with zeros up to multiples of 8 and of ``LANES``.
+
+    Copies between memories want that; beyond L they read zeros, and write nothing.
+    """
+    length, width = -x.shape[1] % 8, -x.shape[3] % LANES
+    if not length and not width:
+        return x
+    return jnp.pad(x, [(0, 0), (0, length), (0, 0), (0, width)])
 
 
 def call(

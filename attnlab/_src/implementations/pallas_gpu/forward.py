@@ -23,7 +23,7 @@ from attnlab._src.implementations.pallas_gpu.call import (
     full,
     shared,
     split,
-    whole_lanes,
+    whole_tiles,
 )
 from attnlab._src.implementations.pallas_gpu.logits import Rules
 from attnlab._src.implementations.pallas_gpu.operands import Place
@@ -44,7 +44,7 @@ def forward(
     tiles = Tiles(inputs, plan)
     steps, rules = Steps(plan.rows), Rules(tiles)
     product = Products(dtype, bool(interpret))
-    sides = [whole_lanes(x) for x in (inputs.query, inputs.key, inputs.value)]
+    sides = [whole_tiles(x) for x in (inputs.query, inputs.key, inputs.value)]
     width, depth = sides[0].shape[-1], sides[2].shape[-1]
 
     def kernel(arrays: Any, results: Any, scratch: Any) -> None:
@@ -77,8 +77,8 @@ def forward(
                 z = rules.logits(z, at, given, masked)
                 # ``new`` stays finite, so a hidden pair gives exp(-inf) = 0 exactly.
                 new = jnp.maximum(top, z.max(1))
-                p = jnp.exp2(z - along(new, z.shape, 0))
-                shrink = jnp.exp2(top - new)
+                p = jnp.exp2((z - along(new, z.shape, 0)) * rules.to_base_2)
+                shrink = jnp.exp2((top - new) * rules.to_base_2)
                 total = total * shrink + p.sum(1)
                 keep = rules.kept(at, given)
                 if keep is not None:
@@ -102,7 +102,7 @@ def forward(
             factor = jnp.where(alive, 1 / (safe * (1 - inputs.dropout_rate)), 0.0)
             output[...] = (values * along(factor, values.shape, 0)).astype(dtype)
             found_lse[...] = jnp.where(
-                alive, top * (1 / LOG2_E) + jnp.log(safe), -jnp.inf
+                alive, top * (rules.to_base_2 / LOG2_E) + jnp.log(safe), -jnp.inf
             )
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(output, results[0].at[example, span, head])
@@ -117,7 +117,7 @@ def forward(
         {"example": s.B, "head": s.N, "row": tiles.nq},
         (sides, steps.arrays, rules.arrays),
         [
-            jax.ShapeDtypeStruct((s.B, s.T, s.N, depth), dtype),
+            jax.ShapeDtypeStruct((s.B, sides[0].shape[1], s.N, depth), dtype),
             jax.ShapeDtypeStruct((s.B, s.N, tiles.nq * blocks.rows), f32),
         ],
         (
@@ -133,5 +133,5 @@ def forward(
         name="attnlab_forward",
         interpret=interpret,
     )
-    output = output[..., : s.D].astype(f32)
+    output = output[:, : s.T, :, : s.D].astype(f32)
     return output, lse[:, :, : s.T].swapaxes(1, 2)

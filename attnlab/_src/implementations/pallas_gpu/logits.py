@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from attnlab._src.exact import exactly
-from attnlab._src.implementations.pallas_gpu.call import LOG2_E, spread
+from attnlab._src.implementations.pallas_gpu.call import LOG2_E
 from attnlab._src.implementations.pallas_gpu.operands import Place, Readers, iota
-from attnlab._src.implementations.pallas_gpu.substitute import substituted
+from attnlab._src.implementations.pallas_gpu.substitute import knows, substituted
 from attnlab._src.implementations.schedule import Tiles
 from attnlab._src.implementations.tile import kept, modify, widened
 from attnlab._src.implementations.visibility import bits, visibility
@@ -51,6 +51,7 @@ class Rules:
                 inputs.mask_operands,
                 readers,
                 lambda mask, operands: bits(mask, operands, tiles),
+                knows,
             )
 
     @property
@@ -83,8 +84,17 @@ class Rules:
             return d
         return d * self._readers.read(self._head_scale, refs, at)
 
+    @property
+    def to_base_2(self) -> float:
+        """The factor of logits and log-sum-exp in the exponent of 2.
+
+        Without modifiers the scale of the logits contains it. A modifier may add the
+        lowest finite number, which must not become infinite.
+        """
+        return LOG2_E if self._inputs.modifiers else 1.0
+
     def logits(self, z: Array, at: Place, refs: Sequence[Any], masked: bool) -> Array:
-        """Logits to the base 2 of inner products; -inf where a pair is hidden."""
+        """Logits of inner products, see ``to_base_2``; -inf where a pair is hidden."""
         if self._inputs.modifiers:
             z = self._scale(z, at, refs, 1.0)
             operands = self._operands(at, refs)
@@ -92,7 +102,6 @@ class Rules:
             z = substituted(
                 lambda z, own: modify(self._inputs, z, tile, own), z, operands
             )
-            z = z * LOG2_E
         else:
             z = self._scale(z, at, refs, LOG2_E)
         return self._hide(z, at, refs) if masked else z
@@ -137,15 +146,13 @@ class Rules:
             pulled = substituted(unmodify, scaled, wanted, d)
             return jax.tree.map(lambda x: jnp.where(hidden, 0.0, x), pulled)
 
-        found = found * LOG2_E
         return self._hide(found, at, refs) if masked else found, pull
 
     def _operands(self, at: Place, refs: Sequence[Any]) -> PyTree:
         """The operands of the modifiers, each a tile."""
 
         def read(number: int) -> Array:
-            found = self._readers.read(number, refs, at)
-            return found if found.ndim else spread(found, at.shape)
+            return self._readers.read(number, refs, at)
 
         return widened(self._inputs, jax.tree.map(read, self._modifiers))
 

@@ -14,6 +14,7 @@ from attnlab._src.implementations.pallas_gpu.call import (
     TILE,
     along,
     load,
+    spread,
 )
 from attnlab._src.implementations.schedule import Tiles
 from attnlab._src.implementations.visibility import WORD
@@ -82,7 +83,7 @@ class Readers:
         return len(self.arrays) - 1
 
     def read(self, number: int, refs: Sequence[Any], at: Place) -> Array:
-        """The operand with this number, a tile or a scalar."""
+        """The operand with this number, as a tile."""
         ref, x, kind = refs[number], self.arrays[number], self._kinds[number]
         own = (at.example if x.shape[0] > 1 else 0, at.head if x.shape[1] > 1 else 0)
         rows, columns = at.shape
@@ -90,7 +91,7 @@ class Readers:
         if kind == "words":
             found = self._read_words(ref.at[own], at)
         elif kind == "scalar":
-            found = ref[own]
+            found = spread(ref[own], at.shape)
         elif kind == "pairs":
             spans = (pl.ds(n, size) for n, size in zip(starts, at.shape, strict=True))
             found = load(ref.at[*own, *spans], TILE)
