@@ -379,8 +379,7 @@ class Backward:
         inputs, want = self.inputs, self.want
         found, sums = {}, {}
         if want.query or self.others:
-            d_query, sums = self.query(of_query)
-            found["query"] = d_query.astype(f32)
+            found["query"], sums = self.query(of_query)
         if want.key or want.value or self.along_keys:
             found["key"], found["value"], more = self.key(of_key)
             sums |= more

@@ -28,7 +28,10 @@ class Blocks(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """Numbers in a swizzled row of shared memory; they divide the columns."""
+        """Numbers in a row of swizzled shared memory.
+
+        A product takes whole rows of its left operand, which may be a tile of logits.
+        """
         return min(LANES, self.columns)
 
 

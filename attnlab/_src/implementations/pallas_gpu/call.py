@@ -22,6 +22,8 @@ f32 = jnp.float32
 TILE = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = TILE.reduce(1), TILE.reduce(0)
 
+#: Registers of a thread that computes, and of one that copies. Two warpgroups with the
+#: one and one with the other fit into the 65,536 of a multiprocessor.
 _GREATEST_REGISTERS, _LEAST_REGISTERS = 240, 24
 
 
@@ -30,11 +32,13 @@ def full(shape: Sequence[int], value: float, layout: Any) -> Array:
     return plgpu.layout_cast(jnp.full(shape, value, f32), layout)
 
 
+#: JAX 0.10 wants an index as the second argument of ``load``.
+_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+
+
 def load(ref: Any, layout: Any) -> Array:
     """Reads a whole reference into registers."""
-    # JAX 0.10 has an index there.
-    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
+    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
 def along(x: Array, shape: Sequence[int], axis: int) -> Array:
@@ -193,18 +197,15 @@ def split(
     """Runs ``compute(number)`` in some warpgroups, and ``copy()`` in one more."""
     number = lax.axis_index("warpgroup")
 
-    # With one warpgroup that computes, each thread has as many as it can address.
-    assign = warpgroups > 1 and not interpreted
-
     @pl.when(number < warpgroups)
     def _() -> None:
-        if assign:
+        if not interpreted:
             plgpu.set_max_registers(_GREATEST_REGISTERS, action="increase")
         compute(number)
 
     @pl.when(number == warpgroups)
     def _() -> None:
-        if assign:
+        if not interpreted:
             plgpu.set_max_registers(_LEAST_REGISTERS, action="decrease")
         copy()
 

@@ -55,7 +55,10 @@ class Readers:
         self._bool: list[bool] = []
 
     def add(self, x: Array, fill: int | None = None) -> int:
-        """Adds an operand ``[B or 1, N or 1, T or 1, S or 1]``; returns its number."""
+        """Adds an operand ``[B or 1, N or 1, T or 1, S or 1]``; returns its number.
+
+        It must not run along both T and S.
+        """
         x = self._tiles.pad(x, fill)
         is_bool = x.dtype == jnp.bool_
         if is_bool:
@@ -64,9 +67,7 @@ class Readers:
             floating = jnp.issubdtype(x.dtype, jnp.floating)
             x = x.astype(jnp.float32 if floating else jnp.int32)
         along_q, along_k = x.shape[2] > 1, x.shape[3] > 1
-        if along_q and along_k:
-            x, kind = x.swapaxes(2, 3) if self._transposed else x, "pairs"
-        elif along_q or along_k:
+        if along_q or along_k:
             x, kind = x.reshape(*x.shape[:2], -1), "queries" if along_q else "keys"
         else:
             x, kind = x.reshape(x.shape[:2]), "scalar"
@@ -92,9 +93,6 @@ class Readers:
             found = self._read_words(ref.at[own], at)
         elif kind == "scalar":
             found = spread(ref[own], at.shape)
-        elif kind == "pairs":
-            spans = (pl.ds(n, size) for n, size in zip(starts, at.shape, strict=True))
-            found = load(ref.at[*own, *spans], TILE)
         elif (kind == "queries") is self._transposed:
             found = load(ref.at[*own, pl.ds(starts[1], columns)], BY_COLUMN)
             found = along(found, at.shape, 1)

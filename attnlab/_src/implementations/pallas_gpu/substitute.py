@@ -35,27 +35,28 @@ def knows(mask: Mask, operands: PyTree) -> bool:
 _TWICE_LOG2_E = 2 * math.log2(math.e)
 
 
-def _tanh(x: Array, **_: Any) -> Array:
+def _tanh(x: Array) -> Array:
     """With an absolute error of 1e-7; the hardware's own is wrong by 5e-4."""
     return 1 - 2 / (lax.exp2(x * _TWICE_LOG2_E) + 1)
 
 
-def _integer_pow(x: Array, *, y: int) -> Array:
+def _integer_pow(x: Array, y: int) -> Array:
     if y == 0:
         return x * 0 + 1
     found = x if abs(y) == 1 else lax.integer_pow(x, abs(y))
     return found if y > 0 else 1 / found
 
 
+#: By primitive, a function of its arguments and of its parameters.
 _SUBSTITUTES: dict[str, Callable[..., Array]] = {
-    "add_any": lambda x, y: x + y,
-    "copy": lambda x: x,
+    "add_any": lambda x, y, **_: x + y,
+    "copy": lambda x, **_: x,
+    "integer_pow": lambda x, *, y, **_: _integer_pow(x, y),
     # JAX 0.12 cannot compile this of booleans.
-    "not": lambda x: x ^ True if x.dtype == bool else ~x,
-    "one_minus_square": lambda x: (1 - x) * (1 + x),
-    "integer_pow": _integer_pow,
-    "stop_gradient": lambda x: x,
-    "tanh": _tanh,
+    "not": lambda x, **_: x ^ True if x.dtype == bool else ~x,
+    "one_minus_square": lambda x, **_: (1 - x) * (1 + x),
+    "stop_gradient": lambda x, **_: x,
+    "tanh": lambda x, **_: _tanh(x),
 }
 
 
@@ -84,14 +85,9 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: list[Any]) -> list[Any]:
         if inner is not None:  # an elementwise function has no loops or branches
             found = _evaluate(getattr(inner, "jaxpr", inner), _consts(inner), given)
         elif step.primitive.name in _SUBSTITUTES:
-            found = [_SUBSTITUTES[step.primitive.name](*given, **_own(step))]
+            found = [_SUBSTITUTES[step.primitive.name](*given, **params)]
         else:
             found = step.primitive.bind(*given, **params)
             found = found if step.primitive.multiple_results else [found]
         values |= dict(zip(step.outvars, found, strict=True))
     return [value(x) for x in jaxpr.outvars]
-
-
-def _own(step: Any) -> dict[str, Any]:
-    """The parameters of a step that its substitute takes."""
-    return step.params if step.primitive.name in ("integer_pow", "tanh") else {}
