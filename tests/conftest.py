@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import hashlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 #: Compilation takes most of the time, so LLVM's optimisations are switched off. XLA's
@@ -145,7 +147,29 @@ def pytest_sessionfinish():
         json.dump(PROGRAMS, file)
 
 
+#: Time, in seconds since 1970, after which no further test begins.
+_UNTIL = float(os.environ.get("ATTNLAB_UNTIL", "inf"))
+#: Any text: it decides the order of files, so that not always the same are left out.
+_ORDER = os.environ.get("ATTNLAB_ORDER")
+_TOO_LATE = "the time is over: see ATTNLAB_UNTIL"
+
+
+def pytest_collection_modifyitems(items):
+    if _ORDER is not None:
+        items.sort(key=lambda x: hashlib.sha256(f"{_ORDER} {x.path}".encode()).digest())
+
+
+def pytest_runtest_setup():
+    if time.time() > _UNTIL:
+        pytest.skip(_TOO_LATE)
+
+
 def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", ())
+    if late := [each.nodeid for each in skipped if _TOO_LATE in str(each.longrepr)]:
+        terminalreporter.section(f"NOT RUN, because {_TOO_LATE}: {len(late)} tests")
+        for name, cells in itertools.groupby(sorted(late), lambda x: x.split("[")[0]):
+            terminalreporter.write_line(f"{len([*cells])} of {name}")
     counts = []
     for name in os.listdir(SHARED):
         if name.startswith("count-"):

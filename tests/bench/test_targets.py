@@ -100,8 +100,11 @@ def figures():
 @needs_compiler
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_as_well_as_they_did(target, cache):
-    before = figures()[target]
-    for name in tpu_baseline.KERNELS:
+    before, which = figures()[target], [*TARGETS].index(target)
+    # Each kernel for two targets; ``benchmarks.tpu_baseline`` compiles each for all.
+    for i, name in enumerate(tpu_baseline.KERNELS):
+        if (i - which) % len(TARGETS) > 1:
+            continue
         now = tpu_baseline.numbers(tpu_baseline.compiled(name, target, cache))
         assert now.keys() == before[name].keys()
         for _, old, new in tpu_baseline.differences(before[name], now):
@@ -110,8 +113,19 @@ def test_kernels_compile_as_well_as_they_did(target, cache):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 192, 256])
-def test_every_head_size_compiles(head_size, cache):
+@pytest.mark.parametrize(
+    ("head_size", "target"),
+    [
+        (64, "tpu:v4"),
+        (80, "tpu:tpu7x"),
+        (96, "tpu:v4"),
+        (128, "tpu:tpu7x"),
+        (192, "tpu:v4"),
+        (256, "tpu:v4"),
+        (256, "tpu:tpu7x"),
+    ],
+)
+def test_every_head_size_compiles(head_size, target, cache):
     """Both passes compile, for the least memory (v4) and the newest TPU (tpu7x)."""
     shapes = [
         jax.ShapeDtypeStruct((1, 300, heads, size), jnp.float32)
@@ -123,10 +137,9 @@ def test_every_head_size_compiles(head_size, cache):
             q, k, v, mask=masks.causal(), implementation="pallas_tpu"
         ).sum()
 
-    for target in ("tpu:v4", "tpu:tpu7x"):
-        found = study(jax.grad(loss, (0, 1, 2)), *shapes, target=target, cache=cache)
-        assert found.kernel("attnlab_forward")
-        assert found.kernel("attnlab_backward")
+    found = study(jax.grad(loss, (0, 1, 2)), *shapes, target=target, cache=cache)
+    assert found.kernel("attnlab_forward")
+    assert found.kernel("attnlab_backward")
 
 
 @pytest.mark.slow

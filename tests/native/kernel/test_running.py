@@ -309,13 +309,12 @@ OPTIONS = {
 
 
 def _few_queries():
-    """Cases of few queries; each score and option is not slow once or twice."""
+    """One or four queries in turn; each score and option is not slow once or twice."""
     for i, score in enumerate(("product", "additive", "perceptron", "deep")):
         for j, options in enumerate(OPTIONS):
-            for t in (1, 4):
-                new = (i + j) % 3 == 2 and t == (1, 4)[(i // 2 + j // 2 + i + 1) % 2]
-                marks = () if new else pytest.mark.slow
-                yield pytest.param(score, options, t, marks=marks)
+            t = (1, 4)[(i // 2 + j // 2 + i + 1) % 2]
+            marks = () if (i + j) % 3 == 2 else pytest.mark.slow
+            yield pytest.param(score, options, t, marks=marks)
 
 
 @pytest.mark.parametrize(("score", "options", "t"), [*_few_queries()])
