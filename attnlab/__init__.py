@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from attnlab._src.types import AttentionResult as AttentionResult
     from attnlab._src.types import Modifier as Modifier
     from attnlab._src.types import Score as Score
+    from attnlab._src.view.page import show as show
 
 #: Where each public name comes from.
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "cost": "_src.ops.cost",
     "dot_product_attention": "_src.ops.drop_in",
     "explain": "_src.ops.explain",
+    "show": "_src.view.page",
 }
 _MODULES = ("extend", "masks", "modifiers", "nn", "scores", "sharding")
 
@@ -47,6 +49,7 @@ __all__ = [
     "nn",
     "scores",
     "sharding",
+    "show",
 ]
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from attnlab._src.bench.charts import plain_log, plt, save
-from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.machine import machine_line, versions
 from attnlab._src.bench.options import writable_folder
+from attnlab._src.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

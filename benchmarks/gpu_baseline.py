@@ -25,10 +25,10 @@ from rich.progress import track
 from rich.table import Table
 
 from attnlab._src.bench.cases import Spec
-from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.gpu_static import gpu_row
 from attnlab._src.bench.gpus import GpuKernel, gpu_study
 from attnlab._src.bench.targets import CompilerMissing
+from attnlab._src.files import write_atomically
 from attnlab._src.implementations.pallas_gpu.blocks import BLOCKS
 
 FILE = Path(__file__).parent / "results" / "gpu_baseline.json"

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.machine import (
     Peaks,
     machine_line,
@@ -29,6 +28,7 @@ from attnlab._src.bench.report import as_record
 from attnlab._src.bench.runner import Group, Row, run
 from attnlab._src.bench.text import load_documents
 from attnlab._src.bench.timing import Repeats
+from attnlab._src.files import write_atomically
 from benchmarks.common import caption, command, parser, write
 from benchmarks.overheads import OVERHEADS
 from benchmarks.problems import OURS, PROBLEMS, Problem, small

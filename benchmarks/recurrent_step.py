@@ -18,9 +18,9 @@ import optax
 from flax import nnx
 
 from attnlab import nn
-from attnlab._src.bench.files import cache_folder
 from attnlab._src.bench.machine import cores
 from attnlab._src.bench.timing import Repeats, interleave
+from attnlab._src.files import cache_folder
 from benchmarks.common import parser, write
 from benchmarks.studies.machinery.data.batches import Batch, Batches
 from benchmarks.studies.machinery.data.corpus import load_corpus

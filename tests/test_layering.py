@@ -16,6 +16,7 @@ BASE = {
     "arguments",
     "dtypes",
     "exact",
+    "files",
     "operands",
     "prng",
     "pytrees",
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     "varying": set(),
     "dtypes": set(),
     "exact": set(),
+    "files": set(),
     "operands": {"types"},
     "types": {"dtypes", "exact", "pytrees"},
     "prng": {"types"},
@@ -44,8 +46,9 @@ MAY_IMPORT = {
     "ops": BASE | {"scores", "modifiers", "masks", "implementations"},
     "checks": BASE | {"scores", "modifiers", "masks", "implementations", "ops"},
     "nn": BASE | {"scores", "modifiers", "masks", "ops"},
+    "view": BASE | {"masks"},
     "command": {"bench"},
-    "bench": BASE | {"scores", "modifiers", "masks", "implementations", "ops"},
+    "bench": BASE | {"scores", "modifiers", "masks", "implementations", "ops", "view"},
 }
 #: Files that implementations share; implementations do not import each other.
 SHARED = {

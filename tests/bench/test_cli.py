@@ -155,7 +155,7 @@ def test_interrupted_while_the_text_is_read(small_run, capsys, monkeypatch):
 
 @pytest.mark.parametrize("command", ["show", "static"])
 def test_other_commands_interrupted_early(command, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(show, "_look", stop)
+    monkeypatch.setattr(show, "_counted", stop)
     monkeypatch.setattr(static, "row", stop)
     monkeypatch.setattr(static_cli.jax.config, "update", lambda *_: None)
     out = tmp_path / "deep" / "out"

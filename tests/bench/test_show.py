@@ -26,8 +26,18 @@ def test_show(tmp_path, capsys):
     assert second["layers"] == expected.layers == 25
     assert second["mean_path"] == expected.mean_path
     assert second["density"] == pytest.approx(masks.sliding_window(4, 0).density(100))
-    for kind in ("png", "svg"):
+    for kind in ("png", "svg", "html"):
         assert (tmp_path / f"show.{kind}").stat().st_size > 1000
+
+
+def test_long_masks_have_a_page_only(tmp_path, capsys):
+    mask = "sliding_window(9, 0) | prefix(3)"
+    assert main(["show", mask, "--length", "262144", "--out", str(tmp_path)]) == 0
+    assert "is computed up to --length 4,096" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "show.json").read_text())["masks"]
+    assert "layers" not in row
+    assert row["density"] == pytest.approx(13 / 262144, rel=1e-3)
+    assert {p.name for p in tmp_path.iterdir()} == {"show.html", "show.json"}
 
 
 def test_live_blocks():
@@ -56,7 +66,6 @@ def test_a_mask_that_sees_nothing(tmp_path):
     ("mask", "more", "message"),
     [
         ("random_blocks(0, 1, 8, 2)", [], "built for 2 blocks"),
-        ("full()", ["--length", "100000"], "expected at most 4,096"),
     ],
 )
 def test_what_does_not_fit(mask, more, message, tmp_path, capsys):

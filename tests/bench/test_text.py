@@ -8,7 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from attnlab._src.bench import files, text, wheels
+from attnlab._src import files
+from attnlab._src.bench import text, wheels
 from attnlab._src.bench.packing import embed, pack
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.runner import Row
+from attnlab._src.files import write_atomically
 
 # Writes files and never opens a window.
 mpl.use("Agg")

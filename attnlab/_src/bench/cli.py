@@ -62,9 +62,12 @@ def _main(arguments: Sequence[str] | None) -> int:
     if given.command is None:
         parser.print_help()
         return 0
-    draws = given.command in {"bench", "show"}
-    needs = ("matplotlib", "rich") if draws else ("rich",)
-    missing = [m for m in needs if importlib.util.find_spec(m) is None]
+    needs = {
+        "bench": ("matplotlib", "rich"),
+        "show": ("jinja2", "matplotlib", "rich"),
+    }
+    of_this = needs.get(given.command, ("rich",))
+    missing = [m for m in of_this if importlib.util.find_spec(m) is None]
     if missing:
         parser.exit(
             1,

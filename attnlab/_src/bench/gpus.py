@@ -24,8 +24,8 @@ from typing import Any
 import jax
 import jax.export
 
-from attnlab._src.bench.files import cache_folder, write_atomically
 from attnlab._src.bench.targets import CompilerMissing, leaves_only, run_compiler
+from attnlab._src.files import cache_folder, write_atomically
 from attnlab._src.types import PyTree
 
 

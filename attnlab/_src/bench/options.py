@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attnlab._src.bench.cases import PATTERNS, SCORES
-from attnlab._src.bench.files import write_atomically
+from attnlab._src.files import write_atomically
 from attnlab._src.implementations import IMPLEMENTATIONS
 
 DTYPES = ("float32", "bfloat16", "float16")

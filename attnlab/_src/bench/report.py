@@ -11,7 +11,6 @@ from typing import Any
 from rich.table import Table
 
 from attnlab._src.bench.cases import PATTERN_NOTES
-from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.machine import (
     Peaks,
     machine_line,
@@ -19,6 +18,7 @@ from attnlab._src.bench.machine import (
     versions,
 )
 from attnlab._src.bench.runner import Pass, Row
+from attnlab._src.files import write_atomically
 
 FORMAT = 1
 

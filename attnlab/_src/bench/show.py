@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from attnlab._src.bench.expression import NAMES, read_mask
-from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.graph import (
     LONGEST,
     adjacency,
@@ -20,11 +19,15 @@ from attnlab._src.bench.graph import (
     visible_share,
 )
 from attnlab._src.bench.options import whole, writable_folder
+from attnlab._src.files import write_atomically
 from attnlab._src.masks.base import Mask
+from attnlab._src.view.masks import content_of
+from attnlab._src.view.page import page_of
 
 DESCRIPTION = """\
-Draws masks, counts their visible pairs and live blocks, and computes how many layers
-it takes until each position depends on every other one."""
+Draws masks, as a picture and as a page to zoom into, counts their visible pairs and
+live blocks, and computes how many layers it takes until each position depends on every
+other one."""
 
 #: Greatest number of cells along a side of a picture.
 _CELLS = 128
@@ -56,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=writable_folder,
         default="attnlab-show",
         metavar="DIR",
-        help="folder for the picture and the numbers (attnlab-show)",
+        help="folder for the page, the picture and the numbers (attnlab-show)",
     )
 
 
@@ -64,49 +67,50 @@ def command(given: argparse.Namespace) -> int:
     """Runs ``attnlab show``.
 
     Returns:
-        The exit status: 0; 1 if the length is too great, or a mask does not fit it.
+        The exit status: 0; 1 if a mask does not fit the length.
     """
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
     messages = Console(stderr=True)
-    if given.length > LONGEST:
-        messages.print(
-            f"attnlab show: --length: expected at most {LONGEST:,}, got "
-            f"{given.length:,}",
-            style="red",
-            highlight=False,
-        )
-        return 1
-    rows, pictures = [], []
+    connected = given.length <= LONGEST
+    rows, pictures, contents = [], [], []
     for text, mask in track(given.mask, "", console=messages, transient=True):
         try:
-            row, picture = _look(text, mask, given.length, given.block_size)
+            row = _counted(text, mask, given.length, given.block_size)
+            if connected:
+                more, picture = _connected(mask, given.length)
+                row |= more
+                pictures.append(picture)
+            contents.append(content_of(mask, given.length, given.length))
         except ValueError as error:
             messages.print(f"attnlab show: {text}: {error}", style="red")
             return 1
         rows.append(row)
-        pictures.append(picture)
     table = Table(title=f"{given.length:,} positions, blocks of {given.block_size}")
     table.add_column("mask", overflow="fold")
-    for name in (
-        "density", "live blocks", "partial", "layers to full reach", "mean path",
-        "never", "gap",
-    ):  # fmt: skip
+    names = ["density", "live blocks", "partial"]
+    if connected:
+        names += ["layers to full reach", "mean path", "never", "gap"]
+    for name in names:
         table.add_column(name, justify="right")
     for row in rows:
-        mean = "-" if row["mean_path"] is None else f"{row['mean_path']:.2f}"
-        table.add_row(
+        cells = [
             row["mask"],
-            f"{row['density']:.1%}",
+            f"{row['density']:.1%}" if connected else f"{row['density']:.4%}",
             f"{row['blocks_live']:,} of {row['blocks']:,}",
             f"{row['blocks_partial']:,}",
-            f"{row['layers']:,}",
-            mean,
-            f"{row['unreachable']:.0%}",
-            f"{row['gap']:.3f}",
-        )
+        ]
+        if connected:
+            mean = row["mean_path"]
+            cells += [
+                f"{row['layers']:,}",
+                "-" if mean is None else f"{mean:.2f}",
+                f"{row['unreachable']:.0%}",
+                f"{row['gap']:.3f}",
+            ]
+        table.add_row(*cells)
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
@@ -114,31 +118,40 @@ def command(given: argparse.Namespace) -> int:
     console.print(
         "layers to full reach: number of layers until every pair that can be connected "
         "is; mean path: mean number of layers to connect a pair; never: pairs that "
-        "cannot be connected; gap: 1 - the second eigenvalue of a random walk.",
+        "cannot be connected; gap: 1 - the second eigenvalue of a random walk."
+        if connected
+        else f"How positions are connected is computed up to --length {LONGEST:,}.",
         style="dim",
         highlight=False,
     )
     path = given.out / "show.json"
     content = {"length": given.length, "block_size": given.block_size, "masks": rows}
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-    written = [path, *_draw(rows, pictures, given.out)]
+    written = [path, page_of(contents).save(given.out / "show.html")]
+    if connected:
+        written += _draw(rows, pictures, given.out)
     console.print(f"written: {', '.join(map(str, written))}", highlight=False)
     return 0
 
 
-def _look(
-    text: str, mask: Mask, length: int, block_size: int
-) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-    edges = adjacency(mask, length)
-    found = distances(edges)
-    numbers = summary(edges, found)
+def _counted(text: str, mask: Mask, length: int, block_size: int) -> dict[str, Any]:
     live, full, total = live_blocks(mask, length, block_size)
-    row = {
+    return {
         "mask": text,
         "density": float(mask.density(length)),
         "blocks": total,
         "blocks_live": live,
         "blocks_partial": live - full,
+    }
+
+
+def _connected(
+    mask: Mask, length: int
+) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    edges = adjacency(mask, length)
+    found = distances(edges)
+    numbers = summary(edges, found)
+    row = {
         "layers": numbers.layers,
         "mean_path": None if math.isnan(numbers.mean_path) else numbers.mean_path,
         "unreachable": numbers.unreachable,

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from attnlab._src.bench.cases import PATTERNS, SCORES, Spec
-from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.gpus import CARDS
 from attnlab._src.bench.options import writable_folder
 from attnlab._src.bench.targets import TARGETS
+from attnlab._src.files import write_atomically
 
 DESCRIPTION = """\
 Estimates the cost of attention on a TPU or GPU, without having one. The TPU's own

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.export
 
-from attnlab._src.bench.files import cache_folder, write_atomically
+from attnlab._src.files import cache_folder, write_atomically
 from attnlab._src.types import PyTree
 
 

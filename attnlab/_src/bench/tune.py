@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from attnlab import attention
 from attnlab._src.bench.cases import Spec
-from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.machine import cores
 from attnlab._src.bench.options import whole, writable_folder
 from attnlab._src.bench.targets import TOLD, on
+from attnlab._src.files import write_atomically
 from attnlab._src.implementations.pallas_tpu.blocks import (
     VARIABLE,
     Blocks,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from attnlab._src.bench.files import cache_folder, write_atomically
+from attnlab._src.files import cache_folder, write_atomically
 
 
 class TextUnavailable(Exception):

@@ -21,6 +21,7 @@ from attnlab._src.masks.intervals import (
     union,
 )
 from attnlab._src.masks.liveness import mask_density
+from attnlab._src.masks.picture import POSITIONS, picture_of
 from attnlab._src.masks.planning import dense_mask, plan_mask
 from attnlab._src.masks.rule import Bounds, Rule, checked_visible
 from attnlab._src.types import (
@@ -72,6 +73,14 @@ class Mask(Rule):
     def density(self, query_length: int, key_length: int | None = None) -> float:
         """The fraction of query-key pairs that are visible, exactly."""
         return mask_density(self, query_length, key_length)
+
+    def _repr_html_(self) -> str | None:
+        """A picture for notebooks; None (they show the text) if it cannot be drawn."""
+        try:
+            seen = np.asarray(self.to_dense(POSITIONS))
+        except (TypeError, ValueError, NotImplementedError):
+            return None  # made for another length, or its arrays are traced
+        return picture_of(repr(self), seen[(0,) * (seen.ndim - 2)])
 
     #: Makes NumPy leave ``array & mask`` to the mask.
     __array_ufunc__ = None

@@ -14,11 +14,11 @@ from scipy.optimize import nnls
 from attnlab import attention, cost
 from attnlab._src.bench.cases import Spec
 from attnlab._src.bench.contenders import Prepared, compile_call
-from attnlab._src.bench.files import write_atomically
 from attnlab._src.bench.machine import machine_line, versions
 from attnlab._src.bench.static import row as static_row
 from attnlab._src.bench.targets import CompilerMissing
 from attnlab._src.bench.timing import Repeats, interleave
+from attnlab._src.files import write_atomically
 from attnlab._src.implementations.measured import Fit
 from attnlab._src.implementations.tiled import Tiled
 from attnlab._src.ops.prepare import prepare

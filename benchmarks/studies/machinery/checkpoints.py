@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from attnlab._src.bench.files import write_atomically
+from attnlab._src.files import write_atomically
 from benchmarks.studies.machinery.errors import StudyError
 from benchmarks.studies.machinery.record import as_json, read_json
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from attnlab._src.bench.files import write_atomically
+from attnlab._src.files import write_atomically
 from benchmarks.studies.machinery.errors import StudyError
 from benchmarks.studies.machinery.record import Json, same_run
 

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from attnlab._src.bench.charts import save
-from attnlab._src.bench.files import write_atomically
+from attnlab._src.files import write_atomically
 from benchmarks.common import lines as lines
 from benchmarks.common import side_by_side
 from benchmarks.studies.machinery.record import Json, as_json

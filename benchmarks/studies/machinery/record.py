@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab._src.bench.files import write_atomically
+from attnlab._src.files import write_atomically
 from benchmarks.studies.machinery.errors import StudyError
 
 Json = dict[str, Any]

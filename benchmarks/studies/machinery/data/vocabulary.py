@@ -9,7 +9,7 @@ from typing import Literal
 
 import sentencepiece
 
-from attnlab._src.bench.files import write_atomically
+from attnlab._src.files import write_atomically
 from benchmarks.studies.machinery.data.batches import END, PADDING, START, UNKNOWN
 from benchmarks.studies.machinery.errors import StudyError
 

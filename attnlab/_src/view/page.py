@@ -1,0 +1,133 @@
+"""``show``: a page of its own for masks and plans, with nothing to load."""
+
+import dataclasses
+import html
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from attnlab._src import arguments
+from attnlab._src.files import write_atomically
+from attnlab._src.masks.base import Mask
+from attnlab._src.types import Plan
+from attnlab._src.view.masks import as_json, content_of, content_of_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """An HTML page; as the last value of a notebook's cell it is shown there.
+
+    Attributes:
+        html: the whole page, with its data and its program.
+    """
+
+    html: str
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the page to a file, which any browser opens; returns its path."""
+        path = Path(path)
+        write_atomically(path, self.html.encode())
+        return path
+
+    def _repr_html_(self) -> str:
+        inner = html.escape(self.html)
+        return (
+            f'<iframe srcdoc="{inner}" style="width: 100%; height: 760px; border: 0" '
+            'title="attnlab"></iframe>'
+        )
+
+    def __repr__(self) -> str:
+        return f"Page({len(self.html):,} characters; save(path) writes it to a file)"
+
+
+def show(
+    thing: Mask | Plan | Sequence[Mask],
+    query_length: int | None = None,
+    key_length: int | None = None,
+    *,
+    block_size: int | None = None,
+) -> Page:
+    """Draws masks, or a plan, as a page that one can zoom into and point at.
+
+    From afar it shows blocks: empty, full, or with both visible and hidden pairs; from
+    near it shows pairs. It tells which part of a mask decides about a pair. Whatever
+    the length, the page holds the plan and the rules of the mask, and no ``[T, S]``
+    array; only a rule with a function that browsers compute otherwise (``jnp.exp``,
+    say) is stored pair by pair, and not at all beyond 2^24 pairs.
+
+    Args:
+        thing: a mask, several masks, or the plan of one.
+        query_length: T; of a plan it is known.
+        key_length: S; T if not given.
+        block_size: positions in a block of the picture; if not given, at least 64, and
+            as many as keep the page small.
+
+    Returns:
+        A page. The last value of a notebook's cell is drawn there;
+        ``page.save("mask.html")`` writes a file.
+
+    Raises:
+        ImportError: if jinja2 is not installed.
+        TypeError: if ``thing`` is something else, or a mask comes without a length.
+        ValueError: if arrays of a mask are traced, or it does not fit the lengths.
+
+    Example:
+        >>> from attnlab import masks, show
+        >>> page = show(masks.causal() & masks.sliding_window(8, 0), 1024)
+        >>> len(page.html) < 100_000
+        True
+    """
+    if isinstance(thing, Plan):
+        if (query_length, key_length, block_size) != (None, None, None):
+            raise TypeError("query_length: a plan has lengths and blocks of its own")
+        return page_of([content_of_plan(thing)])
+    each = [thing] if isinstance(thing, Mask) else thing
+    if not isinstance(each, (list, tuple)) or not all(
+        isinstance(x, Mask) for x in each
+    ):
+        raise TypeError(
+            "thing: expected a mask, a list of masks or a Plan, got "
+            f"{type(thing).__name__}"
+        )
+    if not each:
+        raise ValueError("thing: expected at least one mask, got an empty list")
+    if query_length is None:
+        raise TypeError("query_length: expected a length, as in show(mask, 1024)")
+    t = arguments.size("query_length", query_length)
+    s = t if key_length is None else arguments.size("key_length", key_length)
+    if block_size is not None:
+        arguments.size("block_size", block_size)
+    return page_of([content_of(mask, t, s, block_size) for mask in each])
+
+
+def page_of(contents: Sequence[dict[str, Any]]) -> Page:
+    """The page of what ``content_of`` returns.
+
+    Raises:
+        ImportError: if jinja2 is not installed.
+    """
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError:
+        raise ImportError(
+            "attnlab.show needs jinja2, which comes with pip install attnlab[bench]"
+        ) from None
+    folder = resources.files("attnlab._src.view")
+    style, script = (
+        (folder / name).read_text("utf-8") for name in ("page.css", "page.js")
+    )
+    template = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined
+    ).from_string((folder / "page.html").read_text("utf-8"))
+    first = contents[0]
+    size = f"{first['queries']:,} queries, {first['keys']:,} keys"
+    title = size if len(contents) > 1 else f"{first['text']}: {size}"
+    text = template.render(
+        title=title,
+        style=Markup(style),
+        script=Markup(script),
+        content=Markup(as_json({"masks": contents})),
+    )
+    return Page(text)
