@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from attnlab._src.types import Modifier as Modifier
     from attnlab._src.types import Score as Score
     from attnlab._src.view.page import show as show
+    from attnlab._src.view.page import show_weights as show_weights
 
 #: Where each public name comes from.
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "dot_product_attention": "_src.ops.drop_in",
     "explain": "_src.ops.explain",
     "show": "_src.view.page",
+    "show_weights": "_src.view.page",
 }
 _MODULES = ("extend", "masks", "modifiers", "nn", "scores", "sharding")
 
@@ -50,6 +52,7 @@ __all__ = [
     "scores",
     "sharding",
     "show",
+    "show_weights",
 ]
 
 

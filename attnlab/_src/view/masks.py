@@ -75,7 +75,7 @@ def content_of(
         "examples": examples,
         "heads": heads,
         "tree": _tree(mask, operands, (query_length, key_length), arrays),
-        "data": [_packed(x) for x in arrays],
+        "data": [packed(x) for x in arrays],
         "blocks": blocks_of(plan),
         "numbers": _numbers(mask, query_length, key_length, plan),
     }
@@ -130,8 +130,8 @@ def blocks_of(plan: Plan) -> dict[str, Any]:
     return {
         "size": [plan.block_q, plan.block_k],
         "shape": [examples, heads, rows, -(-plan.key_length // plan.block_k)],
-        "counts": _packed(np.array(counts, np.int32)),
-        "runs": _packed(np.array(runs, np.int32)),
+        "counts": packed(np.array(counts, np.int32)),
+        "runs": packed(np.array(runs, np.int32)),
     }
 
 
@@ -226,7 +226,7 @@ def _stored(pairs: Array, arrays: list[np.ndarray]) -> dict[str, Any]:
     return {"body": body, "data": [len(arrays) - 1]}
 
 
-def _packed(array: np.ndarray) -> dict[str, str]:
+def packed(array: np.ndarray) -> dict[str, str]:
     """An array as text: its type, and its bytes, compressed, in base 64."""
     array = np.asarray(array)
     if array.dtype == np.bool_:

@@ -1,8 +1,8 @@
-"""``show``: a page of its own for masks and plans, with nothing to load."""
+"""``show`` and ``show_weights``: pages of their own, with nothing to load."""
 
 import dataclasses
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 from attnlab._src import arguments
 from attnlab._src.files import write_atomically
 from attnlab._src.masks.base import Mask
-from attnlab._src.types import Plan
+from attnlab._src.types import AttentionResult, Plan
 from attnlab._src.view.masks import as_json, content_of, content_of_plan
+from attnlab._src.view.weights import content_of_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +102,73 @@ def show(
     return page_of([content_of(mask, t, s, block_size) for mask in each])
 
 
+def show_weights(
+    results: AttentionResult | Mapping[str, AttentionResult],
+    tokens: Sequence[str] | None = None,
+    key_tokens: Sequence[str] | None = None,
+    *,
+    example: int = 0,
+) -> Page:
+    """Draws attention weights, by layer and head, as a page to look through.
+
+    It shows all layers and heads side by side, one of them as a picture to zoom into
+    (source to the right, target down), and for the query under the pointer its
+    greatest weights, as a table and as arcs over the text. The page holds the 64
+    greatest weights of a query, or fewer where there are more than 2^20 in all; weights
+    are rounded to multiples of 1/65,535.
+
+    Args:
+        results: what ``attention_with_stats(..., top_k=64)`` or a module's
+            ``with_stats`` returns, or several by name. ``top_k="all"`` will do, too.
+        tokens: T strings for the queries; numbers if not given.
+        key_tokens: S strings for the keys; ``tokens`` if not given.
+        example: which example of the batch is shown.
+
+    Returns:
+        A page; see :func:`show`.
+
+    Raises:
+        ImportError: if jinja2 is not installed.
+        TypeError: if a result is something else, or tokens are no strings.
+        ValueError: if a result has no weights, or numbers do not fit.
+
+    Example:
+        >>> import jax
+        >>> from attnlab import attention_with_stats, show_weights
+        >>> x = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+        >>> result = attention_with_stats(x, x, x, top_k="all")
+        >>> page = show_weights(result, "the cat sat down".split())
+        >>> "cat" in page.html
+        True
+    """
+    if isinstance(results, AttentionResult):
+        results = {"attention": results}
+    if not isinstance(results, Mapping) or not results:
+        raise TypeError(
+            "results: expected an AttentionResult, or several by name, got "
+            f"{type(results).__name__}"
+        )
+    content = content_of_weights(results, tokens, key_tokens, example)
+    names = [each["name"] for each in content["layers"]]
+    title = f"Attention weights: {names[0]}" + (
+        f" and {len(names) - 1} more" if len(names) > 1 else ""
+    )
+    return _page("weights", title, content)
+
+
 def page_of(contents: Sequence[dict[str, Any]]) -> Page:
     """The page of what ``content_of`` returns.
 
     Raises:
         ImportError: if jinja2 is not installed.
     """
+    first = contents[0]
+    size = f"{first['queries']:,} queries, {first['keys']:,} keys"
+    title = size if len(contents) > 1 else f"{first['text']}: {size}"
+    return _page("mask", title, {"masks": contents})
+
+
+def _page(kind: str, title: str, content: dict[str, Any]) -> Page:
     try:
         import jinja2
         from markupsafe import Markup
@@ -114,20 +176,16 @@ def page_of(contents: Sequence[dict[str, Any]]) -> Page:
         raise ImportError(
             "attnlab.show needs jinja2, which comes with pip install attnlab[bench]"
         ) from None
-    folder = resources.files("attnlab._src.view")
-    style, script = (
-        (folder / name).read_text("utf-8") for name in ("page.css", "page.js")
+    folder = resources.files("attnlab._src.view") / "pages"
+    read = lambda name: (folder / name).read_text("utf-8")
+    loader = jinja2.DictLoader({n: read(n) for n in ("base.html", f"{kind}.html")})
+    pages = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
     )
-    template = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined
-    ).from_string((folder / "page.html").read_text("utf-8"))
-    first = contents[0]
-    size = f"{first['queries']:,} queries, {first['keys']:,} keys"
-    title = size if len(contents) > 1 else f"{first['text']}: {size}"
-    text = template.render(
+    text = pages.get_template(f"{kind}.html").render(
         title=title,
-        style=Markup(style),
-        script=Markup(script),
-        content=Markup(as_json({"masks": contents})),
+        style=Markup(read("style.css")),
+        script=Markup(read("common.js") + read(f"{kind}.js")),
+        content=Markup(as_json(content)),
     )
     return Page(text)

@@ -1,18 +1,6 @@
 "use strict";
+// Masks and plans.
 (async () => {
-  const $ = (id) => document.getElementById(id);
-  const content = JSON.parse($("content").textContent);
-  const types = {
-    int8: Int8Array, uint8: Uint8Array, int16: Int16Array, uint16: Uint16Array,
-    int32: Int32Array, uint32: Uint32Array, float32: Float32Array,
-  };
-
-  async function unpack(packed) {
-    const bytes = Uint8Array.from(atob(packed.bytes), (c) => c.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-    return new types[packed.type](await new Response(stream).arrayBuffer());
-  }
-
   // A node of the expression answers true, false, or null where a rule is not known.
   function compile(node, data) {
     const made = { ...node };
@@ -62,14 +50,12 @@
     }
     const data = await Promise.all((mask.data || []).map(unpack));
     const tree = mask.tree ? compile(mask.tree, data) : { text: mask.text, sees: () => null };
-    const [, heads, rows] = mask.blocks.shape;
-    return { ...mask, tree, first, starts, stops, full, headRows: heads, rows };
+    const [, , rows] = mask.blocks.shape;
+    return { ...mask, tree, first, starts, stops, full, rows };
   }
 
-  const canvas = $("view"), pen = canvas.getContext("2d");
-  let mask, head = 0, example = 0, colours, pointed = null, dirty = false;
-  // Position of the left upper corner, and pixels of the screen for a position.
-  const view = { s: 0, t: 0, scale: 1 };
+  let mask, head = 0, example = 0, colours;
+  const picture = zoomable(paint, tell), { view, canvas } = picture;
 
   function rowOf(t) {
     const [examples, heads] = mask.blocks.shape;
@@ -94,17 +80,7 @@
     return seen === null ? 1 : seen ? 2 : 0;
   }
 
-  function readColours() {
-    const style = getComputedStyle(document.documentElement);
-    colours = ["--empty", "--partial", "--full"].map((name) => {
-      const text = style.getPropertyValue(name).trim();
-      const part = (i) => parseInt(text.slice(i, i + 2), 16);
-      return (255 << 24 | part(5) << 16 | part(3) << 8 | part(1)) >>> 0;
-    });
-    colours.ground = style.getPropertyValue("--ground").trim();
-  }
-
-  function drawPairs(width, height) {
+  function drawPairs(pen, width, height) {
     const s0 = Math.max(0, Math.floor(view.s)), t0 = Math.max(0, Math.floor(view.t));
     const s1 = Math.min(mask.keys, Math.ceil(view.s + width / view.scale));
     const t1 = Math.min(mask.queries, Math.ceil(view.t + height / view.scale));
@@ -126,7 +102,7 @@
   }
 
   // A pixel is full if all blocks below it are, and empty if none is alive.
-  function drawBlocks(width, height) {
+  function drawBlocks(pen, width, height) {
     const image = new ImageData(width, height), pixels = new Uint32Array(image.data.buffer);
     const [blockQ, blockK] = mask.blocks.size, { scale } = view;
     const right = Math.min(width, Math.ceil((mask.keys - view.s) * scale));
@@ -162,43 +138,8 @@
     pen.putImageData(image, 0, 0);
   }
 
-  function draw() {
-    dirty = false;
-    const { width, height } = canvas;
-    pen.fillStyle = colours.ground;
-    pen.fillRect(0, 0, width, height);
-    if (view.scale >= 1) drawPairs(width, height); else drawBlocks(width, height);
-    if (pointed) tell();
-  }
-
-  function redraw() {
-    if (!dirty) { dirty = true; requestAnimationFrame(draw); }
-  }
-
-  function smallest() {
-    return Math.min(canvas.width / mask.keys, canvas.height / mask.queries);
-  }
-
-  function fit() {
-    view.s = view.t = 0;
-    view.scale = smallest();
-    redraw();
-  }
-
-  function zoom(factor, x = canvas.width / 2, y = canvas.height / 2) {
-    const scale = Math.min(Math.max(view.scale * factor, smallest()), 64);
-    view.s += x / view.scale - x / scale;
-    view.t += y / view.scale - y / scale;
-    view.scale = scale;
-    clampView();
-  }
-
-  function clampView() {
-    const limit = (place, length, size) =>
-      Math.min(Math.max(place, Math.min(0, length - size)), Math.max(0, length - size));
-    view.s = limit(view.s, mask.keys, canvas.width / view.scale);
-    view.t = limit(view.t, mask.queries, canvas.height / view.scale);
-    redraw();
+  function paint(pen, width, height) {
+    if (view.scale >= 1) drawPairs(pen, width, height); else drawBlocks(pen, width, height);
   }
 
   // The parts whose answer settles the answer of the whole.
@@ -231,9 +172,7 @@
     return span;
   }
 
-  function tell() {
-    const [t, s] = pointed;
-    if (t < 0 || s < 0 || t >= mask.queries || s >= mask.keys) return;
+  function tell(t, s) {
     const pair = [t, s, head, example], state = stateAt(t, s);
     const kind = ["empty", "partial", "full"][blockAt(t, s)];
     const seen = ["hidden", "not known: only its block is", "visible"][state];
@@ -245,28 +184,11 @@
     $("expression").replaceChildren(written(mask.tree, pair, decides));
   }
 
-  function point(event) {
-    const box = canvas.getBoundingClientRect(), ratio = canvas.width / box.width;
-    const x = (event.clientX - box.left) * ratio, y = (event.clientY - box.top) * ratio;
-    pointed = [Math.floor(view.t + y / view.scale), Math.floor(view.s + x / view.scale)];
-    tell();
-    return [x, y, ratio];
-  }
-
-  function row(table, cells, tag = "td") {
-    const line = table.insertRow();
-    cells.forEach((text, i) => {
-      const cell = document.createElement(i ? tag : "th");
-      cell.textContent = text;
-      line.append(cell);
-    });
-  }
-
   function tables() {
     $("numbers").replaceChildren();
-    for (const cells of mask.numbers) row($("numbers"), cells);
+    for (const cells of mask.numbers) tableRow($("numbers"), cells);
     $("bands").replaceChildren();
-    row($("bands"), ["queries", "full blocks", "partial blocks", "first key", "last key"], "th");
+    tableRow($("bands"), ["queries", "full blocks", "partial blocks", "first key", "last key"], "th");
     const [blockQ, blockK] = mask.blocks.size, step = Math.ceil(mask.rows / 16);
     for (let from = 0; from < mask.rows; from += step) {
       let kinds = [0, 0], low = Infinity, high = -1;
@@ -280,106 +202,37 @@
         }
       }
       const last = Math.min(to * blockQ, mask.queries) - 1;
-      row($("bands"), [`${from * blockQ} to ${last}`, kinds[1], kinds[0],
+      tableRow($("bands"), [`${from * blockQ} to ${last}`, kinds[1], kinds[0],
         high < 0 ? "-" : low, high < 0 ? "-" : high]);
     }
   }
 
-  function choices(id, count) {
-    $(id + "-label").hidden = count < 2;
-    $(id).replaceChildren();
-    for (let i = 0; i < count; i++) $(id).add(new Option(i, i));
+  function choose(newHead, newExample) {
+    head = newHead;
+    example = newExample;
+    tables();
+    picture.redraw();
   }
 
   async function select(number) {
     mask = await open(content.masks[number]);
-    head = example = 0;
-    pointed = null;
-    choices("head", mask.heads);
-    choices("example", mask.examples);
+    choices("head", [...Array(mask.heads).keys()], (i) => choose(i, example));
+    choices("example", [...Array(mask.examples).keys()], (i) => choose(head, i));
     canvas.setAttribute("aria-label",
       `${mask.text}: ${mask.queries} queries, ${mask.keys} keys`);
     $("said").textContent = "Point at the picture.";
     $("expression").textContent = mask.text;
-    tables();
-    fit();
+    choose(0, 0);
+    picture.over(mask.queries, mask.keys);
   }
 
-  function resize() {
-    const ratio = window.devicePixelRatio || 1, box = canvas.getBoundingClientRect();
-    const size = Math.max(1, Math.round(box.width * ratio));
-    if (size === canvas.width) return;
-    const all = mask && view.scale === smallest();
-    canvas.width = canvas.height = size;
-    if (mask) { if (all) fit(); else clampView(); }
-  }
-
-  function dark(on) {
-    document.documentElement.classList.toggle("dark", on);
-    $("theme").textContent = on ? "Light" : "Dark";
-    readColours();
-    if (mask) redraw();
-  }
-
-  const fingers = new Map();
-  canvas.addEventListener("pointerdown", (event) => {
-    canvas.setPointerCapture(event.pointerId);
-    fingers.set(event.pointerId, event);
+  themes(() => {
+    colours = ["--empty", "--partial", "--full"].map((name) => packedColour(colour(name)));
+    if (mask) picture.redraw();
   });
-  canvas.addEventListener("pointermove", (event) => {
-    const [x, y, ratio] = point(event), before = fingers.get(event.pointerId);
-    if (!before) return;
-    if (fingers.size === 2) {
-      const [other] = [...fingers.values()].filter((f) => f.pointerId !== event.pointerId);
-      const far = (f) => Math.hypot(f.clientX - other.clientX, f.clientY - other.clientY);
-      if (far(before) > 0) zoom(far(event) / far(before), x, y);
-    } else {
-      view.s -= (event.clientX - before.clientX) * ratio / view.scale;
-      view.t -= (event.clientY - before.clientY) * ratio / view.scale;
-      clampView();
-    }
-    fingers.set(event.pointerId, event);
-  });
-  for (const name of ["pointerup", "pointercancel"])
-    canvas.addEventListener(name, (event) => fingers.delete(event.pointerId));
-  canvas.addEventListener("wheel", (event) => {
-    event.preventDefault();
-    const [x, y] = point(event);
-    zoom(Math.exp(-event.deltaY / 300), x, y);
-  }, { passive: false });
-  canvas.addEventListener("keydown", (event) => {
-    const step = canvas.width / view.scale / 8;
-    const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-    if (event.key in moves) {
-      view.s += moves[event.key][0] * step;
-      view.t += moves[event.key][1] * step;
-      clampView();
-    } else if (event.key === "+" || event.key === "=") zoom(2);
-    else if (event.key === "-") zoom(0.5);
-    else if (event.key === "0") fit();
-    else return;
-    event.preventDefault();
-    pointed = [Math.floor(view.t + canvas.height / view.scale / 2),
-      Math.floor(view.s + canvas.width / view.scale / 2)];
-    tell();
-  });
-  $("in").onclick = () => zoom(2);
-  $("out").onclick = () => zoom(0.5);
-  $("fit").onclick = fit;
-  $("theme").onclick = () => dark(!document.documentElement.classList.contains("dark"));
-  $("head").onchange = () => { head = Number($("head").value); tables(); redraw(); };
-  $("example").onchange = () => { example = Number($("example").value); tables(); redraw(); };
-  $("which").onchange = () => select(Number($("which").value));
-  content.masks.forEach((each, i) => $("which").add(new Option(each.text, i)));
-  $("which-label").hidden = content.masks.length < 2;
-  new ResizeObserver(resize).observe(canvas);
-  resize();
-  dark(matchMedia("(prefers-color-scheme: dark)").matches);
+  choices("which", content.masks.map((each) => each.text), select);
   await select(0);
   // For tests, which look at the page.
-  window.attnlab = {
-    view, draw, zoom, clampView, select, stateAt, blockAt,
-    choose: (newHead, newExample) => { head = newHead; example = newExample; },
-  };
-  document.documentElement.dataset.ready = "yes";
+  window.attnlab = { ...picture, select, stateAt, blockAt, choose };
+  ready();
 })();

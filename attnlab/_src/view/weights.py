@@ -1,0 +1,121 @@
+"""What a page shows of attention weights: the greatest of each query."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from attnlab._src.types import AttentionResult
+from attnlab._src.view.masks import packed
+
+#: Weights that a page holds at most, and of one query.
+_MOST, _MOST_OF_QUERY = 2**20, 64
+#: A weight of 1; weights are stored as whole numbers of 16 bits.
+_ONE = 65535
+
+
+def content_of_weights(
+    layers: Mapping[str, AttentionResult],
+    tokens: Sequence[str] | None,
+    key_tokens: Sequence[str] | None,
+    example: int,
+) -> dict[str, Any]:
+    """All that a page needs to draw weights, as JSON.
+
+    Raises:
+        TypeError: if a layer is no result of attention, or tokens are no strings.
+        ValueError: if a layer has no weights, or numbers do not fit.
+    """
+    labels = tokens if key_tokens is None else key_tokens
+    read = {
+        name: _weights(name, each, example, 0 if labels is None else len(labels))
+        for name, each in layers.items()
+    }
+    entries = sum(w.shape[0] * w.shape[1] for w, _, _ in read.values())
+    kept = max(1, min(_MOST_OF_QUERY, _MOST // max(entries, 1)))
+    found = [_layer(name, *each, kept) for name, each in read.items()]
+    return {
+        "layers": found,
+        "tokens": _labels("tokens", tokens, "queries", found),
+        "keyTokens": _labels(
+            "tokens" if key_tokens is None else "key_tokens",
+            labels,
+            "keys",
+            found,
+        ),
+    }
+
+
+def _weights(
+    name: str, result: AttentionResult, example: int, known: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Weights and key slots ``[N, T, k]`` of one example, and S.
+
+    A result with slots does not tell S: it is at least ``known``.
+    """
+    if not isinstance(result, AttentionResult):
+        raise TypeError(
+            f"results: expected AttentionResult for {name}, got "
+            f"{type(result).__name__}; attention_with_stats(..., top_k=64) returns one"
+        )
+    if result.weights is None:
+        raise ValueError(
+            f"results: {name} has no weights; attention_with_stats(..., top_k=64) "
+            'or top_k="all" returns them'
+        )
+    if isinstance(result.weights, jax.core.Tracer):
+        raise ValueError(f"results: {name} is traced; show it outside of jit")
+    weights = np.asarray(result.weights, np.float32)
+    if not np.isfinite(weights).all():
+        raise ValueError(f"results: {name} has weights that are not finite")
+    weights = weights.reshape(-1, *weights.shape[-3:])
+    if not 0 <= example < len(weights):
+        raise ValueError(
+            f"example: expected 0 to {len(weights) - 1} for {name}, got {example}"
+        )
+    weights = weights[example]
+    if result.indices is None:
+        slots = np.arange(weights.shape[-1])
+        return weights, np.broadcast_to(slots, weights.shape), weights.shape[-1]
+    indices = np.asarray(result.indices)
+    indices = indices.reshape(-1, *indices.shape[-3:])[example]
+    return weights, indices, max(int(indices.max(initial=0)) + 1, known)
+
+
+def _layer(
+    name: str, weights: np.ndarray, indices: np.ndarray, keys: int, kept: int
+) -> dict[str, Any]:
+    """The greatest weights of a layer, at most ``kept`` of each query."""
+    count = min(kept, weights.shape[-1])
+    greatest = np.argsort(-weights, -1, kind="stable")[..., :count]
+    indices = np.take_along_axis(indices, greatest, -1).astype(np.int32)
+    weights = np.clip(np.take_along_axis(weights, greatest, -1), 0, 1)
+    weights = np.where(indices < 0, 0, np.rint(weights * _ONE)).astype(np.uint16)
+    return {
+        "name": name,
+        "heads": weights.shape[0],
+        "queries": weights.shape[1],
+        "keys": keys,
+        "kept": count,
+        "weights": packed(weights),
+        "indices": packed(indices),
+    }
+
+
+def _labels(
+    name: str,
+    tokens: Sequence[str] | None,
+    side: str,
+    layers: Sequence[Mapping[str, Any]],
+) -> list[str] | None:
+    if tokens is None:
+        return None
+    if isinstance(tokens, str) or not all(isinstance(x, str) for x in tokens):
+        raise TypeError(f"{name}: expected a list of strings, one for each token")
+    longest = max(each[side] for each in layers)
+    if len(tokens) < longest:
+        raise ValueError(
+            f"{name}: expected {longest} strings, one for each token, got {len(tokens)}"
+        )
+    return [*tokens]
