@@ -102,6 +102,7 @@ def test_run_writes_json_and_charts(small_run, capsys):
         "bench.json",
         "memory.png",
         "memory.svg",
+        "report.html",
         "time.png",
         "time.svg",
     ]

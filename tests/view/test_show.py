@@ -46,7 +46,7 @@ def test_traced_arrays_are_refused():
 
 def test_what_must_be_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r"needs jinja2, .*attnlab\[bench\]"):
+    with pytest.raises(ImportError, match=r"need jinja2, .*attnlab\[bench\]"):
         show(masks.causal(), 8)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``attnlab bench``, ``show``, ``static``, ``tune``."""
+"""The command line: ``attnlab bench``, ``report``, ``show``, ``static``, ``tune``."""
 
 import argparse
 import contextlib
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from attnlab._src.bench import show, static_cli, tune
+from attnlab._src.bench import report_page, show, static_cli, tune
 from attnlab._src.bench.options import Options, add_arguments, read
 from attnlab._src.bench.targets import CompilerMissing
 
@@ -44,6 +44,12 @@ def _main(arguments: Sequence[str] | None) -> int:
         "bench", help="measure attention on this machine", description=_DESCRIPTION
     )
     add_arguments(bench)
+    reporter = commands.add_parser(
+        "report",
+        help="make a page of runs, or compare two",
+        description=report_page.DESCRIPTION,
+    )
+    report_page.add_arguments(reporter)
     shower = commands.add_parser(
         "show", help="draw masks and their statistics", description=show.DESCRIPTION
     )
@@ -63,7 +69,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         parser.print_help()
         return 0
     needs = {
-        "bench": ("matplotlib", "rich"),
+        "bench": ("jinja2", "matplotlib", "rich"),
+        "report": ("jinja2", "matplotlib", "rich"),
         "show": ("jinja2", "matplotlib", "rich"),
     }
     of_this = needs.get(given.command, ("rich",))
@@ -75,6 +82,8 @@ def _main(arguments: Sequence[str] | None) -> int:
             'pip install "attnlab[bench]"\n',
         )
     try:
+        if given.command == "report":
+            return report_page.command(given)
         if given.command == "show":
             return show.command(given)
         if given.command == "static":
@@ -165,6 +174,7 @@ def _present(
 
     from attnlab._src.bench.charts import draw
     from attnlab._src.bench.report import document, notes, table, write_json
+    from attnlab._src.bench.runs import read_run
 
     console = Console()
     if not console.is_terminal:
@@ -177,7 +187,12 @@ def _present(
         console.print(line, style="dim", highlight=False, markup=False)
     known = content["versions"]
     caption = f"{content['machine']}; jax {known.get('jax')}; {content['date']}"
-    written = [path, *draw(rows, options.out, caption)]
+    page = report_page.page_of_runs([read_run(path)])
+    written = [
+        path,
+        page.save(options.out / "report.html"),
+        *draw(rows, options.out, caption),
+    ]
     console.print(
         f"written: {', '.join(str(p) for p in written)}", highlight=False, markup=False
     )

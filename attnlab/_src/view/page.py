@@ -153,7 +153,7 @@ def show_weights(
     title = f"Attention weights: {names[0]}" + (
         f" and {len(names) - 1} more" if len(names) > 1 else ""
     )
-    return _page("weights", title, content)
+    return _picture("weights", title, content)
 
 
 def page_of(contents: Sequence[dict[str, Any]]) -> Page:
@@ -165,16 +165,27 @@ def page_of(contents: Sequence[dict[str, Any]]) -> Page:
     first = contents[0]
     size = f"{first['queries']:,} queries, {first['keys']:,} keys"
     title = size if len(contents) > 1 else f"{first['text']}: {size}"
-    return _page("mask", title, {"masks": contents})
+    return _picture("mask", title, {"masks": contents})
 
 
-def _page(kind: str, title: str, content: dict[str, Any]) -> Page:
+def render(kind: str, title: str, *, scripts: Sequence[str], **values: Any) -> Page:
+    """Fills the template of a kind of page; all text is escaped.
+
+    Args:
+        kind: name of a file in ``pages``, without its ending.
+        title: of the page.
+        scripts: files in ``pages``, which become one program.
+        **values: what else the template names.
+
+    Raises:
+        ImportError: if jinja2 is not installed.
+    """
     try:
         import jinja2
         from markupsafe import Markup
     except ImportError:
         raise ImportError(
-            "attnlab.show needs jinja2, which comes with pip install attnlab[bench]"
+            "pages need jinja2, which comes with pip install attnlab[bench]"
         ) from None
     folder = resources.files("attnlab._src.view") / "pages"
     read = lambda name: (folder / name).read_text("utf-8")
@@ -185,7 +196,13 @@ def _page(kind: str, title: str, content: dict[str, Any]) -> Page:
     text = pages.get_template(f"{kind}.html").render(
         title=title,
         style=Markup(read("style.css")),
-        script=Markup(read("common.js") + read(f"{kind}.js")),
-        content=Markup(as_json(content)),
+        script=Markup("".join(map(read, scripts))),
+        **values,
     )
     return Page(text)
+
+
+def _picture(kind: str, title: str, content: dict[str, Any]) -> Page:
+    """A page of a picture to zoom into."""
+    scripts = "common.js", f"{kind}.js"
+    return render(kind, title, scripts=scripts, content=as_json(content))
