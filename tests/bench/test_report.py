@@ -19,7 +19,8 @@ def row(contender, pattern="causal", length=64, median=0.002, status="ok"):
     spec = {"pattern": pattern, "score": "dot", "dtype": "float32", "length": length}
 
     def measured():
-        timing = {"median": median, "low": 0.98 * median, "high": 1.02 * median}
+        ends = (0.98 * median, 1.02 * median) if median != "2" else (1, 3)
+        timing = {"median": median, "low": ends[0], "high": ends[1]}
         return {"timing": timing, "temporary_bytes": 10} if status == "ok" else None
 
     return {
@@ -111,6 +112,11 @@ def test_two_runs_are_compared(written):
     text = page_of_runs(runs).html
     assert text.count('class="number slower"') == 2
     assert text.index("Both runs") < text.index("<h2>a.json")
+    # Other sizes are other problems, also where both files have one size each.
+    other = copy.deepcopy(RUN)
+    for each in other["rows"]:
+        each["spec"]["batch"] = 2
+    assert not differences(runs[0].lines, read_run(written(other, "d.json")).lines)
     nothing = read_run(written(HEAD | {"rows": []}, "c.json"))
     assert "no timed problem in common" in page_of_runs([runs[0], nothing]).html
 
@@ -122,6 +128,10 @@ def test_two_runs_are_compared(written):
         ("[1, 2]", "expected a file of attnlab bench"),
         ({"rows": []}, "such files have machine, versions, date"),
         (HEAD | {"rows": [3]}, "its rows are not those of this version"),
+        (
+            HEAD | {"rows": [row("native", median="2")]},
+            "its rows are not those of this version",
+        ),
         (None, "cannot be read"),
     ],
 )

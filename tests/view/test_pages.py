@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import masks, show
+from attnlab import extend, masks, show
+from attnlab.extend import pytree
 from tests.grid import MASKS, Setting
 
 pytestmark = [pytest.mark.slow]
@@ -19,15 +20,44 @@ def odd(t, s):
     return (t + s) % 3 == 1
 
 
+def mixed(t, s):
+    """Integers of 32 bits that overflow, signed and unsigned."""
+    both = (t.astype(jnp.uint32) * jnp.uint32(2654435761)) ^ s.astype(jnp.uint32)
+    high = (both >> jnp.uint32(28)) % jnp.uint32(3) != 1
+    return (
+        (both % jnp.uint32(3) == 0)
+        | high & (both < jnp.uint32(2**31))
+        | ((-t) // 7 == -s % 5)
+    )
+
+
 def shifted(t, s):
-    """Overflows and shifts of 32 bits, signed and unsigned."""
-    mixed = (t.astype(jnp.uint32) * jnp.uint32(2654435761)) ^ s.astype(jnp.uint32)
-    return ((mixed >> jnp.uint32(28)) % jnp.uint32(3) != 1) | ((-t) // 7 == -s % 5)
+    return ((t << (s % 40 - 2)) ^ (-s >> (t % 40))) % 3 == 1
 
 
-def of_floats(t, s):
-    third, s = t.astype(jnp.float32) / jnp.float32(3), s.astype(jnp.float32)
-    return jnp.sqrt(jnp.abs(third - s)) < jnp.floor(third) - jnp.float32(2.1)
+def of_floats(t, s, limits):
+    near = jnp.abs(t.astype(jnp.float32) - s.astype(jnp.float32)) + 0.25
+    return (near <= limits) ^ (jnp.floor(limits).astype(jnp.int32) > t)
+
+
+def of_flags(t, s, flags):
+    return (flags == (s <= t)) & (jnp.maximum(flags, s > 3) != (t > 30))
+
+
+def taken(t, s):
+    """Beyond its ends ``take`` yields True; the last ``take`` ends at them."""
+    few = jnp.array([True, False, True, False, False])
+    return jnp.take(few, t - s) ^ jnp.take(few, t - 2 * s, mode="clip")
+
+
+@pytree
+class SomeHeads(extend.Mask):
+    """It reads the head, and has no translation."""
+
+    def visible(self, tile, operands):
+        shift = jnp.sin(tile.query_positions.astype(jnp.float32)) * 4
+        keys = tile.key_positions.astype(jnp.float32)
+        return keys * 0.1 + shift < tile.head.astype(jnp.float32)
 
 
 def wavy(t, s):
@@ -59,8 +89,15 @@ def test_every_mask_is_decided_as_attention_does(opened):
     built: dict[str, Any] = {name: make(setting) for name, make in MASKS.items()}
     del built["none"]
     built["dense"] = masks.dense(built["dense"])
-    for rule in (odd, shifted, of_floats, wavy):
-        built[rule.__name__] = masks.predicate(rule) | masks.anchor(3, see_all=False)
+    limits = rng.choice([0.5, 7.25, np.inf, -np.inf, np.nan], (t, 1))
+    flags = rng.random((2, 1, 1, s)) < 0.5
+    for rule, *given in (
+        (odd,), (mixed,), (shifted,), (wavy,), (taken,), (of_floats, limits), (of_flags, flags)
+    ):  # fmt: skip
+        mask = masks.predicate(rule, *given)
+        built[rule.__name__] = mask | masks.anchor(3, see_all=False)
+    heads = rng.random((1, 4, t, s)) < 0.5
+    built["heads"] = SomeHeads() & masks.dense(heads)
     page = show([*built.values()], t, s, block_size=8)
     seen = opened(page)
     for which, (name, mask) in enumerate(built.items()):

@@ -11,9 +11,8 @@ pytestmark = pytest.mark.slow
 def line(problem, contender, median):
     low, high = (None, None) if median is None else (0.9 * median, 1.1 * median)
     status = "refused" if median is None else "ok"
-    return Line(
-        problem, "forward", contender, status, "why", 64, 0.5, median, low, high, 8
-    )
+    found = (contender, status, "why", 64, 0.5, median, low, high)
+    return Line(problem, problem, "forward", *found)
 
 
 def test_tables_sort_and_filter(opened):

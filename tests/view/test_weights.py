@@ -1,5 +1,7 @@
 """Pages of attention weights: what they hold and draw is what attention computed."""
 
+import base64
+import zlib
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from attnlab import AttentionResult, attention_with_stats, masks, show_weights
+from attnlab._src.view.weights import content_of_weights
 
 WORDS = ["the", "students", "opened", "their"]
 
@@ -135,6 +138,7 @@ def test_thousands_of_tokens(opened):
         (dict(results={}), TypeError, "results: expected an AttentionResult"),
         (dict(results={"a": 3}), TypeError, "expected AttentionResult for a, got int"),
         (dict(example=2), ValueError, "example: expected 0 to 1 for attention, got 2"),
+        (dict(tokens=3), TypeError, "tokens: expected a list of strings"),
         (dict(tokens="text"), TypeError, "tokens: expected a list of strings"),
         (dict(tokens=WORDS[:2]), ValueError, "tokens: expected 4 strings, .* got 2"),
         (dict(key_tokens=WORDS[:3]), ValueError, "key_tokens: expected 4 .* got 3"),
@@ -149,6 +153,17 @@ def test_clear_errors(change: Any, error, said):
 def plain(**change) -> AttentionResult:
     found = dict(output=None, lse=None, weights=np.full((2, 3, 4, 4), 0.25))
     return AttentionResult(**found | change)  # pyrefly: ignore[bad-argument-type]
+
+
+def test_dropped_weights_may_be_greater_than_one():
+    """They are stored by the greatest one; a key that is not seen has none."""
+    weights = np.array([[[[1.5, 0.5]]]], np.float32)
+    content = content_of_weights({"a": plain(weights=weights)}, None, None, 0)
+    (layer,) = content["layers"]
+    stored = np.frombuffer(
+        zlib.decompress(base64.b64decode(layer["weights"]["bytes"])), np.uint16
+    )
+    np.testing.assert_allclose(stored * layer["unit"], [1.5, 0.5], rtol=1e-4)
 
 
 def test_weights_must_be_there_and_known():

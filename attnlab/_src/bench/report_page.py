@@ -68,6 +68,9 @@ def command(given: argparse.Namespace) -> int:
 
     try:
         runs = [read_run(path) for path in given.run]
+        if len({run.name for run in runs}) < len(runs):
+            paths = map(str, given.run)
+            runs = [r._replace(name=n) for r, n in zip(runs, paths, strict=True)]
     except ValueError as error:
         Console(stderr=True).print(
             f"attnlab report: {error}",
@@ -108,14 +111,15 @@ def _section(run: Run) -> Mapping[str, Any]:
             if (drawn := _against_length(title, lines)) is not None:
                 charts.append(drawn)
     tables += [_table(*each) for each in run.tables]
-    refused = [
-        [x.problem, x.contender, x.status, x.reason]
+    # A reason holds for both passes.
+    refused = {
+        (x.problem, x.contender, x.status, x.reason): None
         for x in run.lines
-        if x.status != "ok" and x.direction == "forward"
-    ]
+        if x.status != "ok"
+    }
     if refused:
         columns = ["problem", "contender", "status", "why"]
-        tables.append(_table("Without a time", columns, refused))
+        tables.append(_table("Without a time", columns, [*refused]))
     return {"name": run.name, "facts": run.facts, "tables": tables, "charts": charts}
 
 

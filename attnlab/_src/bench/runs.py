@@ -19,7 +19,8 @@ class Line(NamedTuple):
     """A contender's result on one problem.
 
     Attributes:
-        problem: pattern, score, and what else tells problems apart.
+        problem: pattern, score, and what else tells the problems of the file apart.
+        spec: all of the problem, as JSON, by which runs are compared.
         direction: ``"forward"`` or ``"both"`` (forward and backward).
         contender: who ran.
         status: ``"ok"``, or why there is no time: ``"failed"``, ``"refused"``, ...
@@ -29,10 +30,10 @@ class Line(NamedTuple):
         median: seconds; None without a time.
         low: 20 % quantile, seconds.
         high: 80 % quantile, seconds.
-        memory: bytes of temporaries; None: not known.
     """
 
     problem: str
+    spec: str
     direction: str
     contender: str
     status: str
@@ -42,7 +43,6 @@ class Line(NamedTuple):
     median: float | None
     low: float | None
     high: float | None
-    memory: float | None
 
 
 #: A title, the columns, and the cells of each row.
@@ -137,8 +137,12 @@ def _line(
 ) -> Line:
     timing = measured.get("timing") if row["status"] == "ok" else None
     timing = timing or {}
+    for name in ("median", "low", "high"):
+        if not isinstance(timing.get(name), (int, float, type(None))):
+            raise TypeError(f"{name}: expected seconds, got {timing[name]!r}")
     return Line(
         problem,
+        json.dumps(spec, sort_keys=True),
         direction,
         row["contender"],
         row["status"],
@@ -148,7 +152,6 @@ def _line(
         timing.get("median"),
         timing.get("low"),
         timing.get("high"),
-        measured.get("temporary_bytes"),
     )
 
 
@@ -164,6 +167,8 @@ def _other(content: Mapping[str, Any], timed: bool) -> Iterator[_Table]:
             yield "Overheads", ["name", "contender", "value", "unit"], rows
         return
     for made in content.get("tables", ()):  # of a study
+        if not all(isinstance(row, list) for row in made["rows"]):
+            raise TypeError("rows: expected lists of cells")
         yield made["caption"], made["header"], made["rows"]
     left_out = {*_KNOWN_BY, "tables", "peaks"}
     for name, value in content.items():
@@ -242,10 +247,11 @@ class Difference(NamedTuple):
 
 def differences(before: Sequence[Line], after: Sequence[Line]) -> list[Difference]:
     """What both runs timed, the greatest slow-down first."""
-    known = {line[:3]: line for line in before if line.median is not None}
+    key = lambda line: (line.spec, line.direction, line.contender)
+    known = {key(line): line for line in before if line.median is not None}
     found = []
     for line in after:
-        old = known.get(line[:3])
+        old = known.get(key(line))
         if old is None or not (old.median and old.low and old.high):
             continue
         if not (line.median and line.low and line.high):

@@ -78,9 +78,11 @@ class Mask(Rule):
         """A picture for notebooks; None (they show the text) if it cannot be drawn."""
         try:
             seen = np.asarray(self.to_dense(POSITIONS))
-        except (TypeError, ValueError, NotImplementedError):
-            return None  # made for another length, or its arrays are traced
-        return picture_of(repr(self), seen[(0,) * (seen.ndim - 2)])
+            first = seen[(0,) * (seen.ndim - 2)]
+        except (TypeError, ValueError, IndexError, NotImplementedError):
+            return None  # made for another length, of no example, or traced
+        more = " (head 0 of example 0)" if seen.size > first.size else ""
+        return picture_of(repr(self) + more, first)
 
     #: Makes NumPy leave ``array & mask`` to the mask.
     __array_ufunc__ = None

@@ -2,8 +2,8 @@
 
 A rule is traced for a tile of one query and one key. Each number of the trace becomes
 a variable of a JavaScript function; arrays of a mask become typed arrays that the
-function reads. Integers wrap around and floats are rounded to 32 bits as in XLA.
-Functions that browsers round differently (``exp``, ``sin``, ...) are not translated.
+function reads. Integers of 32 bits wrap around as in XLA. What XLA may round in another
+way than a browser (``exp``, ``sin``, products of floats, ...) is not translated.
 """
 
 import itertools
@@ -23,10 +23,11 @@ from attnlab._src.view.operations import (
     REDUCED,
     UNARY,
     NotTranslated,
+    checked,
     converted,
     is_float,
     number,
-    product,
+    outside,
     wrapped,
 )
 
@@ -49,14 +50,16 @@ class Function(NamedTuple):
 
 
 class _Entry(str):
-    """An entry of an array in memory: ``array[base + place]``."""
+    """``array[array_at + place]``, where booleans are stored as 0 and 1."""
 
     array: str
     place: int
+    end: str
 
-    def __new__(cls, array: str, place: int) -> "_Entry":
-        made = super().__new__(cls, f"{array}[{array}_at + {place}]")
-        made.array, made.place = array, place
+    def __new__(cls, array: str, place: int, dtype: Any) -> "_Entry":
+        end = " === 1)" if str(dtype) == "bool" else ")"
+        made = super().__new__(cls, f"({array}[{array}_at + {place}]{end}")
+        made.array, made.place, made.end = array, place, end
         return made
 
 
@@ -92,11 +95,14 @@ def function_of(mask: Rule, operands: PyTree) -> Function:
             continue
         name = f"data{len(kept)}"
         writer.lines.append(_address(name, len(kept), leaf.shape))
-        kept.append(np.asarray(leaf))
+        dtype = variable.aval.dtype
+        checked(dtype)
+        kept.append(np.asarray(leaf, dtype))
         places = np.arange(int(np.prod(tile.shape))).reshape(tile.shape)
-        inputs.append(_each(lambda place, name=name: _Entry(name, place), places))
+        entry = lambda place, name=name, dtype=dtype: _Entry(name, place, dtype)
+        inputs.append(_each(entry, places))
     (result,) = writer.run(traced.jaxpr, traced.consts, inputs)
-    writer.lines.append(f"return Boolean({result.reshape(-1)[0]});")
+    writer.lines.append(f"return {result.reshape(-1)[0]};")
     return Function("\n".join(writer.lines), tuple(kept))
 
 
@@ -176,6 +182,8 @@ class _Writer:
     def step(self, step: Any, given: list[np.ndarray]) -> list[np.ndarray]:
         """The results of one step."""
         name, params = step.primitive.name, step.params
+        for each in (*step.invars, *step.outvars):
+            checked(each.aval.dtype)
         if name in _CALLS:
             inner = params[_CALLS[name]]
             consts = getattr(inner, "consts", ())
@@ -206,9 +214,6 @@ class _Writer:
         if name == "clamp":
             write = lambda lo, x, hi: self.keep(f"Math.min(Math.max({x}, {lo}), {hi})")
             return [_each(write, *given)]
-        if name == "integer_pow" and params["y"] == 2:
-            write = lambda a: self.keep(wrapped(product(a, a, dtype), dtype))
-            return [_each(write, *given)]
         if name == "convert_element_type":
             before = step.invars[0].aval.dtype
             return [_each(lambda a: self.keep(converted(a, before, dtype)), *given)]
@@ -235,7 +240,7 @@ class _Writer:
         shape = tuple(values.shape[i] for i in kept)
         rows = values.transpose(*kept, *axes).reshape(*shape, -1)
         if rows.shape[-1] == 0 or (name == "add" and is_float(dtype)):
-            raise NotTranslated(f"{name} of these numbers, whose order matters")
+            raise NotTranslated("sums of floats, or a reduction of nothing")
         made = np.empty(shape, object)
         for index in np.ndindex(*shape):
             text, *others = rows[index]
@@ -257,16 +262,24 @@ class _Writer:
         )
         if not plain:
             raise NotTranslated("a gather of this kind")
-        row = self.keep(f"Math.min(Math.max({index.reshape(-1)[0]}, 0), {rows - 1})")
+        given = index.reshape(-1)[0]
+        row = self.keep(f"Math.min(Math.max({given}, 0), {rows - 1})")
         table = table.reshape(rows, -1)
         width, entries = table.shape[1], table.reshape(-1)
         if array := _in_memory(entries):
             start = f"{array}_at + {entries[0].place} + {row} * {width}"
-            found = [self.keep(f"{array}[{start} + {i}]") for i in range(width)]
+            end = entries[0].end
+            found = [self.keep(f"({array}[{start} + {i}]{end}") for i in range(width)]
         elif rows <= 64:
             found = [*self.chosen(_filled((width,), row), [*table])]
         else:
             raise NotTranslated("a gather from a table that is computed")
+        if "FILL" in str(step.params["mode"]).upper():
+            if step.params["fill_value"] is not None:
+                raise NotTranslated("a gather with a value for what lies outside")
+            beyond = outside(step.outvars[0].aval.dtype)
+            inside = self.keep(f"{given} === {row}")
+            found = [self.keep(f"{inside} ? {x} : {beyond}") for x in found]
         made = np.empty(len(found), object)
         made[:] = found
         return made.reshape(step.outvars[0].aval.shape)

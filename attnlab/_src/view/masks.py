@@ -7,6 +7,7 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attnlab._src.masks.base import And, Mask, Not, Or
@@ -16,6 +17,7 @@ from attnlab._src.masks.planning import (
     dense_visible,
     index_blocks,
     make_plan,
+    reads_head,
     slot_operand,
 )
 from attnlab._src.types import Array, Plan, PyTree
@@ -57,6 +59,8 @@ def content_of(
     operands = jax.tree.map(np.asarray, operands)
     examples = max((x.shape[0] for x in leaves), default=1)
     heads = max([x.shape[1] for x in leaves] + [mask.head_count])
+    if any(0 in x.shape[:2] for x in leaves):
+        raise ValueError("mask: expected at least one example and one head, got none")
     if block_size is None:
         longest = max(query_length, key_length, 1)
         wanted = longest * examples * heads / _MOST_ROWS
@@ -74,7 +78,7 @@ def content_of(
         "keys": key_length,
         "examples": examples,
         "heads": heads,
-        "tree": _tree(mask, operands, (query_length, key_length), arrays),
+        "tree": _tree(mask, operands, (heads, query_length, key_length), arrays),
         "data": [packed(x) for x in arrays],
         "blocks": blocks_of(plan),
         "numbers": _numbers(mask, query_length, key_length, plan),
@@ -137,11 +141,11 @@ def blocks_of(plan: Plan) -> dict[str, Any]:
 
 def _numbers(mask: Mask, t: int, s: int, plan: Plan) -> list[list[str]]:
     """Names and values of a table."""
-    examples, heads, *_ = shape = _shape(plan)
+    examples, heads, rows = shape = _shape(plan)
     pairs = t * s * examples * heads
+    queries = np.minimum(plan.block_q, t - plan.block_q * np.arange(rows))
     full, partial = (
-        int(np.broadcast_to(x.per_row(), shape).sum(dtype=np.int64))
-        * plan.block_q
+        int((np.broadcast_to(x.per_row(), shape) * queries).sum(dtype=np.int64))
         * plan.block_k
         for x in plan.rows
     )
@@ -185,35 +189,37 @@ def _block_numbers(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _tree(
-    mask: Mask, operands: PyTree, lengths: tuple[int, int], arrays: list[np.ndarray]
+    mask: Mask, operands: PyTree, sizes: tuple[int, ...], arrays: list[np.ndarray]
 ) -> dict[str, Any]:
-    """The expression: ``op`` and ``parts``, or ``text`` and ``body`` of a function."""
+    """The expression: ``op`` and ``parts``, or ``text`` and ``body`` of a function.
+
+    Sizes are the heads of the page, T and S.
+    """
     if type(mask) is Not:
-        return {"op": "not", "parts": [_tree(mask.part, operands, lengths, arrays)]}
+        return {"op": "not", "parts": [_tree(mask.part, operands, sizes, arrays)]}
     if (op := _OPS.get(type(mask))) is not None:
         combined: Any = mask
         each = zip(combined.parts, operands, strict=True)
-        node = {"op": op, "parts": [_tree(m, o, lengths, arrays) for m, o in each]}
+        node = {"op": op, "parts": [_tree(m, o, sizes, arrays) for m, o in each]}
         return node | ({"order": [*combined.order]} if op == "head" else {})
     leaf: dict[str, Any] = {"text": repr(mask)}
     try:
         found = function_of(mask, operands)
     except NotTranslated as error:
-        t, s = lengths
-        pairs = dense_visible(mask, operands, slot_operand(t, 2), slot_operand(s, 3))
         leaf["why"] = str(error)
-        if _size(mask, operands) * t * s > _MOST_PAIRS:
+        heads, t, s = sizes
+        leaves = jax.tree.leaves(operands)
+        own = heads if reads_head(mask, operands) else 1
+        count = max((x.shape[0] * max(x.shape[1], own) for x in leaves), default=own)
+        if count * t * s > _MOST_PAIRS:
             return leaf
-        return leaf | _stored(pairs, arrays)
+        queries = jnp.broadcast_to(slot_operand(t, 2), (1, own, t, 1))
+        return leaf | _stored(
+            dense_visible(mask, operands, queries, slot_operand(s, 3)), arrays
+        )
     first = len(arrays)
     arrays.extend(found.arrays)
     return leaf | {"body": found.body, "data": [*range(first, len(arrays))]}
-
-
-def _size(mask: Mask, operands: PyTree) -> int:
-    leaves = jax.tree.leaves(operands)
-    examples = max((x.shape[0] for x in leaves), default=1)
-    return examples * max([x.shape[1] for x in leaves] + [mask.head_count])
 
 
 def _stored(pairs: Array, arrays: list[np.ndarray]) -> dict[str, Any]:
@@ -239,4 +245,4 @@ def packed(array: np.ndarray) -> dict[str, str]:
 def as_json(content: Any) -> str:
     """JSON that may stand in a ``script`` element: no ``<`` that would end it."""
     text = json.dumps(content, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    return text.replace("<", "\\u003c")

@@ -10,6 +10,10 @@ class NotTranslated(Exception):
     """Some step of a rule has no translation; the message names it."""
 
 
+#: Types whose numbers a page computes as XLA does.
+TYPES = ("bool", "int32", "uint32", "float32")
+
+
 def number(value: Any) -> str:
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
@@ -27,41 +31,46 @@ def is_float(dtype: Any) -> bool:
     return np.dtype(dtype) == np.float32
 
 
+def checked(dtype: Any) -> None:
+    """Checks that numbers of a type are computed here as in XLA.
+
+    Raises:
+        NotTranslated: if they are not.
+    """
+    if str(dtype) not in TYPES:
+        raise NotTranslated(f"numbers of type {dtype}")
+
+
 def wrapped(text: str, dtype: Any) -> str:
     """A number brought back into its type."""
-    name = np.dtype(dtype).name
-    rounded = {
-        "int32": f"({text} | 0)",
-        "uint32": f"({text} >>> 0)",
+    return {
+        "int32": f"(({text}) | 0)",
+        "uint32": f"(({text}) >>> 0)",
         "float32": f"Math.fround({text})",
-        "bool": text,
-        "int8": f"({text} << 24 >> 24)",
-        "uint8": f"({text} & 255)",
-        "int16": f"({text} << 16 >> 16)",
-        "uint16": f"({text} & 65535)",
-    }
-    if name not in rounded:
-        raise NotTranslated(f"numbers of type {name}")
-    return rounded[name]
+        "bool": f"Boolean({text})",
+    }[str(dtype)]
 
 
-def product(a: str, b: str, dtype: Any) -> str:
-    return f"{a} * {b}" if is_float(dtype) else f"Math.imul({a}, {b})"
+def _of_integers(write: Callable[..., str]) -> Callable[..., str]:
+    """Of floats, XLA may compute it otherwise: by a reciprocal, or fused with a sum."""
+
+    def checked_write(*given: Any) -> str:
+        if is_float(given[-1]):
+            raise NotTranslated("products and quotients of floats")
+        return write(*given)
+
+    return checked_write
 
 
-def _quotient(a: str, b: str, dtype: Any) -> str:
-    if is_float(dtype):
-        return f"{a} / {b}"
-    return f"({b} === 0 ? -1 : {a} / {b})"
-
-
-def _remainder(a: str, b: str, dtype: Any) -> str:
-    return f"{a} % {b}" if is_float(dtype) else f"({b} === 0 ? {a} : {a} % {b})"
+def _arithmetic_shift(a: str, b: str, dtype: Any) -> str:
+    if str(dtype) != "int32":
+        raise NotTranslated(f"arithmetic shifts of {dtype}")
+    return f"{a} >> Math.min({b} >>> 0, 31)"
 
 
 def _logical(word: str, symbol: str) -> Callable[..., str]:
     def both(a: str, b: str, dtype: Any) -> str:
-        return f"{a} {word if np.dtype(dtype) == np.bool_ else symbol} {b}"
+        return f"{a} {word if str(dtype) == 'bool' else symbol} {b}"
 
     return both
 
@@ -70,17 +79,18 @@ def _logical(word: str, symbol: str) -> Callable[..., str]:
 ARITHMETIC: dict[str, Callable[..., str]] = {
     "add": lambda a, b, dtype: f"{a} + {b}",
     "sub": lambda a, b, dtype: f"{a} - {b}",
-    "mul": product,
-    "div": _quotient,
-    "rem": _remainder,
+    "mul": _of_integers(lambda a, b, dtype: f"Math.imul({a}, {b})"),
+    "div": _of_integers(lambda a, b, dtype: f"{b} === 0 ? -1 : {a} / {b}"),
+    "rem": _of_integers(lambda a, b, dtype: f"{b} === 0 ? {a} : {a} % {b}"),
     "max": lambda a, b, dtype: f"Math.max({a}, {b})",
     "min": lambda a, b, dtype: f"Math.min({a}, {b})",
     "and": _logical("&&", "&"),
     "or": _logical("||", "|"),
     "xor": _logical("!==", "^"),
-    "shift_left": lambda a, b, dtype: f"({b} > 31 ? 0 : {a} << {b})",
-    "shift_right_logical": lambda a, b, dtype: f"({b} > 31 ? 0 : {a} >>> {b})",
-    "shift_right_arithmetic": lambda a, b, dtype: f"({a} >> Math.min({b}, 31))",
+    # The amount of a shift counts as unsigned.
+    "shift_left": lambda a, b, dtype: f"({b} >>> 0) > 31 ? 0 : {a} << {b}",
+    "shift_right_logical": lambda a, b, dtype: f"({b} >>> 0) > 31 ? 0 : {a} >>> {b}",
+    "shift_right_arithmetic": _arithmetic_shift,
 }
 #: Comparisons do not depend on the type.
 COMPARED = {"eq": "===", "ne": "!==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -89,13 +99,11 @@ UNARY: dict[str, Callable[..., str]] = {
     "neg": lambda a, dtype: f"-{a}",
     "abs": lambda a, dtype: f"Math.abs({a})",
     "sign": lambda a, dtype: f"Math.sign({a})",
-    "not": lambda a, dtype: f"!{a}" if np.dtype(dtype) == np.bool_ else f"~{a}",
+    "not": lambda a, dtype: f"!{a}" if str(dtype) == "bool" else f"~{a}",
     "floor": lambda a, dtype: f"Math.floor({a})",
     "ceil": lambda a, dtype: f"Math.ceil({a})",
-    "sqrt": lambda a, dtype: f"Math.sqrt({a})",
-    "square": lambda a, dtype: product(a, a, dtype),
+    "square": _of_integers(lambda a, dtype: f"Math.imul({a}, {a})"),
     "copy": lambda a, dtype: a,
-    "copy_p": lambda a, dtype: a,
     "stop_gradient": lambda a, dtype: a,
 }
 REDUCED = {
@@ -109,10 +117,23 @@ REDUCED = {
 
 
 def converted(a: str, before: Any, after: Any) -> str:
-    if np.dtype(after) == np.bool_:
-        return f"Boolean({a})"
-    if np.dtype(before) == np.bool_:
+    """A number in another type."""
+    if str(after) == "bool":
+        return f"!({a} === 0)"  # what is no number is true
+    if str(before) == "bool":
         return f"Number({a})"
-    if np.dtype(before) == np.float32 and not is_float(after):
-        a = f"Math.trunc({a})"
+    if is_float(before) and not is_float(after):
+        # Beyond the range it stays at the end; what is no number becomes 0.
+        limits = np.iinfo(after)
+        a = f"Math.min(Math.max(Math.trunc({a}) || 0, {limits.min}), {limits.max})"
     return wrapped(a, after)
+
+
+def outside(dtype: Any) -> str:
+    """What a gather yields beyond the ends of an array, if it fills."""
+    if str(dtype) == "bool":
+        return "true"
+    if is_float(dtype):
+        return "NaN"
+    limits = np.iinfo(dtype)
+    return str(limits.max if limits.min == 0 else limits.min)

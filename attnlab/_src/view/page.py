@@ -98,7 +98,7 @@ def show(
     t = arguments.size("query_length", query_length)
     s = t if key_length is None else arguments.size("key_length", key_length)
     if block_size is not None:
-        arguments.size("block_size", block_size)
+        block_size = arguments.size("block_size", block_size)
     return page_of([content_of(mask, t, s, block_size) for mask in each])
 
 
@@ -115,7 +115,7 @@ def show_weights(
     (source to the right, target down), and for the query under the pointer its
     greatest weights, as a table and as arcs over the text. The page holds the 64
     greatest weights of a query, or fewer where there are more than 2^20 in all; weights
-    are rounded to multiples of 1/65,535.
+    are rounded to 1/65,535 of the greatest one of a layer, or of 1.
 
     Args:
         results: what ``attention_with_stats(..., top_k=64)`` or a module's

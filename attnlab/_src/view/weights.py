@@ -11,8 +11,8 @@ from attnlab._src.view.masks import packed
 
 #: Weights that a page holds at most, and of one query.
 _MOST, _MOST_OF_QUERY = 2**20, 64
-#: A weight of 1; weights are stored as whole numbers of 16 bits.
-_ONE = 65535
+#: The greatest weight of a layer; weights are stored as whole numbers of 16 bits.
+_MOST_STORED = 65535
 
 
 def content_of_weights(
@@ -28,10 +28,8 @@ def content_of_weights(
         ValueError: if a layer has no weights, or numbers do not fit.
     """
     labels = tokens if key_tokens is None else key_tokens
-    read = {
-        name: _weights(name, each, example, 0 if labels is None else len(labels))
-        for name, each in layers.items()
-    }
+    known = 0 if labels is None or not _is_text(labels) else len(labels)
+    read = {name: _weights(name, each, example, known) for name, each in layers.items()}
     entries = sum(w.shape[0] * w.shape[1] for w, _, _ in read.values())
     kept = max(1, min(_MOST_OF_QUERY, _MOST // max(entries, 1)))
     found = [_layer(name, *each, kept) for name, each in read.items()]
@@ -90,17 +88,24 @@ def _layer(
     count = min(kept, weights.shape[-1])
     greatest = np.argsort(-weights, -1, kind="stable")[..., :count]
     indices = np.take_along_axis(indices, greatest, -1).astype(np.int32)
-    weights = np.clip(np.take_along_axis(weights, greatest, -1), 0, 1)
-    weights = np.where(indices < 0, 0, np.rint(weights * _ONE)).astype(np.uint16)
+    weights = np.where(indices < 0, 0, np.take_along_axis(weights, greatest, -1))
+    # After dropout weights may be greater than 1.
+    unit = max(1.0, float(weights.max(initial=0))) / _MOST_STORED
+    weights = np.rint(np.maximum(weights, 0) / unit).astype(np.uint16)
     return {
         "name": name,
         "heads": weights.shape[0],
         "queries": weights.shape[1],
         "keys": keys,
         "kept": count,
+        "unit": unit,
         "weights": packed(weights),
         "indices": packed(indices),
     }
+
+
+def _is_text(tokens: Any) -> bool:
+    return isinstance(tokens, (list, tuple)) and all(isinstance(x, str) for x in tokens)
 
 
 def _labels(
@@ -111,7 +116,7 @@ def _labels(
 ) -> list[str] | None:
     if tokens is None:
         return None
-    if isinstance(tokens, str) or not all(isinstance(x, str) for x in tokens):
+    if not _is_text(tokens):
         raise TypeError(f"{name}: expected a list of strings, one for each token")
     longest = max(each[side] for each in layers)
     if len(tokens) < longest:

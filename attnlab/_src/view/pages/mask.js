@@ -180,6 +180,7 @@
     const names = [...decides].map((node) => node.text).join(", ");
     $("said").textContent =
       `Query ${t.toLocaleString("en")}, key ${s.toLocaleString("en")}: ${seen}` +
+      (state === 1 ? ` (${[...decides].map((node) => node.why).filter(Boolean)})` : "") +
       (state === 1 ? "" : `, decided by ${names}`) + `. Its block is ${kind}.`;
     $("expression").replaceChildren(written(mask.tree, pair, decides));
   }

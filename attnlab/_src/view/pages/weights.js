@@ -1,20 +1,18 @@
 "use strict";
 // Attention weights by layer and head.
 (async () => {
-  // Weights are whole numbers, this many for a weight of 1.
-  const ONE = 65535;
   // Keys around a query whose words and arcs are drawn.
   const NEAR = 60;
   let layers, layer = 0, head = 0, shades;
-  const picture = zoomable(paint, tell, content.tokens ? 90 : 0), { view, canvas } = picture;
+  const picture = zoomable(paint, tell, content.tokens || content.keyTokens ? 90 : 0), { view, canvas } = picture;
   const label = (names, i) => names === null ? String(i) : names[i];
 
   // Calls `found(key, weight)` for each weight of a query that the page holds.
   function weightsOf(which, at, query, found) {
-    const { kept, queries, indices, weights } = layers[which];
+    const { kept, queries, unit, indices, weights } = layers[which];
     const first = (at * queries + query) * kept;
     for (let i = first; i < first + kept; i++)
-      if (weights[i] > 0) found(indices[i], weights[i] / ONE);
+      if (weights[i] > 0) found(indices[i], weights[i] * unit);
   }
 
   // A picture of `width` x `height` pixels, the greatest weight of each.
@@ -27,6 +25,7 @@
       const y0 = Math.max(0, Math.floor(pixel(t, t0)));
       const y1 = Math.min(height, Math.max(y0 + 1, Math.floor(pixel(t + 1, t0))));
       weightsOf(which, at, t, (s, weight) => {
+        if (pixel(s + 1, s0) <= 0) return;
         const x0 = Math.max(0, Math.floor(pixel(s, s0)));
         const x1 = Math.min(width, Math.max(x0 + 1, Math.floor(pixel(s + 1, s0))));
         for (let y = y0; y < y1; y++)
@@ -36,9 +35,12 @@
     }
     const right = Math.min(width, Math.ceil(pixel(keys, s0)));
     const bottom = Math.min(height, Math.ceil(pixel(queries, t0)));
-    for (let y = 0; y < bottom; y++)
-      for (let x = 0; x < right; x++)
-        pixels[y * width + x] = shades[Math.round(255 * Math.sqrt(values[y * width + x]))];
+    const left = Math.max(0, Math.floor(-s0 * scale)), top = Math.max(0, Math.floor(-t0 * scale));
+    for (let y = top; y < bottom; y++)
+      for (let x = left; x < right; x++) {
+        const weight = Math.min(values[y * width + x], 1);
+        pixels[y * width + x] = shades[Math.round(255 * Math.sqrt(weight))];
+      }
     return image;
   }
 
@@ -60,10 +62,10 @@
       pen.restore();
     };
     const bottom = Math.min(view.queries, view.t + height / scale);
-    for (let t = Math.ceil(view.t); t < bottom; t++)
+    for (let t = Math.max(0, Math.ceil(view.t)); t < bottom; t++)
       write(label(content.tokens, t), (t - view.t + 0.5) * scale, false);
     const right = Math.min(view.keys, view.s + width / scale);
-    for (let s = Math.ceil(view.s); s < right; s++)
+    for (let s = Math.max(0, Math.ceil(view.s)); s < right; s++)
       write(label(content.keyTokens, s), (s - view.s + 0.5) * scale, true);
   }
 
@@ -104,7 +106,8 @@
       const y = middle(key), bend = 20 + Math.abs(y - at) / 3;
       parts.push(svg("path", {
         d: `M 110 ${at - 4} C ${110 - bend} ${at - 4} ${110 - bend} ${y - 4} 110 ${y - 4}`,
-        "stroke-opacity": Math.sqrt(weight).toFixed(3), "stroke-width": 1 + 3 * weight,
+        "stroke-opacity": Math.min(1, Math.sqrt(weight)).toFixed(3),
+        "stroke-width": 1 + 3 * Math.min(1, weight),
       }));
     }
     for (let key = from; key < to; key++)
