@@ -91,9 +91,8 @@ def test_every_mask_is_decided_as_attention_does(opened):
     built["dense"] = masks.dense(built["dense"])
     limits = rng.choice([0.5, 7.25, np.inf, -np.inf, np.nan], (t, 1))
     flags = rng.random((2, 1, 1, s)) < 0.5
-    for rule, *given in (
-        (odd,), (mixed,), (shifted,), (wavy,), (taken,), (of_floats, limits), (of_flags, flags)
-    ):  # fmt: skip
+    rules = dict.fromkeys((odd, mixed, shifted, wavy, taken), ())
+    for rule, given in (rules | {of_floats: (limits,), of_flags: (flags,)}).items():
         mask = masks.predicate(rule, *given)
         built[rule.__name__] = mask | masks.anchor(3, see_all=False)
     heads = rng.random((1, 4, t, s)) < 0.5
