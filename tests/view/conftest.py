@@ -16,6 +16,7 @@ def browser():
     for flag in (
         "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
         "disable-background-networking", "disable-component-update", "disable-sync",
+        "disable-dev-shm-usage",
         "window-size=1200,900",
     ):  # fmt: skip
         options.add_argument(f"--{flag}")
