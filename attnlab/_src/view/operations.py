@@ -15,6 +15,7 @@ TYPES = ("bool", "int32", "uint32", "float32")
 
 
 def number(value: Any) -> str:
+    """A known number, as it is written in JavaScript."""
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     if np.issubdtype(np.asarray(value).dtype, np.integer):
@@ -28,6 +29,7 @@ def number(value: Any) -> str:
 
 
 def is_float(dtype: Any) -> bool:
+    """Whether numbers of a type are floats (of 32 bits; others are not translated)."""
     return np.dtype(dtype) == np.float32
 
 

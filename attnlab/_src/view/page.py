@@ -54,8 +54,8 @@ def show(
     From afar it shows blocks: empty, full, or with both visible and hidden pairs; from
     near it shows pairs. It tells which part of a mask decides about a pair. Whatever
     the length, the page holds the plan and the rules of the mask, and no ``[T, S]``
-    array; only a rule with a function that browsers compute otherwise (``jnp.exp``,
-    say) is stored pair by pair, and not at all beyond 2^24 pairs.
+    array; only a rule that a browser may round otherwise (``jnp.exp``, products of
+    floats) is stored pair by pair, and not at all beyond 2^24 pairs.
 
     Args:
         thing: a mask, several masks, or the plan of one.
@@ -189,7 +189,7 @@ def render(kind: str, title: str, *, scripts: Sequence[str], **values: Any) -> P
         ) from None
     folder = resources.files("attnlab._src.view") / "pages"
     read = lambda name: (folder / name).read_text("utf-8")
-    loader = jinja2.DictLoader({n: read(n) for n in ("base.html", f"{kind}.html")})
+    loader = jinja2.FunctionLoader(read)
     pages = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
     )
