@@ -3,6 +3,7 @@
 import copy
 import json
 import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -77,6 +78,11 @@ def test_ratios_are_to_attnlabs_best():
     text = page_of_runs([lines]).html
     assert "2.25x" in text  # PyTorch, dense, 2,048
     assert "call-overhead" in text
+    # The bound of reading keys and values is below every contender, and not the best.
+    best = re.findall(r'<td class="number best" data-value="([^"]+)"', text)
+    bound = [x.median for x in lines.lines if x.contender == "read"]
+    assert bound
+    assert not {*map(str, bound)} & {*best}
 
 
 @pytest.mark.parametrize(

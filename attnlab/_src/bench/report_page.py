@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnlab._src.bench.options import writable_folder
-from attnlab._src.bench.runs import OURS, Line, Run, differences, read_run
+from attnlab._src.bench.runs import BOUNDS, OURS, Line, Run, differences, read_run
 from attnlab._src.view.page import Page, render
 
 DESCRIPTION = """\
@@ -158,6 +158,7 @@ def _times(title: str, lines: Sequence[Line]) -> Table:
         if not medians:
             continue
         ours = [median for name, median in medians.items() if name in OURS]
+        first = min((x for n, x in medians.items() if n not in BOUNDS), default=None)
         density = next(iter(by.values())).density
         cells = [_cell(problem), _cell(None)]
         if density is not None:
@@ -170,10 +171,10 @@ def _times(title: str, lines: Sequence[Line]) -> Table:
             text = _milliseconds(median)
             if line.low and line.high:
                 text += f" ({_milliseconds(line.low)} to {_milliseconds(line.high)})"
-            if ours and name not in OURS:
+            if ours and name not in (*OURS, *BOUNDS):
                 text += f" {median / min(ours):.2f}x"
-            best = " best" if median == min(medians.values()) else ""
-            cells.append(Cell(text, median, f"number{best}"))
+            kind = "number best" if median == first else "number"
+            cells.append(Cell(text, median, kind))
         rows.append(cells)
     columns = ["problem", "visible", *names]
     about = "ms: median (20 to 80 %), and times attnlab's best"

@@ -11,6 +11,8 @@ _KNOWN_BY = ("machine", "versions", "date")
 _OF_ROWS = {"spec", "contender", "status", "forward", "both"}
 #: Contenders that are attnlab's own, best first.
 OURS = ("native", "batched", "tiled", "pallas_tpu", "pallas_gpu")
+#: What reads keys and values and computes nothing: a bound, no contender.
+BOUNDS = ("read",)
 #: Rows of a table that is made of a file of unknown layout.
 _MOST_ROWS = 500
 
