@@ -12,19 +12,25 @@ if TYPE_CHECKING:
     from attnlab import sharding as sharding
     from attnlab._src.ops.attention import attention as attention
     from attnlab._src.ops.attention import attention_with_stats as attention_with_stats
+    from attnlab._src.ops.cost import Cost as Cost
     from attnlab._src.ops.cost import cost as cost
     from attnlab._src.ops.drop_in import dot_product_attention as dot_product_attention
+    from attnlab._src.ops.explain import Explanation as Explanation
     from attnlab._src.ops.explain import explain as explain
     from attnlab._src.types import AttentionResult as AttentionResult
     from attnlab._src.types import Modifier as Modifier
     from attnlab._src.types import Score as Score
+    from attnlab._src.view.page import Page as Page
     from attnlab._src.view.page import show as show
     from attnlab._src.view.page import show_weights as show_weights
 
 #: Where each public name comes from.
 _HOMES = {
     "AttentionResult": "_src.types",
+    "Cost": "_src.ops.cost",
+    "Explanation": "_src.ops.explain",
     "Modifier": "_src.types",
+    "Page": "_src.view.page",
     "Score": "_src.types",
     "attention": "_src.ops.attention",
     "attention_with_stats": "_src.ops.attention",
@@ -38,7 +44,10 @@ _MODULES = ("extend", "masks", "modifiers", "nn", "scores", "sharding")
 
 __all__ = [
     "AttentionResult",
+    "Cost",
+    "Explanation",
     "Modifier",
+    "Page",
     "Score",
     "attention",
     "attention_with_stats",

@@ -1,6 +1,7 @@
 """What you need to write your own score, mask, modifier or implementation."""
 
 from attnlab._src.checks.check import check as check
+from attnlab._src.checks.report import Finding as Finding
 from attnlab._src.checks.report import LawBroken as LawBroken
 from attnlab._src.checks.report import Report as Report
 from attnlab._src.masks.base import Mask as Mask
@@ -27,6 +28,7 @@ __all__ = [
     "AttentionInputs",
     "Blocks",
     "Bounds",
+    "Finding",
     "Implementation",
     "Intervals",
     "LawBroken",

@@ -5,10 +5,9 @@ value length, ``N`` query heads, ``K`` key/value heads (``N % K == 0``), ``H`` h
 of query and key, ``P`` projected head size (what the comparison sees), ``D`` head size
 of value and output.
 
-An **operand** is an array that belongs to a score, a modifier or a mask. Whatever shape
-the user gave, internally it is ``[B, N, T, S, *payload]``, in which each of the first
-four axes is full or 1. The shape thus says along which axes the operand varies, and any
-kernel can cut the tile it needs without knowing what the operand means.
+An **operand** is an array that belongs to a score, a modifier or a mask. Internally it
+is ``[B, N, T, S, *payload]``, each of the first four axes full or 1: the shape says
+along which axes it varies, so that any kernel can cut the tile that it needs.
 """
 
 import dataclasses
@@ -22,6 +21,7 @@ import numpy as np
 from attnlab._src.dtypes import accumulation_dtype as accumulation_dtype
 from attnlab._src.dtypes import promoted as promoted
 from attnlab._src.exact import inherits
+from attnlab._src.picture import picture_of_plan, picture_of_weights
 from attnlab._src.pytrees import by_name as by_name
 from attnlab._src.pytrees import itself as itself
 from attnlab._src.pytrees import pytree as pytree
@@ -63,9 +63,9 @@ class Tile(NamedTuple):
 class Score:
     """A similarity: it projects each side token by token, then compares pairs.
 
-    Subclass it, decorate with :func:`pytree`, and override what differs. Fields are
-    arrays (parameters) unless declared ``static()``. Without a ``compare`` of its own a
-    score is the inner product of its projections, and runs on every kernel.
+    Subclass it, decorate with :func:`attnlab.extend.pytree`, and override what differs.
+    Fields are arrays (parameters) unless declared ``static()``. Without an own
+    ``compare`` a score is the inner product of its projections, which every kernel has.
 
     Laws: ``project_*`` act on each token alone; ``compare`` reads nothing but its
     arguments (no closed-over arrays) and static fields: on the instance it is called
@@ -135,10 +135,9 @@ class Score:
 
 
 class Modifier:
-    """A function of the logits, applied after the score and before the mask.
+    """A function of the logits, after the score and before the mask; to be subclassed.
 
-    Subclass it and decorate with :func:`pytree`. ``apply`` must work on tiles of any
-    size, reading arrays only through its operands.
+    Decorate with :func:`attnlab.extend.pytree`. ``apply`` works on tiles of any size.
     """
 
     #: Multiplications, additions and function calls for each logit, for ``cost``.
@@ -204,8 +203,8 @@ class Plan:
         cols: the transpose, for gradients of key and value; None where not asked for.
         block_q: queries in a block.
         block_k: keys in a block.
-        query_length: T.
-        key_length: S.
+        query_length: T, the number of queries.
+        key_length: S, the number of keys.
     """
 
     rows: Live
@@ -219,6 +218,8 @@ class Plan:
     def is_static(self) -> bool:
         """Whether the plan is known without running anything."""
         return all(isinstance(x, np.ndarray) for x in jax.tree.leaves(self))
+
+    _repr_html_ = picture_of_plan  # notebooks show it
 
 
 @pytree
@@ -332,17 +333,18 @@ class AttentionResult(NamedTuple):
     lse: Array
     weights: Array | None = None
     indices: Array | None = None
+    _repr_html_ = picture_of_weights  # notebooks show it
 
 
 class Implementation:
     """One way to compute the mathematics that ``reference`` defines."""
 
     name: ClassVar[str]
-    #: True: JAX differentiates ``forward``, and there is no ``backward``.
+    #: Whether JAX differentiates ``forward``, because there is no ``backward``.
     differentiable: ClassVar[bool] = False
-    #: Where it runs, as lowering names it ("cpu", "cuda", "rocm", "tpu"); None: all.
+    #: Where it runs ("cpu", "cuda", "rocm", "tpu"), or None for everywhere.
     platforms: ClassVar[tuple[str, ...] | None] = None
-    #: Where the automatic choice takes it; None: wherever it runs.
+    #: Where the automatic choice takes it, or None for wherever it runs.
     chosen_on: ClassVar[tuple[str, ...] | None] = None
     #: Why the automatic choice leaves it out, where it has no priority.
     why_not_automatic: ClassVar[str] = "it was registered without a priority"
@@ -352,8 +354,7 @@ class Implementation:
     shares_program: ClassVar[bool] = True
     #: Whether XLA can partition it by itself where it must (programs for several TPUs).
     partitionable: ClassVar[bool] = True
-    #: Letters of the axes whose sizes may be symbolic (``jax.export``); a plan needs
-    #: known lengths.
+    #: Letters of the axes whose sizes may be symbolic (``jax.export``).
     symbolic: ClassVar[str] = ""
     #: Whether it applies ``living`` itself; otherwise dead slots are zeroed beforehand.
     reads_raw: ClassVar[bool] = False

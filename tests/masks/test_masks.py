@@ -227,16 +227,3 @@ def test_masks_are_pytrees():
     assert len(leaves) == 1
     assert jax.tree.unflatten(structure, leaves).parts[0] == masks.causal()
     assert jax.tree.leaves(masks.streaming(anchors=2, window=3)) == []
-
-
-def test_a_notebook_draws_a_mask():
-    drawn = (masks.causal() & ~masks.anchor(2))._repr_html_()
-    assert drawn is not None
-    assert "<svg" in drawn
-    assert "<code>(causal() &amp; ~" in drawn
-    # Query 2 sees key 2 alone; the next one keys 2 and 3.
-    assert "M2 2h1v1H2zM2 3h2v1H2z" in drawn
-    assert "M0 0" not in drawn
-    # One made for another length is shown as text.
-    assert masks.documents(np.arange(5))._repr_html_() is None
-    assert masks.per_head([masks.causal()] * 2)._repr_html_() is not None

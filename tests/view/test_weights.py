@@ -48,6 +48,17 @@ def test_weights_are_those_of_attention(opened):
         assert not found
 
 
+def test_weights_without_a_result_are_shown_alike():
+    """Also those of recurrent models, ``[B, T, S]``: one head."""
+    result = computed(top_k="all")
+    weights = np.asarray(result.weights)
+    first = content_of_weights({"a": result}, None, None, 1)
+    assert content_of_weights({"a": weights}, None, None, 1) == first
+    one = content_of_weights({"a": weights[:, 0]}, None, None, 1)["layers"][0]
+    assert (one["heads"], one["queries"], one["keys"]) == (1, 12, 12)
+    assert "layers" in show_weights(weights).html
+
+
 @pytest.mark.slow
 def test_pixels_are_weights(opened):
     result = computed(20, 30, top_k="all")
@@ -136,7 +147,8 @@ def test_thousands_of_tokens(opened):
             "results: expected an Attention.* got int",
         ),
         (dict(results={}), TypeError, "results: expected an AttentionResult"),
-        (dict(results={"a": 3}), TypeError, "expected AttentionResult for a, got int"),
+        (dict(results={"a": 3}), TypeError, "for a, or its weights .* got int;"),
+        (dict(results=np.ones(3)), TypeError, "got ndarray of shape .3,."),
         (dict(example=2), ValueError, "example: expected 0 to 1 for attention, got 2"),
         (dict(tokens=3), TypeError, "tokens: expected a list of strings"),
         (dict(tokens="text"), TypeError, "tokens: expected a list of strings"),

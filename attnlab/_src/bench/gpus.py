@@ -178,7 +178,7 @@ def gpu_study(
 
     Args:
         fn: a function of pytrees of arrays; jitted here.
-        *shapes: its arguments, with ``jax.ShapeDtypeStruct``s for arrays.
+        *shapes: its arguments, with ``jax.ShapeDtypeStruct`` for arrays.
         target: a name in ``CARDS``.
         timeout: seconds until the compiler is stopped.
         cache: folder of earlier reports; one in the user's cache if not given.

@@ -148,7 +148,7 @@ def lowered(
 
     Args:
         fn: a function of pytrees of arrays.
-        shapes: its arguments, with ``jax.ShapeDtypeStruct``s for arrays.
+        shapes: its arguments, with ``jax.ShapeDtypeStruct`` for arrays.
         target: a name in ``TARGETS``.
 
     Returns:
@@ -180,7 +180,7 @@ def study(
 
     Args:
         fn: a function of pytrees of arrays; jitted here.
-        *shapes: its arguments, with ``jax.ShapeDtypeStruct``s for arrays.
+        *shapes: its arguments, with ``jax.ShapeDtypeStruct`` for arrays.
         target: a name in ``TARGETS``.
         timeout: seconds until the compiler is stopped.
         cache: folder of earlier reports; one in the user's cache if not given.

@@ -30,10 +30,10 @@ def check(
     Args:
         thing: what to check. An implementation need not be registered.
         batch: B. Give the sizes that the arrays of ``thing`` need.
-        query_length: T.
-        key_length: S.
-        num_heads: N.
-        num_key_heads: K.
+        query_length: T, the number of queries.
+        key_length: S, the number of keys.
+        num_heads: N, the number of query heads.
+        num_key_heads: K, the number of key heads.
         head_size: H of keys, and D.
         query_size: H of queries, where the score takes another; ``head_size`` if not
             given.

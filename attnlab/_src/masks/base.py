@@ -21,9 +21,9 @@ from attnlab._src.masks.intervals import (
     union,
 )
 from attnlab._src.masks.liveness import mask_density
-from attnlab._src.masks.picture import POSITIONS, picture_of
 from attnlab._src.masks.planning import dense_mask, plan_mask
 from attnlab._src.masks.rule import Bounds, Rule, checked_visible
+from attnlab._src.picture import POSITIONS, picture_of
 from attnlab._src.types import (
     Array,
     ArrayLike,
@@ -57,7 +57,7 @@ class Mask(Rule):
         """The live blocks, in both orientations.
 
         Args:
-            query_length: T.
+            query_length: T, the number of queries.
             key_length: S; T if not given.
             block_size: slots in a block, or (of queries, of keys).
 
@@ -82,7 +82,11 @@ class Mask(Rule):
         except (TypeError, ValueError, IndexError, NotImplementedError):
             return None  # made for another length, of no example, or traced
         more = " (head 0 of example 0)" if seen.size > first.size else ""
-        return picture_of(repr(self) + more, first)
+        queries, keys = first.shape
+        sizes = f"{queries} queries (down), {keys} keys"
+        return picture_of(
+            f"{self!r}{more}: {sizes}; attnlab.show draws any length", first
+        )
 
     #: Makes NumPy leave ``array & mask`` to the mask.
     __array_ufunc__ = None

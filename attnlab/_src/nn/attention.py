@@ -291,7 +291,7 @@ class MultiHeadAttention(nnx.Module):
 
     @property
     def compared_size(self) -> int:
-        """P: size of a key head as the score projects it, the head size of caches."""
+        """Size of a key head as the score projects it; caches have this head size."""
         head = (1, 1, self.num_key_heads, self.head_size)
         keys = jax.ShapeDtypeStruct(head, jnp.float32)
         return jax.eval_shape(as_arrays(self.score).project_key, keys).shape[-1]

@@ -33,7 +33,7 @@ def beam_search(
     where running hypotheses are scored as if they had ended.
 
     Args:
-        step: see :mod:`attnlab._src.nn.decoding`.
+        step: see :func:`attnlab.nn.greedy`.
         state: the step's state before the prompt; its arrays lead with B.
         prompt: ``[B, T]`` integers, at least the start token.
         beams: number of hypotheses of each example that are kept, and returned.

@@ -88,7 +88,7 @@ class Cache:
             positions: ``[B, T]``, ascending in each example; -1 marks padding.
 
         Returns:
-            The next cache, and the keys and values for the T queries: old and new ones,
+            The next cache, and the keys and values for the T queries, old and new ones,
             including those that the ring of the next cache no longer keeps.
 
         Raises:

@@ -1,15 +1,4 @@
-"""Greedy decoding and sampling: compiled loops over one step.
-
-A step is ``step(tokens [B, T], state) -> (logits [B, T, V], state)``, for instance
-``decoder.decode``. Every array of its state leads with the batch, so that beams can be
-reordered. Full caches in the state need a slot for each token but the last:
-``T + length - 1``.
-
-If the step is a module, or a method of one, the search is compiled once for each shape;
-the module's weights are arguments of the compiled program, so that changes of them take
-effect. Any other function is traced and compiled in every call, unless the whole search
-is under ``jax.jit``.
-"""
+"""Greedy decoding and sampling: compiled loops over one step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -56,8 +45,16 @@ def greedy(
 ) -> Decoded:
     """Decodes the most probable token in each step.
 
+    If the step is a module, or a method of one, the search is compiled once for each
+    shape; the module's weights are arguments of the compiled program, so that changes
+    of them take effect. Any other function is traced and compiled in every call, unless
+    the whole search is under ``jax.jit``.
+
     Args:
-        step: function or method as described in the module docstring.
+        step: ``step(tokens [B, T], state) -> (logits [B, T, V], state)``, for instance
+            ``decoder.decode``. Every array of its state leads with the batch, so that
+            beams can be reordered. Full caches in the state need a slot for each token
+            but the last: ``T + length - 1``.
         state: the step's state before the prompt.
         prompt: ``[B, T]`` integers, at least the start token.
         length: greatest number of tokens to decode.
@@ -95,7 +92,7 @@ def sample(
     """Draws the token of each step at random from the model's distribution.
 
     Args:
-        step: function or method as described in the module docstring.
+        step: see :func:`attnlab.nn.greedy`.
         state: the step's state before the prompt.
         prompt: ``[B, T]`` integers, at least the start token.
         rng: a PRNG key.

@@ -29,7 +29,7 @@ def projection(
     Args:
         in_features: size of the inputs.
         out_features: size of the outputs.
-        name: logical name of the output axis, see :mod:`attnlab._src.nn.parameters`.
+        name: logical name of the output axis, for sharding.
         use_bias: whether there is a bias.
         dtype: type of the computation; that of inputs and parameters if not given.
         param_dtype: type of the parameters.
@@ -187,8 +187,7 @@ def heads_projection(
     Args:
         inputs: sizes of the last axes of inputs.
         outputs: sizes of the last axes of outputs.
-        axes: logical names of input axes, then of output axes, see
-            :mod:`attnlab._src.nn.parameters`.
+        axes: logical names of input axes, then of output axes, for sharding.
         kernel_init: initializer of the weights.
         bias_init: initializer of the bias.
         **options: further arguments of ``flax.nnx.LinearGeneral``.

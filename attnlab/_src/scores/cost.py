@@ -43,7 +43,7 @@ def cost(score: Score, head_size: int, num_heads: int = 1) -> ScoreCost:
     Args:
         score: any score.
         head_size: H of the query.
-        num_heads: N.
+        num_heads: N, the number of query heads.
 
     Example:
         >>> import jax

@@ -134,7 +134,7 @@ class Additive(Score):
             rng: a PRNG key.
             query_size: H of the query.
             key_size: H of the key; the query's if not given.
-            hidden_size: P.
+            hidden_size: P, the number of hidden units.
             num_heads: N, or 1 to share the parameters.
             num_key_heads: K; ``num_heads`` if not given.
             bias: whether there is one.
@@ -213,7 +213,7 @@ class Concat(Additive):
 
     @classmethod
     def init(cls, rng: Array, *args: Any, **kwargs: Any) -> "Concat":
-        """As :meth:`Additive.init`, without the argument ``bias``."""
+        """As :meth:`attnlab.scores.additive.init`, without the argument ``bias``."""
         if "bias" in kwargs:
             raise TypeError("bias: concat has none; use additive")
         made = Additive.init(rng, *args, **kwargs, bias=False)

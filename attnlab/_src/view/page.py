@@ -7,10 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from attnlab._src import arguments
 from attnlab._src.files import write_atomically
 from attnlab._src.masks.base import Mask
-from attnlab._src.types import AttentionResult, Plan
+from attnlab._src.types import ArrayLike, AttentionResult, Plan
 from attnlab._src.view.masks import as_json, content_of, content_of_plan
 from attnlab._src.view.weights import content_of_weights
 
@@ -103,7 +106,7 @@ def show(
 
 
 def show_weights(
-    results: AttentionResult | Mapping[str, AttentionResult],
+    results: AttentionResult | ArrayLike | Mapping[str, AttentionResult | ArrayLike],
     tokens: Sequence[str] | None = None,
     key_tokens: Sequence[str] | None = None,
     *,
@@ -119,7 +122,9 @@ def show_weights(
 
     Args:
         results: what ``attention_with_stats(..., top_k=64)`` or a module's
-            ``with_stats`` returns, or several by name. ``top_k="all"`` will do, too.
+            ``with_stats`` returns (``top_k="all"`` will do, too), or weights
+            ``[B, N, T, S]``, or ``[B, T, S]`` as ``with_weights`` of recurrent models
+            returns them; or several of these by name.
         tokens: T strings for the queries; numbers if not given.
         key_tokens: S strings for the keys; ``tokens`` if not given.
         example: which example of the batch is shown.
@@ -141,11 +146,11 @@ def show_weights(
         >>> "cat" in page.html
         True
     """
-    if isinstance(results, AttentionResult):
+    if isinstance(results, (AttentionResult, jax.Array, np.ndarray)):
         results = {"attention": results}
     if not isinstance(results, Mapping) or not results:
         raise TypeError(
-            "results: expected an AttentionResult, or several by name, got "
+            "results: expected an AttentionResult or weights, or several by name, got "
             f"{type(results).__name__}"
         )
     content = content_of_weights(results, tokens, key_tokens, example)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlab._src.types import AttentionResult
+from attnlab._src.types import ArrayLike, AttentionResult
 from attnlab._src.view.masks import packed
 
 #: Weights that a page holds at most, and of one query.
@@ -16,7 +16,7 @@ _MOST_STORED = 65535
 
 
 def content_of_weights(
-    layers: Mapping[str, AttentionResult],
+    layers: Mapping[str, AttentionResult | ArrayLike],
     tokens: Sequence[str] | None,
     key_tokens: Sequence[str] | None,
     example: int,
@@ -46,25 +46,16 @@ def content_of_weights(
 
 
 def _weights(
-    name: str, result: AttentionResult, example: int, known: int
+    name: str, result: AttentionResult | ArrayLike, example: int, known: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Weights and key slots ``[N, T, k]`` of one example, and S.
 
     A result with slots does not tell S: it is at least ``known``.
     """
-    if not isinstance(result, AttentionResult):
-        raise TypeError(
-            f"results: expected AttentionResult for {name}, got "
-            f"{type(result).__name__}; attention_with_stats(..., top_k=64) returns one"
-        )
-    if result.weights is None:
-        raise ValueError(
-            f"results: {name} has no weights; attention_with_stats(..., top_k=64) "
-            'or top_k="all" returns them'
-        )
-    if isinstance(result.weights, jax.core.Tracer):
+    given, indices = _parts(name, result)
+    if isinstance(given, jax.core.Tracer):
         raise ValueError(f"results: {name} is traced; show it outside of jit")
-    weights = np.asarray(result.weights, np.float32)
+    weights = np.asarray(given, np.float32)
     if not np.isfinite(weights).all():
         raise ValueError(f"results: {name} has weights that are not finite")
     weights = weights.reshape(-1, *weights.shape[-3:])
@@ -73,12 +64,37 @@ def _weights(
             f"example: expected 0 to {len(weights) - 1} for {name}, got {example}"
         )
     weights = weights[example]
-    if result.indices is None:
+    if indices is None:
         slots = np.arange(weights.shape[-1])
         return weights, np.broadcast_to(slots, weights.shape), weights.shape[-1]
-    indices = np.asarray(result.indices)
+    indices = np.asarray(indices)
     indices = indices.reshape(-1, *indices.shape[-3:])[example]
     return weights, indices, max(int(indices.max(initial=0)) + 1, known)
+
+
+def _parts(
+    name: str, result: AttentionResult | ArrayLike
+) -> tuple[ArrayLike, ArrayLike | None]:
+    """Weights ``[*batch, N, T, k]``, and their key slots or None."""
+    if isinstance(result, AttentionResult):
+        if result.weights is None:
+            raise ValueError(
+                f"results: {name} has no weights; attention_with_stats(..., top_k=64) "
+                'or top_k="all" returns them'
+            )
+        return result.weights, result.indices
+    if not isinstance(result, (jax.Array, np.ndarray)) or result.ndim not in (3, 4):
+        raise TypeError(
+            f"results: expected AttentionResult for {name}, or its weights "
+            f"[B, N, T, S] or [B, T, S], got {_said(result)}; "
+            "attention_with_stats(..., top_k=64) returns one"
+        )
+    return (result if result.ndim == 4 else result[:, None]), None
+
+
+def _said(x: Any) -> str:
+    kind = type(x).__name__
+    return f"{kind} of shape {tuple(x.shape)}" if hasattr(x, "shape") else kind
 
 
 def _layer(

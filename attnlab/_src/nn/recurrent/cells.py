@@ -295,7 +295,7 @@ class StackedCells(nnx.Module):
 
     @property
     def gate_features(self) -> int:
-        """Size of what :meth:`project` returns, the gates of the lowest cell."""
+        """Size of what ``project`` returns, the gates of the lowest cell."""
         return self.cells[0].gate_features
 
     @property
