@@ -12,7 +12,7 @@ from attnlab import nn, scores
 os.environ["JAX_PLATFORMS"] = "cpu"  # every page runs its code, on any machine
 
 project = "attnlab"
-copyright = "the authors of attnlab"
+author = copyright = "the authors of attnlab"
 version = release = version_of("attnlab")
 
 extensions = [

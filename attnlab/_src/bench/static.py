@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from attnlab import attention, cost
 from attnlab._src.bench import splash
 from attnlab._src.bench.cases import HIDDEN_SIZE, PAIRWISE, PATTERNS, SCORES, Spec
+from attnlab._src.bench.expression import read_mask
 from attnlab._src.bench.targets import TARGETS, Kernel, on, study
 from attnlab._src.implementations import IMPLEMENTATIONS
 from attnlab._src.implementations.pallas_tpu import PallasTpu
@@ -57,6 +58,11 @@ class _EveryBlock(Mask):
         """See :class:`Mask`."""
         where = np.ones((1, 1, rows.count), bool)
         return cols.every(where), cols.every(~where)
+
+    @property
+    def sees_itself(self) -> bool:
+        """True, as for a mask without dead slots: nothing searches for them."""
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +122,10 @@ class Row:
 
 
 def problem(spec: Spec) -> tuple[tuple[jax.ShapeDtypeStruct, ...], dict[str, Any]]:
-    """Shapes of query, key and value; and mask and score as options of the call."""
+    """Shapes of query, key and value; and mask and score as options of the call.
+
+    The pattern may also be an expression, see ``read_mask``.
+    """
     sizes = [(spec.queries, spec.heads), *[(spec.length, spec.key_heads)] * 2]
     shapes = tuple(
         jax.ShapeDtypeStruct((spec.batch, *size, spec.head_size), spec.dtype)
@@ -125,7 +134,9 @@ def problem(spec: Spec) -> tuple[tuple[jax.ShapeDtypeStruct, ...], dict[str, Any
     documents = np.arange(spec.length) * 8 // spec.length
     ids = np.broadcast_to(documents.astype(np.int32), (spec.batch, spec.length))
     score = SCORES[spec.score](spec, jax.random.key(spec.seed))
-    return shapes, {"mask": PATTERNS[spec.pattern](spec, ids), "score": score}
+    known = PATTERNS.get(spec.pattern)
+    mask = read_mask(spec.pattern) if known is None else known(spec, ids)
+    return shapes, {"mask": mask, "score": score}
 
 
 def projected_size(spec: Spec) -> int:

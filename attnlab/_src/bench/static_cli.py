@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from attnlab._src.bench.cases import PATTERNS, SCORES, Spec
+from attnlab._src.bench.expression import read_mask
 from attnlab._src.bench.gpus import CARDS
 from attnlab._src.bench.options import writable_folder
 from attnlab._src.bench.targets import TARGETS
@@ -30,6 +31,19 @@ _LETTERS = {
     "k": "key_heads",
     "h": "head_size",
 }
+
+
+def pattern(text: str) -> str:
+    """An argparse type: a name in ``PATTERNS``, or an expression of masks."""
+    if text in PATTERNS:
+        return text
+    try:
+        read_mask(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(PATTERNS)}, or masks as in Python: {error}"
+        ) from None
+    return text
 
 
 def shape(text: str) -> dict[str, int]:
@@ -89,7 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="b=1,t=4096,n=1,h=128",
         help="sizes: b batch, t queries, s keys, n heads, k key heads, h head size",
     )
-    add("--mask", nargs="+", choices=PATTERNS, default=["full"], help="patterns (full)")
+    add(
+        "--mask",
+        nargs="+",
+        type=pattern,
+        default=["full"],
+        help=f"{', '.join(PATTERNS)} (full); or masks as in Python, in quotes: "
+        "'causal() & (sliding_window(512, 0) | prefix(64))'",
+    )
     add(
         "--score",
         nargs="+",
