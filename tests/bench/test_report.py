@@ -16,7 +16,7 @@ RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks"
 HEAD = {"machine": "two cores", "versions": {"jax": "1.2"}, "date": "2026-01-02"}
 
 
-def row(contender, pattern="causal", length=64, median=0.002, status="ok"):
+def row(contender, pattern="causal", length=64, median=0.002, status="ok", density=0.5):
     spec = {"pattern": pattern, "score": "dot", "dtype": "float32", "length": length}
 
     def measured():
@@ -25,7 +25,8 @@ def row(contender, pattern="causal", length=64, median=0.002, status="ok"):
         return {"timing": timing, "temporary_bytes": 10} if status == "ok" else None
 
     return {
-        "spec": spec, "contender": contender, "status": status, "density": 0.5,
+        "spec": spec, "contender": contender, "status": status, "density": density,
+        "error": 0.25,
         "reason": "" if status == "ok" else "it has no <masks>",
         "forward": measured(), "both": measured(),
     }  # fmt: skip
@@ -67,10 +68,23 @@ def test_a_run(written, tmp_path, capsys):
         "1.28 (1.25 to 1.31)",
     ):
         assert part in text
-    # Text of a file is no markup; a chart of times, one against the length, each twice.
+    # Text of a file is no markup. Charts of times, of times and memory against the
+    # length, each twice.
     assert "it has no &lt;masks&gt;" in text
-    assert text.count("<svg ") == 4
+    assert text.count("<svg ") == 6
+    assert "Checked against the reference" in text
     assert text.index("Forward, ms") < text.index("Without a time")
+
+
+def test_time_against_density(written):
+    """Of the length with the most densities, and of one score."""
+    rows = [
+        row("native", f"pattern {i}", 64, 0.001 * (i + 1), density=(i + 1) / 8)
+        for i in range(3)
+    ]
+    text = page_of_runs([read_run(written(HEAD | {"rows": rows}))]).html
+    assert "Forward: time against density" in text
+    assert "against the length" not in text
 
 
 def test_ratios_are_to_attnlabs_best():

@@ -344,12 +344,17 @@ def test_a_command_writes_its_rows(monkeypatch, tmp_path, capsys):
     arguments = ["--shape", "b=1,t=2048,n=2,h=64", "--mask", "full", own]
     code = cli.main(["static", *arguments, "--target", "tpu:v6e", "--out", str(out)])
     assert code == 0
-    rows = json.loads((out / "static.json").read_text())
+    content = json.loads((out / "static.json").read_text())
+    rows = content["rows"]
     assert [r["spec"]["pattern"] for r in rows] == ["full", own]
     assert rows[1]["cycles"] < rows[0]["cycles"]
     assert rows[1]["ratio_to_splash"] is None
     assert all(r["target"] == "tpu:v6e" and r["cycles"] > 0 for r in rows)
-    assert rows[0]["command"][:2] == ["attnlab", "static"]
+    assert content["command"].startswith("attnlab static ")
+    assert cli.main(["report", str(out / "static.json"), "--out", str(out)]) == 0
+    text = (out / "report.html").read_text()
+    assert "tpu:v6e, forward, full" in text
+    assert text.count("<svg ") == 1
     assert "for ratios, not times" in capsys.readouterr().out
 
 
@@ -379,7 +384,7 @@ def test_a_problem_that_has_no_answer_costs_no_other(monkeypatch, tmp_path, caps
     arguments = ["static", "--shape", "t=512,s=1024", "--mask", "documents", "full"]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
     assert "built for length 1024, used with length 512" in capsys.readouterr().err
-    full, documents = json.loads((tmp_path / "static.json").read_text())
+    full, documents = json.loads((tmp_path / "static.json").read_text())["rows"]
     assert full["cycles"] > 0
     assert documents["spec"]["pattern"] == "documents"
     assert "built for length" in documents["why"]

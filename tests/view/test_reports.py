@@ -12,7 +12,7 @@ def line(problem, contender, median):
     low, high = (None, None) if median is None else (0.9 * median, 1.1 * median)
     status = "refused" if median is None else "ok"
     found = (contender, status, "why", 64, 0.5, median, low, high)
-    return Line(problem, problem, "forward", *found)
+    return Line(problem, problem, "forward", *found, None, None)
 
 
 def test_tables_sort_and_filter(opened):
@@ -22,7 +22,7 @@ def test_tables_sort_and_filter(opened):
     lines = [line(name, "native", 1.0) for name in times]
     lines += [line(name, "torch", seconds) for name, seconds in times.items()]
     lines += [line(f"more {i}", "native", 0.5) for i in range(8)]
-    run = Run("<i>run</i>", [("machine", "<b>two</b> cores")], lines, [])
+    run = Run("<i>run</i>", [("machine", "<b>two</b> cores")], lines, [], [])
     seen = opened(page_of_runs([run]))
     table = seen.find_element(By.CSS_SELECTOR, "table.data")
 

@@ -1,18 +1,26 @@
 """The command ``attnlab report``: runs as one page that needs nothing else."""
 
 import argparse
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnlab._src.bench.options import writable_folder
-from attnlab._src.bench.runs import BOUNDS, OURS, Line, Run, differences, read_run
+from attnlab._src.bench.report_charts import charts_of, contenders_of, cycles
+from attnlab._src.bench.runs import (
+    BOUNDS,
+    OURS,
+    Estimate,
+    Line,
+    Run,
+    differences,
+    read_run,
+)
 from attnlab._src.view.page import Page, render
 
 DESCRIPTION = """\
-Writes one HTML page from files of attnlab bench, of scripts in benchmarks or of
-studies: tables that sort and filter, charts, and, of two files, what became slower."""
+Writes one HTML page from files of attnlab bench, attnlab static, scripts in benchmarks
+or studies: tables that sort and filter, charts; of two files, what became slower."""
 
 
 class Cell(NamedTuple):
@@ -35,13 +43,6 @@ class Table(NamedTuple):
     title: str
     columns: Sequence[str]
     rows: list[list[Cell]]
-
-
-class Chart(NamedTuple):
-    """A chart, as SVG; a table of the page has its numbers."""
-
-    title: str
-    svg: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,10 +108,15 @@ def _section(run: Run) -> Mapping[str, Any]:
         lines = [x for x in run.lines if x.direction == direction]
         if any(x.median for x in lines):
             tables.append(_times(title, lines))
-            charts.append(_bars(title, lines))
-            if (drawn := _against_length(title, lines)) is not None:
-                charts.append(drawn)
+            charts += charts_of(title, lines)
+    if run.estimates:
+        tables.append(_estimates(run.estimates))
+        charts += cycles(run.estimates)
     tables += [_table(*each) for each in run.tables]
+    checked = {(x.problem, x.contender, x.error): None for x in run.lines if x.error}
+    if checked:
+        columns = ["problem", "contender", "greatest error over the allowed one"]
+        tables.append(_table("Checked against the reference", columns, [*checked]))
     # A reason holds for both passes.
     refused = {
         (x.problem, x.contender, x.status, x.reason): None
@@ -141,16 +147,9 @@ def _milliseconds(seconds: float) -> str:
     return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
-def _contenders(lines: Sequence[Line]) -> list[str]:
-    """All contenders, attnlab's own first."""
-    names = dict.fromkeys(x.contender for x in lines)
-    ours = [n for n in OURS if n in names]
-    return [*ours, *(n for n in names if n not in ours)]
-
-
 def _times(title: str, lines: Sequence[Line]) -> Table:
     """Milliseconds by problem and contender, and ratios to attnlab's best."""
-    names = _contenders(lines)
+    names = contenders_of(lines)
     rows = []
     for problem in dict.fromkeys(x.problem for x in lines):
         by = {x.contender: x for x in lines if x.problem == problem}
@@ -181,6 +180,19 @@ def _times(title: str, lines: Sequence[Line]) -> Table:
     return Table(f"{title}, {about}", columns, rows)
 
 
+def _estimates(found: Sequence[Estimate]) -> Table:
+    rows = []
+    for each in found:
+        share = None
+        if each.cycles and each.least is not None:
+            share = each.least / each.cycles
+        cells = [each.problem, each.cycles, each.least, each.binds, share]
+        rows.append([*cells, *each.cells.values()])
+    columns = ["problem", "cycles", "at least", "bound by", "share of the bound"]
+    title = "Static estimates: cycles of one core, for ratios, not times"
+    return _table(title, [*columns, *found[0].cells], rows)
+
+
 def _compared(before: Run, after: Run) -> Table:
     passes = {"forward": "forward", "both": "forward and backward"}
     rows = [
@@ -198,85 +210,3 @@ def _compared(before: Run, after: Run) -> Table:
     columns = ["problem", "pass", "contender"]
     columns += [before.name, after.name, "ratio", "verdict"]
     return Table("Both runs: ms, and the second over the first", columns, rows)
-
-
-def _svg(figure: Any) -> str:
-    """A figure as SVG text, without a header; ids differ between figures."""
-    import matplotlib as mpl
-    import matplotlib.pyplot as plt
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": None, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _bars(title: str, lines: Sequence[Line]) -> Chart:
-    """Time by problem and contender, with its spread."""
-    from attnlab._src.bench.charts import colour, plain_log, plt
-
-    names = _contenders(lines)
-    timed = [(x, x.median) for x in lines if x.median]
-    problems = [*dict.fromkeys(x.problem for x, _ in timed)]
-    height = 1.2 + 0.16 * len(timed) + 0.25 * len(problems)
-    figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
-    place, ticks = 0.0, []
-    for problem in problems:
-        group = [each for each in timed if each[0].problem == problem]
-        ticks.append(place + (len(group) - 1) / 2)
-        for line, median in sorted(group, key=lambda x: names.index(x[0].contender)):
-            shade = colour(line.contender, names)
-            axis.barh(place, 1e3 * median, 0.9, color=shade)
-            if line.low and line.high:
-                ends = [1e3 * line.low, 1e3 * line.high]
-                axis.plot(ends, [place] * 2, color="0.3", linewidth=1)
-            place += 1
-        place += 0.8
-    plain_log(axis.xaxis)
-    axis.set_yticks(ticks, problems)
-    axis.invert_yaxis()
-    axis.set_xlabel("ms, median and 20 to 80 %, log scale")
-    axis.spines[["top", "right"]].set_visible(False)
-    present = [n for n in names if any(x.contender == n for x, _ in timed)]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour(n, names)) for n in present]
-    figure.legend(
-        handles,
-        present,
-        loc="outside upper center",
-        ncols=min(len(present), 6),
-        frameon=False,
-    )
-    return Chart(f"{title}: time", _svg(figure))
-
-
-def _against_length(title: str, lines: Sequence[Line]) -> Chart | None:
-    """Time against the length, with guides, if there are at least three lengths."""
-    from attnlab._src.bench.charts import colour, plain_log, plt
-
-    timed = [(x, x.median) for x in lines if x.median]
-    lengths = sorted({x.length for x, _ in timed})
-    if len(lengths) < 3:
-        return None
-    names = _contenders([x for x, _ in timed])
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name in names:
-        points: dict[int, float] = {}
-        for line, median in timed:
-            if line.contender == name:
-                known = points.get(line.length, median)
-                points[line.length] = min(median, known)
-        xs = sorted(points)
-        ys = [1e3 * points[x] for x in xs]
-        axis.plot(xs, ys, "o-", ms=3, color=colour(name, names), label=name)
-    least = 1e3 * min(median for _, median in timed)
-    for power, style in ((1, ":"), (2, "--")):
-        guide = [least * (n / lengths[0]) ** power for n in lengths]
-        label = f"length^{power}"
-        axis.plot(lengths, guide, style, color="0.6", linewidth=1, label=label)
-    for one in (axis.xaxis, axis.yaxis):
-        plain_log(one)
-    axis.set(xlabel="length", ylabel="ms, least of the problems of a length")
-    axis.legend(frameon=False)
-    return Chart(f"{title}: time against the length", _svg(figure))

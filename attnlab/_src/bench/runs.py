@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 _KNOWN_BY = ("machine", "versions", "date")
 #: What rows of ``attnlab bench`` have.
 _OF_ROWS = {"spec", "contender", "status", "forward", "both"}
+#: What rows of ``attnlab static`` have.
+_OF_STATIC = {"spec", "target", "of", "why"}
 #: Contenders that are attnlab's own, best first.
 OURS = ("native", "batched", "tiled", "pallas_tpu", "pallas_gpu")
 #: What reads keys and values and computes nothing: a bound, no contender.
@@ -32,6 +34,8 @@ class Line(NamedTuple):
         median: seconds; None without a time.
         low: 20 % quantile, seconds.
         high: 80 % quantile, seconds.
+        error: greatest error over the allowed one, both passes; None: not checked.
+        memory: peak bytes beside inputs and outputs; None: not known.
     """
 
     problem: str
@@ -45,6 +49,26 @@ class Line(NamedTuple):
     median: float | None
     low: float | None
     high: float | None
+    error: float | None
+    memory: int | None
+
+
+class Estimate(NamedTuple):
+    """What a compiler says of a pass on a TPU or GPU (``attnlab static``).
+
+    Attributes:
+        problem: target, pass, mask, and what else tells the problems of the file apart.
+        cycles: of the whole pass, on one core; None: the compiler tells none.
+        least: the highest lower bound, in cycles; None: not known.
+        binds: what that bound is of.
+        cells: all else: names and values.
+    """
+
+    problem: str
+    cycles: float | None
+    least: float | None
+    binds: str
+    cells: dict[str, Any]
 
 
 #: A title, the columns, and the cells of each row.
@@ -58,12 +82,14 @@ class Run(NamedTuple):
         name: of the file.
         facts: machine, versions, date, command, ...: names and texts.
         lines: measurements of contenders; empty where the file has none.
+        estimates: of ``attnlab static``; empty in other files.
         tables: all else: title, columns, and the cells of each row.
     """
 
     name: str
     facts: list[tuple[str, str]]
     lines: list[Line]
+    estimates: list[Estimate]
     tables: list[_Table]
 
 
@@ -81,17 +107,17 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{path}: is no complete JSON: {error}") from None
     if not isinstance(content, dict) or not all(n in content for n in _KNOWN_BY):
         raise ValueError(
-            f"{path}: expected a file of attnlab bench, of a script in benchmarks or "
-            f"of a study; such files have {', '.join(_KNOWN_BY)}"
+            f"{path}: expected a file of attnlab bench or static, of a script in "
+            f"benchmarks or of a study; such files have {', '.join(_KNOWN_BY)}"
         )
     try:
-        lines = [*_lines(content)]
-        tables = [*_other(content, bool(lines))]
+        lines, estimates = [*_lines(content)], [*_estimates(content)]
+        tables = [] if estimates else [*_other(content, bool(lines))]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: its rows are not those of this version: {error!r}"
         ) from None
-    return Run(path.name, [*_facts(content)], lines, tables)
+    return Run(path.name, [*_facts(content)], lines, estimates, tables)
 
 
 def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -116,18 +142,52 @@ def _lines(content: Mapping[str, Any]) -> Iterator[Line]:
     rows = content.get("rows")
     if not isinstance(rows, list) or not all(row.keys() >= _OF_ROWS for row in rows):
         return
+    for row, problem in zip(rows, _problems(rows), strict=True):
+        for direction in ("forward", "both"):
+            yield _line(problem, direction, row["spec"], row, row[direction] or {})
+
+
+def _problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Pattern and score of each row, and the sizes in which rows differ."""
     specs = [row["spec"] for row in rows]
     differing = [
         name
         for name in ("dtype", "length", "query_length", "heads", "key_heads")
         if len({spec.get(name) for spec in specs}) > 1
     ]
-    for row in rows:
-        spec = row["spec"]
-        parts = [f"{spec['pattern']} · {spec['score']}"]
-        parts += [f"{n} {spec[n]}" for n in differing if spec.get(n) is not None]
-        for direction in ("forward", "both"):
-            yield _line(", ".join(parts), direction, spec, row, row[direction] or {})
+    return [
+        ", ".join([
+            f"{spec['pattern']} · {spec['score']}",
+            *(f"{n} {spec[n]}" for n in differing if spec.get(n) is not None),
+        ])
+        for spec in specs
+    ]
+
+
+def _estimates(content: Mapping[str, Any]) -> Iterator[Estimate]:
+    rows = content.get("rows")
+    if not isinstance(rows, list) or not all(row.keys() >= _OF_STATIC for row in rows):
+        return
+    for row, problem in zip(rows, _problems(rows), strict=True):
+        target, of = row["target"], row["of"]
+        bounds, told = row.get("bounds") or {}, row.get("kernel") or {}
+        shown = {
+            "blocks": "x".join(map(str, (row.get("blocks") or {}).values())) or None,
+            "full": row.get("full"),
+            "partial": row.get("partial"),
+            "of all": row.get("total"),
+            "spills": told.get("spills"),
+            "vector memory": told.get("memory"),
+            "times splash": row.get("ratio_to_splash"),
+            "why": row.get("why"),
+        }
+        yield Estimate(
+            f"{target}, {of}, {problem}",
+            row.get("cycles"),
+            max(bounds.values(), default=None),
+            row.get("binds") or "",
+            shown,
+        )
 
 
 def _line(
@@ -154,6 +214,8 @@ def _line(
         timing.get("median"),
         timing.get("low"),
         timing.get("high"),
+        row.get("error"),
+        measured.get("temporary_bytes"),
     )
 
 

@@ -19,17 +19,15 @@ from jax.experimental.pallas import tpu as pltpu
 from attnlab import attention, cost
 from attnlab._src.bench import splash
 from attnlab._src.bench.cases import HIDDEN_SIZE, PAIRWISE, PATTERNS, SCORES, Spec
+from attnlab._src.bench.every_block import EveryBlock
 from attnlab._src.bench.expression import read_mask
 from attnlab._src.bench.targets import TARGETS, Kernel, on, study
 from attnlab._src.implementations import IMPLEMENTATIONS
 from attnlab._src.implementations.pallas_tpu import PallasTpu
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks, best
-from attnlab._src.masks.base import Mask
-from attnlab._src.masks.geometry import Blocks as Sides
-from attnlab._src.masks.rule import Bounds
 from attnlab._src.ops.explain import canonical
 from attnlab._src.ops.validate import Options
-from attnlab._src.types import Array, PyTree, Tile, pytree
+from attnlab._src.types import Array, PyTree
 
 #: Prefix of the kernels' names for each pass.
 KERNELS = {"forward": "attnlab_forward", "backward": "attnlab_backward"}
@@ -38,31 +36,6 @@ BOUNDED = ("scaled_dot", "bilinear", "cosine", "additive", "concat")
 #: Blocks along each side of the two problems. The compiler's effort for a profile grows
 #: with the square of a kernel's output, which is greatest in the backward pass.
 _SIDES = {"forward": (2, 4), "backward": (1, 2)}
-
-
-@pytree
-class _EveryBlock(Mask):
-    """Another mask, which is evaluated in every block, as if all were partial."""
-
-    part: Mask
-
-    def operands(self, query_length: int, key_length: int) -> PyTree:
-        """See :class:`Mask`."""
-        return self.part.operands(query_length, key_length)
-
-    def visible(self, tile: Tile, operands: PyTree) -> Array:
-        """See :class:`Mask`."""
-        return self.part.visible(tile, operands)
-
-    def bounds(self, rows: Sides, cols: Sides, operands: PyTree) -> Bounds:
-        """See :class:`Mask`."""
-        where = np.ones((1, 1, rows.count), bool)
-        return cols.every(where), cols.every(~where)
-
-    @property
-    def sees_itself(self) -> bool:
-        """True, as for a mask without dead slots: nothing searches for them."""
-        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +222,7 @@ def per_block(
             spec, batch=1, heads=1, key_heads=1, length=keys, query_length=queries
         )
         shapes, options = problem(small)
-        options["mask"] = _EveryBlock(options["mask"]) if masked else None
+        options["mask"] = EveryBlock(options["mask"]) if masked else None
 
         def attend(*arrays: Array) -> Array:
             return attention(*arrays, **options, implementation=ours.name)

@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import datetime as dt
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax
 from attnlab._src.bench.cases import PATTERNS, SCORES, Spec
 from attnlab._src.bench.expression import read_mask
 from attnlab._src.bench.gpus import CARDS
+from attnlab._src.bench.machine import machine_line, versions
 from attnlab._src.bench.options import writable_folder
 from attnlab._src.bench.targets import TARGETS
 from attnlab._src.files import write_atomically
@@ -208,8 +211,14 @@ def command(given: argparse.Namespace, called: Sequence[str]) -> int:
         if each.why:
             console.print(f"{each.target} {each.of}: {each.why}", highlight=False)
     path = given.out / "static.json"
-    content = [*(each.content() for each in rows), *refused]
-    content = [{"command": list(called), **each} for each in content]
+    content = {
+        "command": shlex.join(called),
+        "machine": machine_line(),
+        "versions": versions(),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "complete": not stopped,
+        "rows": [*(each.content() for each in rows), *refused],
+    }
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     console.print(f"written: {path}", highlight=False)
     if stopped:
