@@ -225,6 +225,17 @@ def sentences_table(found: Found, sentences: Sequence[Sentence]) -> str:
     )  # fmt: skip
 
 
+def _shown_words(sentence: Sentence, text: Text) -> list[str]:
+    """What a model reads, with words in brackets that it does not know."""
+    return [w if w in text.words else f"[{w}]" for w in ("¶", *sentence.words)]
+
+
+def _weights(sentence: Sentence, text: Text, entry: Json) -> str:
+    """The weights of the last step, as text."""
+    pairs = zip(_shown_words(sentence, text), entry["weights"][-1], strict=False)
+    return ", ".join(f"{word} {100 * weight:.0f} %" for word, weight in pairs)
+
+
 def weights_picture(
     found: Found, texts: Mapping[str, Text], sentences: Sequence[Sentence]
 ) -> Any:
@@ -239,9 +250,7 @@ def weights_picture(
     )
     room = 0.0
     for y, (name, sentence, entry) in enumerate(rows):
-        words = [
-            w if w in texts[name].words else f"[{w}]" for w in ("¶", *sentence.words)
-        ]
+        words = _shown_words(sentence, texts[name])
         right = 0.0
         weights = [*entry["weights"][-1], None]
         for word, weight in zip(reversed(words), reversed(weights), strict=True):
@@ -308,6 +317,10 @@ def page(
         budget: the budget of the runs, and their learning rate.
     """
     results = results_of(found)
+    read = {
+        name: runs["attention"][0]["measured"]["sentences"]
+        for name, runs in found.items()
+    }
     by_distance = {
         name: {
             kind: [
@@ -330,9 +343,13 @@ def page(
             "back": looks_table(results, "steps back", "back"),
             "repeated": repeated_table(results),
             "sentences": sentences_table(found, sentences),
+            "sentence": "; ".join(
+                f"{name}: {_weights(sentences[0], texts[name], entries[0])}"
+                for name, entries in read.items()
+            ),
             "drawn": len(sentences) - 1,
             "budget": budget,
-            "read": budget["steps"] * budget["rows"] * budget["length"],
+            "tokens": budget["steps"] * budget["rows"] * budget["length"],
             "texts": "; ".join(_describe(n, texts[n]) for n in ("addresses", "verses")),
             "cost": cost_of(
                 s for runs in found.values() for each in runs.values() for s in each
@@ -348,11 +365,8 @@ def page(
             **results,
             "counts": {name: text.counts for name, text in texts.items()},
             "sentences": {
-                name: [
-                    {**e, "weights": e["weights"][-1]}
-                    for e in runs["attention"][0]["measured"]["sentences"]
-                ]
-                for name, runs in found.items()
+                name: [{**e, "weights": e["weights"][-1]} for e in entries]
+                for name, entries in read.items()
             },
         },
     )
