@@ -9,6 +9,7 @@ from benchmarks.studies.bottleneck.study import study as bottleneck
 from benchmarks.studies.crossover.study import study as crossover
 from benchmarks.studies.machinery.context import Context
 from benchmarks.studies.machinery.page import Page
+from benchmarks.studies.next_word.study import study as next_word
 from benchmarks.studies.patterns_lm.study import study as patterns_lm
 from benchmarks.studies.recall.study import study as recall
 from benchmarks.studies.scores.study import study as scores
@@ -27,4 +28,5 @@ STUDIES: dict[str, Study] = {
     "crossover": crossover,
     "recall": recall,
     "ablations": ablations,
+    "next-word": next_word,
 }

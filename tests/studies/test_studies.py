@@ -12,6 +12,7 @@ from attnlab._src.implementations.measured import read
 from benchmarks.studies import __main__ as script
 from benchmarks.studies.ablations import changes
 from benchmarks.studies.machinery.check import committed, numbers
+from benchmarks.studies.next_word.study import MODELS
 from benchmarks.studies.patterns_lm import study as patterns_lm
 from benchmarks.studies.recall.puzzles import VALUES
 from tests.grid import few
@@ -142,6 +143,24 @@ def test_ablations(quick):
     )
     ratio = np.divide(dot["deviation"], scaled["deviation"])
     np.testing.assert_allclose(ratio, 16, rtol=1e-3)
+
+
+@SLOW
+def test_next_word(quick):
+    folder = quick("next-word")
+    found = results(folder, "next-word")
+    for text in ("addresses", "verses"):
+        one = found[text]
+        assert set(one["models"]) == set(MODELS)
+        assert sum(row["share"] for row in one["distances"]["all tokens"]) == (
+            pytest.approx(1)
+        )
+        for part in ("kinds", "back"):
+            shares = [look["share"][0] for look in one["looks"][part].values()]
+            assert sum(shares) == pytest.approx(1, abs=1e-4)
+        for entry in found["sentences"][text]:
+            assert sum(entry["weights"]) == pytest.approx(1, abs=1e-3)
+    assert "opened" in (folder / "next-word-weights.html").read_text()
 
 
 @SLOW

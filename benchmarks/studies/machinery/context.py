@@ -12,9 +12,15 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from attnlab._src.bench.timing import Repeats, interleave
-from benchmarks.studies.machinery.data.addresses import Addresses, load_addresses
+from benchmarks.studies.machinery.data.addresses import (
+    Addresses,
+    Documents,
+    load_addresses,
+    read_documents,
+)
 from benchmarks.studies.machinery.data.batches import Batches, Example
-from benchmarks.studies.machinery.data.corpus import Corpus, load_corpus
+from benchmarks.studies.machinery.data.corpus import Corpus, load_corpus, read_pairs
+from benchmarks.studies.machinery.data.splits import Split
 from benchmarks.studies.machinery.errors import StudyError
 from benchmarks.studies.machinery.ledger import Ledger
 from benchmarks.studies.machinery.parallel import make_mesh
@@ -189,6 +195,14 @@ class Context:
         """
         return load_corpus(self.pairs, self.out / "runs", say=self.say, **options)
 
+    def split_pairs(self, **options: Any) -> Split:
+        """The pairs of :meth:`corpus`, without a vocabulary.
+
+        Args:
+            **options: options of ``read_pairs``.
+        """
+        return read_pairs(self.pairs, say=self.say, **options)[0]
+
     def batches(self, examples: Sequence[Example], **options: Any) -> Batches:
         """Batches whose rows the devices share evenly.
 
@@ -213,6 +227,14 @@ class Context:
             **options: options of ``load_addresses``.
         """
         return load_addresses(self.out / "runs", folder=self.text, **options)
+
+    def documents(self, **options: Any) -> Documents:
+        """The documents of :meth:`addresses`, without a vocabulary.
+
+        Args:
+            **options: options of ``read_documents``.
+        """
+        return read_documents(self.text, **options)
 
     def say(self, message: str) -> None:
         """Prints a message."""

@@ -1,8 +1,8 @@
-"""Long documents: the State of the Union addresses as one stream of subwords."""
+"""Long documents: the State of the Union addresses, split, as streams of subwords."""
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,27 @@ from benchmarks.studies.machinery.record import Json
 #: A training document is left out if more than a share COPIED of its sequences of GRAM
 #: words is also in a document that is held out, for example in another version of it.
 GRAM, COPIED = 12, 0.01
+
+
+class Documents(NamedTuple):
+    """Documents for training, development and test, each a list of paragraphs.
+
+    Attributes:
+        train: documents to train on.
+        dev: documents for choices, such as of the learning rate.
+        test: documents for the test.
+        left_out: number of documents that were dropped from ``train``, because parts
+            of them are held out.
+    """
+
+    train: list[list[str]]
+    dev: list[list[str]]
+    test: list[list[str]]
+    left_out: int
+
+    def parts(self) -> dict[str, list[list[str]]]:
+        """The three parts by name."""
+        return {"test": self.test, "dev": self.dev, "train": self.train}
 
 
 class Addresses(NamedTuple):
@@ -39,22 +60,18 @@ class Addresses(NamedTuple):
     fingerprint: str
 
 
-def load_addresses(
-    cache: Path,
-    *,
+def read_documents(
     folder: Path | None = None,
-    pieces: int = 2000,
+    *,
     test: int = 16,
     dev: int = 10,
     limit: int | None = None,
     seed: int = 0,
-) -> Addresses:
-    """Reads, splits by whole documents, and learns a vocabulary.
+) -> Documents:
+    """Reads documents, and splits them.
 
     Args:
-        cache: folder for the vocabulary.
         folder: folder of ``.txt`` files; None: the addresses, 1790-2026.
-        pieces: see ``learn``.
         test: number of documents held out for the test.
         dev: number of documents held out for choices.
         limit: number of documents, drawn at random; None: all.
@@ -71,27 +88,44 @@ def load_addresses(
             f"held out, got {len(texts)}"
         )
     names = sorted(texts)
-    order = np.random.default_rng(seed).permutation(len(names))[:limit]
-    drawn = [paragraphs(texts[names[i]]) for i in order]
     # A random order: language changes over time, and each part needs some of each time.
-    parts = {"test": drawn[:test], "dev": drawn[test : test + dev]}
-    parts["train"] = drawn[test + dev :]
-    read = {
-        part: [[_plain(p) for p in document] for document in documents]
-        for part, documents in parts.items()
-    }
-    held_out = {g for part in ("test", "dev") for d in read[part] for g in _grams(d)}
-    alike = [d for d in read["train"] if _share(d, held_out) > COPIED]
-    read["train"] = [d for d in read["train"] if d not in alike]
-    flat = [p for document in read["train"] for p in document]
+    order = np.random.default_rng(seed).permutation(len(names))[:limit]
+    drawn = [[_plain(p) for p in paragraphs(texts[names[i]])] for i in order]
+    tested, chosen, rest = drawn[:test], drawn[test : test + dev], drawn[test + dev :]
+    held_out = {g for document in (*tested, *chosen) for g in _grams(document)}
+    train = [d for d in rest if _share(d, held_out) <= COPIED]
+    return Documents(train, chosen, tested, len(rest) - len(train))
+
+
+def load_addresses(
+    cache: Path,
+    *,
+    folder: Path | None = None,
+    pieces: int = 2000,
+    **options: Any,
+) -> Addresses:
+    """Reads, splits by whole documents, and learns a vocabulary.
+
+    Args:
+        cache: folder for the vocabulary.
+        folder: see :func:`read_documents`.
+        pieces: see ``learn``.
+        **options: further options of :func:`read_documents`.
+
+    Raises:
+        StudyError: if there are not enough documents.
+        TextUnavailable: if the text cannot be read or downloaded.
+    """
+    read = read_documents(folder, **options)
+    flat = [p for document in read.train for p in document]
     vocabulary = learn(flat, pieces=pieces, cache=cache)
-    streams = {part: _stream(found, vocabulary) for part, found in read.items()}
+    streams = {part: _stream(d, vocabulary) for part, d in read.parts().items()}
     digest = hashlib.sha256()
     for part, stream in streams.items():
         digest.update(part.encode() + stream.tobytes())
     counts: Json = {
-        "documents": {part: len(found) for part, found in read.items()},
-        "left_out": len(alike),
+        "documents": {part: len(found) for part, found in read.parts().items()},
+        "left_out": read.left_out,
         "tokens": {part: len(stream) for part, stream in streams.items()},
         "vocabulary": vocabulary.size,
     }

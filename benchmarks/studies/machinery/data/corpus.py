@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from benchmarks.studies.machinery.data.batches import Example
 from benchmarks.studies.machinery.data.pairs import (
@@ -38,24 +38,21 @@ class Corpus(NamedTuple):
         return [(encode(p.source), encode(p.target)) for p in pairs]
 
 
-def load_corpus(
+def read_pairs(
     path: Path | None,
-    cache: Path,
     *,
-    pieces: int = 4000,
-    kind: Literal["bpe", "unigram"] = "bpe",
     limit: int | None = None,
     say: Callable[[str], None] | None = None,
-) -> Corpus:
-    """Reads, filters, splits, and learns a vocabulary.
+) -> tuple[Split, Json]:
+    """Reads, filters and splits.
 
     Args:
         path: path of a table of pairs; None: French and English Bible verses.
-        cache: folder for the vocabulary.
-        pieces: see ``learn``.
-        kind: see ``learn``.
         limit: number of pairs, from the beginning; None: all.
         say: called with a message about the lines that were left out.
+
+    Returns:
+        The pairs, and how many were read and left out.
     """
     if path is None:
         found = load_verses()
@@ -68,7 +65,27 @@ def load_corpus(
         counts = {"read": len(pairs), "left_out": problems}
         if table.problems and say is not None:
             say(f"{path}: left out: {table.report()}")
-    parts = split(pairs[:limit])
+    return split(pairs[:limit]), counts
+
+
+def load_corpus(
+    path: Path | None,
+    cache: Path,
+    *,
+    pieces: int = 4000,
+    kind: Literal["bpe", "unigram"] = "bpe",
+    **options: Any,
+) -> Corpus:
+    """Reads, filters, splits, and learns a vocabulary.
+
+    Args:
+        path: see :func:`read_pairs`.
+        cache: folder for the vocabulary.
+        pieces: see ``learn``.
+        kind: see ``learn``.
+        **options: further options of :func:`read_pairs`.
+    """
+    parts, counts = read_pairs(path, **options)
     texts = [side for pair in parts.train for side in (pair.source, pair.target)]
     vocabulary = learn(texts, pieces=pieces, kind=kind, cache=cache)
     counts |= {
