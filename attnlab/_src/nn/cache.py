@@ -251,7 +251,7 @@ def streaming_cache(
         Array([[0, 1, 5, 6, 7]], dtype=int32)
 
     References:
-        Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024,
+        Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
         section 3.2 (here keys keep their positions in the text, not in the cache).
     """
     _at_least("anchors", anchors, 1)
