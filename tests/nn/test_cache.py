@@ -231,3 +231,52 @@ def test_other_examples():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+WINDOW, STREAM = masks.sliding_window(3, 0), masks.streaming(anchors=2, window=3)
+
+
+def cache_of(mask, window, anchors=0):
+    policy = nn.CachePolicy(window, anchors)
+    attention = nn.MultiHeadAttention(
+        N * H, N, mask=mask, cache=policy, rngs=nnx.Rngs(0)
+    )
+    return jax.jit(lambda: attention.make_cache(1, 100))()
+
+
+@pytest.mark.parametrize(
+    ("mask", "window", "anchors", "needed"),
+    [
+        (WINDOW, 3, 0, "window=4"),
+        (STREAM, 3, 2, "window=4"),
+        (STREAM, 4, 0, "anchors=2"),
+        (STREAM, 4, 1, "anchors=2"),
+        (masks.chunked(16), 15, 0, "window=16"),
+        (masks.per_head([WINDOW, masks.sliding_window(5, 0)] * 2), 4, 0, "window=6"),
+        (masks.sliding_window(500, 0), 4, 0, "a longer window"),
+        (masks.predicate(lambda t, s: t % 97 == s % 97), 4, 0, "a longer window"),
+    ],
+    ids=repr,
+)
+def test_a_policy_that_drops_what_the_mask_shows_is_refused(
+    mask, window, anchors, needed
+):
+    with pytest.raises(ValueError, match=f"{window=}, {anchors=}.*needs {needed}"):
+        cache_of(mask, window, anchors)
+
+
+@pytest.mark.parametrize(
+    ("mask", "window", "anchors"),
+    [
+        (WINDOW, 4, 0),
+        (masks.sliding_window(3, 3), 4, 0),
+        (STREAM, 4, 2),
+        (masks.longformer(window=3, anchors=2), 4, 2),
+        (masks.chunked(16), 16, 0),
+        (masks.causal(), 2, 0),  # the policy is what limits it
+        (masks.causal() & masks.documents(jnp.zeros(100, int)), 2, 0),  # data
+    ],
+    ids=repr,
+)
+def test_a_policy_that_keeps_what_the_mask_shows_is_accepted(mask, window, anchors):
+    assert cache_of(mask, window, anchors).key.shape[1] == window + anchors

@@ -76,7 +76,7 @@ def test_caches_stay_sharded_by_batch_and_heads(window):
     seen = masks.causal() if window is None else masks.sliding_window(window, 0)
     model = decoder(mask=seen)
     (block,) = model.stack.each()
-    block.attention.cache = nn.CachePolicy(window=window)
+    block.attention.cache = nn.CachePolicy(None if window is None else window + 1)
     structure, params, rest = nnx.split(model, nnx.Param, ...)
     prompt = jax.random.randint(jax.random.key(0), (4, 5), 0, 48)
 

@@ -279,7 +279,12 @@ class MultiHeadAttention(nnx.Module):
             batch: B, the batch size.
             length: number of slots of a full cache, for positions 0 to ``length - 1``.
             dtype: type of keys and values: the one that the layer computes in.
+
+        Raises:
+            ValueError: if the policy keeps less than a window of the mask shows; see
+                :meth:`CachePolicy.check`.
         """
+        self.cache.check(self.mask, self.num_heads)
         return self.cache.make(
             batch,
             length,

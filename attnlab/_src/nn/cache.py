@@ -1,6 +1,7 @@
 """Caches of decoded keys and values: pytrees of a fixed size."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from attnlab._src import arguments
 from attnlab._src.masks.base import Mask
 from attnlab._src.masks.intervals import FAR
 from attnlab._src.masks.structural import causal, prefix, sliding_window
-from attnlab._src.types import Array, ArrayLike, pytree, static
+from attnlab._src.types import Array, ArrayLike, Tile, pytree, static
 
 
 class KeyValue(NamedTuple):
@@ -272,7 +273,8 @@ class CachePolicy:
     """Which positions the cache of a layer keeps when it decodes.
 
     Attributes:
-        window: number of last positions; None: all positions.
+        window: number of last positions, that of the query included, so that a causal
+            window of W positions back needs W + 1; None: all positions.
         anchors: number of first positions kept besides the window.
 
     Example:
@@ -310,6 +312,53 @@ class CachePolicy:
         if not self.anchors:
             return ring_cache(batch, self.window, *sizes, **types)
         return streaming_cache(batch, self.anchors, self.window, *sizes, **types)
+
+    def check(self, mask: Mask, heads: int) -> None:
+        """Refuses a mask that is made for a longer window, or for more anchors.
+
+        Decoding would differ from a call with all tokens. A mask that shows all of the
+        past is accepted: then the policy is what limits it. One with arrays is, too.
+
+        Args:
+            mask: the mask of a layer.
+            heads: N, the number of query heads.
+
+        Raises:
+            ValueError: if a query sees some positions that are not kept, but not all.
+        """
+        if self.window is None or jax.tree.leaves(mask):
+            return
+        operands = mask.operands(1, 1)
+        if jax.tree.leaves(operands):
+            return
+        some = np.arange(64, dtype=np.int32)
+        last = min(2**20 + self.window + self.anchors, FAR // 2)
+        oldest = last - self.window  # what a query at ``last`` needs, but is dropped
+        middle = np.linspace(self.anchors + 64, oldest - 64, 64, dtype=np.int32)
+        keys = np.concatenate([oldest - some, self.anchors + some, middle])
+        tile = functools.partial(Tile, last + some[:, None], keys[None])
+        with jax.ensure_compile_time_eval():
+            each = jax.vmap(lambda head: mask.visible(tile(head), operands))
+            seen = np.asarray(each(jnp.arange(heads)))
+        shown = np.broadcast_to(seen, (heads, 64, len(keys)))
+        near, first, past = shown.any((0, 1)).reshape(3, 64)
+        if past.all():
+            return
+        if near.any():
+            more = 1 + int(np.flatnonzero(near).max())
+            needed = f"window={self.window + more}" if more < 64 else "a longer window"
+        elif first.any():
+            more = 1 + int(np.flatnonzero(first).max())
+            needed = f"anchors={self.anchors + more}" if more < 64 else "more anchors"
+        elif past.any():
+            needed = "a cache of all positions"
+        else:
+            return
+        raise ValueError(
+            f"cache: CachePolicy(window={self.window}, anchors={self.anchors}) drops "
+            f"positions that the mask shows, {mask!r}; it needs {needed} (a window "
+            "counts the position of the query itself)"
+        )
 
 
 #: The default policy: a full cache.
