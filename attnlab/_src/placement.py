@@ -162,13 +162,17 @@ def of_own_heads(x: Any, heads: int, axis: int) -> Any:
         heads: how many the device has.
         axis: of the heads.
     """
-    axes = _axes_here("heads")
-    mesh = jax.sharding.get_abstract_mesh()
-    whole = heads * math.prod(mesh.shape[name] for name in axes)
+    whole = all_heads(heads)
     if whole == heads or x.shape[axis] != whole:
         return x
-    first = lax.axis_index(axes) * heads
+    first = first_of_shard("heads", heads)
     return lax.dynamic_slice_in_dim(jnp.asarray(x), first, heads, axis)
+
+
+def all_heads(heads: int) -> int:
+    """How many heads all devices have, if each has ``heads``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return heads * math.prod(mesh.shape[name] for name in _axes_here("heads"))
 
 
 def place() -> NamedSharding | None:

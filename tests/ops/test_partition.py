@@ -330,6 +330,32 @@ def test_data_of_all_heads_inside_shard_map():
     np.testing.assert_allclose(jax.jit(run)(q, k, v), wanted, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", few(["tiled", "native", "reference"], "tiled"))
+def test_a_mask_for_all_heads_inside_shard_map(name):
+    """A device takes the masks of its own heads, whose hidden blocks it skips."""
+    q, k, v = arrays()
+    mesh, spec = mesh_of(), Spec("x", None, "y")
+    kinds = masks.causal(), masks.sliding_window(2, 2), masks.full(), masks.chunked(5)
+    mask = masks.per_head(kinds) & ~masks.anchor(1)
+
+    def local(q, k, v):
+        with sharding.use(mesh, batch="x", heads="y"):
+            return attention(q, k, v, mask=mask, implementation=name)
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+
+    def own(q, k, v):
+        return (run(q, k, v) ** 2).sum()
+
+    def whole(q, k, v):
+        return (attention(q, k, v, mask=mask, implementation=name) ** 2).sum()
+
+    each = [jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v) for f in (own, whole)]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), *each
+    )
+
+
 def test_a_context_says_how_queries_are_sharded():
     """It decides how programs for several TPUs are made; elsewhere nothing changes."""
     q, k, v = arrays()

@@ -1,11 +1,14 @@
 """A mask that differs by head."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnlab._src.exact import exactly
 from attnlab._src.masks.base import Mask, as_mask, common_block_multiple
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import FAR, namespace
@@ -99,6 +102,95 @@ class PerHead(Mask):
 
     def __repr__(self) -> str:
         return f"per_head({', '.join(repr(m) for m in self.parts)})"
+
+
+@pytree
+class OwnHeads(Mask):
+    """Of a mask for all heads the part of one device, inside ``jax.shard_map``.
+
+    Attributes:
+        whole: for the heads of all devices.
+        first: the number of this device's first head, an int32 scalar.
+        count: how many heads it has.
+    """
+
+    whole: PerHead
+    first: Any
+    count: int = static()
+
+    @property
+    def head_count(self) -> int:
+        """See :class:`Mask`."""
+        return self.count
+
+    def check_heads(self, heads: int) -> None:
+        """Does nothing: it is made for the heads that there are."""
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        first = jnp.asarray(self.first, jnp.int32).reshape(1, 1, 1)
+        return self.whole.operands(query_length, key_length), Operand(first)
+
+    @property
+    def block_multiple(self) -> int | None:
+        """See :class:`Mask`."""
+        return self.whole.block_multiple
+
+    @property
+    def sees_itself(self) -> bool:
+        """See :class:`Mask`."""
+        return self.whole.sees_itself
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        inner, first = operands
+        head = tile.head + first[0, 0]
+        heads: dict[object, list[int]] = {}
+        for number, part in enumerate(self.whole.order):
+            leaves, structure = jax.tree.flatten((self.whole.parts[part], inner[part]))
+            heads.setdefault(part if leaves else structure, []).append(number)
+        # Not by lax.switch: under vmap over heads it fails inside ``shard_map``.
+        seen = []
+        for numbers in heads.values():
+            part = self.whole.order[numbers[0]]
+            mine = (head == jnp.asarray(numbers, jnp.int32)).any()
+            seen.append(
+                checked_visible(self.whole.parts[part], tile, inner[part]) & mine
+            )
+        return functools.reduce(jnp.logical_or, seen)
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        inner, first = operands
+
+        def own(intervals: Intervals) -> Intervals:
+            cut = lambda x: lax.dynamic_slice_in_dim(
+                jnp.asarray(x), jnp.ravel(first)[0], self.count, 1
+            )
+            return Intervals(*map(cut, intervals))
+
+        possible, certain = self.whole.bounds(rows, cols, inner)
+        return own(possible), own(certain)
+
+    def __repr__(self) -> str:
+        return f"{self.count} heads of {self.whole!r}"
+
+
+def of_own_heads(mask: Mask, whole: int, first: Any, count: int) -> Mask:
+    """The mask, in which ``per_head`` for all heads is that of one device's heads.
+
+    Args:
+        mask: any mask.
+        whole: how many heads all devices have.
+        first: the number of this device's first head.
+        count: how many heads it has.
+    """
+
+    def is_whole(part: Any) -> bool:
+        return exactly(part, PerHead) and part.head_count == whole
+
+    own = lambda part: OwnHeads(part, first, count) if is_whole(part) else part
+    return jax.tree.map(own, mask, is_leaf=is_whole)
 
 
 def _stack(heads: list[Intervals]) -> Intervals:

@@ -14,6 +14,7 @@ from attnlab._src import arguments, placement
 from attnlab._src.implementations.tile import precision_name
 from attnlab._src.masks.base import Mask, as_mask
 from attnlab._src.masks.intervals import FAR
+from attnlab._src.masks.per_head import of_own_heads
 from attnlab._src.ops.choice import named
 from attnlab._src.scores.inner import ScaledDot
 from attnlab._src.scores.projected import ProjectedKeys, check_score
@@ -326,6 +327,9 @@ def check(
             )
     mask = as_mask(options.get("mask"))
     _check_leaves("mask", mask)
+    if (whole := placement.all_heads(heads)) != heads:
+        first = placement.first_of_shard("heads", heads)
+        mask = of_own_heads(mask, whole, first, heads)
     args = Arguments(
         query,
         key,
