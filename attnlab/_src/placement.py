@@ -171,8 +171,10 @@ def of_own_heads(x: Any, heads: int, axis: int) -> Any:
 
 def all_heads(heads: int) -> int:
     """How many heads all devices have, if each has ``heads``."""
+    if not (axes := _axes_here("heads")):
+        return heads
     mesh = jax.sharding.get_abstract_mesh()
-    return heads * math.prod(mesh.shape[name] for name in _axes_here("heads"))
+    return heads * math.prod(mesh.shape[name] for name in axes)
 
 
 def place() -> NamedSharding | None:
