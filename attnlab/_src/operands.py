@@ -40,6 +40,7 @@ def cut(x: Array, place: Sequence[int | Array], sizes: tuple[int, int]) -> Array
 def tile_shape(
     x: Array | jax.ShapeDtypeStruct, sizes: tuple[int, int]
 ) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a tile of those sizes."""
+    """The shape and dtype of a tile of those sizes, as traced functions have it."""
     shape = (1 if n == 1 else m for n, m in zip(x.shape[2:4], sizes, strict=True))
-    return jax.ShapeDtypeStruct((*shape, *x.shape[4:]), x.dtype)
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)  # that of NumPy may be wider
+    return jax.ShapeDtypeStruct((*shape, *x.shape[4:]), dtype)
