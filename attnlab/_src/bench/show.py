@@ -79,11 +79,16 @@ def command(given: argparse.Namespace) -> int:
     for text, mask in track(given.mask, "", console=messages, transient=True):
         try:
             row = _counted(text, mask, given.length, given.block_size)
+            content = content_of(mask, given.length, given.length)
             if connected:
                 more, picture = _connected(mask, given.length)
                 row |= more
                 pictures.append(picture)
-            contents.append(content_of(mask, given.length, given.length))
+                content["numbers"] += [
+                    ["layers to full reach", f"{row['layers']:,}"],
+                    ["pairs never connected", f"{row['unreachable']:.0%}"],
+                ]
+            contents.append(content)
         except ValueError as error:
             messages.print(f"attnlab show: {text}: {error}", style="red")
             return 1
@@ -125,8 +130,8 @@ def command(given: argparse.Namespace) -> int:
         highlight=False,
     )
     path = given.out / "show.json"
-    content = {"length": given.length, "block_size": given.block_size, "masks": rows}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    result = {"length": given.length, "block_size": given.block_size, "masks": rows}
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
     written = [path, page_of(contents).save(given.out / "show.html")]
     if connected:
         written += _draw(rows, pictures, given.out)

@@ -177,6 +177,7 @@ def _block_numbers(plan: Plan) -> list[tuple[str, str]]:
     total = examples * heads * rows * -(-plan.key_length // plan.block_k)
     live = full + partial
     work = live * plan.block_q * plan.block_k / (examples * heads) * 64 / 1e9
+    moved = live * plan.block_k / (examples * heads) * 2 * 64 * 4
     return [
         ("a block", f"{plan.block_q:,} queries x {plan.block_k:,} keys"),
         ("live blocks", f"{live:,} of {total:,} ({live / max(total, 1):.2%})"),
@@ -185,6 +186,8 @@ def _block_numbers(plan: Plan) -> list[tuple[str, str]]:
         # Two products of queries and keys forward, five backward.
         ("forward, a head of size 64", f"{4 * work:,.3f} GFLOP executed"),
         ("backward, a head of size 64", f"{10 * work:,.3f} GFLOP executed"),
+        # Keys and values of each live block, float32; the sums stay on the chip.
+        ("keys and values read, forward", f"{moved / 1e6:,.1f} MB (float32)"),
     ]
 
 
