@@ -239,7 +239,7 @@ def test_the_part_that_decides_is_named(opened):
     for _ in range(2):
         canvas.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
     assert "visible, decided by causal(), chunked(50)." in said()
-    assert len(seen.find_elements(By.CSS_SELECTOR, "#numbers tr")) == 8
+    assert len(seen.find_elements(By.CSS_SELECTOR, "#numbers tr")) == 9
     assert len(seen.find_elements(By.CSS_SELECTOR, "#bands tr")) > 1
 
 
