@@ -44,32 +44,46 @@ def picture_of_plan(plan: Any) -> str | None:
     if not plan.is_static:
         return None
     blocks = -(-plan.key_length // plan.block_k)
-    intervals = [[x[0, 0] for x in part] for part in plan.rows]
-    shades = np.zeros((len(intervals[0][0]), blocks), np.float32)
-    counts = []
-    for (lo, hi), shade in zip(intervals, (1, 0.5), strict=True):
-        at = np.arange(blocks)[None, None]
-        alive = ((lo[..., None] <= at) & (at < hi[..., None])).any(1)
-        shades[alive] = shade
-        counts.append(int(alive.sum()))
-    more = _more(np.broadcast_shapes(*(x.shape[:2] for x in plan.rows[0])))
+    full, partial = (touched(part, blocks, _MOST) for part in plan.rows)
+    shades = np.maximum(full, partial / 2)
+    counts = [int(part.per_row()[0, 0].sum()) for part in plan.rows]
+    more = _more(plan.rows.per_row().shape[:2])
     lengths = f"{plan.query_length:,} queries (down), {plan.key_length:,} keys"
     return picture_of(
         f"Plan{more}: {lengths}, in blocks of {plan.block_q} x {plan.block_k}; "
-        f"{counts[0]:,} full and {counts[1]:,} partial of {shades.size:,}; "
+        f"{counts[0]:,} full and {counts[1]:,} partial of {len(shades) * blocks:,}; "
         "attnlab.show(plan) zooms",
         shades,
     )
 
 
+def touched(intervals: Any, blocks: int, most: int) -> np.ndarray:
+    """Which cells of blocks the rows of a plan touch, in head 0 of example 0.
+
+    Args:
+        intervals: the full or the partial blocks of each row, NumPy arrays.
+        blocks: number of blocks of keys.
+        most: number of cells at most; a cell is as many blocks as that takes.
+
+    Returns:
+        Boolean ``[rows, cells]``.
+    """
+    each = max(1, -(-blocks // most))
+    first = each * np.arange(-(-blocks // each))
+    lo, hi = (x[0, 0][..., None] for x in intervals)
+    return ((lo < first + each) & (first < hi) & (lo < hi)).any(1)
+
+
 def picture_of_weights(result: Any) -> str | None:
-    """The weights of one head; None if there are none, or they are traced."""
+    """The weights of one head; None without weights, or if they are traced or NaN."""
     weights, indices = result.weights, result.indices
     if weights is None or isinstance(weights, jax.core.Tracer) or not weights.size:
         return None
     first = (0,) * (weights.ndim - 2)
     more = _more(weights.shape[:-2])
     shades = np.asarray(weights[first], np.float32)
+    if not np.isfinite(shades).all():
+        return None
     if indices is not None:
         slots, whole = np.asarray(indices[first]), shades
         rows, ranks = np.nonzero(slots >= 0)

@@ -64,8 +64,8 @@ class Score:
     """A similarity: it projects each side token by token, then compares pairs.
 
     Subclass it, decorate with :func:`attnlab.extend.pytree`, and override what differs.
-    Fields are arrays (parameters) unless declared ``static()``. Without an own
-    ``compare`` a score is the inner product of its projections, which every kernel has.
+    Fields are arrays (parameters) unless declared ``static()``. Without ``compare`` it
+    is the inner product of its projections, and runs on every kernel.
 
     Laws: ``project_*`` act on each token alone; ``compare`` reads nothing but its
     arguments (no closed-over arrays) and static fields: on the instance it is called
@@ -137,7 +137,7 @@ class Score:
 class Modifier:
     """A function of the logits, after the score and before the mask; to be subclassed.
 
-    Decorate with :func:`attnlab.extend.pytree`. ``apply`` works on tiles of any size.
+    ``apply`` must work on tiles of any size, reading arrays only through its operands.
     """
 
     #: Multiplications, additions and function calls for each logit, for ``cost``.

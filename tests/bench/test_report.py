@@ -87,6 +87,16 @@ def test_time_against_density(written):
     assert "against the length" not in text
 
 
+def test_static_files_of_gpus_have_their_kernels(written):
+    spec = {"pattern": "full", "score": "dot", "dtype": "bfloat16", "length": 64}
+    kernel = {"name": "forward", "registers": 168, "spills": 0}
+    row = {"spec": spec, "target": "gpu:h100", "of": "forward", "why": None}
+    path = written(HEAD | {"rows": [row | {"kernels": [kernel]}]})
+    text = page_of_runs([read_run(path)]).html
+    assert "gpu:h100, forward, full · dot" in text
+    assert 'data-value="168"' in text
+
+
 def test_ratios_are_to_attnlabs_best():
     lines = read_run(RESULTS / "results" / "peers.json")
     text = page_of_runs([lines]).html

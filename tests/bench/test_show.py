@@ -7,8 +7,8 @@ import pytest
 
 from attnlab import masks
 from attnlab._src.bench.cli import main
-from attnlab._src.bench.graph import reach, visible_share
 from attnlab._src.bench.show import live_blocks
+from attnlab._src.masks.graph import reach, visible_share
 
 
 def test_show(tmp_path, capsys):
@@ -28,7 +28,7 @@ def test_show(tmp_path, capsys):
     assert second["density"] == pytest.approx(masks.sliding_window(4, 0).density(100))
     for kind in ("png", "svg", "html"):
         assert (tmp_path / f"show.{kind}").stat().st_size > 1000
-    assert '"layers to full reach","25"' in (tmp_path / "show.html").read_text()
+    assert 'is connected","25"' in (tmp_path / "show.html").read_text()
 
 
 def test_long_masks_have_a_page_only(tmp_path, capsys):

@@ -331,8 +331,9 @@ def test_data_of_all_heads_inside_shard_map():
 
 
 @pytest.mark.parametrize("name", few(["tiled", "native", "reference"], "tiled"))
-def test_a_mask_for_all_heads_inside_shard_map(name):
+def test_a_mask_for_all_heads_inside_shard_map(name, tile):
     """A device takes the masks of its own heads, whose hidden blocks it skips."""
+    tile(8, 8)
     q, k, v = arrays()
     mesh, spec = mesh_of(), Spec("x", None, "y")
     kinds = masks.causal(), masks.sliding_window(2, 2), masks.full(), masks.chunked(5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnlab._src.bench.graph import reach_through
+from attnlab._src.masks.graph import reach_through
 from benchmarks.studies.machinery.data.addresses import load_addresses
 from benchmarks.studies.machinery.data.batches import END, START
 from benchmarks.studies.machinery.data.stretches import Stretches

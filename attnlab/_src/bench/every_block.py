@@ -2,12 +2,10 @@
 
 import numpy as np
 
-from attnlab._src.implementations.tile import Tile
 from attnlab._src.masks.base import Mask
 from attnlab._src.masks.geometry import Blocks as Sides
 from attnlab._src.masks.rule import Bounds
-from attnlab._src.pytrees import pytree
-from attnlab._src.types import Array, PyTree
+from attnlab._src.types import Array, PyTree, Tile, pytree
 
 
 @pytree

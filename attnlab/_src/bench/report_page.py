@@ -113,7 +113,11 @@ def _section(run: Run) -> Mapping[str, Any]:
         tables.append(_estimates(run.estimates))
         charts += cycles(run.estimates)
     tables += [_table(*each) for each in run.tables]
-    checked = {(x.problem, x.contender, x.error): None for x in run.lines if x.error}
+    checked = {
+        (x.problem, x.contender, x.error): None
+        for x in run.lines
+        if x.error is not None
+    }
     if checked:
         columns = ["problem", "contender", "greatest error over the allowed one"]
         tables.append(_table("Checked against the reference", columns, [*checked]))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 _KNOWN_BY = ("machine", "versions", "date")
 #: What rows of ``attnlab bench`` have.
 _OF_ROWS = {"spec", "contender", "status", "forward", "both"}
-#: What rows of ``attnlab static`` have.
+#: What rows of ``attnlab static`` have; those of GPUs have kernels besides.
 _OF_STATIC = {"spec", "target", "of", "why"}
 #: Contenders that are attnlab's own, best first.
 OURS = ("native", "batched", "tiled", "pallas_tpu", "pallas_gpu")
@@ -112,7 +112,7 @@ def read_run(path: Path) -> Run:
         )
     try:
         lines, estimates = [*_lines(content)], [*_estimates(content)]
-        tables = [] if estimates else [*_other(content, bool(lines))]
+        tables = [*_kernels(content)] if estimates else [*_other(content, bool(lines))]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: its rows are not those of this version: {error!r}"
@@ -188,6 +188,19 @@ def _estimates(content: Mapping[str, Any]) -> Iterator[Estimate]:
             row.get("binds") or "",
             shown,
         )
+
+
+def _kernels(content: Mapping[str, Any]) -> Iterator[_Table]:
+    """The kernels of rows that are of GPUs."""
+    rows = [
+        {"problem": f"{row['target']}, {row['of']}, {problem}", **flat(kernel)}
+        for row, problem in zip(
+            content["rows"], _problems(content["rows"]), strict=True
+        )
+        for kernel in row.get("kernels", ())
+    ]
+    if rows:
+        yield _joined("Kernels", rows)
 
 
 def _line(

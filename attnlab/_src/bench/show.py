@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from attnlab._src.bench.expression import NAMES, read_mask
-from attnlab._src.bench.graph import (
+from attnlab._src.bench.options import whole, writable_folder
+from attnlab._src.files import write_atomically
+from attnlab._src.masks.base import Mask
+from attnlab._src.masks.graph import (
     LONGEST,
     adjacency,
     distances,
     summary,
     visible_share,
 )
-from attnlab._src.bench.options import whole, writable_folder
-from attnlab._src.files import write_atomically
-from attnlab._src.masks.base import Mask
 from attnlab._src.view.masks import content_of
 from attnlab._src.view.page import page_of
 
@@ -79,16 +79,11 @@ def command(given: argparse.Namespace) -> int:
     for text, mask in track(given.mask, "", console=messages, transient=True):
         try:
             row = _counted(text, mask, given.length, given.block_size)
-            content = content_of(mask, given.length, given.length)
             if connected:
                 more, picture = _connected(mask, given.length)
                 row |= more
                 pictures.append(picture)
-                content["numbers"] += [
-                    ["layers to full reach", f"{row['layers']:,}"],
-                    ["pairs never connected", f"{row['unreachable']:.0%}"],
-                ]
-            contents.append(content)
+            contents.append(content_of(mask, given.length, given.length))
         except ValueError as error:
             messages.print(f"attnlab show: {text}: {error}", style="red")
             return 1
@@ -130,8 +125,8 @@ def command(given: argparse.Namespace) -> int:
         highlight=False,
     )
     path = given.out / "show.json"
-    result = {"length": given.length, "block_size": given.block_size, "masks": rows}
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    content = {"length": given.length, "block_size": given.block_size, "masks": rows}
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     written = [path, page_of(contents).save(given.out / "show.html")]
     if connected:
         written += _draw(rows, pictures, given.out)

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from attnlab._src import arguments
 from attnlab._src.masks.base import Mask
 from attnlab._src.masks.intervals import FAR
+from attnlab._src.masks.rule import checked_visible
 from attnlab._src.masks.structural import causal, prefix, sliding_window
 from attnlab._src.types import Array, ArrayLike, Tile, pytree, static
 
@@ -338,7 +339,7 @@ class CachePolicy:
         keys = np.concatenate([oldest - some, self.anchors + some, middle])
         tile = functools.partial(Tile, last + some[:, None], keys[None])
         with jax.ensure_compile_time_eval():
-            each = jax.vmap(lambda head: mask.visible(tile(head), operands))
+            each = jax.vmap(lambda head: checked_visible(mask, tile(head), operands))
             seen = np.asarray(each(jnp.arange(heads)))
         shown = np.broadcast_to(seen, (heads, 64, len(keys)))
         near, first, past = shown.any((0, 1)).reshape(3, 64)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab._src.masks.base import And, Mask, Not, Or
+from attnlab._src.masks.graph import layers_at_least
 from attnlab._src.masks.per_head import PerHead
 from attnlab._src.masks.planning import (
     alone,
@@ -158,7 +159,11 @@ def _numbers(mask: Mask, t: int, s: int, plan: Plan) -> list[list[str]]:
             f"between {full:,} and {most:,}",
             f"between {full / pairs:.4%} and {most / pairs:.4%}",
         )
-    rows = zip(("visible pairs", "density"), counted, strict=True)
+    rows = [*zip(("visible pairs", "density"), counted, strict=True)]
+    if t == s and t > 1:
+        layers, exact = layers_at_least(mask, t)
+        bound = "" if exact else "at least "
+        rows.append(("layers until all that can be is connected", f"{bound}{layers:,}"))
     return [[*row] for row in (*rows, *_block_numbers(plan))]
 
 
@@ -186,7 +191,7 @@ def _block_numbers(plan: Plan) -> list[tuple[str, str]]:
         # Two products of queries and keys forward, five backward.
         ("forward, a head of size 64", f"{4 * work:,.3f} GFLOP executed"),
         ("backward, a head of size 64", f"{10 * work:,.3f} GFLOP executed"),
-        # Keys and values of each live block, float32; the sums stay on the chip.
+        # A live block reads its keys and values once.
         ("keys and values read, forward", f"{moved / 1e6:,.1f} MB (float32)"),
     ]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attnlab._src.bench.graph import Reach, reach
+from attnlab._src.masks.graph import Reach, reach
 from benchmarks.studies.machinery.context import Context
 from benchmarks.studies.machinery.models.language_models import PATTERNS, layer_masks
 from benchmarks.studies.machinery.page import Page, lines, table

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attnlab._src.bench.graph import reach, reach_through
+from attnlab._src.masks.graph import reach, reach_through
 from attnlab.masks import Mask
 from benchmarks.studies.machinery.context import Context
 from benchmarks.studies.machinery.data.stretches import Stretch

@@ -6,9 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from attnlab._src.masks.base import Mask
+from attnlab._src.picture import touched
+from attnlab._src.types import Intervals
 
 #: Greatest T; a layer is a product of [T, T] matrices, which takes long beyond it.
 LONGEST = 4096
+#: Blocks at most that stand for positions where a quick answer is wanted.
+_BLOCKS = 256
 #: Density below which packed rows of bits are joined along edges instead.
 _SPARSE = 1 / 16
 
@@ -124,6 +128,34 @@ def reach(mask: Mask, length: int) -> Reach:
     """
     edges = adjacency(mask, length)
     return summary(edges, distances(edges))
+
+
+def layers_at_least(mask: Mask, length: int) -> tuple[int, bool]:
+    """Number of layers to full reach, exactly or as a bound, in little time.
+
+    Up to 256 positions it is exact. Beyond, at most 256 blocks stand for them; a block
+    sees another one if some pair of theirs may be visible, so that more layers may be
+    needed.
+
+    Args:
+        mask: see :func:`adjacency`; its arrays are known.
+        length: T.
+
+    Returns:
+        The number, and whether it is exact.
+    """
+    if length <= _BLOCKS:
+        found = distances(adjacency(mask, length))
+        return max(int(found.max()), 0), True
+    size = -(-length // _BLOCKS)
+    count = -(-length // size)
+    plan = mask.plan(length, block_size=size)
+    edges = np.eye(count, dtype=bool)
+    for part in plan.rows:
+        for head in np.ndindex(1, part.lo.shape[1]):
+            one = Intervals(*(x[head][None, None] for x in part))
+            edges |= touched(one, count, count)
+    return max(int(distances(edges).max()), 1), False
 
 
 def summary(edges: np.ndarray, found: np.ndarray) -> Reach:

@@ -6,9 +6,9 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import shortest_path
 
 from attnlab import masks
-from attnlab._src.bench import graph
 from attnlab._src.bench.expression import read_mask
-from attnlab._src.bench.graph import (
+from attnlab._src.masks import graph
+from attnlab._src.masks.graph import (
     LONGEST,
     adjacency,
     distances,
@@ -127,3 +127,30 @@ def test_expressions(text, expected):
 def test_expressions_that_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         read_mask(text)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.sliding_window(9, 9),
+        masks.causal() & (masks.sliding_window(20, 0) | masks.prefix(3)),
+        masks.longformer(window=5, anchors=2),
+        masks.random_blocks(0, 2, 16, 32),
+        masks.per_head([masks.causal(), masks.sliding_window(16, 0)]),
+        masks.predicate(lambda t, s: (t - s) % 3 == 0),
+    ],
+    ids=repr,
+)
+def test_blocks_bound_the_number_of_layers(mask):
+    """Up to 256 positions it is exact; beyond, blocks can only need fewer layers."""
+    real = distances(adjacency(mask, 100)).max()
+    assert graph.layers_at_least(mask, 100) == (real, True)
+    least, known = graph.layers_at_least(mask, 300)
+    assert not known
+    assert 1 <= least <= distances(adjacency(mask, 300)).max()
+
+
+def test_blocks_of_a_window_need_as_many_layers_as_its_positions():
+    window = masks.sliding_window(8, 0)
+    assert graph.layers_at_least(window, 512) == (64, False)
+    assert distances(adjacency(window, 512)).max() == 64
