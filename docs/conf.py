@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from functools import partial
 from importlib.metadata import version as version_of
 
@@ -91,7 +92,11 @@ for module in map(partial(getattr, nn), nn.__all__):
 
 
 def setup(app):
-    """Leaves out fields of tuples, defaults from JAX, and methods that only refer."""
+    """Leaves out what only refers, or leads nowhere.
+
+    That is: fields of tuples, defaults from JAX, methods that refer to a class, and
+    links from sources back to names that have their entry elsewhere.
+    """
 
     def skip(app, what, name, thing, skipped, options):
         text = inspect.getdoc(thing) or ""
@@ -101,5 +106,11 @@ def setup(app):
     def shorten(app, what, name, thing, options, lines):
         lines[:] = [x for x in lines if not x.startswith("Create new instance of")]
 
+    def unlink(app, page, template, context, doctree):
+        if page.startswith("_modules/"):
+            link = r'<a class="viewcode-back".*?</a>'
+            context["body"] = re.sub(link, "", context["body"])
+
+    app.connect("html-page-context", unlink)
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", shorten)
