@@ -2,13 +2,14 @@
 
 The contenders of each line of `benchmarks/problems.py` are checked against the
 reference, then timed in turns. After these lines, `benchmarks/overheads.py` measures
-overheads. The results are written after each line.
+overheads. The results are written after each line; each kind of processor has a file.
 """
 
 import argparse
 import dataclasses
 import datetime as dt
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from attnlab._src.bench.machine import (
     machine_line,
     measure_peaks,
     measure_read_rate,
+    processor,
     versions,
 )
 from attnlab._src.bench.report import as_record
@@ -203,6 +205,11 @@ def markdown(records: Iterable[Record]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
+def file_name() -> str:
+    """For example ``peers-amd-epyc-family-26-model-2``."""
+    return "-".join(["peers", *re.findall(r"[a-z0-9]+", processor().lower())])
+
+
 def chart(folder: Path, records: Iterable[Record]) -> None:
     """A chart of each contender's time over attnlab's, a row for each line."""
     from attnlab._src.bench.charts import colour, plain_log, plt, save
@@ -233,7 +240,7 @@ def chart(folder: Path, records: Iterable[Record]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
     figure.supxlabel(caption(), fontsize=8, color="0.35")
-    save(figure, folder, "peers", kinds=("svg",))
+    save(figure, folder, file_name(), kinds=("svg",))
 
 
 def overhead(name: str, quick: bool) -> Record:
@@ -291,7 +298,7 @@ def main() -> None:
         for name, group in groups.items()
         if not given.only or {name, group} & set(given.only)
     ]
-    path = given.out / "peers.json"
+    path = given.out / f"{file_name()}.json"
     old = json.loads(path.read_text()) if path.exists() else {}
     if old and given.quick and not old.get("quick"):
         raise SystemExit(f"{path} holds results of full size; give another --out")
@@ -336,7 +343,7 @@ def main() -> None:
                     "quick": given.quick,
                     "lines": records(),
                 }
-                write(given.out, "peers", content, quiet=True)
+                write(given.out, path.stem, content, quiet=True)
                 progress.advance(task)
                 console.print(summary(done[name]), highlight=False)
         except KeyboardInterrupt:
@@ -347,9 +354,9 @@ def main() -> None:
     console.print(table(records()))
     text = markdown(records())
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    write_atomically(given.out / "peers.md", text.encode())
+    write_atomically(path.with_suffix(".md"), text.encode())
     chart(given.out, records())
-    console.print(f"written: {path}, peers.md, peers.svg", highlight=False)
+    console.print(f"written: {path}, and the same as .md and .svg", highlight=False)
     if interrupted:
         console.print("interrupted; go on with --resume", style="yellow")
         raise SystemExit(130)

@@ -48,16 +48,24 @@ def _line(
 _BF16 = {"dtype": "bfloat16"}
 _ADDITIVE = {"score": "additive", "heads": 1, "key_heads": 1}
 _LIBRARIES = "torch jax.nn flax.nnx"
+#: They have no backward pass.
+_RUNTIMES = "onnxruntime openvino zentorch"
 
 # float32, B=1, N=K=8 and H=64 by default; "-both": forward and backward together.
 PROBLEMS = (
-    _line("dense-2048", "forward", "torch", "full", 2048),
-    _line("dense-8192", "forward", "torch", "full", 8192),
-    _line("causal-8192", "forward", "torch flex", "causal", 8192),
-    _line("window-8192", "forward", "torch flex jax.nn", "window", 8192),
+    _line("dense-2048", "forward", f"torch {_RUNTIMES}", "full", 2048),
+    _line("dense-8192", "forward", f"torch {_RUNTIMES}", "full", 8192),
+    _line("causal-8192", "forward", f"torch flex {_RUNTIMES}", "causal", 8192),
+    _line("window-8192", "forward", f"torch flex jax.nn {_RUNTIMES}", "window", 8192),
     _line("window-16384", "forward", "flex", "window", 16384),
-    _line("causal-window-8192", "forward", "flex", "causal_window", 8192),
-    _line("short-128", "forward", "torch jax.nn", "full", 128),
+    _line(
+        "causal-window-8192",
+        "forward",
+        f"flex {_RUNTIMES}",
+        "causal_window",
+        8192,
+    ),
+    _line("short-128", "forward", f"torch jax.nn {_RUNTIMES}", "full", 128),
     # One query that sees all keys, of 2 and of 8 key heads; in the last line keys and
     # values are larger than the processor's caches.
     *(

@@ -152,6 +152,37 @@ def test_flex_agrees_with_the_reference(documents, pattern):
     }
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "pattern", few(["full", "causal", "causal_window", "documents"], "causal_window")
+)
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_runtimes_agree_with_the_reference(documents, name, pattern):
+    pytest.importorskip(name)
+    spec = dataclasses.replace(SMALL, pattern=pattern, length=300, head_size=16)
+    spec = dataclasses.replace(spec, heads=spec.key_heads)
+    peer = PEERS[name]
+    assert statuses(spec, [peer], documents, ("forward",)) == {name: ("ok", "")}
+    ((status, reason),) = statuses(spec, [peer], documents, ("both",)).values()
+    assert status == "refused"
+    assert "has no backward pass" in reason
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_runtime_groups_queries_of_causal_patterns(documents):
+    pytest.importorskip("onnxruntime")
+    grouped = dataclasses.replace(
+        SMALL, pattern="causal", heads=6, key_heads=3, head_size=16
+    )
+    peer = PEERS["onnxruntime"]
+    found = statuses(grouped, [peer], documents, ("forward",))
+    assert found == {"onnxruntime": ("ok", "")}
+    full = dataclasses.replace(grouped, pattern="full")
+    assert "grouped" in (peer.refusal(build(full, documents)) or "")
+    bf16 = dataclasses.replace(grouped, dtype="bfloat16")
+    assert "float32" in (peer.refusal(build(bf16, documents)) or "")
+
+
 LINES = (
     Problem("one", "few", SMALL, "forward", ()),
     Problem("two", "few", SMALL, "both", ()),
@@ -181,7 +212,9 @@ def script(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), *arguments])
         with contextlib.suppress(SystemExit):
             peers.main()
-        lines = json.loads((tmp_path / "peers.json").read_text())["lines"]
+        lines = json.loads((tmp_path / f"{peers.file_name()}.json").read_text())[
+            "lines"
+        ]
         return measured, [line["name"] for line in lines]
 
     return start

@@ -67,8 +67,8 @@ def free_memory() -> int:
     return (total_memory() or 8 << 30) // 2
 
 
-def machine_line() -> str:
-    """Processor (and accelerator), cores and memory in one line."""
+def processor() -> str:
+    """The processor, with family and model where they are known."""
     model = _key_value_file("/proc/cpuinfo", "model name")
     model = model or platform.processor() or platform.machine()
     # In some clouds processors of several generations have the same name.
@@ -77,8 +77,13 @@ def machine_line() -> str:
         model += (
             f" (family {family}, model {_key_value_file('/proc/cpuinfo', 'model')})"
         )
+    return model
+
+
+def machine_line() -> str:
+    """Processor (and accelerator), cores and memory in one line."""
     memory = total_memory()
-    parts = [model, "1 core" if cores() == 1 else f"{cores()} cores"]
+    parts = [processor(), "1 core" if cores() == 1 else f"{cores()} cores"]
     if memory:
         parts.append(f"{memory / 2**30:.0f} GiB")
     device = jax.local_devices()[0]

@@ -1,7 +1,6 @@
 """Contenders that call other libraries' scaled dot-product attention."""
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import time
@@ -15,6 +14,12 @@ import numpy as np
 
 from attnlab._src.bench.cases import WINDOW, Case
 from attnlab._src.bench.contenders import Contender, Prepared, compile_call, too_large
+from attnlab._src.bench.runtimes import (
+    OnnxRuntimePeer,
+    OpenVinoPeer,
+    ZentorchPeer,
+    installed,
+)
 from attnlab._src.types import Array
 
 
@@ -90,7 +95,7 @@ class FlaxPeer:
 
 
 def _torch_refusal(case: Case) -> str | None:
-    if not _installed("torch"):
+    if not installed("torch"):
         return "torch is not installed"
     if jax.default_backend() != "cpu":
         return "it is compared on CPUs only"
@@ -175,7 +180,7 @@ class FlexPeer:
     def refusal(self, case: Case) -> str | None:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
         compiler = os.environ.get("CXX", "g++")
-        if _installed("torch") and shutil.which(compiler) is None:
+        if installed("torch") and shutil.which(compiler) is None:
             return f"torch.compile needs a C++ compiler, and there is no {compiler}"
         is_table = case.spec.pattern not in ("full", *RULES)
         return _torch_refusal(case) or (too_large(case) if is_table else None)
@@ -244,18 +249,23 @@ def _rule(case: Case) -> Callable[..., Any]:
     return lambda b, h, i, j: table[b, i, j]
 
 
-#: All peers by name. FlexAttention takes long to compile and has no backward pass on
-#: CPUs, so it is not in ``installed_peers``.
+#: All peers by name. FlexAttention, which takes long to compile, and the runtimes have
+#: no backward pass on CPUs: they are not in ``installed_peers``.
 PEERS: dict[str, Contender] = {
-    peer.name: peer for peer in (JaxNnPeer(), FlaxPeer(), TorchPeer(), FlexPeer())
+    peer.name: peer
+    for peer in (
+        JaxNnPeer(),
+        FlaxPeer(),
+        TorchPeer(),
+        FlexPeer(),
+        OnnxRuntimePeer(),
+        OpenVinoPeer(),
+        ZentorchPeer(),
+    )
 }
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
 def installed_peers() -> list[Contender]:
-    """Every installed peer except FlexAttention."""
-    names = ["jax.nn", "flax.nnx"] + (["torch"] if _installed("torch") else [])
+    """Every installed peer that has a backward pass."""
+    names = ["jax.nn", "flax.nnx"] + (["torch"] if installed("torch") else [])
     return [PEERS[name] for name in names]
