@@ -1,157 +1,141 @@
 """How many cycles do the TPU kernels take, compared with JAX's splash attention?
 
 Cycles are the estimates of the TPU's own compiler, which needs no TPU (``pip install -e
-".[tpu-aot]"``): use them for ratios. Inputs are bfloat16, each kernel has its best
-block sizes, and both searches have the same limits. Compiled programs are cached, so
-that an interrupted run continues where it was stopped.
+".[tpu-aot]"``): use them for ratios. Inputs are bfloat16. For each mask both kernels
+have the block sizes that are cheapest for it, out of the same ones; attnlab chooses
+them itself. Compiled programs are cached, so that an interrupted run continues where it
+was stopped.
 """
 
 import argparse
-import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from rich.console import Console
 from rich.progress import track
 
 from attnlab import cost
-from attnlab._src.bench import tune
 from attnlab._src.bench.cases import Spec
 from attnlab._src.bench.machine import cores
 from attnlab._src.bench.options import whole
-from attnlab._src.bench.static import (
-    least,
-    per_block,
-    problem,
-    projected_size,
-    sized,
-    splash_per_block,
-)
+from attnlab._src.bench.per_block import per_block, splash_per_block
+from attnlab._src.bench.problem import problem, projected_size, sized
+from attnlab._src.bench.static import least
 from attnlab._src.bench.targets import TOLD, CompilerMissing, on
-from attnlab._src.bench.tune import LEAST, MOST, best_of, by_cycles, search
-from attnlab._src.implementations.pallas_tpu.blocks import Blocks
+from attnlab._src.bench.tune import SIDES, Cost, by_cycles, costs
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks, Entry
 from benchmarks.common import parser, write
 
 PASSES = ("forward", "backward")
-LENGTH = 8192
+MASKS = ("full", "causal", "window")
+LENGTHS = (4096, 8192)
 
 
 def spec_of(head_size: int, **changes: Any) -> Spec:
-    return Spec(
-        dtype="bfloat16",
-        length=LENGTH,
-        heads=1,
-        key_heads=1,
-        head_size=head_size,
-        **changes,
-    )
+    return Spec(dtype="bfloat16", heads=1, key_heads=1, head_size=head_size, **changes)
 
 
-class Way(NamedTuple):
-    """Options of splash attention: block sizes, and whether backward is one kernel."""
-
-    blocks: Blocks
-    fused: bool
-
-
-def by_splash(spec: Spec, of: str, target: str, way: Way) -> float | None:
-    """Cycles per pair of a full block of splash attention; None: unknown."""
-    found = splash_per_block(
-        spec, way.blocks, of, target, masked=False, fused=way.fused
-    )
-    return None if found is None else found / (way.blocks.q * way.blocks.k)
-
-
-def near(way: Way) -> list[Way]:
-    """The options to try next to those of ``way``."""
-    found = [way._replace(blocks=b) for b in tune.near(way.blocks)]
-    return [*found, way._replace(fused=False)]
+def by_splash(
+    spec: Spec, of: str, target: str, fused: bool, blocks: Blocks, masked: bool
+) -> Cost:
+    """What ``by_cycles`` returns, for splash attention."""
+    found = splash_per_block(spec, blocks, of, target, masked=masked, fused=fused)
+    if found.cycles is None or found.outer is None:
+        return None
+    return found.cycles, found.outer
 
 
 def rows(
     targets: list[str], head_sizes: list[int], quick: bool
 ) -> Iterator[dict[str, Any]]:
-    """For each TPU, head size and pass: cycles of full blocks, then with masks."""
-    start = LEAST if quick else MOST
+    """For each TPU, head size and pass: costs of blocks, then cycles of masks."""
+    sides = SIDES[-1:] if quick else SIDES
     for target in targets:
         for head_size in head_sizes:
             for of in PASSES[:1] if quick else PASSES:
-                spec, label = spec_of(head_size), f"{target} {of} {head_size}"
-                ours = cheapest(
-                    functools.partial(by_cycles, spec, of, target),
-                    start,
-                    tune.near,
-                    f"{label}, ours",
-                )
-                splash = cheapest(
-                    functools.partial(by_splash, spec, of, target),
-                    Way(start, of == "backward"),
-                    near,
-                    f"{label}, splash",
-                )
-                if ours is None:
+                spec = spec_of(head_size, pattern="causal")
+                label = f"{target} {of} {head_size}"
+                measure = functools.partial(by_cycles, spec, of, target)
+                ours = entries(measure, sides, of, f"{label}, ours")
+                if not ours:
                     print(f"{label}: the compiler gives no cycles")
                     continue
+                splash: list[Entry] = []
+                # Backward in one kernel or two.
+                for fused in (True, False) if of == "backward" else (False,):
+                    measure = functools.partial(by_splash, spec, of, target, fused)
+                    splash += entries(measure, sides, of, f"{label}, splash")
                 yield {
                     "target": target,
                     "pass": of,
                     "head_size": head_size,
-                    "ours": {"blocks": ours[0], "cycles_per_pair": ours[1]},
-                    "splash": splash
-                    and {**splash[0]._asdict(), "cycles_per_pair": splash[1]},
-                    "ratio": splash and ours[1] / splash[1],
-                    "masks": {
-                        pattern: masked(spec, pattern, of, target, ours, splash)
-                        for pattern in ("causal", "window")
-                    },
+                    "ours": ours,
+                    "splash": splash,
+                    "masks": [
+                        compared(head_size, pattern, length, of, target, ours, splash)
+                        for length in LENGTHS
+                        for pattern in MASKS
+                    ],
                 }
 
 
-def cheapest(
-    measure: Callable[[Any], float | None],
-    start: Any,
-    near: Callable[[Any], list[Any]],
-    label: str,
-) -> tuple[Any, float] | None:
-    """The cheapest options and their cost, searched with a progress bar."""
-    tried = search(measure, start, near, at_once=cores())
-    console = Console(stderr=True)
-    return best_of(track(tried, label, console=console, transient=True))
+def entries(
+    measure: Any, sides: Sequence[tuple[int, int]], of: str, label: str
+) -> list[Entry]:
+    """What blocks cost, measured with a progress bar."""
+    found = track(
+        costs(measure, sides, of, cores()),
+        label,
+        total=len(sides),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    return [entry for entry in found if entry is not None]
 
 
-def masked(
-    spec: Spec,
+def compared(
+    head_size: int,
     pattern: str,
+    length: int,
     of: str,
     target: str,
-    ours: tuple[Blocks, float],
-    splash: tuple[Way, float] | None,
+    ours: Sequence[Entry],
+    splash: Sequence[Entry],
 ) -> dict[str, Any]:
-    """Cycles of partial blocks over full ones, and of the whole over splash's."""
-    spec = dataclasses.replace(spec, pattern=pattern)
-    blocks, each = ours
-    full = each * blocks.q * blocks.k
-    cut = per_block(spec, blocks, of, target, masked=True).cycles
-    found = {"partial_over_full": cut and cut / full}
-    if cut is None or splash is None:
-        return found
-    (sizes, fused), each = splash
-    peer = splash_per_block(spec, sizes, of, target, masked=True, fused=fused)
-    if peer is None:
-        return found
-    counts = live(spec, target, blocks)
-    # Splash attention evaluates such a mask in every block.
-    whole = peer * sum(live(spec, target, sizes))
+    """Cycles of a pass with a mask, each kernel with its best blocks."""
+    spec = spec_of(head_size, pattern=pattern, length=length)
+
+    def best(given: Sequence[Entry], masks_all: bool) -> tuple[float, Blocks] | None:
+        found = []
+        for entry in given:
+            blocks = entry.blocks
+            full, partial = live(spec, target, blocks)
+            if masks_all:
+                full, partial = 0, full + partial
+            side = blocks.q if of == "forward" else blocks.k
+            outer = length // side * entry.outer
+            total = outer + full * entry.full + partial * entry.partial
+            found.append((total, blocks))
+        return min(found, default=None)
+
+    own = best(ours, False)
+    # Splash attention evaluates such a mask in every live block.
+    peer = best(splash, pattern != "full")
     return {
-        **found,
-        "splash_partial_over_full": peer / (each * sizes.q * sizes.k),
-        "ratio_to_splash": (counts[0] * full + counts[1] * cut) / whole,
+        "mask": pattern,
+        "length": length,
+        "cycles": own and own[0],
+        "blocks": own and own[1],
+        "splash_cycles": peer and peer[0],
+        "splash_blocks": peer and peer[1],
+        "ratio_to_splash": own and peer and own[0] / peer[0],
     }
 
 
+@functools.cache
 def live(spec: Spec, target: str, blocks: Blocks) -> tuple[int, int]:
     """Numbers of full and of partial blocks."""
     shapes, options = problem(spec)
@@ -194,11 +178,13 @@ def study_all(given: argparse.Namespace) -> None:
     inner, hidden = [], []
     for each in rows(given.target, given.head_size, given.quick):
         inner.append(each)
-        print(
-            f"{each['target']} {each['pass']}, head size {each['head_size']}: "
-            f"{each['ours']['cycles_per_pair'] * 2**20:,.0f} cycles a 2^20 pairs, "
-            f"{each['ratio'] or float('nan'):.2f}x splash"
-        )
+        label = f"{each['target']} {each['pass']}, head size {each['head_size']}"
+        for found in each["masks"]:
+            print(
+                f"{label}: {found['mask']}, {found['length']:,}: "
+                f"{found['cycles']:,.0f} cycles, "
+                f"{found['ratio_to_splash'] or float('nan'):.2f}x splash"
+            )
         write(given.out, "tpu", {"inner": inner, "additive": hidden}, quiet=True)
     for target in given.target:
         for of in PASSES[:1] if given.quick else PASSES:

@@ -30,7 +30,7 @@ from rich.progress import track
 
 from attnlab import attention
 from attnlab._src.bench.cases import Spec
-from attnlab._src.bench.static import problem, sized, the_pass
+from attnlab._src.bench.problem import problem, sized, the_pass
 from attnlab._src.bench.targets import TARGETS, CompilerMissing, Study, study
 from attnlab._src.files import write_atomically
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks

@@ -6,8 +6,8 @@ of query and key, ``P`` projected head size (what the comparison sees), ``D`` he
 of value and output.
 
 An **operand** is an array that belongs to a score, a modifier or a mask. Internally it
-is ``[B, N, T, S, *payload]``, each of the first four axes full or 1: the shape says
-along which axes it varies, so that any kernel can cut the tile that it needs.
+is ``[B, N, T, S, *payload]``, each of the first four axes full or 1, so that any kernel
+can cut the tile that it needs.
 """
 
 import dataclasses
@@ -22,8 +22,6 @@ from attnlab._src.dtypes import accumulation_dtype as accumulation_dtype
 from attnlab._src.dtypes import promoted as promoted
 from attnlab._src.exact import inherits
 from attnlab._src.picture import picture_of_plan, picture_of_weights
-from attnlab._src.pytrees import by_name as by_name
-from attnlab._src.pytrees import itself as itself
 from attnlab._src.pytrees import pytree as pytree
 from attnlab._src.pytrees import skeleton as skeleton
 from attnlab._src.pytrees import static as static
@@ -254,8 +252,7 @@ class AttentionInputs:
             they are slot numbers, known when compiling; "offset": slot numbers plus an
             offset, the position of slot 0 (a slot with a position below 0 is empty);
             "given": one by one.
-        logit_scale: a constant factor of inner products. It must not multiply queries
-            of 16 bits: that would round them.
+        logit_scale: a constant factor of inner products; it would round 16-bit queries.
     """
 
     query: Array
@@ -367,6 +364,10 @@ class Implementation:
         """Queries and keys in a block, by default all. Arrays may be shapes."""
         return max(inputs.sizes.T, 1), max(inputs.sizes.S, 1)
 
+    def candidates(self, inputs: AttentionInputs) -> dict[tuple[int, int], float]:
+        """Block sizes that ``block_sizes`` chose from, with their relative costs."""
+        return {}
+
     def blocks_executed(self, plan: Plan) -> Any:
         """Blocks of keys that each block of queries computes, ``[Bp, Np, rows]``."""
         return plan.rows.per_row()
@@ -375,9 +376,8 @@ class Implementation:
         """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``.
 
         Both are in the accumulation type; a query that sees nothing has 0 and -inf.
-        Unless the implementation is ``differentiable``, ``forward`` and ``backward``
-        are traced when a program is lowered, once for all equal calls, and see no
-        manual mesh axes.
+        Unless ``differentiable``, both passes are traced when a program is lowered,
+        once for all equal calls, and see no manual mesh axes.
         """
         raise NotImplementedError
 

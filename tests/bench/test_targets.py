@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import pytest
 
 from attnlab import attention, masks, scores
-from attnlab._src.bench import cli, static, static_cli, targets, tune
+from attnlab._src.bench import (
+    cli,
+    per_block,
+    problem,
+    static,
+    static_cli,
+    targets,
+    tune,
+)
 from attnlab._src.bench.cases import SCORES, Spec
 from attnlab._src.bench.deviceless import schedules, vector_memory
 from attnlab._src.bench.targets import TARGETS, Kernel, Study, study
@@ -253,7 +261,7 @@ def test_commands_say_what_is_missing(command, monkeypatch, capsys, tmp_path):
     def refuse(*_, **__):
         raise targets.CompilerMissing('pip install "attnlab[tpu-aot]"')
 
-    for module in (static, tpu_baseline):
+    for module in (per_block, tpu_baseline):
         monkeypatch.setattr(module, "study", refuse)
     table = tmp_path / "table.json"
     monkeypatch.setattr("sys.argv", ["tpu", "--quick", "--out", str(tmp_path)])
@@ -314,21 +322,21 @@ def told(cycles_of):
 
 
 def test_cycles_follow_the_plan(monkeypatch):
-    """Cycles are those of a block (from two problems) times the number of blocks."""
+    """Cycles are those of a block (from three problems) times the number of blocks."""
     blocks = Blocks(128, 128, 128)
 
     def cycles(length):
-        return 1000 + 7 * (length // 128) ** 2
+        return 1000 + 7 * (length / 128) ** 2
 
     names = ("attnlab_forward_bounded", "splash_mha_fwd")
-    monkeypatch.setattr(static, "study", told(dict.fromkeys(names, cycles)))
+    monkeypatch.setattr(per_block, "study", told(dict.fromkeys(names, cycles)))
     spec = Spec(pattern="causal", dtype="bfloat16", length=1024, head_size=64)
     row = static.row(spec, "forward", "tpu:v5e", blocks=blocks)
     live = masks.causal().plan(1024, block_size=128).rows
     full, partial = (8 * int(x.per_row().sum()) for x in live)
     assert (row.full, row.partial, row.total) == (full, partial, 8 * 64)
-    assert row.block_cycles == (7, 7)
-    assert row.cycles == 7 * (full + partial)
+    assert row.block_cycles == pytest.approx((7, 7))
+    assert row.cycles == pytest.approx(7 * (full + partial))
     assert row.ratio_to_splash == pytest.approx(1)
     assert row.bounds["matrix units"] == pytest.approx(
         2 * (full + partial) * 128 * 128 * 64 / 65_536
@@ -338,7 +346,7 @@ def test_cycles_follow_the_plan(monkeypatch):
 
 def test_a_command_writes_its_rows(monkeypatch, tmp_path, capsys):
     names = ("attnlab_forward_bounded", "splash_mha_fwd")
-    monkeypatch.setattr(static, "study", told(dict.fromkeys(names, lambda n: n * n)))
+    monkeypatch.setattr(per_block, "study", told(dict.fromkeys(names, lambda n: n * n)))
     out = tmp_path / "out"
     own = "causal() & (sliding_window(300, 0) | prefix(4))"
     arguments = ["--shape", "b=1,t=2048,n=2,h=64", "--mask", "full", own]
@@ -380,14 +388,15 @@ def test_bad_options(arguments, message, capsys):
 
 def test_a_problem_that_has_no_answer_costs_no_other(monkeypatch, tmp_path, capsys):
     names = ("attnlab_forward_bounded", "splash_mha_fwd")
-    monkeypatch.setattr(static, "study", told(dict.fromkeys(names, lambda n: n * n)))
-    arguments = ["static", "--shape", "t=512,s=1024", "--mask", "documents", "full"]
+    monkeypatch.setattr(per_block, "study", told(dict.fromkeys(names, lambda n: n * n)))
+    short = "random_blocks(0, 1, 64, 4)"
+    arguments = ["static", "--shape", "t=512,s=1024", "--mask", short, "full"]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
-    assert "built for length 1024, used with length 512" in capsys.readouterr().err
-    full, documents = json.loads((tmp_path / "static.json").read_text())["rows"]
+    assert "built for 4 blocks" in " ".join(capsys.readouterr().err.split())
+    full, refused = json.loads((tmp_path / "static.json").read_text())["rows"]
     assert full["cycles"] > 0
-    assert documents["spec"]["pattern"] == "documents"
-    assert "built for length" in documents["why"]
+    assert refused["spec"]["pattern"] == short
+    assert "built for 4 blocks" in refused["why"]
     assert cli.main([*arguments[:-1], "--out", str(tmp_path)]) == 1
 
 
@@ -401,22 +410,31 @@ def test_shapes_have_defaults():
     }
 
 
-def test_the_best_blocks_become_a_table(monkeypatch, tmp_path, capsys):
+def test_costs_of_blocks_become_a_table(monkeypatch, tmp_path, capsys):
     out = tmp_path / "table.json"
-    out.write_text('{"v6e": {"64": {"forward": [128, 128, 128]}}, "v5e": {}}')
+    before = {"64": {"forward": [[128, 128, 128, 1, 1, 1]]}}
+    out.write_text(json.dumps({"v6e": before, "v5e": {}}))
 
-    def cost(spec, of, target, blocks):
-        if spec.head_size == 256 and of == "backward":
+    def cost(spec, of, target, blocks, masked):
+        """Half as much a pair in blocks of 512 x 512, all keys at once are best."""
+        if spec.head_size == 256 and of == "backward" or blocks.q == 256:
             return None
-        wanted = (1024, 512, 256) if of == "forward" else (512, 1024, 512)
-        return sum(abs(a - b) for a, b in zip(blocks, wanted, strict=True))
+        each = 1 if blocks[:2] == (512, 512) else 2
+        return blocks.q * blocks.k * (each + masked) - blocks.chunk / 1e3, blocks.q
 
     monkeypatch.setattr(tune, "by_cycles", cost)
     command = ["tune", "--target", "tpu:v5e", "--out", str(out), "--head-size"]
     assert cli.main([*command, "64"]) == 0
-    found = {"forward": [1024, 512, 256], "backward": [512, 1024, 512]}
-    before = {"64": {"forward": [128, 128, 128]}}
-    assert json.loads(out.read_text()) == {"v6e": before, "v5e": {"64": found}}
+    content = json.loads(out.read_text())
+    assert content["v6e"] == before
+    found = content["v5e"]["64"]
+    assert found["backward"][0] == [512, 512, 512, 512.0, 2.6214e5, 5.2429e5]
+    assert found["forward"][0][:3] == [512, 512, 256]
+    assert len(found["forward"]) == len(tune.SIDES) - 2
+    sizes = sorted(x[:3] for x in found["backward"])
+    assert sizes[-1] == [1024, 1024, 1024]
+    assert sizes[0] == [512, 256, 256]
+    assert "512x512x512" in capsys.readouterr().out
 
     def stopped(spec, *rest):
         if spec.head_size == 128:
@@ -424,9 +442,8 @@ def test_the_best_blocks_become_a_table(monkeypatch, tmp_path, capsys):
         return cost(spec, *rest)
 
     # An interrupted search keeps its results and those of the file.
-    content = {
-        "v5e": {"256": {"forward": [128, 128, 128], "backward": [128, 128, 128]}}
-    }
+    own = [[128, 128, 128, 1, 1, 1]]
+    content = {"v5e": {"256": {"forward": own, "backward": own}}}
     out.write_text(json.dumps(content))
     monkeypatch.setattr(tune, "by_cycles", stopped)
     assert cli.main([*command, "256", "128"]) == 130
@@ -437,36 +454,30 @@ def test_the_best_blocks_become_a_table(monkeypatch, tmp_path, capsys):
     assert json.loads(out.read_text()) == content
 
 
-def test_the_best_sizes_are_searched():
-    asked = []
-
-    def measure(blocks):
-        asked.append(blocks)
-        return None if blocks.k == 2048 else float(blocks.k + blocks.chunk)
-
-    found = list(tune.search(measure, tune.MOST, tune.near))
-    assert tune.best_of(found) == (Blocks(1024, 512, 256), 768.0)
-    assert [blocks for blocks, _ in found] == asked
-    assert len(set(asked)) == len(asked)
-    # Once some sizes work, only neighbours of the cheapest are tried; all keys at once
-    # is a neighbour.
-    assert {Blocks(512, 1024, 512), Blocks(1024, 2048, 2048)} < set(asked)
-    assert all(blocks.k % blocks.chunk == 0 for blocks in asked)
-    assert Blocks(512, 2048, 256) not in asked
-    assert tune.best_of(tune.search(lambda _: None, tune.MOST, tune.near)) is None
-
-
 def test_sizes_are_measured_beside_each_other():
     both = threading.Barrier(2)
 
-    def measure(n):
-        if n > 1:
+    def measure(blocks, masked):
+        if not masked and blocks.k == 512:
             both.wait(timeout=60)
-        return 1.0 / n
+        return 1.0, 0.0
 
-    near = {1: [2, 3], 3: []}
-    found = list(tune.search(measure, 1, near.__getitem__, at_once=2))
-    assert found == [(n, 1.0 / n) for n in (1, 2, 3)]
+    sides = [(256, 512), (512, 512)]
+    found = list(tune.costs(measure, sides, "forward", at_once=2))
+    assert [x and x.blocks for x in found] == [(256, 512, 256), (512, 512, 256)]
+
+
+@pytest.mark.parametrize("of", ["forward", "backward"])
+def test_costs_come_from_differences(of):
+    """A constant cancels; an outer block costs 7, a live block 3."""
+    blocks = Blocks(256, 512, 256)
+
+    def measure(queries, keys):
+        rows, cols = queries // 256, keys // 512
+        return 100 + 7 * (rows if of == "forward" else cols) + 3 * rows * cols
+
+    assert per_block.slopes(blocks, of, measure) == (3, 7)
+    assert per_block.slopes(blocks, of, lambda *_: None) == (None, None)
 
 
 def test_tuning_here_needs_a_tpu(tmp_path, capsys):
@@ -506,21 +517,25 @@ def test_time_is_taken_of_the_sizes_asked_for(of, monkeypatch):
         asked.append(blocks)
         yield made
 
-    monkeypatch.setattr(static, "sized", sized)
+    monkeypatch.setattr(problem, "sized", sized)
     spec = Spec(heads=1, key_heads=1, head_size=8)
-    time = tune.by_time(spec, of, Blocks(32, 64, 32))
-    assert time is not None
-    assert time > 0
-    assert asked == [Blocks(32, 64, 32)]
+    monkeypatch.setattr(
+        per_block, "slopes", lambda blocks, of, measure, length: (measure(64, 128), 0.0)
+    )
+    for masked in (False, True):
+        time = tune.by_time(spec, of, Blocks(32, 64, 32), masked)
+        assert time is not None
+        assert time[0] > 0
+    assert set(asked) == {Blocks(32, 64, 32)}
 
 
 def test_sizes_that_cannot_fit_have_no_time(monkeypatch):
     """By attnlab's own estimate, before anything is compiled."""
     made = interpreted.Interpreted()
     interpreted.register(monkeypatch, made)
-    monkeypatch.setattr(static, "sized", lambda _: contextlib.nullcontext(made))
+    monkeypatch.setattr(problem, "sized", lambda _: contextlib.nullcontext(made))
     spec = Spec(heads=1, key_heads=1, head_size=2**14)
-    assert tune.by_time(spec, "forward", Blocks(32, 64, 32)) is None
+    assert tune.by_time(spec, "forward", Blocks(32, 64, 32), False) is None
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -536,7 +551,7 @@ def test_products_that_a_pass_cannot_do_without(score):
 
 def test_short_sides_are_counted_in_the_blocks_that_they_get(monkeypatch):
     names = ("attnlab_forward_bounded", "splash_mha_fwd")
-    monkeypatch.setattr(static, "study", told(dict.fromkeys(names, lambda n: n * n)))
+    monkeypatch.setattr(per_block, "study", told(dict.fromkeys(names, lambda n: n * n)))
     spec = Spec(dtype="bfloat16", length=200, heads=1, key_heads=1, head_size=64)
     row = static.row(spec, "forward", "tpu:v5e", blocks=Blocks(1024, 1024, 512))
     assert row.blocks == (256, 256, 256)
@@ -552,19 +567,19 @@ def test_blocks_need_not_be_square(of, monkeypatch):
         "backward": ("attnlab_backward", "splash_mha_dq"),
     }[of]
     costs = {ours: lambda n: 50 + 3 * n * n, splash: lambda n: 90 + 4 * n * n}
-    monkeypatch.setattr(static, "study", told(costs))
+    monkeypatch.setattr(per_block, "study", told(costs))
     spec = Spec(dtype="bfloat16", head_size=64)
     for blocks in (Blocks(512, 1024, 256), Blocks(256, 128, 128)):
         pairs = blocks.q * blocks.k
-        found = static.per_block(spec, blocks, of, "tpu:v5e", masked=False)
+        found = per_block.per_block(spec, blocks, of, "tpu:v5e", masked=False)
         assert found.cycles == pytest.approx(3 * pairs)
-        for sizes, fused in static.splash_ways(blocks, of):
-            found = static.splash_per_block(
+        for sizes, fused in per_block.splash_ways(blocks, of):
+            found = per_block.splash_per_block(
                 spec, sizes, of, "tpu:v5e", masked=False, fused=fused
             )
-            assert found == pytest.approx(4 * pairs)
+            assert found.cycles == pytest.approx(4 * pairs)
         packed = dataclasses.replace(spec, pattern="documents")
-        found = static.per_block(packed, blocks, of, "tpu:v5e", masked=True)
+        found = per_block.per_block(packed, blocks, of, "tpu:v5e", masked=True)
         assert found.cycles == pytest.approx(3 * pairs)
 
 
@@ -580,17 +595,24 @@ def test_blocks_with_a_mask_have_cycles_on_every_target():
 
 @pytest.mark.slow
 def test_each_kernel_is_shown_at_its_best_blocks(monkeypatch, tmp_path, capsys):
-    ours = {Blocks(512, 512, 512): 3.0, Blocks(1024, 512, 512): 2.0}
-    peer = {Blocks(512, 512, 512): 8.0, Blocks(1024, 512, 512): 9.0}
-    monkeypatch.setattr(tpu, "by_cycles", lambda *a: ours.get(a[-1]))
-    monkeypatch.setattr(tpu, "by_splash", lambda *a: peer.get(a[-1].blocks))
-    names = {
-        "attnlab_forward_bounded": lambda n: 2 * n * n,
-        "attnlab_backward": lambda n: 2 * n * n,
-        "splash_mha_fwd": lambda n: 8 * n * n,
-        "splash_mha_dq": lambda n: 8 * n * n,
-    }
-    monkeypatch.setattr(static, "study", told(names))
+    """Cycles by mask: a window has smaller blocks than full attention."""
+    each = {(1024, 1024): (5, 1.0), (256, 256): (1, 0.1)}
+
+    def ours(spec, of, target, blocks, masked):
+        if blocks[:2] not in each or blocks.chunk != 256:
+            return None
+        outer, block = each[blocks[:2]]
+        return block, outer
+
+    def peer(spec, of, target, fused, blocks, masked):
+        found = ours(spec, of, target, blocks, masked)
+        return found and tuple(4 * x for x in found)
+
+    monkeypatch.setattr(tpu, "by_cycles", ours)
+    monkeypatch.setattr(tpu, "by_splash", peer)
+    names = {"attnlab_forward_bounded": lambda n: 2 * n * n}
+    names["attnlab_backward"] = names["attnlab_forward_bounded"]
+    monkeypatch.setattr(per_block, "study", told(names))
     out = ["--out", str(tmp_path)]
     options = ["tpu", "--target", "tpu:v6e", "--head-size", "64", *out]
     monkeypatch.setattr("sys.argv", options)
@@ -598,17 +620,13 @@ def test_each_kernel_is_shown_at_its_best_blocks(monkeypatch, tmp_path, capsys):
     content = json.loads((tmp_path / "tpu.json").read_text())
     assert [row["pass"] for row in content["inner"]] == ["forward", "backward"]
     for row in content["inner"]:
-        assert row["ours"] == {"blocks": [1024, 512, 512], "cycles_per_pair": 2}
-        assert row["splash"] == {
-            "blocks": [512, 512, 512],
-            "fused": row["pass"] == "backward",
-            "cycles_per_pair": 8,
-        }
-        assert row["ratio"] == 0.25
-        for told_of in row["masks"].values():
-            assert told_of["partial_over_full"] == pytest.approx(1)
-            assert told_of["splash_partial_over_full"] == pytest.approx(1)
-            assert 0.25 < told_of["ratio_to_splash"] < 0.35
+        found = {(x["mask"], x["length"]): x for x in row["masks"]}
+        full, window = found["full", 4096], found["window", 4096]
+        assert (full["blocks"], full["cycles"]) == ([1024, 1024, 256], 4 * 5 + 16)
+        assert window["blocks"] == [256, 256, 256]
+        assert window["cycles"] == pytest.approx(16 + 0.1 * 46)
+        for x in found.values():
+            assert x["ratio_to_splash"] == pytest.approx(0.25)
     pairs = 2 * 1024  # additive scores: 2 cycles per pair over 1/1024 per function call
     assert [row["over_bound"] for row in content["additive"]] == [
         pytest.approx(pairs / (1 + 64))

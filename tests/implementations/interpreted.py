@@ -4,7 +4,7 @@ import sys
 
 from attnlab._src.implementations import IMPLEMENTATIONS
 from attnlab._src.implementations.pallas_tpu import PallasTpu
-from attnlab._src.implementations.pallas_tpu.blocks import Blocks
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks, Entry
 
 NAME = "pallas_tpu_interpreted"
 
@@ -16,7 +16,7 @@ class Interpreted(PallasTpu):
     platforms = None
     interpret = True
     lanes = 32
-    blocks = Blocks(64, 64, 32)
+    table = (Entry(Blocks(64, 64, 32)),)
 
 
 def register(monkeypatch, made=None):

@@ -24,13 +24,13 @@ from attnlab import (
 from attnlab._src.implementations import IMPLEMENTATIONS, pallas_tpu
 from attnlab._src.implementations.pallas_tpu import blocks, memory
 from attnlab._src.implementations.pallas_tpu.backward import Backward
-from attnlab._src.implementations.pallas_tpu.blocks import Blocks, limit
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks, Entry, limit
 from attnlab._src.implementations.pallas_tpu.call import Products
 from attnlab._src.implementations.pallas_tpu.steps import by_key, by_query
 from attnlab._src.implementations.schedule import fit
 from attnlab._src.ops.explain import canonical
 from attnlab._src.ops.prepare import prepare
-from attnlab._src.ops.validate import check
+from attnlab._src.ops.validate import Options, check
 from attnlab._src.types import pytree
 from tests import grid
 from tests.implementations import interpreted
@@ -477,7 +477,7 @@ def test_new_documents_do_not_compile_again():
 
 def sizes(t, s, head_size=64, of="forward"):
     class Sized(interpreted.PallasTpu):
-        blocks = Blocks(1024, 1024, 512)
+        table = (Entry(Blocks(1024, 1024, 512)),)
 
     q = jax.ShapeDtypeStruct((1, t, 1, head_size), jnp.float32)
     k = jax.ShapeDtypeStruct((1, s, 1, head_size), jnp.float32)
@@ -660,15 +660,118 @@ def test_lists_that_scalar_memory_cannot_hold_are_refused():
 
 def test_the_table_is_read_and_may_be_replaced(tmp_path, monkeypatch):
     with on("TPU v5 lite"):
-        assert blocks.best(128, "forward") != blocks.CAUTIOUS
+        assert len(blocks.entries(128, "forward")) > 1
         path = tmp_path / "table.json"
-        path.write_text('{"v5e": {"64": {"forward": [256, 128, 128]}}}')
+        path.write_text('{"v5e": {"64": {"forward": [[256, 128, 128, 3, 2.5, 4]]}}}')
         monkeypatch.setenv(blocks.VARIABLE, str(path))
-        assert blocks.best(200, "forward") == (256, 128, 128)
-        assert blocks.best(200, "backward") == blocks.CAUTIOUS
+        found = Entry(Blocks(256, 128, 128), 3, 2.5, 4)
+        assert blocks.entries(200, "forward") == (found,)
+        assert blocks.entries(200, "backward") == (Entry(blocks.CAUTIOUS),)
         broken = tmp_path / "broken.json"
-        broken.write_text("[1]")
         monkeypatch.setenv(blocks.VARIABLE, str(broken))
-        with pytest.raises(ValueError, match="no table of blocks"):
-            blocks.best(64, "forward")
+        for text in (
+            "[1]",
+            '{"v5e": {"64": {"forward": [256, 128, 128]}}}',
+            '{"v5e": {"64": {"forward": []}}}',
+        ):
+            broken.write_text(text)
+            blocks.read.cache_clear()
+            with pytest.raises(ValueError, match="no table of blocks"):
+                blocks.entries(64, "forward")
     assert blocks.device().kind is None
+
+
+SHAPE = jax.ShapeDtypeStruct((1, 8192, 1, 128), jnp.bfloat16)
+
+
+def chosen(mask, of="forward", made=None, **options):
+    *_, inputs = canonical(SHAPE, SHAPE, SHAPE, Options(mask=mask, **options))
+    return (made or interpreted.PallasTpu()).sizes(inputs, of)
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
+@pytest.mark.parametrize("of", ["forward", "backward"])
+def test_blocks_follow_the_plan(kind, of):
+    """Smaller ones for a window; no others that fit cost less, by the table."""
+    with on(kind):
+        *_, inputs = canonical(SHAPE, SHAPE, SHAPE, {})
+        found = {}
+        for name, mask in {
+            "full": masks.full(),
+            "causal": masks.causal(),
+            "window": masks.sliding_window(256, 256),
+        }.items():
+            found[name] = chosen(mask, of)
+            costs = {}
+            for sizes, outer, full, partial in blocks.entries(128, of):
+                if memory.bytes_needed(inputs, sizes, of, limit()) > limit():
+                    continue
+                plan = mask.plan(8192, block_size=sizes[:2])
+                live = [float(x.per_row().sum()) for x in plan.rows]
+                owners = 8192 // (sizes.q if of == "forward" else sizes.k)
+                costs[sizes] = owners * outer + live[0] * full + live[1] * partial
+            assert costs[found[name]] == min(costs.values())
+        sizes = [math.prod(found[name][:2]) for name in ("window", "causal", "full")]
+        assert sizes == sorted(sizes)
+        assert sizes[0] < sizes[2]
+
+
+def test_blocks_where_the_plan_is_known_only_at_run_time():
+    """As if each block of queries saw a quarter of the keys; no new blocks by data."""
+
+    class Two(interpreted.PallasTpu):
+        table = (
+            Entry(Blocks(1024, 1024, 256), 0.0, 4.0, 4.0),
+            Entry(Blocks(256, 256, 256), 0.0, 0.5, 0.5),
+        )
+
+    made = Two()
+    # A run of 2,048 keys touches 4 of the large blocks, or 10 of the small ones.
+    assert 8 * 4 * 4.0 < 32 * 10 * 0.5
+    ids = jnp.zeros((1, 8192), jnp.int32)
+    assert chosen(masks.documents(ids), made=made) == (1024, 1024, 256)
+    Two.table = (Two.table[0], Two.table[1]._replace(full=0.3, partial=0.3))
+    assert 8 * 4 * 4.0 > 32 * 10 * 0.3
+    for given in (
+        {"mask": masks.documents(ids)},
+        {"mask": masks.causal(), "query_offset": 3},
+    ):
+        assert chosen(made=made, **given) == (256, 256, 256)
+
+
+def test_short_inputs_are_charged_for_what_they_compute():
+    """One query is a block of 128: then long blocks of keys are best."""
+    with on("TPU v5 lite"):
+        one = jax.ShapeDtypeStruct((1, 1, 1, 128), jnp.bfloat16)
+        *_, inputs = canonical(one, SHAPE, SHAPE, {})
+        found = interpreted.PallasTpu().sizes(inputs, "forward")
+    assert found[:2] == (128, 1024)
+
+
+def test_explain_shows_what_blocks_would_cost():
+    mask = masks.sliding_window(256, 256)
+    with on("TPU v5 lite"):
+        found = explain(SHAPE, SHAPE, SHAPE, mask=mask, platform="tpu")
+    assert min(found.candidates, key=lambda x: found.candidates[x]) == found.block_sizes
+    assert len(found.candidates) > 3
+    assert "costs of other blocks: " in str(found)
+    assert explain(SHAPE, SHAPE, SHAPE, platform="cpu").candidates == {}
+
+
+def test_the_table_has_every_tpu():
+    """And some sizes fit the memory of each; costs of v4 and 7x are those of others."""
+    names = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5"}
+    names |= {"v6e": "TPU v6 lite", "7x": "TPU7x"}
+    table = blocks.read(blocks._TABLE)
+    assert set(table) == set(names)
+    for kind, sizes in table.items():
+        for size, passes in sizes.items():
+            assert set(passes) == {"forward", "backward"}
+            x = jax.ShapeDtypeStruct((1, 8192, 1, size), jnp.bfloat16)
+            with on(names[kind]):
+                for of, mask in itertools.product(
+                    passes, (masks.full(), masks.sliding_window(256, 256))
+                ):
+                    *_, inputs = canonical(x, x, x, Options(mask=mask))
+                    found = interpreted.PallasTpu().sizes(inputs, of)
+                    assert found in [entry.blocks for entry in passes[of]]

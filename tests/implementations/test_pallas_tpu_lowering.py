@@ -61,20 +61,17 @@ def test_a_cap_of_the_users_own_bounds_nothing(monkeypatch):
 @pytest.mark.parametrize(
     "of_kind",
     [
-        {"64": {"forward": [100, 100, 60]}},
-        {"64": {"forward": [0, 0, 0]}},
-        {"64": {"forward": [512, 512, 0]}},
-        {"64": {"forward": [-128, 512, 128]}},
-        {"64": {"forward": [512, 512, 384]}},
-        {"64": {"forward": [512, 512]}},
-        {"64": {"forward": [512, 512, 512.0]}},
-        {"64": {"forward": [512, True, 512]}},
-        {"64": {"forward": ["512", "512", "512"]}},
-        {"64": {"forward": "512"}},
-        {"64": {"both": [512, 512, 512]}},
-        {"x": {"forward": [512, 512, 512]}},
-        {"-64": {}},
-        {"64": [512, 512, 512]},
+        [512, 512, 512],
+        {"sixty": {"forward": [[512, 512, 512, 0, 1, 1]]}},
+        {"64": {"forwards": [[512, 512, 512, 0, 1, 1]]}},
+        {"64": {"forward": [512, 512, 512]}},  # as earlier versions wrote it
+        {"64": {"forward": []}},
+        {"64": {"forward": [[512, 512, 512]]}},
+        {"64": {"forward": [[512, 512, 384, 0, 1, 1]]}},
+        {"64": {"forward": [[100, 512, 512, 0, 1, 1]]}},
+        {"64": {"forward": [[512, 512, 512.0, 0, 1, 1]]}},
+        {"64": {"forward": [[512, 512, 512, 0, 1, -1]]}},
+        {"64": {"forward": [[512, 512, 512, 0, True, 1]]}},
     ],
 )
 def test_a_bad_table_is_named(of_kind, tmp_path):
@@ -86,5 +83,6 @@ def test_a_bad_table_is_named(of_kind, tmp_path):
 
 def test_a_good_table_is_read(tmp_path):
     path = tmp_path / "table.json"
-    path.write_text('{"new": {"256": {"forward": [128, 768, 384]}, "64": {}}}')
-    assert blocks.read(path) == {"new": {256: {"forward": (128, 768, 384)}, 64: {}}}
+    path.write_text('{"new": {"256": {"forward": [[128, 768, 384, 0, 1.5, 2]]}}}')
+    found = blocks.Entry(blocks.Blocks(128, 768, 384), 0, 1.5, 2)
+    assert blocks.read(path) == {"new": {256: {"forward": (found,)}}}

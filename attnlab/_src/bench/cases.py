@@ -155,9 +155,15 @@ def _random_blocks(spec: Spec) -> int:
     return min(3, _blocks(spec))
 
 
+def _documents(spec: Spec, ids: np.ndarray) -> Mask:
+    if spec.queries == spec.length:
+        return masks.documents(ids)
+    return masks.documents(ids[:, : spec.queries], ids[:, : spec.length])
+
+
 _Pattern = Callable[[Spec, np.ndarray], Mask]
 
-#: Each makes a mask from the sizes and the documents' ids ``[B, T]``.
+#: Each makes a mask from the sizes and the documents' ids, ``[B, max(T, S)]``.
 PATTERNS: dict[str, _Pattern] = {
     "full": lambda spec, ids: masks.full(),
     "causal": lambda spec, ids: masks.causal(),
@@ -175,7 +181,7 @@ PATTERNS: dict[str, _Pattern] = {
     "random": lambda spec, ids: masks.random_blocks(
         spec.seed, _random_blocks(spec), _BLOCK, _blocks(spec)
     ),
-    "documents": lambda spec, ids: masks.causal() & masks.documents(ids),
+    "documents": lambda spec, ids: masks.causal() & _documents(spec, ids),
 }
 
 #: Explanations of the names, for reports.

@@ -26,8 +26,3 @@ class EveryBlock(Mask):
         """See :class:`Mask`."""
         where = np.ones((1, 1, rows.count), bool)
         return cols.every(where), cols.every(~where)
-
-    @property
-    def sees_itself(self) -> bool:
-        """True, as for a mask without dead slots: nothing searches for them."""
-        return True

@@ -12,7 +12,7 @@ import jax
 from attnlab import attention, cost
 from attnlab._src.bench.cases import Spec
 from attnlab._src.bench.gpus import CARDS, GpuKernel, gpu_study
-from attnlab._src.bench.static import problem, the_pass
+from attnlab._src.bench.problem import problem, the_pass
 from attnlab._src.types import Array
 
 #: The implementation that has kernels, and the one in XLA.

@@ -1,41 +1,28 @@
 """``attnlab static``: estimates the cost of attention on a TPU, without a device.
 
-Cycles of a block come from the compiler: from the difference of two problems in which
+Cycles of a block come from the compiler: from the differences of problems in which
 every block is live, so that the constant cost of a call cancels. The number of blocks
 comes from the plan. These are estimates, for ratios, not times.
 """
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from attnlab import attention, cost
+from attnlab import cost
 from attnlab._src.bench import splash
-from attnlab._src.bench.cases import HIDDEN_SIZE, PAIRWISE, PATTERNS, SCORES, Spec
-from attnlab._src.bench.every_block import EveryBlock
-from attnlab._src.bench.expression import read_mask
-from attnlab._src.bench.targets import TARGETS, Kernel, on, study
-from attnlab._src.implementations import IMPLEMENTATIONS
+from attnlab._src.bench.cases import Spec
+from attnlab._src.bench.per_block import per_block, splash_per_block, splash_ways
+from attnlab._src.bench.problem import problem, projected_size, sized
+from attnlab._src.bench.targets import TARGETS, Kernel, on
 from attnlab._src.implementations.pallas_tpu import PallasTpu
-from attnlab._src.implementations.pallas_tpu.blocks import Blocks, best
+from attnlab._src.implementations.pallas_tpu.blocks import Blocks
 from attnlab._src.ops.explain import canonical
 from attnlab._src.ops.validate import Options
-from attnlab._src.types import Array, PyTree
-
-#: Prefix of the kernels' names for each pass.
-KERNELS = {"forward": "attnlab_forward", "backward": "attnlab_backward"}
-#: Scores whose logits have a cheap upper bound, so that no running maximum is needed.
-BOUNDED = ("scaled_dot", "bilinear", "cosine", "additive", "concat")
-#: Blocks along each side of the two problems. The compiler's effort for a profile grows
-#: with the square of a kernel's output, which is greatest in the backward pass.
-_SIDES = {"forward": (2, 4), "backward": (1, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,191 +81,6 @@ class Row:
         }
 
 
-def problem(spec: Spec) -> tuple[tuple[jax.ShapeDtypeStruct, ...], dict[str, Any]]:
-    """Shapes of query, key and value; and mask and score as options of the call.
-
-    The pattern may also be an expression, see ``read_mask``.
-    """
-    sizes = [(spec.queries, spec.heads), *[(spec.length, spec.key_heads)] * 2]
-    shapes = tuple(
-        jax.ShapeDtypeStruct((spec.batch, *size, spec.head_size), spec.dtype)
-        for size in sizes
-    )
-    documents = np.arange(spec.length) * 8 // spec.length
-    ids = np.broadcast_to(documents.astype(np.int32), (spec.batch, spec.length))
-    score = SCORES[spec.score](spec, jax.random.key(spec.seed))
-    known = PATTERNS.get(spec.pattern)
-    mask = read_mask(spec.pattern) if known is None else known(spec, ids)
-    return shapes, {"mask": mask, "score": score}
-
-
-def projected_size(spec: Spec) -> int:
-    """P: size of projected query and key heads."""
-    return HIDDEN_SIZE if spec.score in PAIRWISE else spec.head_size
-
-
-@contextlib.contextmanager
-def sized(sizes: Blocks) -> Iterator[PallasTpu]:
-    """Registers an implementation with these block sizes, inside the context."""
-
-    class Sized(PallasTpu):
-        name = f"pallas_tpu_{'x'.join(map(str, sizes))}"
-        blocks = sizes
-
-    IMPLEMENTATIONS[Sized.name] = made = Sized()
-    try:
-        yield made
-    finally:
-        del IMPLEMENTATIONS[Sized.name]
-
-
-def the_pass(attend: Callable[..., Array], of: str) -> Callable[..., PyTree]:
-    """The forward pass, or the gradients of query, key and value."""
-    if of == "forward":
-        return attend
-
-    def loss(*arrays: Array) -> Array:
-        return attend(*arrays).astype(np.float32).sum()
-
-    return jax.grad(loss, (0, 1, 2))
-
-
-@dataclasses.dataclass(frozen=True)
-class PerBlock:
-    """Cost of one live block.
-
-    Attributes:
-        cycles: cycles of a core; None if the compiler reports none.
-        kernel: kernel of the larger of the two problems.
-        why: why there are no cycles, else None.
-    """
-
-    cycles: float | None
-    kernel: Kernel | None
-    why: str | None
-
-
-def _slope(
-    make: Callable[[int, int], tuple[Callable[..., Any], tuple[Any, ...]]],
-    spec: Spec,
-    blocks: Blocks,
-    name: str,
-    of: str,
-    target: str,
-    cache: Path | None,
-) -> PerBlock:
-    """Cost of a block, from the difference of two problems.
-
-    ``make(queries, keys)`` returns function and shapes of a problem of that size; only
-    kernels whose names start with ``name`` count.
-    """
-    queries, keys, many = blocks.q, blocks.k, 1
-    if spec.pattern == "documents":  # needs as many queries as keys
-        each = math.lcm(queries, keys)
-        queries, keys, many = each, each, each // queries * (each // keys)
-    cycles: list[int] = []
-    kernel = None
-    for side in _SIDES[of]:
-        fn, shapes = make(queries * side, keys * side)
-        found = study(fn, *shapes, target=target, cache=cache)
-        kernels = [k for k in found.kernels if k.name.startswith(name)]
-        if not kernels:
-            return PerBlock(None, None, found.why or "the compiler reported no kernel")
-        kernel = max(kernels, key=lambda k: k.bundles)
-        known = [k.cycles for k in kernels if k.cycles is not None]
-        if len(known) < len(kernels):
-            return PerBlock(None, kernel, found.why)
-        cycles.append(sum(known))
-    less, more = _SIDES[of]
-    added = (more**2 - less**2) * many
-    return PerBlock((cycles[1] - cycles[0]) / added, kernel, None)
-
-
-def per_block(
-    spec: Spec,
-    blocks: Blocks,
-    of: str,
-    target: str,
-    *,
-    masked: bool,
-    cache: Path | None = None,
-) -> PerBlock:
-    """Cost of a live block of attnlab's kernel.
-
-    Args:
-        spec: the problem; its lengths and heads do not matter.
-        blocks: block sizes.
-        of: "forward" or "backward".
-        target: a name in ``TARGETS``.
-        masked: whether the block is partial.
-        cache: see ``study``.
-    """
-    name = KERNELS[of]
-    if of == "forward":
-        name += "_bounded" if spec.score in BOUNDED else "_online"
-
-    def make(queries: int, keys: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        small = dataclasses.replace(
-            spec, batch=1, heads=1, key_heads=1, length=keys, query_length=queries
-        )
-        shapes, options = problem(small)
-        options["mask"] = EveryBlock(options["mask"]) if masked else None
-
-        def attend(*arrays: Array) -> Array:
-            return attention(*arrays, **options, implementation=ours.name)
-
-        return the_pass(attend, of), shapes
-
-    with sized(blocks) as ours:
-        return _slope(make, spec, blocks, name, of, target, cache)
-
-
-def splash_ways(blocks: Blocks, of: str) -> Iterator[tuple[Blocks, bool]]:
-    """Variants of JAX's splash attention: block sizes, and if its backward is fused.
-
-    Either as many keys at once as in our block or all; backward in one kernel or two.
-    """
-    for chunk in dict.fromkeys((blocks.chunk, blocks.k)):
-        for fused in (True, False) if of == "backward" else (False,):
-            yield blocks._replace(chunk=chunk), fused
-
-
-def splash_per_block(
-    spec: Spec,
-    blocks: Blocks,
-    of: str,
-    target: str,
-    *,
-    masked: bool,
-    fused: bool,
-    cache: Path | None = None,
-) -> float | None:
-    """Cycles of a block of JAX's splash attention; None if the compiler reports none.
-
-    Args:
-        spec: the problem; its lengths and heads do not matter.
-        blocks: block sizes.
-        of: "forward" or "backward".
-        target: a name in ``TARGETS``.
-        masked: whether the block is partial.
-        fused: whether the backward pass is one kernel.
-        cache: see ``study``.
-    """
-
-    def make(queries: int, keys: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        query, key = (
-            jax.ShapeDtypeStruct((1, length, spec.head_size), spec.dtype)
-            for length in (queries, keys)
-        )
-        attend = splash.every_block(
-            spec.pattern, (queries, keys), blocks, masked=masked, fused=fused
-        )
-        return the_pass(attend, of), (query, key, key)
-
-    name = "splash_mha_fwd" if of == "forward" else "splash_mha_d"
-    return _slope(make, spec, blocks, name, of, target, cache).cycles
-
-
 def least(
     spec: Spec, of: str, target: str, pairs: float, moved: float
 ) -> dict[str, float]:
@@ -328,12 +130,10 @@ def row(
     """
     shapes, options = problem(spec)
     with on(target):
-        if blocks is None:
-            blocks = best(max(spec.head_size, projected_size(spec)), of)
-        with sized(blocks) as ours:
-            # Short sequences and small memories reduce the block sizes.
-            query, key, value = shapes
-            *_, inputs = canonical(query, key, value, Options(**options))
+        query, key, value = shapes
+        *_, inputs = canonical(query, key, value, Options(**options))
+        # Short sequences and small memories reduce the block sizes.
+        with sized(blocks) if blocks else contextlib.nullcontext(PallasTpu()) as ours:
             blocks = ours.sizes(inputs, of)
         with sized(blocks) as ours:
             told = cost(*shapes, **options, implementation=ours.name, platform="tpu")
@@ -344,9 +144,13 @@ def row(
         if count
     }
     known = {masked: each.cycles for masked, each in found.items()}
-    cycles = None
-    if all(each is not None for each in known.values()):
-        cycles = sum(counts[masked] * (each or 0) for masked, each in known.items())
+    outer = spec.batch * spec.heads * -(-spec.queries // blocks.q)
+    if of == "backward":
+        outer = spec.batch * spec.key_heads * -(-spec.length // blocks.k)
+    # Sums of an outer block are finished once, whatever blocks it has.
+    shares = {masked: outer * n / sum(counts.values()) for masked, n in counts.items()}
+    totals = [x.total(counts[masked], shares[masked]) for masked, x in found.items()]
+    cycles = None if None in totals else sum(filter(None, totals))
     peers = []
     if cycles and splash.expresses(spec.pattern, spec.score):
         # Splash attention masks every block of a pattern computed in the kernel.
@@ -355,8 +159,8 @@ def row(
             splash_per_block(spec, b, of, target, masked=masked, fused=f, cache=cache)
             for b, f in splash_ways(blocks, of)
         ]
-    peer = min((x for x in peers if x), default=None)
     live = sum(counts.values())
+    peer = min(filter(None, (x.total(live, outer) for x in peers)), default=None)
     item = np.dtype(spec.dtype).itemsize
     queries = spec.batch * spec.heads * spec.queries * spec.head_size
     # Each block reads two arrays of the other side; sums are written once.
@@ -377,6 +181,6 @@ def row(
         flops=forward if of == "forward" else backward,
         bytes=moved,
         bounds=least(spec, of, target, live * blocks.q * blocks.k, moved),
-        ratio_to_splash=cycles / (peer * live) if cycles and peer else None,
+        ratio_to_splash=cycles / peer if cycles and peer else None,
         why=next((each.why for each in found.values() if each.why), None),
     )

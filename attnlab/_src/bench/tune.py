@@ -1,16 +1,16 @@
-"""``attnlab tune``: finds the best block sizes, as a table that attnlab reads.
+"""``attnlab tune``: measures what blocks cost, as a table that attnlab reads.
 
-On a TPU they are measured; without one, the compiler's static cycles are compared.
+On a TPU they are timed; without one, the compiler's static cycles are taken.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,105 +24,132 @@ from attnlab._src.files import write_atomically
 from attnlab._src.implementations.pallas_tpu.blocks import (
     VARIABLE,
     Blocks,
+    Entry,
     device,
     read,
 )
 
 DESCRIPTION = f"""\
-Finds the best block sizes for each head size and pass, and writes them as a table. The
-search starts from large sizes and halves one of them as long as that is cheaper.
-attnlab uses the table if the environment variable {VARIABLE} names the file. The target
-"here" is the TPU of this machine, which is timed; other targets need no device and are
-compared by their compiler's static cycles."""
+Measures what a block costs, with and without a mask, for block sizes from 256 x 256 to
+1,024 x 1,024, and writes the costs as a table. From these, attnlab chooses the sizes
+of each call: those that are cheapest for the blocks that its mask leaves alive. It uses
+the table if the environment variable {VARIABLE} names the file. The target "here" is
+the TPU of this machine, which is timed; other targets need no device and are compared
+by their compiler's static cycles."""
 
 HERE = "here"
-#: Limits of the sizes that are tried (besides all keys of a block at once). With more
-#: queries compilation takes minutes, for each attention of a model.
-LEAST, MOST = Blocks(512, 512, 256), Blocks(1024, 2048, 512)
+#: Queries and keys of the blocks. Larger ones save little, but the compiler's profiles
+#: of them take minutes; smaller ones cost as much as the smallest of these.
+SIDES = ((1024, 1024), (1024, 512), (512, 512), (512, 256), (256, 512), (256, 256))
+#: Masks whose block sizes are shown, at this length.
+SHOWN, LENGTH = ("full", "causal", "window", "big_bird", "documents"), 8192
+
+#: Cost of a live block and of an outer block; None if the blocks do not work.
+Cost = tuple[float, float] | None
+Measure = Callable[[Blocks, bool], Cost]
 
 
-Way = TypeVar("Way")
-
-
-def near(blocks: Blocks) -> list[Blocks]:
-    """The block sizes with one of them halved, and with all keys at once."""
-    halved = [blocks._replace(**{f: getattr(blocks, f) // 2}) for f in Blocks._fields]
-    large = [b for b in halved if all(n >= m for n, m in zip(b, LEAST, strict=True))]
-    fitting = [b for b in large if b.k % b.chunk == 0]
-    return [*fitting, blocks._replace(chunk=blocks.k)]
-
-
-def by_cycles(spec: Spec, of: str, target: str, blocks: Blocks) -> float | None:
-    """Static cycles per pair in a full block; None if there are none."""
-    from attnlab._src.bench.static import per_block
+def by_cycles(spec: Spec, of: str, target: str, blocks: Blocks, masked: bool) -> Cost:
+    """Static cycles of a live block and of an outer block; None if there are none."""
+    from attnlab._src.bench.per_block import per_block
 
     try:
-        found = per_block(spec, blocks, of, target, masked=False)
+        found = per_block(spec, blocks, of, target, masked=masked)
     except NotImplementedError:  # the blocks exceed the memory
         return None
-    return None if found.cycles is None else found.cycles / (blocks.q * blocks.k)
+    if found.cycles is None or found.outer is None:
+        return None
+    return found.cycles, found.outer
 
 
-def by_time(spec: Spec, of: str, blocks: Blocks) -> float | None:
-    """Measured seconds per pair on this device; None if the blocks exceed memory."""
-    from attnlab._src.bench.static import sized, the_pass
+def by_time(spec: Spec, of: str, blocks: Blocks, masked: bool) -> Cost:
+    """Measured seconds, as ``by_cycles``; None if the blocks exceed the memory."""
+    from attnlab._src.bench.every_block import EveryBlock
+    from attnlab._src.bench.per_block import slopes
+    from attnlab._src.bench.problem import problem, sized, the_pass
     from attnlab._src.bench.timing import Repeats, interleave
 
-    length = math.lcm(blocks.q, blocks.k) * 4
-    shape = (1, length, spec.heads, spec.head_size)
-    arrays = [
-        jax.random.normal(jax.random.key(n), shape, jnp.dtype(spec.dtype))
-        for n in range(3)
-    ]
-    with sized(blocks) as ours:
-        attend = functools.partial(attention, implementation=ours.name)
-        call = jax.jit(the_pass(attend, of))
-        try:
-            jax.block_until_ready(call(*arrays))
-        except (NotImplementedError, jax.errors.JaxRuntimeError):
-            # The blocks exceed the memory, by our estimate or in fact.
-            return None
-        timing = interleave({"": lambda: call(*arrays)}, Repeats(seconds=1.0))[""]
-    return timing.median / (spec.heads * length**2)
+    _, options = problem(spec)
+    mask = EveryBlock(options["mask"]) if masked else None
+
+    def seconds(queries: int, keys: int) -> float | None:
+        shape = (1, spec.heads, spec.head_size)
+        arrays = [
+            jax.random.normal(
+                jax.random.key(n), (1, length, *shape[1:]), jnp.dtype(spec.dtype)
+            )
+            for n, length in enumerate((queries, keys, keys))
+        ]
+        with sized(blocks) as ours:
+            attend = functools.partial(attention, mask=mask, implementation=ours.name)
+            call = jax.jit(the_pass(attend, of))
+            try:
+                jax.block_until_ready(call(*arrays))
+            except (NotImplementedError, jax.errors.JaxRuntimeError):
+                # The blocks exceed the memory, by our estimate or in fact.
+                return None
+            return interleave({"": lambda: call(*arrays)}, Repeats(seconds=0.5))[
+                ""
+            ].median
+
+    block, outer = slopes(blocks, of, seconds, length=4096)
+    return None if block is None or outer is None else (block, outer)
 
 
-def search(
-    measure: Callable[[Way], float | None],
-    start: Way,
-    near: Callable[[Way], Iterable[Way]],
-    at_once: int = 1,
-) -> Iterator[tuple[Way, float | None]]:
-    """Local search: tries what is near the cheapest, until none of it is cheaper.
+def costs(
+    measure: Measure, sides: Sequence[tuple[int, int]], of: str, at_once: int = 1
+) -> Iterator[Entry | None]:
+    """What blocks cost, with as many keys at once as is cheapest for each.
 
     Args:
-        measure: returns the cost of a candidate; None if it does not work.
-        start: the first candidate.
-        near: returns the candidates near another one.
+        measure: returns the cost of blocks, without or with a mask.
+        sides: queries and keys of the blocks.
+        of: "forward" or "backward".
         at_once: how many are measured in parallel: one per core if ``measure`` waits
             for a compiler, 1 if it measures time.
 
     Yields:
-        Each candidate and its cost.
+        An entry of the table for each of ``sides``; None if the blocks do not work.
     """
-    known: dict[Way, float | None] = {}
-    front = [start]
+
+    def one(side: tuple[int, int]) -> Entry | None:
+        q, k = side
+        # The forward pass computes logits of a part beside the sums of the one before.
+        chunks = {256, k // 2 if of == "forward" else k}
+        tried = [Blocks(q, k, chunk) for chunk in sorted(chunks)]
+        found = {blocks: measure(blocks, False) for blocks in tried}
+        working = {blocks: cost for blocks, cost in found.items() if cost is not None}
+        if not working:
+            return None
+        best = min(working, key=lambda blocks: working[blocks][0])
+        full, outer = working[best]
+        cut = measure(best, True)
+        return None if cut is None else Entry(best, outer, full, cut[0])
+
     with ThreadPoolExecutor(at_once) as pool:
-        while front:
-            for way, cost in zip(front, pool.map(measure, front), strict=True):
-                known[way] = cost
-                yield way, cost
-            found = best_of(known.items())
-            centres = front if found is None else [found[0]]
-            front = [w for c in centres for w in near(c) if w not in known]
-            front = list(dict.fromkeys(front))
+        yield from pool.map(one, sides)
 
 
-def best_of(
-    costs: Iterable[tuple[Way, float | None]],
-) -> tuple[Way, float] | None:
-    """The cheapest candidate and its cost; None if none works."""
-    known = [(way, cost) for way, cost in costs if cost is not None]
-    return min(known, key=lambda each: each[1]) if known else None
+def chosen(spec: Spec, of: str, table: Sequence[Entry]) -> dict[str, Blocks]:
+    """The block sizes that masks get from the entries of a table."""
+    from attnlab._src.bench.problem import problem
+    from attnlab._src.implementations.pallas_tpu import PallasTpu
+    from attnlab._src.ops.explain import canonical
+    from attnlab._src.ops.validate import Options
+
+    class Tuned(PallasTpu):
+        pass
+
+    Tuned.table = tuple(table)
+    found = {}
+    for pattern in SHOWN:
+        shapes, options = problem(
+            dataclasses.replace(spec, pattern=pattern, length=LENGTH)
+        )
+        query, key, value = shapes
+        *_, inputs = canonical(query, key, value, Options(**options))
+        found[pattern] = Tuned().sizes(inputs, of)
+    return found
 
 
 def _table(text: str) -> Path:
@@ -168,6 +195,7 @@ def command(given: argparse.Namespace) -> int:
     """
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
     console = Console(stderr=True)
     if given.target == HERE and jax.default_backend() != "tpu":
@@ -178,43 +206,60 @@ def command(given: argparse.Namespace) -> int:
             highlight=False,
         )
         return 1
-    table: dict[str, dict[str, dict[str, list[int]]]] = {}
+    table: dict[str, dict[str, dict[str, list[list[float]]]]] = {}
     if given.out.exists():
         table = json.loads(given.out.read_text())
     wanted = [(size, of) for size in given.head_size for of in ("forward", "backward")]
-    if given.target == HERE:
+    here = given.target == HERE
+    with contextlib.nullcontext() if here else on(given.target):
         kind = device().kind
-    else:
-        with on(given.target):
-            kind = device().kind
     assert kind is not None
     of_kind = table.setdefault(kind, {})
-    found = 0
+    shown: list[tuple[str, ...]] = []
     try:
         with Progress(console=console, transient=True) as progress:
             for size, of in wanted:
-                spec = Spec(dtype="bfloat16", heads=1, key_heads=1, head_size=size)
-                measure = functools.partial(by_time, spec, of)
-                if given.target != HERE:
+                spec = Spec(
+                    pattern="causal",
+                    dtype="bfloat16",
+                    heads=1,
+                    key_heads=1,
+                    head_size=size,
+                )
+                measure: Measure = functools.partial(by_time, spec, of)
+                if not here:
                     measure = functools.partial(by_cycles, spec, of, given.target)
-                at_once = 1 if given.target == HERE else cores()
-                tried = search(measure, MOST, near, at_once)
+                tried = costs(measure, SIDES, of, 1 if here else cores())
                 doing = f"head size {size}, {of}"
-                best = best_of(progress.track(tried, description=doing))
-                if best is None:
+                rows = progress.track(tried, total=len(SIDES), description=doing)
+                entries = [x for x in rows if x is not None]
+                if not entries:
                     why = f"attnlab tune: {doing}: no block sizes work"
                     progress.console.print(why, style="red")
                     continue
+                # Those that are best for full attention come first.
+                entries.sort(key=lambda x: x.full / (x.blocks.q * x.blocks.k))
                 # Written at once, so that an interrupted run keeps its results.
-                of_kind.setdefault(str(size), {})[of] = list(best[0])
+                of_kind.setdefault(str(size), {})[of] = [
+                    [*x.blocks, *(float(f"{cost:.5g}") for cost in x[1:])]
+                    for x in entries
+                ]
                 text = json.dumps(table, indent=1) + "\n"
                 write_atomically(given.out, text.encode())
-                found += 1
+                with contextlib.nullcontext() if here else on(given.target):
+                    sizes = chosen(spec, of, entries)
+                shown.append((doing, *("x".join(map(str, sizes[m])) for m in SHOWN)))
     except KeyboardInterrupt:
-        kept = f"{given.out} keeps what is known" if found else "nothing is known"
+        kept = f"{given.out} keeps what is known" if shown else "nothing is known"
         console.print(f"interrupted: {kept}", style="yellow", highlight=False)
         return 130
-    if not found:
+    if not shown:
         return 1
+    lines = Table(title=f"queries x keys x keys at once, T = {LENGTH:,}")
+    for name in ("", *SHOWN):
+        lines.add_column(name)
+    for line in shown:
+        lines.add_row(*line)
+    Console().print(lines)
     console.print(f"written: {given.out}", highlight=False)
     return 0

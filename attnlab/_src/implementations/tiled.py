@@ -36,17 +36,25 @@ class Tiled(Implementation):
 
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
         """See :class:`attnlab.extend.Implementation`."""
-        s = inputs.sizes
-        if s.T == 0 or s.S == 0:
-            return 1, 1
-        candidates = [(1024, 512), (512, 512), (256, 128)]
-        if not inputs.score.is_inner_product:
-            side = side_of(inputs, most=512)
-            candidates = [(side, side)]
-        sizes = [(min(q, s.T), min(k, s.S)) for q, k in candidates]
-        if len(set(sizes)) == 1:
+        sizes = self._sizes(inputs)
+        if len(sizes) == 1:
             return sizes[0]
         return min(sizes, key=lambda size: _estimate(inputs, size))
+
+    def candidates(self, inputs: AttentionInputs) -> dict[tuple[int, int], float]:
+        """See :class:`attnlab.extend.Implementation`."""
+        sizes = self._sizes(inputs)
+        return {size: _estimate(inputs, size) for size in sizes if len(sizes) > 1}
+
+    def _sizes(self, inputs: AttentionInputs) -> list[tuple[int, int]]:
+        s = inputs.sizes
+        if s.T == 0 or s.S == 0:
+            return [(1, 1)]
+        sizes = [(1024, 512), (512, 512), (256, 128)]
+        if not inputs.score.is_inner_product:
+            side = side_of(inputs, most=512)
+            sizes = [(side, side)]
+        return list(dict.fromkeys((min(q, s.T), min(k, s.S)) for q, k in sizes))
 
     def blocks_executed(self, plan: Plan) -> ArrayLike:
         """See :class:`attnlab.extend.Implementation`: counts whole chunks."""

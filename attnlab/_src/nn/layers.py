@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 
 from attnlab._src.nn.explicit import project
 from attnlab._src.nn.parameters import GLOROT, Initializer, named
-from attnlab._src.types import Array, by_name, itself, promoted
+from attnlab._src.pytrees import by_name, itself
+from attnlab._src.types import Array, promoted
 
 Layer = Callable[[Array], Array]
 

@@ -25,7 +25,9 @@ class Explanation(NamedTuple):
         inputs: a line that describes the inputs.
         platform: the platform that attention would run on.
         implementation: the name of the implementation that would run.
-        block_sizes: (queries, keys) in a block of its plan.
+        block_sizes: (queries, keys) in a block of its plan, forward.
+        candidates: the block sizes that it chose from, with their costs for this plan,
+            in any unit; empty where a rule gives the sizes.
         passed_over: for each other implementation, every reason why it does not run.
         crossover: the share of full attention's time that the mask takes, from which
             length on it is faster, and the machine of the measurements; None if nothing
@@ -38,6 +40,7 @@ class Explanation(NamedTuple):
     platform: str
     implementation: str
     block_sizes: tuple[int, int]
+    candidates: dict[tuple[int, int], float]
     passed_over: dict[str, tuple[str, ...]]
     crossover: str | None = None
     mesh: MeshCost | None = None
@@ -48,6 +51,14 @@ class Explanation(NamedTuple):
             f"on {self.platform}: {self.implementation}, blocks of "
             f"{self.block_sizes[0]} queries x {self.block_sizes[1]} keys",
         ]
+        if len(self.candidates) > 1:
+            chosen = self.candidates[self.block_sizes]
+            others = ", ".join(
+                f"{q} x {k} ({cost / chosen:.2f}x)"
+                for (q, k), cost in self.candidates.items()
+                if (q, k) != self.block_sizes
+            )
+            lines.append(f"  costs of other blocks: {others}")
         if self.crossover is not None:
             lines.append(self.crossover)
         if self.mesh is not None:
@@ -188,6 +199,7 @@ def explain(
         platform,
         chosen.name,
         chosen.block_sizes(inputs),
+        chosen.candidates(inputs),
         passed_over(inputs, name, platform),
         crossover(args.mask, inputs, chosen),
         None if place is None else mesh_cost(args, inputs, place),

@@ -15,7 +15,12 @@ from attnlab._src.implementations.elementwise import (
     why_not_score,
 )
 from attnlab._src.implementations.pallas_tpu.backward import Backward
-from attnlab._src.implementations.pallas_tpu.blocks import Blocks, best, limit
+from attnlab._src.implementations.pallas_tpu.blocks import (
+    Blocks,
+    Entry,
+    entries,
+    limit,
+)
 from attnlab._src.implementations.pallas_tpu.forward import forward
 from attnlab._src.implementations.pallas_tpu.memory import bytes_needed, segment_of
 from attnlab._src.implementations.pallas_tpu.steps import (
@@ -48,8 +53,8 @@ class PallasTpu(Implementation):
     interpret: ClassVar[bool | pltpu.InterpretParams] = False
     #: Number that block sizes are multiples of.
     lanes: ClassVar[int] = 128
-    #: Block sizes to use instead of the table's.
-    blocks: ClassVar[Blocks | None] = None
+    #: Block sizes to choose from; empty: those of the table for the TPU and head size.
+    table: ClassVar[Sequence[Entry]] = ()
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
         """See :class:`attnlab.extend.Implementation`."""
@@ -130,21 +135,44 @@ class PallasTpu(Implementation):
         return sum(4 * math.prod(x.shape) for x in jax.eval_shape(words, inputs))
 
     def sizes(self, inputs: AttentionInputs, of: str) -> Blocks:
-        """Block sizes of the "forward" or "backward" pass, reduced to fit memory."""
-        s = inputs.sizes
-        blocks = self.blocks or best(max(s.P, s.D), of)
-        q, k = (
-            min(size, -(-length // self.lanes) * self.lanes)
-            for size, length in ((blocks.q, s.T), (blocks.k, s.S))
-        )
-        chunk = min(blocks.chunk, k)
-        blocks = Blocks(q, k, chunk if k % chunk == 0 else self.lanes)
+        """Block sizes of the "forward" or "backward" pass.
+
+        They are the cheapest for the plan among those of the table that fit the memory;
+        if none fits, the cheapest ones are reduced.
+        """
+        ranked = self._ranked(inputs, of)
+        for blocks in ranked:
+            if bytes_needed(inputs, blocks, of, limit()) <= limit():
+                return blocks
+        blocks = next(iter(ranked))
         while bytes_needed(inputs, blocks, of, limit()) > limit():
             smaller = self._smaller(blocks)
             if smaller is None:
                 break
             blocks = smaller
         return blocks
+
+    def _ranked(self, inputs: AttentionInputs, of: str) -> dict[Blocks, float]:
+        """The sizes of the table, no longer than the inputs; cheapest first, costs."""
+        s = inputs.sizes
+        given = self.table or entries(max(s.P, s.D), of)
+        least = min(entry.full for entry in given)
+        found: dict[Blocks, float] = {}
+        for (q, k, chunk), outer, *costs in given:
+            short_q, short_k = (
+                min(size, -(-length // self.lanes) * self.lanes)
+                for size, length in ((q, s.T), (k, s.S))
+            )
+            part = min(chunk, short_k)
+            part = self.lanes if short_k % part else part
+            blocks = Blocks(short_q, short_k, part)
+            # A short block costs in proportion, but no less than the smallest one.
+            share = short_q * short_k / (q * k)
+            full, partial = (max(cost * share, least) for cost in costs)
+            owners, fulls, partials = _count(inputs, blocks, of)
+            cost = owners * outer * share + fulls * full + partials * partial
+            found[blocks] = min(cost, found.get(blocks, math.inf))
+        return dict(sorted(found.items(), key=lambda each: each[1]))
 
     def _smaller(self, blocks: Blocks) -> Blocks | None:
         """Fewer keys at once, else half the keys or queries; None: there is none."""
@@ -161,6 +189,14 @@ class PallasTpu(Implementation):
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
         """See :class:`attnlab.extend.Implementation`."""
         return self.sizes(inputs, "forward")[:2]
+
+    def candidates(self, inputs: AttentionInputs) -> dict[tuple[int, int], float]:
+        """See :class:`attnlab.extend.Implementation`."""
+        return {
+            blocks[:2]: cost
+            for blocks, cost in self._ranked(inputs, "forward").items()
+            if bytes_needed(inputs, blocks, "forward", limit()) <= limit()
+        }
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.extend.Implementation`."""
@@ -183,3 +219,28 @@ class PallasTpu(Implementation):
             return Backward(inputs, wanted, blocks, limit(), self.interpret).run(*above)
 
         return not_finite.backward(inputs, output, lse, d_output, d_lse, run)
+
+
+#: Where a plan is known only at run time, each outer block is taken to see a run of the
+#: inner ones, anywhere: this part of their length, as if so many documents were packed.
+_RUNS = 4
+
+
+def _count(
+    inputs: AttentionInputs, blocks: Blocks, of: str
+) -> tuple[float, float, float]:
+    """Number of outer, full and partial blocks, for all lists of the plan."""
+    s, (q, k, _) = inputs.sizes, blocks
+    plan = None
+    if inputs.position_kinds == ("index", "index") and not jax.tree.leaves(
+        inputs.mask_operands
+    ):
+        plan = plan_of(inputs, blocks[:2], cols=False)
+    outer, inner, length = (q, k, s.S) if of == "forward" else (k, q, s.T)
+    owners = -(-(s.T if of == "forward" else s.S) // outer)
+    if plan is None or not plan.is_static:
+        run = (length / _RUNS + outer) / inner + 1
+        return owners, 0, owners * min(run, -(-length // inner))
+    full, partial = (x.per_row() for x in plan.rows)
+    lists = math.prod(full.shape[:2])
+    return lists * owners, float(full.sum()), float(partial.sum())

@@ -1,4 +1,4 @@
-"""Block sizes, from a table by TPU generation, head size and pass."""
+"""Block sizes and their costs, from a table by TPU generation, head size and pass."""
 
 import functools
 import json
@@ -25,6 +25,23 @@ class Blocks(NamedTuple):
     q: int
     k: int
     chunk: int
+
+
+class Entry(NamedTuple):
+    """Block sizes, and what they cost; only ratios of costs matter.
+
+    Attributes:
+        blocks: the sizes.
+        outer: cost of an outer block (of queries in the forward pass, of keys in the
+            backward pass) besides its live blocks.
+        full: cost of a block without mask.
+        partial: cost of a block with mask.
+    """
+
+    blocks: Blocks
+    outer: float = 0.0
+    full: float = 1.0
+    partial: float = 1.0
 
 
 #: Block sizes for an unknown TPU; they fit the smallest vector memory.
@@ -58,8 +75,8 @@ def limit() -> int:
 
 
 @functools.cache
-def read(path: Path) -> dict[str, dict[int, dict[str, Blocks]]]:
-    """Reads a table: block sizes by generation, head size, and pass.
+def read(path: Path) -> dict[str, dict[int, dict[str, tuple[Entry, ...]]]]:
+    """Reads a table: entries by generation, head size, and pass.
 
     Raises:
         ValueError: if the file is not a valid table.
@@ -68,7 +85,7 @@ def read(path: Path) -> dict[str, dict[int, dict[str, Blocks]]]:
         content = json.loads(path.read_text())
         return {
             kind: {
-                _whole(size): {of: _sizes(size, of, x) for of, x in passes.items()}
+                _whole(size): {of: _entries(size, of, x) for of, x in passes.items()}
                 for size, passes in sizes.items()
             }
             for kind, sizes in content.items()
@@ -85,24 +102,32 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _sizes(head_size: str, of: str, found: object) -> Blocks:
+def _entries(head_size: str, of: str, found: object) -> tuple[Entry, ...]:
     if of not in ("forward", "backward"):
         raise ValueError(
             f"head size {head_size}: expected forward or backward, got {of!r}"
         )
-    if isinstance(found, list) and [type(n) for n in found] == [int] * 3:
-        q, k, chunk = found
-        if min(found) > 0 and not (q % 128 or chunk % 128 or k % chunk):
-            return Blocks(q, k, chunk)
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"head size {head_size}, {of}: expected a list of entries")
+    return tuple(_entry(f"head size {head_size}, {of}", x) for x in found)
+
+
+def _entry(where: str, found: object) -> Entry:
+    if isinstance(found, list) and len(found) == 6:
+        (q, k, chunk), costs = found[:3], found[3:]
+        whole = all(type(n) is int and n > 0 for n in found[:3])
+        known = all(type(n) in (int, float) and n >= 0 for n in costs)
+        if whole and known and not (q % 128 or chunk % 128 or k % chunk):
+            return Entry(Blocks(q, k, chunk), *costs)
     raise ValueError(
-        f"head size {head_size}, {of}: expected [queries, keys, keys at once], queries "
-        "and keys at once multiples of 128, keys a multiple of keys at once; got "
-        f"{json.dumps(found)}"
+        f"{where}: expected [queries, keys, keys at once, cost of an outer block, of a "
+        "full block, of a partial block], queries and keys at once multiples of 128, "
+        f"keys a multiple of keys at once; got {json.dumps(found)}"
     )
 
 
-def best(head_size: int, of: str) -> Blocks:
-    """The best block sizes for long inputs.
+def entries(head_size: int, of: str) -> tuple[Entry, ...]:
+    """The block sizes to choose from.
 
     Args:
         head_size: size of a query head or of a value head, whichever is greater.
@@ -110,7 +135,6 @@ def best(head_size: int, of: str) -> Blocks:
     """
     given = os.environ.get(VARIABLE)
     sizes = read(Path(given) if given else _TABLE).get(device().kind or "", {})
-    if not sizes:
-        return CAUTIOUS
-    at_least = [size for size in sizes if size >= head_size]
-    return sizes[min(at_least) if at_least else max(sizes)].get(of, CAUTIOUS)
+    at_least = [size for size in sizes if size >= head_size] or [*sizes][-1:]
+    found = sizes[min(at_least)].get(of) if at_least else None
+    return found or (Entry(CAUTIOUS),)

@@ -35,22 +35,23 @@ def forward(
     compare = comparison(inputs)
     bound = compare.bound()
     if bound is None:
-        return _forward(inputs, blocks, interpret, False)
+        return run_kernel(inputs, blocks, interpret, False)
     # False for NaN.
     return lax.cond(
         bound <= SAFE,
-        lambda inputs: _forward(inputs, blocks, interpret, True),
-        lambda inputs: _forward(inputs, blocks, interpret, False),
+        lambda inputs: run_kernel(inputs, blocks, interpret, True),
+        lambda inputs: run_kernel(inputs, blocks, interpret, False),
         inputs,
     )
 
 
-def _forward(
+def run_kernel(
     inputs: AttentionInputs,
     blocks: Blocks,
     interpret: bool | pltpu.InterpretParams,
     bounded: bool,
 ) -> tuple[Array, Array]:
+    """See :func:`forward`; ``bounded``: no logit is greater than :data:`SAFE`."""
     s = inputs.sizes
     group = s.N // s.K
     plan = fit(plan_of(inputs, blocks[:2], cols=False), blocks[:2])
