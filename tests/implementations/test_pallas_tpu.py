@@ -26,7 +26,7 @@ from attnlab._src.implementations.pallas_tpu import blocks, memory
 from attnlab._src.implementations.pallas_tpu.backward import Backward
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks, Entry, limit
 from attnlab._src.implementations.pallas_tpu.call import Products
-from attnlab._src.implementations.pallas_tpu.steps import by_key, by_query
+from attnlab._src.implementations.pallas_tpu.steps import MOST_BYTES, by_key, by_query
 from attnlab._src.implementations.schedule import fit
 from attnlab._src.ops.explain import canonical
 from attnlab._src.ops.prepare import prepare
@@ -737,6 +737,19 @@ def test_blocks_where_the_plan_is_known_only_at_run_time():
         {"mask": masks.causal(), "query_offset": 3},
     ):
         assert chosen(made=made, **given) == (256, 256, 256)
+
+
+def test_small_blocks_are_left_where_their_list_is_too_long():
+    """At 524,288 positions the steps of the cheapest ones exceed the scalar memory."""
+    x = jax.ShapeDtypeStruct((1, 2**19, 1, 128), jnp.bfloat16)
+    mask = masks.longformer(window=192, anchors=64)
+    with on("TPU v5 lite"):
+        *_, inputs = canonical(x, x, x, Options(mask=mask))
+        made = interpreted.PallasTpu()
+        cheapest, *_ = made._ranked(inputs, "backward")
+        assert made._bytes_of_words(inputs, "backward", cheapest) > MOST_BYTES
+        assert made.sizes(inputs, "backward") != cheapest
+        assert made.unsupported(inputs) == ()
 
 
 def test_short_inputs_are_charged_for_what_they_compute():

@@ -137,14 +137,16 @@ class PallasTpu(Implementation):
     def sizes(self, inputs: AttentionInputs, of: str) -> Blocks:
         """Block sizes of the "forward" or "backward" pass.
 
-        They are the cheapest for the plan among those of the table that fit the memory;
-        if none fits, the cheapest ones are reduced.
+        They are the cheapest for the plan among those of the table that fit the vector
+        memory, and whose steps fit the scalar memory; if none fits, the cheapest ones
+        are reduced.
         """
         ranked = self._ranked(inputs, of)
-        for blocks in ranked:
-            if bytes_needed(inputs, blocks, of, limit()) <= limit():
+        fits = lambda blocks: bytes_needed(inputs, blocks, of, limit()) <= limit()
+        for blocks in filter(fits, ranked):
+            if self._bytes_of_words(inputs, of, blocks) <= MOST_BYTES:
                 return blocks
-        blocks = next(iter(ranked))
+        blocks = next(filter(fits, ranked), next(iter(ranked)))
         while bytes_needed(inputs, blocks, of, limit()) > limit():
             smaller = self._smaller(blocks)
             if smaller is None:
