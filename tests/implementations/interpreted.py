@@ -24,6 +24,18 @@ def register(monkeypatch, made=None):
     monkeypatch.setitem(IMPLEMENTATIONS, NAME, made or Interpreted())
 
 
+def short_slices(monkeypatch):
+    """Divides the backward pass: a kernel for each block of queries."""
+    module = sys.modules["attnlab._src.implementations.pallas_tpu"]
+
+    def slices_of(inputs, blocks, limit):
+        length = inputs.sizes.T
+        firsts = range(0, length, blocks.q)
+        return [slice(n, min(n + blocks.q, length)) for n in firsts]
+
+    monkeypatch.setattr(module, "slices_of", slices_of)
+
+
 def one_row_segments(monkeypatch):
     """Limits a segment of the backward pass to one block of queries."""
     module = sys.modules["attnlab._src.implementations.pallas_tpu.memory"]

@@ -70,7 +70,71 @@ def test_cell(cell, tile, monkeypatch):
         monkeypatch.setitem(grid.LENGTHS, name, lengths)
     if cell.tiles == "chunks":
         interpreted.one_row_segments(monkeypatch)
+    else:
+        interpreted.short_slices(monkeypatch)
     conform(cell, tile, monkeypatch, {NAME: once})
+
+
+@pytest.mark.parametrize("name", grid.few(["dot", "additive"], "dot"))
+def test_slices_of_queries_give_the_same_gradients(name, monkeypatch):
+    """A mask with data, a bias of pairs, dropout, shared key heads, an offset."""
+    q, k, v = random(1, 100, 4, 8), *(random(1, 60, 2, 8, seed=n) for n in (1, 2))
+    score = scores.scaled_dot()
+    if name == "additive":
+        score = scores.additive.init(jax.random.key(0), 8, hidden_size=8)
+    ids = np.arange(100)[None] // 40
+    mask = masks.documents(ids, ids[:, :60]) & masks.sliding_window(50, 9)
+    given = [q, k, v, score, random(4, 100, 60, seed=3), random(1, 1, 60, seed=4)]
+
+    def loss(implementation, q, k, v, score, pairs, keys):
+        output = attention(
+            q,
+            k,
+            v,
+            score=score,
+            mask=mask,
+            modifiers=[modifiers.bias(pairs), modifiers.bias(keys)],
+            query_offset=5,
+            dropout_rate=0.3,
+            dropout_rng=jax.random.key(1),
+            implementation=implementation,
+        )
+        return jnp.square(output).sum()
+
+    interpreted.short_slices(monkeypatch)
+    found, wanted = (
+        jax.grad(functools.partial(loss, each), range(6))(*given)
+        for each in (NAME, "reference")
+    )
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_keys_take_memory_in_proportion_to_the_length(monkeypatch):
+    """Not to the square of it, although each segment of queries has its own."""
+    made, held = interpreted.PallasTpu(), []
+    module = sys.modules["attnlab._src.implementations.pallas_tpu.backward"]
+
+    def call(kernel, steps, lead, arrays, in_specs, out_shape, *more, **named):
+        held.append(sum(4 * math.prod(x.shape) for x in out_shape))
+        return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+
+    monkeypatch.setattr(module, "call", call)
+    for kind, heads, length in (("TPU v5 lite", 1, 2**16), ("TPU v4", 8, 2**14)):
+        q = jax.ShapeDtypeStruct((1, length, heads, 128), jnp.bfloat16)
+        k = jax.ShapeDtypeStruct((1, length, 1, 128), jnp.bfloat16)
+        with on(kind):
+            options = Options(mask=masks.sliding_window(256, 0))
+            *_, inputs = canonical(q, k, k, options)
+            wanted = inputs.gradients(query=True, key=True)
+            run = functools.partial(made.backward, wanted=[x is True for x in wanted])
+            rows = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+            output = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+            held.clear()
+            jax.eval_shape(run, inputs, output, rows, output, None)
+        # The gradients of the queries, and of keys and values for each segment.
+        assert len(held) > 1
+        assert max(held) <= 5 * 4 * math.prod(q.shape)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

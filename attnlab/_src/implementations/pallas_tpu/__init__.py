@@ -23,6 +23,11 @@ from attnlab._src.implementations.pallas_tpu.blocks import (
 )
 from attnlab._src.implementations.pallas_tpu.forward import forward
 from attnlab._src.implementations.pallas_tpu.memory import bytes_needed, segment_of
+from attnlab._src.implementations.pallas_tpu.slices import (
+    by_slices,
+    slices_of,
+    some_queries,
+)
 from attnlab._src.implementations.pallas_tpu.steps import (
     MOST_BLOCKS,
     MOST_BYTES,
@@ -124,15 +129,20 @@ class PallasTpu(Implementation):
         """Scalar memory for the list of live blocks; it depends on shapes only."""
         s = inputs.sizes
 
-        def words(inputs: AttentionInputs) -> tuple[ArrayLike, ...]:
-            plan = plan_of(inputs, blocks[:2], cols=of == "backward")
-            plan = fit(plan, blocks[:2])
+        def words(inputs: AttentionInputs) -> list[tuple[ArrayLike, ...]]:
             if of == "forward":
-                return by_query(plan).words
-            segment = segment_of(inputs, blocks, limit())
-            return by_key(plan, s.N // s.K, segment).words
+                plan = plan_of(inputs, blocks[:2], cols=False)
+                return [by_query(fit(plan, blocks[:2])).words]
+            found = []
+            for part in slices_of(inputs, blocks, limit()):
+                own = some_queries(inputs, part)
+                plan = fit(plan_of(own, blocks[:2], cols=True), blocks[:2])
+                segment = segment_of(own, blocks, limit())
+                found.append(by_key(plan, s.N // s.K, segment).words)
+            return found
 
-        return sum(4 * math.prod(x.shape) for x in jax.eval_shape(words, inputs))
+        lists = jax.eval_shape(words, inputs)
+        return max(sum(4 * math.prod(x.shape) for x in each) for each in lists)
 
     def sizes(self, inputs: AttentionInputs, of: str) -> Blocks:
         """Block sizes of the "forward" or "backward" pass.
@@ -217,8 +227,14 @@ class PallasTpu(Implementation):
         """See :class:`attnlab.extend.Implementation`."""
         blocks = self.sizes(inputs, "backward")
 
-        def run(inputs: AttentionInputs, *above: Array) -> list[Array | None]:
+        def some(inputs: AttentionInputs, *above: Array) -> list[Array | None]:
             return Backward(inputs, wanted, blocks, limit(), self.interpret).run(*above)
+
+        def run(inputs: AttentionInputs, *above: Array) -> list[Array | None]:
+            parts = slices_of(inputs, blocks, limit())
+            if len(parts) == 1:
+                return some(inputs, *above)
+            return by_slices(inputs, parts, some, *above)
 
         return not_finite.backward(inputs, output, lse, d_output, d_lse, run)
 
