@@ -254,11 +254,15 @@ def _count(
         inputs.mask_operands
     ):
         plan = plan_of(inputs, blocks[:2], cols=False)
-    outer, inner, length = (q, k, s.S) if of == "forward" else (k, q, s.T)
-    owners = -(-(s.T if of == "forward" else s.S) // outer)
+    rows, cols = -(-s.T // q), -(-s.S // k)
+    if of == "forward":
+        owners, inners, segments, run = rows, cols, 1, (s.S / _RUNS + q) / k + 1
+    else:
+        owners, inners, run = cols, rows, (s.T / _RUNS + k) / q + 1
+        # Each segment of queries has sums for every block of keys.
+        segments = -(-rows // segment_of(inputs, blocks, limit()))
     if plan is None or not plan.is_static:
-        run = (length / _RUNS + outer) / inner + 1
-        return owners, 0, owners * min(run, -(-length // inner))
+        return owners * segments, 0, owners * min(run, inners)
     full, partial = (x.per_row() for x in plan.rows)
     lists = math.prod(full.shape[:2])
-    return lists * owners, float(full.sum()), float(partial.sum())
+    return lists * owners * segments, float(full.sum()), float(partial.sum())
