@@ -805,15 +805,23 @@ def test_blocks_where_the_plan_is_known_only_at_run_time():
 
 def test_small_blocks_are_left_where_their_list_is_too_long():
     """A list for documents has room for all blocks: it must fit the scalar memory."""
-    x = jax.ShapeDtypeStruct((1, 2**18, 1, 128), jnp.bfloat16)
-    mask = masks.documents(np.zeros((1, 2**18), np.int32))
-    with on("TPU v5 lite"):
-        *_, inputs = canonical(x, x, x, Options(mask=mask))
-        made = interpreted.PallasTpu()
-        cheapest, *_ = made._ranked(inputs, "forward")
-        assert made._bytes_of_words(inputs, "forward", cheapest) > MOST_BYTES
-        found = made.sizes(inputs, "forward")
-        assert made._bytes_of_words(inputs, "forward", found) <= MOST_BYTES
+
+    class Two(interpreted.PallasTpu):
+        table = (
+            Entry(Blocks(1024, 1024, 256), full=16.0, partial=16.0),
+            Entry(Blocks(512, 512, 256), full=1.0, partial=1.0),
+        )
+
+    def found(length):
+        x = jax.ShapeDtypeStruct((1, length, 1, 128), jnp.bfloat16)
+        mask = masks.documents(np.zeros((1, length), np.int32))
+        with on("TPU v5 lite"):
+            *_, inputs = canonical(x, x, x, Options(mask=mask))
+            sizes = Two().sizes(inputs, "forward")
+            return sizes, Two()._bytes_of_words(inputs, "forward", sizes)
+
+    assert found(2**17) == ((512, 512, 256), MOST_BYTES)
+    assert found(2**18) == ((1024, 1024, 256), MOST_BYTES)
 
 
 def test_short_inputs_are_charged_for_what_they_compute():
