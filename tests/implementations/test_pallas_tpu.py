@@ -841,6 +841,9 @@ def test_explain_shows_what_blocks_would_cost():
     assert len(found.candidates) > 3
     assert "costs of other blocks: " in str(found)
     assert explain(SHAPE, SHAPE, SHAPE, platform="cpu").candidates == {}
+    # Where nothing is visible, nothing costs anything.
+    hidden = {"mask": ~masks.full(), "implementation": "tiled"}
+    assert "costs of other" not in str(explain(SHAPE, SHAPE, SHAPE, **hidden))
 
 
 def test_the_table_has_every_tpu():

@@ -70,7 +70,17 @@ def test_a_cap_of_the_users_own_bounds_nothing(monkeypatch):
         {"64": {"forward": [[512, 512, 384, 0, 1, 1]]}},
         {"64": {"forward": [[100, 512, 512, 0, 1, 1]]}},
         {"64": {"forward": [[512, 512, 512.0, 0, 1, 1]]}},
+        {"64": {"forward": [[100, 100, 60, 0, 1, 1]]}},
+        {"64": {"forward": [[0, 0, 0, 0, 1, 1]]}},
+        {"64": {"forward": [[512, 512, 0, 0, 1, 1]]}},
+        {"64": {"forward": [[-128, 512, 128, 0, 1, 1]]}},
+        {"64": {"forward": [[512, True, 512, 0, 1, 1]]}},
+        {"64": {"forward": [["512", "512", "512", 0, 1, 1]]}},
+        {"64": {"forward": "512"}},
+        {"-64": {}},
+        {"64": [512, 512, 512]},
         {"64": {"forward": [[512, 512, 512, 0, 1, -1]]}},
+        {"64": {"forward": [[512, 512, 512, 0, 1, float("inf")]]}},
         {"64": {"forward": [[512, 512, 512, 0, True, 1]]}},
     ],
 )
@@ -83,6 +93,8 @@ def test_a_bad_table_is_named(of_kind, tmp_path):
 
 def test_a_good_table_is_read(tmp_path):
     path = tmp_path / "table.json"
-    path.write_text('{"new": {"256": {"forward": [[128, 768, 384, 0, 1.5, 2]]}}}')
+    path.write_text(
+        '{"new": {"256": {"forward": [[128, 768, 384, 0, 1.5, 2]]}, "64": {}}}'
+    )
     found = blocks.Entry(blocks.Blocks(128, 768, 384), 0, 1.5, 2)
-    assert blocks.read(path) == {"new": {256: {"forward": (found,)}}}
+    assert blocks.read(path) == {"new": {256: {"forward": (found,)}, 64: {}}}

@@ -51,14 +51,14 @@ class Explanation(NamedTuple):
             f"on {self.platform}: {self.implementation}, blocks of "
             f"{self.block_sizes[0]} queries x {self.block_sizes[1]} keys",
         ]
-        if len(self.candidates) > 1:
-            chosen = self.candidates[self.block_sizes]
-            others = ", ".join(
-                f"{q} x {k} ({cost / chosen:.2f}x)"
-                for (q, k), cost in self.candidates.items()
-                if (q, k) != self.block_sizes
-            )
-            lines.append(f"  costs of other blocks: {others}")
+        chosen = self.candidates.get(self.block_sizes)
+        others = [
+            f"{q} x {k} ({cost / chosen:.2f}x)"
+            for (q, k), cost in self.candidates.items()
+            if chosen and (q, k) != self.block_sizes
+        ]
+        if others:
+            lines.append(f"  costs of other blocks: {', '.join(others)}")
         if self.crossover is not None:
             lines.append(self.crossover)
         if self.mesh is not None:

@@ -37,7 +37,8 @@ from attnlab._src.implementations.pallas_tpu.steps import (
 )
 from attnlab._src.implementations.schedule import fit
 from attnlab._src.masks.planning import plan_of
-from attnlab._src.types import Array, ArrayLike, AttentionInputs, Implementation
+from attnlab._src.types import Array, AttentionInputs, Implementation
+from attnlab._src.types import ArrayLike as ArrayLike
 
 #: Greatest memory beyond O(T + S), in bytes: for bits of masks that a kernel cannot
 #: evaluate, and for gradients of a bias that heads or examples share, which are stored
@@ -129,20 +130,21 @@ class PallasTpu(Implementation):
         """Scalar memory for the list of live blocks; it depends on shapes only."""
         s = inputs.sizes
 
-        def words(inputs: AttentionInputs) -> list[tuple[ArrayLike, ...]]:
+        found: list[int] = []
+
+        def count(inputs: AttentionInputs) -> None:
             if of == "forward":
                 plan = plan_of(inputs, blocks[:2], cols=False)
-                return [by_query(fit(plan, blocks[:2])).words]
-            found = []
+                found.append(by_query(fit(plan, blocks[:2])).bytes)
+                return
             for part in slices_of(inputs, blocks, limit()):
                 own = some_queries(inputs, part)
                 plan = fit(plan_of(own, blocks[:2], cols=True), blocks[:2])
                 segment = segment_of(own, blocks, limit())
-                found.append(by_key(plan, s.N // s.K, segment).words)
-            return found
+                found.append(by_key(plan, s.N // s.K, segment).bytes)
 
-        lists = jax.eval_shape(words, inputs)
-        return max(sum(4 * math.prod(x.shape) for x in each) for each in lists)
+        jax.eval_shape(count, inputs)
+        return max(found)
 
     def sizes(self, inputs: AttentionInputs, of: str) -> Blocks:
         """Block sizes of the "forward" or "backward" pass.
@@ -204,11 +206,11 @@ class PallasTpu(Implementation):
 
     def candidates(self, inputs: AttentionInputs) -> dict[tuple[int, int], float]:
         """See :class:`attnlab.extend.Implementation`."""
-        return {
-            blocks[:2]: cost
-            for blocks, cost in self._ranked(inputs, "forward").items()
-            if bytes_needed(inputs, blocks, "forward", limit()) <= limit()
-        }
+        found: dict[tuple[int, int], float] = {}
+        for blocks, cost in self._ranked(inputs, "forward").items():
+            if bytes_needed(inputs, blocks, "forward", limit()) <= limit():
+                found.setdefault(blocks[:2], cost)
+        return found
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.extend.Implementation`."""

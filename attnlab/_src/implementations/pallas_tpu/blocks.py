@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -116,7 +117,7 @@ def _entry(where: str, found: object) -> Entry:
     if isinstance(found, list) and len(found) == 6:
         (q, k, chunk), costs = found[:3], found[3:]
         whole = all(type(n) is int and n > 0 for n in found[:3])
-        known = all(type(n) in (int, float) and n >= 0 for n in costs)
+        known = all(type(n) in (int, float) and 0 <= n < math.inf for n in costs)
         if whole and known and not (q % 128 or chunk % 128 or k % chunk):
             return Entry(Blocks(q, k, chunk), *costs)
     raise ValueError(

@@ -10,6 +10,8 @@ keys in the backward pass. For each outer block the kernel walks the live **inne
 blocks.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -63,23 +65,34 @@ class Step(NamedTuple):
     empty: bool | Array
 
 
-class Steps(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Steps:
     """A list of steps for each example and head, or sizes to compute them from.
 
     Attributes:
         grid: the axes of the grid for steps: number of steps of a list; or, without
             list, (segments, outer blocks, members, inner blocks of a segment).
-        words: two int32 arrays ``[Bp * Np * count]``; empty if there are no lists.
+        make_words: makes ``words``; None if there are no lists.
         lists: Bp and Np; 1 if all examples, or all heads, have the same list.
         count: number of words in a list.
         kinds: whether there may be full blocks, and whether partial ones.
     """
 
     grid: tuple[int | Array, ...]
-    words: tuple[ArrayLike, ...]
+    make_words: Callable[[], tuple[ArrayLike, ...]] | None
     lists: tuple[int, int]
     count: int
     kinds: tuple[bool, bool]
+
+    @functools.cached_property
+    def words(self) -> tuple[ArrayLike, ...]:
+        """Two int32 arrays ``[Bp * Np * count]``; empty if there are no lists."""
+        return () if self.make_words is None else self.make_words()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of ``words``, which it does not make."""
+        return 8 * math.prod(self.lists) * self.count
 
     def at(self, ids: tuple[Any, ...], words: tuple[Any, ...]) -> Step:
         """The step at an index of the grid.
@@ -165,7 +178,7 @@ def _steps(
     if xp is np and segments * segment == inners:
         kinds = bool((full == inners).all()), bool((partial == inners).all())
         if any(kinds):
-            return Steps((segments, outers, group, segment), (), (1, 1), 0, kinds)
+            return Steps((segments, outers, group, segment), None, (1, 1), 0, kinds)
 
     def owned(x: ArrayLike) -> ArrayLike:
         """``[Bp, Np, outers, m] -> [Bp, Np, segments, outers, group, m]``."""
@@ -243,12 +256,15 @@ def _listed(live: Live, outers: int, segment: int, group: int) -> Steps:
     flat = [
         x.reshape(math.prod(lead), *x.shape[2:]) for x in (lo, end, total, fulls, stop)
     ]
-    if xp is np:
+
+    def words() -> tuple[ArrayLike, ...]:
+        if xp is jnp:
+            return tuple(x.reshape(-1) for x in jax.vmap(one)(*flat))
         lists = [one(*each) for each in zip(*flat, strict=True)]
-        words = tuple(np.stack(x).reshape(-1) for x in zip(*lists, strict=True))
+        return tuple(np.stack(x).reshape(-1) for x in zip(*lists, strict=True))
+
+    if xp is np:
         kinds = bool(fulls.any()), bool((total > fulls).any())
-    else:
-        words = tuple(x.reshape(-1) for x in jax.vmap(one)(*flat))
-        kinds = full.lo.shape[-1] > 0, partial.lo.shape[-1] > 0
-        longest = longest.astype(jnp.int32)
-    return Steps((longest if xp is jnp else count,), words, lead, count, kinds)
+        return Steps((count,), words, lead, count, kinds)
+    kinds = full.lo.shape[-1] > 0, partial.lo.shape[-1] > 0
+    return Steps((longest.astype(jnp.int32),), words, lead, count, kinds)
