@@ -42,10 +42,7 @@ def by_splash(
     spec: Spec, of: str, target: str, fused: bool, blocks: Blocks, masked: bool
 ) -> Cost:
     """What ``by_cycles`` returns, for splash attention."""
-    found = splash_per_block(spec, blocks, of, target, masked=masked, fused=fused)
-    if found.cycles is None or found.outer is None:
-        return None
-    return found.cycles, found.outer
+    return splash_per_block(spec, blocks, of, target, masked=masked, fused=fused).known
 
 
 def rows(

@@ -432,6 +432,7 @@ def test_the_steps_are_the_plan(name, segment, t, s):
         (by_query(plan), plan.rows, -(-t // size), 1),
         (by_key(plan, group, segment), plan.cols, -(-s // size), group),
     ):
+        assert steps.bytes == sum(4 * x.size for x in steps.words)
         lists = max(heads // group_, 1)
         seen, open_sums = [], None
         for _, head, step in walk(steps, (1, lists)):
@@ -822,6 +823,17 @@ def test_small_blocks_are_left_where_their_list_is_too_long():
 
     assert found(2**17) == ((512, 512, 256), MOST_BYTES)
     assert found(2**18) == ((1024, 1024, 256), MOST_BYTES)
+
+
+def test_sums_of_every_segment_of_queries_have_a_cost():
+    """Among very many queries, fewer and longer blocks of keys are cheaper."""
+    mask, found = masks.longformer(window=192, anchors=64), []
+    with on("TPU v5 lite"):
+        for length in (2**13, 2**19):
+            x = jax.ShapeDtypeStruct((1, length, 1, 128), jnp.bfloat16)
+            *_, inputs = canonical(x, x, x, Options(mask=mask))
+            found.append(interpreted.PallasTpu().sizes(inputs, "backward").k)
+    assert found[0] < found[1]
 
 
 def test_short_inputs_are_charged_for_what_they_compute():

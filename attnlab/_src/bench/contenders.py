@@ -1,5 +1,6 @@
 """Contenders: computations of the same attention, compiled to be checked and timed."""
 
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
@@ -52,6 +53,33 @@ class Contender(Protocol):
             NotImplementedError: if it has the forward pass only.
         """
         ...
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def refused_on_cpus(case: Case, *packages: str) -> str | None:
+    """Why a library that is compared on CPUs cannot compute a case; None if it can.
+
+    Args:
+        case: the case.
+        *packages: what must be installed.
+    """
+    for package in packages:
+        if not installed(package):
+            return f"{package} is not installed"
+    if jax.default_backend() != "cpu":
+        return "it is compared on CPUs only"
+    return refused_score(case)
+
+
+def refused_score(case: Case) -> str | None:
+    """Why a library without other scores cannot compute a case; None if it can."""
+    if case.spec.score != "scaled_dot":
+        return f"it has no {case.spec.score} score"
+    return None
 
 
 def too_large(case: Case) -> str | None:

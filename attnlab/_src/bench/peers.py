@@ -1,6 +1,7 @@
 """Contenders that call other libraries' scaled dot-product attention."""
 
 import contextlib
+import importlib
 import os
 import shutil
 import time
@@ -13,20 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab._src.bench.cases import WINDOW, Case
-from attnlab._src.bench.contenders import Contender, Prepared, compile_call, too_large
-from attnlab._src.bench.runtimes import (
-    OnnxRuntimePeer,
-    OpenVinoPeer,
-    ZentorchPeer,
+from attnlab._src.bench.contenders import (
+    Contender,
+    Prepared,
+    compile_call,
     installed,
+    refused_on_cpus,
+    refused_score,
+    too_large,
 )
+from attnlab._src.bench.runtimes import OnnxRuntimePeer, OpenVinoPeer
 from attnlab._src.types import Array
-
-
-def _refusal(case: Case) -> str | None:
-    if case.spec.score != "scaled_dot":
-        return f"it has no {case.spec.score} score"
-    return None
 
 
 @contextlib.contextmanager
@@ -43,7 +41,7 @@ class JaxNnPeer:
 
     def refusal(self, case: Case) -> str | None:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
-        return _refusal(case) or too_large(case)
+        return refused_score(case) or too_large(case)
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
@@ -73,7 +71,7 @@ class FlaxPeer:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
         if case.spec.heads != case.spec.key_heads:
             return "it has no grouped queries"
-        return _refusal(case) or too_large(case)
+        return refused_score(case) or too_large(case)
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
@@ -92,14 +90,6 @@ class FlaxPeer:
             return compile_call(
                 function, arguments, case.cotangent if backward else None
             )
-
-
-def _torch_refusal(case: Case) -> str | None:
-    if not installed("torch"):
-        return "torch is not installed"
-    if jax.default_backend() != "cpu":
-        return "it is compared on CPUs only"
-    return _refusal(case)
 
 
 def _tensor(array: Array) -> Any:
@@ -124,12 +114,13 @@ class TorchPeer:
 
     def refusal(self, case: Case) -> str | None:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
-        return _torch_refusal(case) or too_large(case)
+        return refused_on_cpus(case, "torch") or too_large(case)
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
         import torch
 
+        attend = self._attend()
         tensors = [_tensor(x) for x in (case.query, case.key, case.value)]
         above = _tensor(case.cotangent)
         causal = case.spec.pattern == "causal"
@@ -143,7 +134,7 @@ class TorchPeer:
             if backward and group > 1:
                 # Takes a third of the time of enable_gqa=True.
                 shared = [x.repeat_interleave(group, 1) for x in shared]
-            return torch.nn.functional.scaled_dot_product_attention(
+            return attend(
                 query,
                 *shared,
                 attn_mask=mask,
@@ -162,6 +153,44 @@ class TorchPeer:
             for tensor in tensors:
                 tensor.requires_grad_(True)
         return Prepared(call, _arrays, None, None)
+
+    def _attend(self) -> Callable[..., Any]:
+        import torch
+
+        return torch.nn.functional.scaled_dot_product_attention
+
+
+class ZentorchPeer(TorchPeer):
+    """The same, compiled by AMD's zentorch, which needs AVX-512."""
+
+    name = "zentorch"
+
+    def refusal(self, case: Case) -> str | None:
+        """See :class:`attnlab._src.bench.contenders.Contender`."""
+        missing = refused_on_cpus(case, "torch", "zentorch")
+        if missing is not None:
+            return missing
+        import torch
+
+        if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+            return "it needs AVX-512"
+        return super().refusal(case)
+
+    def prepare(self, case: Case, backward: bool) -> Prepared:
+        """See :class:`attnlab._src.bench.contenders.Contender`."""
+        if backward:
+            raise NotImplementedError("zentorch has no backward pass")
+        made = super().prepare(case, backward)
+        start = time.perf_counter()
+        made.call()
+        return made._replace(compile_seconds=time.perf_counter() - start)
+
+    def _attend(self) -> Callable[..., Any]:
+        import torch
+
+        importlib.import_module("zentorch")  # it registers itself
+        torch._dynamo.reset()
+        return torch.compile(super()._attend(), backend="zentorch")
 
 
 class FlexPeer:
@@ -183,7 +212,7 @@ class FlexPeer:
         if installed("torch") and shutil.which(compiler) is None:
             return f"torch.compile needs a C++ compiler, and there is no {compiler}"
         is_table = case.spec.pattern not in ("full", *RULES)
-        return _torch_refusal(case) or (too_large(case) if is_table else None)
+        return refused_on_cpus(case, "torch") or (too_large(case) if is_table else None)
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab._src.bench.contenders.Contender`."""

@@ -48,11 +48,18 @@ class PerBlock:
     kernel: Kernel | None
     why: str | None
 
-    def total(self, blocks: float, outer: float) -> float | None:
-        """Cycles of so many live and outer blocks; None if they are unknown."""
+    @property
+    def known(self) -> tuple[float, float] | None:
+        """Cycles of a live block and of an outer block; None if one is unknown."""
         if self.cycles is None or self.outer is None:
             return None
-        return blocks * self.cycles + outer * self.outer
+        return self.cycles, self.outer
+
+    def total(self, blocks: float, outer: float) -> float | None:
+        """Cycles of so many live and outer blocks; None if they are unknown."""
+        if self.known is None:
+            return None
+        return blocks * self.known[0] + outer * self.known[1]
 
 
 def _slope(

@@ -1,35 +1,21 @@
-"""Contenders that run inference only: ONNX Runtime, OpenVINO, AMD's zentorch."""
+"""Contenders that run inference only, from graphs: ONNX Runtime and OpenVINO."""
 
 import importlib
-import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from attnlab._src.bench.cases import WINDOW, Case
-from attnlab._src.bench.contenders import Prepared, too_large
+from attnlab._src.bench.contenders import Prepared, refused_on_cpus, too_large
 from attnlab._src.bench.machine import cores
 
 
-def installed(package: str) -> bool:
-    """Whether a package can be imported."""
-    return importlib.util.find_spec(package) is not None
-
-
 def _refusal(case: Case, *packages: str) -> str | None:
-    for package in packages:
-        if not installed(package):
-            return f"{package} is not installed"
-    if jax.default_backend() != "cpu":
-        return "it is compared on CPUs only"
-    if case.spec.score != "scaled_dot":
-        return f"it has no {case.spec.score} score"
     if case.spec.dtype != "float32":
         return "it is compared in float32 only"
-    return None
+    return refused_on_cpus(case, *packages) or too_large(case)
 
 
 def _forward_only(name: str, backward: bool) -> None:
@@ -65,7 +51,7 @@ class OnnxRuntimePeer:
             return "it has grouped queries for causal patterns only"
         if spec.pattern in _OF_GROUPS and spec.queries != spec.length:
             return "it is compared on whole sequences"
-        return _refusal(case, "onnx", "onnxruntime") or too_large(case)
+        return _refusal(case, "onnx", "onnxruntime")
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
@@ -142,7 +128,7 @@ class OpenVinoPeer:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
         if case.spec.heads != case.spec.key_heads:
             return "it has no grouped queries"
-        return _refusal(case, "openvino") or too_large(case)
+        return _refusal(case, "openvino")
 
     def prepare(self, case: Case, backward: bool) -> Prepared:
         """See :class:`attnlab._src.bench.contenders.Contender`."""
@@ -173,46 +159,3 @@ class OpenVinoPeer:
             lambda: request.infer(given, share_inputs=True)[0],
             lambda x: x.swapaxes(1, 2),
         )
-
-
-class ZentorchPeer:
-    """PyTorch's SDPA compiled by AMD's zentorch, which needs AVX-512."""
-
-    name = "zentorch"
-
-    def refusal(self, case: Case) -> str | None:
-        """See :class:`attnlab._src.bench.contenders.Contender`."""
-        if case.spec.heads != case.spec.key_heads:
-            return "it has no grouped queries"
-        missing = _refusal(case, "torch", "zentorch")
-        if missing is not None:
-            return missing
-        import torch
-
-        if "AVX512" not in torch.backends.cpu.get_cpu_capability():
-            return "it needs AVX-512"
-        return too_large(case)
-
-    def prepare(self, case: Case, backward: bool) -> Prepared:
-        """See :class:`attnlab._src.bench.contenders.Contender`."""
-        _forward_only("zentorch", backward)
-        import torch
-
-        _module("zentorch")  # it registers itself
-        given = [
-            torch.from_numpy(np.asarray(x).swapaxes(1, 2).copy(order="C"))
-            for x in (case.query, case.key, case.value)
-        ]
-        causal = case.spec.pattern == "causal"
-        dense = None if causal else case.dense_mask()
-        mask = None if dense is None else torch.from_numpy(np.array(dense))
-        torch._dynamo.reset()
-        compiled = torch.compile(
-            torch.nn.functional.scaled_dot_product_attention, backend="zentorch"
-        )
-
-        def call() -> Any:
-            with torch.no_grad():
-                return compiled(*given, attn_mask=mask, is_causal=causal)
-
-        return _prepared(call, lambda x: x.numpy().swapaxes(1, 2))

@@ -54,12 +54,9 @@ def by_cycles(spec: Spec, of: str, target: str, blocks: Blocks, masked: bool) ->
     from attnlab._src.bench.per_block import per_block
 
     try:
-        found = per_block(spec, blocks, of, target, masked=masked)
+        return per_block(spec, blocks, of, target, masked=masked).known
     except NotImplementedError:  # the blocks exceed the memory
         return None
-    if found.cycles is None or found.outer is None:
-        return None
-    return found.cycles, found.outer
 
 
 def by_time(spec: Spec, of: str, blocks: Blocks, masked: bool) -> Cost:
@@ -73,12 +70,10 @@ def by_time(spec: Spec, of: str, blocks: Blocks, masked: bool) -> Cost:
     mask = EveryBlock(options["mask"]) if masked else None
 
     def seconds(queries: int, keys: int) -> float | None:
-        shape = (1, spec.heads, spec.head_size)
+        shapes = [(1, n, spec.heads, spec.head_size) for n in (queries, keys, keys)]
         arrays = [
-            jax.random.normal(
-                jax.random.key(n), (1, length, *shape[1:]), jnp.dtype(spec.dtype)
-            )
-            for n, length in enumerate((queries, keys, keys))
+            jax.random.normal(jax.random.key(n), shape, jnp.dtype(spec.dtype))
+            for n, shape in enumerate(shapes)
         ]
         with sized(blocks) as ours:
             attend = functools.partial(attention, mask=mask, implementation=ours.name)
@@ -88,9 +83,8 @@ def by_time(spec: Spec, of: str, blocks: Blocks, masked: bool) -> Cost:
             except (NotImplementedError, jax.errors.JaxRuntimeError):
                 # The blocks exceed the memory, by our estimate or in fact.
                 return None
-            return interleave({"": lambda: call(*arrays)}, Repeats(seconds=0.5))[
-                ""
-            ].median
+            timed = interleave({"": lambda: call(*arrays)}, Repeats(seconds=0.5))
+        return timed[""].median
 
     block, outer = slopes(blocks, of, seconds, length=4096)
     return None if block is None or outer is None else (block, outer)
