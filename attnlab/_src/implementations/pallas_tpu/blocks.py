@@ -121,9 +121,9 @@ def _entry(where: str, found: object) -> Entry:
         if whole and known and not (q % 128 or chunk % 128 or k % chunk):
             return Entry(Blocks(q, k, chunk), *costs)
     raise ValueError(
-        f"{where}: expected [queries, keys, keys at once, cost of an outer block, of a "
-        "full block, of a partial block], queries and keys at once multiples of 128, "
-        f"keys a multiple of keys at once; got {json.dumps(found)}"
+        f"{where}: expected entries [queries, keys, keys at once, cost of an outer "
+        "block, of a full block, of a partial block], queries and keys at once "
+        f"multiples of 128, keys a multiple of keys at once; got {json.dumps(found)}"
     )
 
 
