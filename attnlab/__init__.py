@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from attnlab import modifiers as modifiers
     from attnlab import nn as nn
     from attnlab import scores as scores
+    from attnlab import select as select
     from attnlab import sharding as sharding
     from attnlab._src.ops.attention import attention as attention
     from attnlab._src.ops.attention import attention_with_stats as attention_with_stats
@@ -40,7 +41,7 @@ _HOMES = {
     "show": "_src.view.page",
     "show_weights": "_src.view.page",
 }
-_MODULES = ("extend", "masks", "modifiers", "nn", "scores", "sharding")
+_MODULES = ("extend", "masks", "modifiers", "nn", "scores", "select", "sharding")
 
 __all__ = [
     "AttentionResult",
@@ -59,6 +60,7 @@ __all__ = [
     "modifiers",
     "nn",
     "scores",
+    "select",
     "sharding",
     "show",
     "show_weights",

@@ -14,6 +14,7 @@ from attnlab._src.masks.patterns import big_bird as big_bird
 from attnlab._src.masks.patterns import longformer as longformer
 from attnlab._src.masks.patterns import streaming as streaming
 from attnlab._src.masks.per_head import per_head as per_head
+from attnlab._src.masks.selected import selected as selected
 from attnlab._src.masks.structural import causal as causal
 from attnlab._src.masks.structural import chunked as chunked
 from attnlab._src.masks.structural import dilated_window as dilated_window
@@ -38,6 +39,7 @@ __all__ = [
     "predicate",
     "prefix",
     "random_blocks",
+    "selected",
     "sliding_window",
     "streaming",
 ]

@@ -172,8 +172,13 @@ MASKS: dict[str, Callable[[Setting], Any]] = {
         block_size=3,
         num_blocks=max(16, -(-max(s.T, s.S) // 3)),
     ),
-    "blocks": lambda s: masks.blocks(
-        s.rng.integers(-1, 5, (s.N, max(6, -(-s.T // 5)), 2)), 5
+    "blocks": lambda s: (
+        masks.blocks(
+            s.rng.integers(-1, -(-s.S // 3), (s.K, max(6, -(-s.T // 5)), 2)),
+            query_block=5,
+            key_block=3,
+        )
+        | masks.selected(s.rng.integers(-1, s.S, (s.B, s.K, s.T, 3)))
     ),
     "prefix": lambda s: masks.causal() | masks.prefix(5),
     "chunked": lambda s: masks.chunked(5) & ~masks.prefix(1),

@@ -55,7 +55,7 @@ MAY_IMPORT = {
 #: Files that implementations share; implementations do not import each other.
 SHARED = {
     "capability", "deferred", "elementwise", "measured", "not_finite", "schedule",
-    "steps", "tile", "visibility",
+    "sizes", "steps", "tile", "visibility",
 }  # fmt: skip
 
 

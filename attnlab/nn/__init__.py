@@ -63,6 +63,8 @@ from attnlab._src.nn.recurrent.layers import RecurrentEncoder as RecurrentEncode
 from attnlab._src.nn.recurrent.luong import LuongDecoder as LuongDecoder
 from attnlab._src.nn.recurrent.readouts import MaxoutReadout as MaxoutReadout
 from attnlab._src.nn.recurrent.readouts import Readout as Readout
+from attnlab._src.nn.selecting import MixtureOfBlocks as MixtureOfBlocks
+from attnlab._src.nn.selecting import NativeSparseAttention as NativeSparseAttention
 from attnlab._src.nn.stack import Stack as Stack
 from attnlab._src.nn.standard import make_blocks as make_blocks
 from attnlab._src.nn.transformer import Decoder as Decoder
@@ -103,7 +105,9 @@ __all__ = [
     "LuongDecoder",
     "MaskedLanguageModel",
     "MaxoutReadout",
+    "MixtureOfBlocks",
     "MultiHeadAttention",
+    "NativeSparseAttention",
     "NoResidual",
     "PlainDecoder",
     "Positions",

@@ -27,7 +27,7 @@ from attnlab._src.implementations.pallas_tpu.backward import Backward
 from attnlab._src.implementations.pallas_tpu.blocks import Blocks, Entry, limit
 from attnlab._src.implementations.pallas_tpu.call import Products
 from attnlab._src.implementations.pallas_tpu.steps import MOST_BYTES, by_key, by_query
-from attnlab._src.implementations.schedule import fit
+from attnlab._src.implementations.sizes import fit
 from attnlab._src.ops.explain import canonical
 from attnlab._src.ops.prepare import prepare
 from attnlab._src.ops.validate import Options, check

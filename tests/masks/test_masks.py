@@ -119,6 +119,30 @@ def test_blocks_of_each_head():
         assert found[h, t, s] == (s // 3 in layout[h, t // 3])
 
 
+@pytest.mark.parametrize("entries", [3, 70])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 4), (4, 1), (3, 5)])
+@pytest.mark.parametrize("slots", [False, True])
+def test_rectangular_blocks_in_any_order_and_twice(sizes, entries, slots):
+    """Short lists are compared, long ones are sorted and searched."""
+    of_queries, of_keys = sizes
+    t, s = 2 * of_queries + 1, 3 * of_keys
+    layout = np.random.default_rng(0).integers(-1, 3, (2, 1, 3, entries))
+    make = masks.selected if slots else masks.blocks
+    mask = make(layout, query_block=of_queries, key_block=of_keys)
+    found, hidden = dense(mask, t, s), dense(~mask, t, s)
+    rows = np.arange(t) // of_queries
+    for s in range(3 * of_keys):
+        wanted = (layout[:, :, rows] == s // of_keys).any(-1)
+        np.testing.assert_array_equal(found[..., s], wanted)
+        np.testing.assert_array_equal(hidden[..., s], ~wanted)
+
+
+def test_selected_keys():
+    layout = np.array([[3, 0, 3], [-1, 2, -1], [-1, -1, -1]])
+    found = dense(masks.selected(layout), 3, 4)[0, 0]
+    np.testing.assert_array_equal(found, [[1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
+
+
 def test_anchor_indices_are_data():
     index = np.array([[2, -1], [7, 4]])
     found = dense(masks.anchor(index))[:, 0]

@@ -456,6 +456,28 @@ def test_a_long_layout_is_built_and_planned_in_linear_memory():
     assert plan.cols.full.per_row().sum() == distinct
 
 
+@pytest.mark.parametrize("layout", ["same", "far", "none", "twice"])
+@pytest.mark.parametrize("sizes", [(8, 6), (16, 24), (1, 2), (2, 4), (3, 5)])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("slots", [False, True])
+def test_plans_of_lists_that_are_finer_than_they(layout, sizes, traced, slots):
+    """Lists that are longer than a row of the plan become flags of its cells."""
+    rows = dict(
+        same=np.full((20, 4), 3),
+        far=np.arange(80).reshape(20, 4) * 7 % 24,
+        none=np.full((20, 4), -1),
+        twice=np.repeat(np.arange(40).reshape(20, 2) % 23, 2, axis=1),
+    )[layout]
+
+    def make(rows):
+        make = masks.selected if slots else masks.blocks
+        return make(rows, query_block=2, key_block=2) & masks.causal()
+
+    planned = lambda rows: make(rows).plan(40, 48, block_size=sizes)
+    plan = (jax.jit(planned) if traced else planned)(rows)
+    check_plan(plan, dense(make(rows), 40, 48), *sizes)
+
+
 def test_a_key_block_that_many_see_joins_runs():
     """Runs beyond the capacity are joined; the blocks between them become partial."""
     layout = np.full((24, 1), 1)
@@ -486,19 +508,21 @@ def test_a_traced_layout_has_the_plan_of_a_known_one(hidden, size):
 def test_grain_is_what_blocks_must_divide():
     one = masks.random_blocks(0, blocks_per_row=2, block_size=24, num_blocks=7)
     other = masks.blocks(np.array([[1], [0]]), block_size=36)
+    tall = masks.blocks(np.array([[1], [0]]), query_block=1, key_block=16)
     window = masks.sliding_window(5, 5)
-    assert window.block_multiple is None
-    assert (window | masks.causal()).block_multiple is None
+    assert window.block_multiples is None
+    assert (window | masks.causal()).block_multiples is None
+    assert (tall & other).block_multiples == (1, 4)
     assert (
-        one.block_multiple
-        == (~one).block_multiple
-        == (one & window).block_multiple
-        == 24
+        one.block_multiples
+        == (~one).block_multiples
+        == (one & window).block_multiples
+        == (24, 24)
     )
     assert (
-        (one | other).block_multiple
-        == masks.per_head([one, other]).block_multiple
-        == 12
+        (one | other).block_multiples
+        == masks.per_head([one, other]).block_multiples
+        == (12, 12)
     )
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab._src.implementations.schedule import Row, Tiles, floats_per_pair, side_of
+from attnlab._src.implementations.schedule import Row, Tiles
+from attnlab._src.implementations.sizes import blocks_within, floats_per_pair, side_of
 from attnlab._src.implementations.steps import BackwardSteps, ForwardSteps, Softmax
 from attnlab._src.types import (
     Array,
@@ -44,7 +45,8 @@ class Batched(Implementation):
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
         """See :class:`attnlab.extend.Implementation`."""
         s, side = inputs.sizes, side_of(inputs, most=128)
-        return min(max(s.T, 1), side), min(max(s.S, 1), side)
+        of_queries, of_keys = blocks_within(inputs.mask, side, side)
+        return min(max(s.T, 1), of_queries), min(max(s.S, 1), of_keys)
 
     def blocks_executed(self, plan: Plan) -> ArrayLike:
         """See :class:`attnlab.extend.Implementation`: counts whole chunks."""

@@ -1,9 +1,7 @@
 """How ``tiled`` and ``batched`` cut a plan into rows, chunks of live blocks, tiles."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -18,8 +16,6 @@ from attnlab._src.types import (
     Array,
     ArrayLike,
     AttentionInputs,
-    Intervals,
-    Live,
     Plan,
     PyTree,
 )
@@ -28,8 +24,6 @@ from attnlab._src.types import (
 CHUNK = 512
 #: Greatest number of keys in a chunk; chunks of full blocks have this size.
 LONGEST_CHUNK = 1024
-#: Greatest number of floats that a score may store for one tile (MLP: P per pair).
-TILE_FLOATS = 2**21
 #: Constant cost of a chunk, in pairs.
 _CHUNK_OVERHEAD = 2**15
 
@@ -97,54 +91,6 @@ def make_walk(plan: Plan) -> Walk:
     walk = walk._replace(chunk=min(range(1, wide + 1), key=executed))
     in_full, in_rest = walk.chunks()
     return walk._replace(any_full=bool(in_full.any()), any_rest=bool(in_rest.any()))
-
-
-def fit(plan: Plan, sizes: tuple[int, int]) -> Plan:
-    """The plan with the kernel's block sizes, where a short side is one padded block.
-
-    Args:
-        plan: the plan, whose block sizes do not exceed T and S.
-        sizes: queries and keys in a block of the kernel.
-    """
-    rows, cols = plan.rows, plan.cols
-    if plan.block_k < sizes[1]:
-        # The only block of keys is padded, and the padding must be masked: no block is
-        # full.
-        xp: ModuleType = np if plan.is_static else jnp
-
-        def partial(live: Live) -> Live:
-            pairs = zip(live.full, live.partial, strict=True)
-            return Live(
-                Intervals(*(x[..., :0] for x in live.full)),
-                Intervals(*(xp.concatenate(x, -1) for x in pairs)),
-            )
-
-        rows, cols = partial(rows), None if cols is None else partial(cols)
-    return dataclasses.replace(
-        plan, rows=rows, cols=cols, block_q=sizes[0], block_k=sizes[1]
-    )
-
-
-def floats_per_pair(inputs: AttentionInputs) -> int:
-    """How many floats the score holds at once for each pair of a tile."""
-    if inputs.score.is_inner_product:
-        return 1
-    told = inputs.score.floats_per_pair
-    if told is not None:
-        return max(told, 1)
-    widths = [x.shape[-1] for x in jax.tree.leaves(inputs.pair_params)]
-    return max([inputs.sizes.P, *widths])
-
-
-def side_of(inputs: AttentionInputs, most: int) -> int:
-    """The side of a square tile whose floats keep to :data:`TILE_FLOATS`.
-
-    Args:
-        inputs: the canonical record.
-        most: the greatest side, a multiple of 8; the least is 8.
-    """
-    side = int((TILE_FLOATS / floats_per_pair(inputs)) ** 0.5) // 8 * 8
-    return min(max(side, 8), most)
 
 
 class Row(NamedTuple):

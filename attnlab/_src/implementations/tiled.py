@@ -15,7 +15,8 @@ import jax
 from jax import lax
 
 from attnlab._src.implementations.measured import measured
-from attnlab._src.implementations.schedule import Tiles, make_walk, side_of
+from attnlab._src.implementations.schedule import Tiles, make_walk
+from attnlab._src.implementations.sizes import blocks_within, side_of
 from attnlab._src.implementations.steps import BackwardSteps, ForwardSteps
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.types import (
@@ -54,6 +55,7 @@ class Tiled(Implementation):
         if not inputs.score.is_inner_product:
             side = side_of(inputs, most=512)
             sizes = [(side, side)]
+        sizes = [blocks_within(inputs.mask, *size) for size in sizes]
         return list(dict.fromkeys((min(q, s.T), min(k, s.S)) for q, k in sizes))
 
     def blocks_executed(self, plan: Plan) -> ArrayLike:

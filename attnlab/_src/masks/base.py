@@ -110,10 +110,13 @@ class Mask(Rule):
         )
 
 
-def common_block_multiple(masks: Sequence[Mask]) -> int | None:
-    """The greatest common divisor of the masks' block multiples; None: none has one."""
-    multiples = [m.block_multiple for m in masks if m.block_multiple is not None]
-    return math.gcd(*multiples) if multiples else None
+def common_block_multiples(masks: Sequence[Mask]) -> tuple[int, int] | None:
+    """The greatest common divisors of the masks' block sizes; None: none has any."""
+    known = [m.block_multiples for m in masks if m.block_multiples is not None]
+    if not known:
+        return None
+    query, key = (math.gcd(*sizes) for sizes in zip(*known, strict=True))
+    return query, key
 
 
 @pytree
@@ -126,9 +129,9 @@ class _Combination(Mask):
         return tuple(m.operands(query_length, key_length) for m in self.parts)
 
     @property
-    def block_multiple(self) -> int | None:
+    def block_multiples(self) -> tuple[int, int] | None:
         """See :class:`Mask`."""
-        return common_block_multiple(self.parts)
+        return common_block_multiples(self.parts)
 
     def _seen(self, tile: Tile, operands: PyTree) -> list[Array]:
         pairs = zip(self.parts, operands, strict=True)
@@ -235,9 +238,9 @@ class Not(Mask):
         return self.part.operands(query_length, key_length)
 
     @property
-    def block_multiple(self) -> int | None:
+    def block_multiples(self) -> tuple[int, int] | None:
         """See :class:`Mask`."""
-        return self.part.block_multiple
+        return self.part.block_multiples
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""

@@ -4,7 +4,6 @@ from types import ModuleType
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from attnlab._src.types import ArrayLike, Intervals
 
@@ -26,12 +25,6 @@ def numbers(count: int, rank: int) -> np.ndarray:
 def plus(x: ArrayLike, n: int) -> ArrayLike:
     """``x + n``, or ``FAR`` where that is beyond int32; n is at least 0."""
     return namespace(x).minimum(x, FAR - n) + n
-
-
-def _cummax(x: ArrayLike) -> ArrayLike:
-    if isinstance(x, np.ndarray):
-        return np.maximum.accumulate(x, axis=-1)
-    return lax.cummax(x, axis=x.ndim - 1)
 
 
 def _shift(x: ArrayLike, fill: int, xp: ModuleType) -> ArrayLike:
@@ -57,17 +50,27 @@ def merge(x: Intervals) -> Intervals:
     m = lo.shape[-1]
     if m > 1:
         empty = hi <= lo
-        lo, hi = xp.where(empty, FAR, lo), xp.where(empty, FAR, hi)
-        order = xp.argsort(lo, axis=-1)
-        lo = xp.take_along_axis(lo, order, -1)
-        reach = _cummax(xp.take_along_axis(hi, order, -1))
-        starts = lo > _shift(reach, -1, xp)
+        # A run starts where all intervals before it have ended: where the i-th start
+        # is beyond the (i - 1)-th end. So both may be sorted on their own.
+        lo = xp.sort(xp.where(empty, FAR, lo), axis=-1)
+        hi = xp.sort(xp.where(empty, FAR, hi), axis=-1)
+        starts = lo > _shift(hi, -1, xp)
         ends = xp.concatenate(
             [starts[..., 1:], xp.ones(starts.shape[:-1] + (1,), bool)], -1
         )
         # Both sequences ascend, with one entry for each interval: sorting aligns them.
-        lo = xp.sort(xp.where(starts, lo, FAR), axis=-1)
-        hi = xp.sort(xp.where(ends, reach, FAR), axis=-1)
+        lo, hi = xp.where(starts, lo, FAR), xp.where(ends, hi, FAR)
+    return _packed(lo, hi)
+
+
+def _packed(lo: ArrayLike, hi: ArrayLike) -> Intervals:
+    """Intervals of ascending ends, without empty ones between others.
+
+    NumPy arrays get shorter by that; JAX arrays keep empty intervals at the end.
+    """
+    xp, m = namespace(lo, hi), lo.shape[-1]
+    if m > 1:
+        lo, hi = xp.sort(lo, axis=-1), xp.sort(hi, axis=-1)
     if xp is np:
         most = int((hi > lo).sum(-1).max(initial=0))
         if m > 1:
@@ -113,11 +116,22 @@ def intersection(a: Intervals, b: Intervals, count: int) -> Intervals:
     return complement(union(complement(a, count), complement(b, count)), count)
 
 
-def difference(a: Intervals, b: Intervals, count: int) -> Intervals:
-    """Blocks of ``a`` that are not in ``b``."""
+def difference(a: Intervals, b: Intervals) -> Intervals:
+    """Blocks of ``a`` that are not in ``b``, whose intervals do not overlap."""
     if b.lo.shape[-1] == 0:
-        return a
-    return merge(intersection(a, complement(b, count), count))
+        return merge(a)
+    xp = namespace(*a, *b)
+    empty = b.hi <= b.lo
+    b = Intervals(xp.where(empty, FAR, b.lo), xp.where(empty, FAR, b.hi))
+    whole = union(a, b)
+    # ``b`` lies within the whole: what is left starts where the whole starts or an
+    # interval of ``b`` ends, and ends where one starts or the whole ends.
+    lo = xp.sort(_concatenate([whole.lo, b.hi], xp), axis=-1)
+    hi = xp.sort(_concatenate([b.lo, whole.hi], xp), axis=-1)
+    empty = hi <= lo
+    found = _packed(xp.where(empty, FAR, lo), xp.where(empty, FAR, hi))
+    most = a.lo.shape[-1] + b.lo.shape[-1]  # each of ``b`` leaves one more at most
+    return Intervals(found.lo[..., :most], found.hi[..., :most])
 
 
 def runs(flags: ArrayLike) -> Intervals:

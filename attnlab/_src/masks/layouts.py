@@ -1,8 +1,7 @@
 """Masks that list blocks: given layouts, and random ones."""
 
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,20 @@ import numpy as np
 from attnlab._src import arguments
 from attnlab._src.masks.base import Mask
 from attnlab._src.masks.geometry import Blocks
-from attnlab._src.masks.intervals import FAR, namespace, numbers, plus
+from attnlab._src.masks.intervals import namespace
+from attnlab._src.masks.lists import bounds_of_lists, listed_in, searchable
 from attnlab._src.masks.rule import Bounds
-from attnlab._src.masks.structural import nothing, size_argument
+from attnlab._src.masks.structural import size_argument
 from attnlab._src.prng import as_threefry
-from attnlab._src.types import Array, ArrayLike, Operand, PyTree, Tile, pytree, static
+from attnlab._src.types import (
+    Array,
+    ArrayLike,
+    Operand,
+    PyTree,
+    Tile,
+    pytree,
+    static,
+)
 
 
 @pytree
@@ -28,13 +36,14 @@ class BlockLayout(Mask):
 
     rows: ArrayLike
     cols: ArrayLike | None
-    block_size: int = static()
+    query_block: int = static()
+    key_block: int = static()
     name: str = static()
 
     @property
-    def block_multiple(self) -> int:
+    def block_multiples(self) -> tuple[int, int]:
         """See :class:`Mask`."""
-        return self.block_size
+        return self.query_block, self.key_block
 
     def operands(self, query_length: int, key_length: int) -> PyTree:
         """See :class:`Mask`."""
@@ -46,88 +55,35 @@ class BlockLayout(Mask):
             )
         drawn = self.name == "random_blocks"
         length = max(query_length, key_length) if drawn else query_length
-        if length > count * self.block_size:
+        if length > count * self.query_block:
             raise ValueError(
-                f"{self!r}: built for {count} blocks, {count * self.block_size} "
+                f"{self!r}: built for {count} blocks, {count * self.query_block} "
                 f"positions, used with length {length}; it needs "
-                f"{-(-length // self.block_size)} blocks"
+                f"{-(-length // self.query_block)} blocks"
             )
-        return tuple(
-            Operand(_lift(a)[..., None, None, :, :], payload=2)
-            for a in (self.rows, self.cols)
-            if a is not None
-        )
+        tables = [_lift(x) for x in (self.rows, self.cols) if x is not None]
+        tables[0] = searchable(tables[0])
+        return tuple(Operand(x[..., None, None, :, :], payload=2) for x in tables)
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""
         table = operands[0][0, 0]
-        query_block = tile.query_positions[:, 0] // self.block_size
-        key_block = tile.key_positions // self.block_size
+        query_block = tile.query_positions[:, 0] // self.query_block
+        key_block = tile.key_positions // self.key_block
         known = (query_block >= 0) & (query_block < table.shape[0])
         listed = table[jnp.clip(query_block, 0, table.shape[0] - 1)]
-        listed = jnp.where(known[:, None], listed, -1)
-        result = jnp.zeros((1, 1), bool)
-        for r in range(table.shape[1]):
-            entry = listed[:, r : r + 1]
-            result = result | ((entry == key_block) & (entry >= 0))
-        return result
+        return listed_in(jnp.where(known[:, None], listed, -1), key_block)
 
     def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
         """See :class:`Mask`."""
-        size = self.block_size
-        known = rows.side == "query" or len(operands) == 2
-        if known:
-            listed = operands[0 if rows.side == "query" else 1][:, :, 0, 0]
-            exact = namespace(listed).ones_like(listed, bool)
-            listed = _Listed(listed, listed, exact)
-        else:
-            listed = _columns(operands[0][:, :, 0, 0], -(-rows.length // size))
-        entries = listed.first.shape[-2]
-        xp = namespace(*listed, rows.lo)
-        # A block of rows spans this many blocks of the layout; one more if unaligned.
-        aligned = rows.size % size == 0 or size % rows.size == 0
-        span = -(-rows.size // size) + (not (aligned and rows.starts_at_zero))
-        first, last = rows.rows_lo // size, rows.rows_hi // size
-        wanted = first + numbers(span, first.ndim)
-        there = (wanted >= 0) & (wanted <= last) & (wanted < entries)
-        index = xp.clip(wanted, 0, entries - 1)
-        lead = jnp.broadcast_shapes(listed.first.shape[:2], index.shape[:2])
-        flat = xp.broadcast_to(index, lead + index.shape[2:]).reshape(
-            lead + (rows.count * span, 1)
-        )
-
-        def of_rows(table: ArrayLike) -> ArrayLike:
-            """``[..., entries, m]`` as ``[..., rows.count, span * m]``."""
-            table = xp.broadcast_to(table, lead + table.shape[2:])
-            return xp.take_along_axis(table, flat, axis=2).reshape(
-                lead + (rows.count, span * table.shape[-1])
-            )
-
-        listed = _Listed(*map(of_rows, listed))
-        there = xp.repeat(there, listed.first.shape[-1] // span, axis=-1)
-        # The last block that begins within the positions of int32.
-        most = FAR // size
-        there = there & (listed.first >= 0) & (listed.first <= most)
-        lo = xp.where(there, listed.first, 0) * size
-        hi = plus(xp.minimum(xp.where(there, listed.last, 0), most) * size, size)
-        hi = xp.where(there, hi, lo)
-        if rows.offset is None:
-            # Positions given one by one may lie farther apart: any block may be seen.
-            far = last - first >= span
-            lo, hi = xp.where(far, 0, lo), xp.where(far, FAR, hi)
-        sure = listed.exact & (first == last)
-        if not known:
-            # Blocks beyond the length are not in ``listed``: any block may be seen.
-            beyond = last >= entries
-            lo, hi = xp.where(beyond, 0, lo), xp.where(beyond, FAR, hi)
-            sure = sure & ~beyond
-        if span > 1 or size < cols.size:
-            return cols.touched(lo, hi), nothing(lo)
-        return cols.touched(lo, hi), cols.covered(lo, xp.where(sure, hi, lo))
+        tables = [operand[:, :, 0, 0] for operand in operands]
+        return bounds_of_lists(tables, self.block_multiples, rows, cols)
 
     def __repr__(self) -> str:
-        rows = arguments.describe(self.rows)
-        return f"{self.name}({rows}, block_size={self.block_size})"
+        rows, sizes = arguments.describe(self.rows), (self.query_block, self.key_block)
+        if sizes[0] == sizes[1]:
+            return f"{self.name}({rows}, block_size={sizes[0]})"
+        return f"{self.name}({rows}, query_block={sizes[0]}, key_block={sizes[1]})"
 
 
 def _lift(table: ArrayLike) -> ArrayLike:
@@ -135,15 +91,32 @@ def _lift(table: ArrayLike) -> ArrayLike:
     return table[None] if table.ndim == 2 else table
 
 
-def blocks(indices: ArrayLike, block_size: int) -> Mask:
+def blocks(
+    indices: ArrayLike,
+    block_size: int | None = None,
+    *,
+    query_block: int | None = None,
+    key_block: int | None = None,
+) -> Mask:
     """Each block of queries sees the key blocks that are listed for it.
 
-    Hugging Face's BigBird draws its random blocks as such a list.
+    Query blocks are of positions, whatever call they occur in; :func:`selected` is for
+    lists that are made for the queries of one call. Indices are data: others of the
+    same shape do not recompile.
 
     Args:
-        indices: integers ``[n, R]``, ``[N, n, R]`` or ``[*batch, N, n, R]``: the R key
-            blocks that each of n query blocks sees; -1 = none.
+        indices: integers ``[n, R]``, ``[heads, n, R]`` or ``[*batch, heads, n, R]``:
+            the R key blocks that each of n query blocks sees; -1 = none. A block may be
+            listed twice, in any order; one beyond the keys is an error where its number
+            is known, and is not there within ``jit``. ``heads`` is 1, N, or K: then the
+            query heads that share a key head share its blocks.
         block_size: positions in a block.
+        query_block: queries in a block, if it differs from ``key_block``.
+        key_block: keys in a block.
+
+    Raises:
+        TypeError: if indices are no integers.
+        ValueError: if indices have no axis of query blocks, or sizes are missing.
 
     Example:
         >>> layout = blocks(np.array([[1], [0]]), block_size=2)
@@ -151,6 +124,10 @@ def blocks(indices: ArrayLike, block_size: int) -> Mask:
         [[0 0 1 1]
          [0 0 1 1]
          [1 1 0 0]
+         [1 1 0 0]]
+        >>> layout = blocks(np.array([[1], [0]]), query_block=1, key_block=2)
+        >>> print(layout.to_dense(2, 4).astype(int)[0, 0])
+        [[0 0 1 1]
          [1 1 0 0]]
     """
     indices = arguments.integers("indices", indices)
@@ -162,83 +139,24 @@ def blocks(indices: ArrayLike, block_size: int) -> Mask:
         raise ValueError(
             f"indices: expected at least one query block, got shape {indices.shape}"
         )
-    block_size = size_argument("block_size", block_size, 1)
+    sizes = [query_block, key_block]
+    if block_size is not None:
+        if sizes != [None, None]:
+            raise ValueError(
+                "block_size: give it alone, or query_block and key_block, got "
+                f"block_size={block_size}, query_block={query_block}, "
+                f"key_block={key_block}"
+            )
+        sizes = [size_argument("block_size", block_size, 1)] * 2
+    query_size, key_size = (
+        size_argument(name, size, 1)
+        for name, size in zip(("query_block", "key_block"), sizes, strict=True)
+    )
     if indices.shape[-1] == 0:
         # No block sees any: one entry of -1 means the same.
         nothing_listed = [(0, 0)] * (indices.ndim - 1) + [(0, 1)]
         indices = namespace(indices).pad(indices, nothing_listed, constant_values=-1)
-    return BlockLayout(indices, None, block_size, "blocks")
-
-
-class _Listed(NamedTuple):
-    """Runs of blocks that are listed for each block, ``[..., blocks, m]``.
-
-    Attributes:
-        first: first block of each run, -1 if there is none.
-        last: its last block.
-        exact: whether every block between is listed, too.
-    """
-
-    first: ArrayLike
-    last: ArrayLike
-    exact: ArrayLike
-
-
-def _columns(table: ArrayLike, count: int) -> _Listed:
-    """Query blocks for each of the first key blocks: the transpose of a table.
-
-    Args:
-        table: ``[B, N, n, R]``, key blocks for each query block; -1 = none.
-        count: how many key blocks.
-
-    Returns:
-        A fixed number of runs for each key block, whatever the table holds: several
-        times the average. Further runs are merged into the last one.
-    """
-    xp = namespace(table)
-    n, each = table.shape[2:]
-    most, length = min(n, 4 * each + 4), n * each
-    query_blocks = np.repeat(np.arange(n, dtype=np.int32), each)
-    places = np.arange(length, dtype=np.int32)
-
-    def one(table: ArrayLike) -> tuple[ArrayLike, ...]:
-        key_block = table.reshape(-1)
-        inside = (key_block >= 0) & (key_block < count)
-        key_block = xp.where(inside, key_block, count)
-        order = xp.argsort(key_block, stable=True)
-        key_block, query_block = key_block[order], xp.asarray(query_blocks)[order]
-        same = key_block[1:] == key_block[:-1]
-        follows = same & (query_block[1:] <= query_block[:-1] + 1)
-        edge = xp.ones(1, bool)
-        # The k-th place at which a run starts, and at which it ends.
-        starts, ends = (
-            xp.argsort(~xp.concatenate(parts), stable=True)
-            for parts in ((edge, ~follows), (~follows, edge))
-        )
-        runs = xp.where(places <= (~follows).sum(), key_block[starts], count)
-        wanted = np.arange(count, dtype=np.int32)
-        begin, stop = (
-            xp.searchsorted(runs, wanted, side) for side in ("left", "right")
-        )
-        run = begin[:, None] + numbers(most, 2)
-        exists, last = run < stop[:, None], stop[:, None] - 1
-        final = xp.where(numbers(most, 2) == most - 1, last, run)
-        run, final = (xp.clip(x, 0, length - 1) for x in (run, final))
-        return (
-            xp.where(exists, query_block[starts[run]], -1).astype(np.int32),
-            xp.where(exists, query_block[ends[final]], -1).astype(np.int32),
-            run == final,
-        )
-
-    lead = table.shape[:2]
-    flat = table.reshape((math.prod(lead), n, each))
-    if xp is np:
-        # A batch of 0 has shapes, too.
-        some = flat if len(flat) else np.full((1, n, each), -1, flat.dtype)
-        found = [np.stack(x)[: len(flat)] for x in zip(*map(one, some), strict=True)]
-    else:
-        found = jax.vmap(one)(flat)
-    return _Listed(*(x.reshape(lead + x.shape[1:]) for x in found))
+    return BlockLayout(indices, None, query_size, key_size, "blocks")
 
 
 def random_blocks(
@@ -282,7 +200,7 @@ def random_blocks(
     arguments.prng_key("rng", key, "; jax.random.key makes one, and an int is a seed")
     block_size = size_argument("block_size", block_size, 1)
     rows, cols = _draw(key, num_blocks, blocks_per_row)
-    return BlockLayout(rows, cols, block_size, "random_blocks")
+    return BlockLayout(rows, cols, block_size, block_size, "random_blocks")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)

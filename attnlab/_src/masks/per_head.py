@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab._src.exact import exactly
-from attnlab._src.masks.base import Mask, as_mask, common_block_multiple
+from attnlab._src.masks.base import Mask, as_mask, common_block_multiples
 from attnlab._src.masks.geometry import Blocks
 from attnlab._src.masks.intervals import FAR, namespace
 from attnlab._src.masks.rule import Bounds, checked_visible
@@ -64,9 +64,9 @@ class PerHead(Mask):
         return each
 
     @property
-    def block_multiple(self) -> int | None:
+    def block_multiples(self) -> tuple[int, int] | None:
         """See :class:`Mask`."""
-        return common_block_multiple(self.parts)
+        return common_block_multiples(self.parts)
 
     @property
     def sees_itself(self) -> bool:
@@ -132,9 +132,9 @@ class OwnHeads(Mask):
         return self.whole.operands(query_length, key_length), Operand(first)
 
     @property
-    def block_multiple(self) -> int | None:
+    def block_multiples(self) -> tuple[int, int] | None:
         """See :class:`Mask`."""
-        return self.whole.block_multiple
+        return self.whole.block_multiples
 
     @property
     def sees_itself(self) -> bool:

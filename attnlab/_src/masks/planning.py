@@ -150,7 +150,7 @@ def plan_of(inputs: AttentionInputs, sizes: tuple[int, int], cols: bool) -> Plan
 
 def _live(mask: Rule, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
     possible, certain = mask.bounds(rows, cols, operands)
-    possible, certain = merge(possible), merge(certain)
+    certain = merge(certain)
     certain = _without_empty(certain, rows, cols)
     if rows.side == "key" and rows.length % rows.size:
         # An incomplete last block of keys is never full, be it a column or a row.
@@ -162,7 +162,7 @@ def _live(mask: Rule, rows: Blocks, cols: Blocks, operands: PyTree) -> Live:
     lead = jnp.broadcast_shapes((1, 1, rows.count), *(x.shape[:-1] for x in arrays))
     arrays = [xp.broadcast_to(x, lead + x.shape[-1:]).astype(np.int32) for x in arrays]
     possible, certain = Intervals(*arrays[:2]), Intervals(*arrays[2:])
-    return Live(certain, difference(possible, certain, cols.count))
+    return Live(certain, difference(possible, certain))
 
 
 def _without_empty(certain: Intervals, rows: Blocks, cols: Blocks) -> Intervals:

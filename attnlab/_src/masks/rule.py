@@ -120,10 +120,10 @@ class Rule:
         return self.sees_itself
 
     @property
-    def block_multiple(self) -> int | None:
-        """Positions in a block, for a mask that is made of blocks; else None.
+    def block_multiples(self) -> tuple[int, int] | None:
+        """Queries and keys in a block, for a mask that is made of blocks; else None.
 
-        If the block sizes of a plan divide it, no block needs to be partial.
+        If the block sizes of a plan divide them, no block needs to be partial.
         """
         return None
 
@@ -159,6 +159,6 @@ _UNKNOWN: dict[str, object] = {
         "may_be_alive",
         "sees_itself",
         "alive_sees_itself",
-        "block_multiple",
+        "block_multiples",
     )
 }

@@ -226,9 +226,9 @@ class MultiHeadAttention(nnx.Module):
         """As a call, but attends to keys and values that :meth:`project` returned."""
         check_features("query", query, self.query)
         where = positions_of(query, query_offset, query_positions)
-        query = project(self.query, zero_empty(query, query_positions))
+        heads = project(self.query, zero_empty(query, query_positions))
         found = self._attend(
-            self._placed(query, self.query_norm, where),
+            self._placed(heads, self.query_norm, where),
             memory,
             projected_keys(as_arrays(self.score)),
             mask=self.mask if mask is None else self.mask & mask,
@@ -237,7 +237,7 @@ class MultiHeadAttention(nnx.Module):
             key_positions=key_positions,
             rngs=rngs,
         )
-        return project(self.out, found.output)
+        return self._output(query, found.output)
 
     def decode(
         self, x: Array, cache: Cache, *, positions: Array | None = None
@@ -313,7 +313,7 @@ class MultiHeadAttention(nnx.Module):
         memory = query if key is None else key
         memory = memory, memory if value is None else value
         found = self._heads(query, memory, mask, where, options)
-        return found._replace(output=project(self.out, found.output))
+        return found._replace(output=self._output(query, found.output))
 
     def _heads(
         self,
@@ -349,6 +349,10 @@ class MultiHeadAttention(nnx.Module):
         key = self._placed(project(by.key, key), self.key_norm, at[1])
         values = KeyValue(key, project(by.value, value))
         return self._attend(query, values, as_arrays(self.score), **seen, **options)
+
+    def _output(self, query: Array, heads: Array) -> Array:
+        """Outputs ``[*batch, T, out_features]`` from the inputs and from the heads."""
+        return project(self.out, heads)
 
     def _placed(
         self, heads: Array, norm: Callable[[Array], Array] | None, positions: Array

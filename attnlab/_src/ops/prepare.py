@@ -37,8 +37,8 @@ from attnlab._src.types import (
 
 #: Slots in the blocks by which liveness is decided.
 _ALIVE_BLOCK = 512
-#: The least size of those that divide a mask's ``block_multiple``: smaller blocks would
-#: make a plan too large.
+#: The least size of those that divide a mask's ``block_multiples``: smaller blocks
+#: would make a plan too large.
 _FINEST_ALIVE_BLOCK = 32
 
 
@@ -152,9 +152,12 @@ def what_is_seen(
         # Without known lengths there is no plan, and only dense implementations run.
         living = alive_by_pairs(args.mask, operands, *positions)
         return Seen(operands, *positions, *living)
-    fine = math.gcd(args.mask.block_multiple or _ALIVE_BLOCK, _ALIVE_BLOCK)
-    size = fine if fine >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK
-    blocks = blocks_of(*positions, position_kinds_of(args), (size, size))
+    fine = (
+        math.gcd(size, _ALIVE_BLOCK)
+        for size in args.mask.block_multiples or (_ALIVE_BLOCK, _ALIVE_BLOCK)
+    )
+    size_q, size_k = (n if n >= _FINEST_ALIVE_BLOCK else _ALIVE_BLOCK for n in fine)
+    blocks = blocks_of(*positions, position_kinds_of(args), (size_q, size_k))
     return Seen(operands, *positions, *alive(args.mask, operands, *positions, *blocks))
 
 

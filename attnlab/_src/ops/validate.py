@@ -15,6 +15,7 @@ from attnlab._src.implementations.tile import precision_name
 from attnlab._src.masks.base import Mask, as_mask
 from attnlab._src.masks.intervals import FAR
 from attnlab._src.masks.per_head import of_own_heads
+from attnlab._src.masks.selected import fitted
 from attnlab._src.ops.choice import named
 from attnlab._src.scores.inner import ScaledDot
 from attnlab._src.scores.projected import ProjectedKeys, check_score
@@ -330,6 +331,9 @@ def check(
     if (whole := placement.all_heads(heads)) != heads:
         first = placement.first_of_shard("heads", heads)
         mask = of_own_heads(mask, whole, first, heads)
+    key_heads = key.shape[-2]
+    all_key_heads = placement.all_heads(key_heads)
+    mask = fitted(mask, whole, (key_heads, all_key_heads), key.shape[-3])
     args = Arguments(
         query,
         key,

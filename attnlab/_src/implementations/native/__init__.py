@@ -52,6 +52,8 @@ _BLOCK_K = 64
 #: queries, else the least.
 _BLOCKS_Q = (128, 64, 32)
 _UNITS = 16
+#: Least number of queries or keys in a block, for masks that are made of such blocks.
+_LEAST = 16
 #: Least number of keys in a slice, and greatest number of slices of a backward pass.
 _SLICE, _MOST_SLICES = 512, 8
 #: Up to so many queries, vectors run along the keys; and greatest number of slices of
@@ -113,12 +115,15 @@ class Native(Implementation):
     def block_sizes(self, inputs: AttentionInputs) -> tuple[int, int]:
         """See :class:`attnlab.extend.Implementation`."""
         s = inputs.sizes
-        block_multiple = inputs.mask.block_multiple
-        sizes = [
-            n for n in _BLOCKS_Q if block_multiple is None or block_multiple % n == 0
-        ] or _BLOCKS_Q
+        sizes, block_k = _BLOCKS_Q, _BLOCK_K
+        if (multiples := inputs.mask.block_multiples) is not None:
+            of_queries, of_keys = multiples
+            fit = (n for n in (*_BLOCKS_Q, _LEAST) if of_queries % n == 0)
+            sizes = tuple(fit) or _BLOCKS_Q
+            fit = (n for n in (_BLOCK_K, 32, _LEAST) if of_keys % n == 0)
+            block_k = next(fit, _BLOCK_K)
         size = next((n for n in sizes if s.B * s.N * -(-s.T // n) >= _UNITS), sizes[-1])
-        return max(min(size, s.T), 1), max(min(_BLOCK_K, s.S), 1)
+        return max(min(size, s.T), 1), max(min(block_k, s.S), 1)
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.extend.Implementation`."""
@@ -309,10 +314,7 @@ class _Call:
             param_gradient,
             words,
             d_lse,
-            *(
-                -1 if x is None else self.add(x)
-                for x in (*inputs.living, inputs.head_scale)
-            ),
+            -1 if inputs.head_scale is None else self.add(inputs.head_scale),
             len(inputs.modifiers),
             *modifiers,
             *mask_program(inputs.mask, inputs.mask_operands, self.buffers, self.bits),

@@ -14,6 +14,7 @@ from attnlab._src.masks.data import Documents, Lengths
 from attnlab._src.masks.layouts import BlockLayout
 from attnlab._src.masks.patterns import AnchorIndices
 from attnlab._src.masks.per_head import PerHead
+from attnlab._src.masks.selected import Selected
 from attnlab._src.masks.structural import Anchor, Chunked, Window
 from attnlab._src.modifiers.bias import Bias, SoftCap
 from attnlab._src.modifiers.relative import Alibi, RelativeTable
@@ -41,10 +42,10 @@ _MODIFIERS: dict[type, int] = {
 #: differ.
 _MASKS = (
     *(Full, Window, Anchor, Chunked, Lengths, Documents, Dense),
-    *(BlockLayout, AnchorIndices, And, Or, Not, PerHead),
+    *(BlockLayout, AnchorIndices, Selected, And, Or, Not, PerHead),
 )
 _FULL, _WINDOW, _ANCHOR, _CHUNKED, _FLAGS, _DOCUMENTS, _DENSE = range(7)
-_BLOCKS, _ANCHOR_INDICES, _BITS, _AND, _OR, _NOT, _PER_HEAD = range(7, 14)
+_BLOCKS, _ANCHOR_INDICES, _SELECTED, _BITS, _AND, _OR, _NOT, _PER_HEAD = range(7, 15)
 
 #: Greatest number of modifiers, and of layers of an MLP score after its first: the
 #: kernel's arrays have a fixed size.
@@ -168,7 +169,9 @@ def _data(mask: Mask, operands: PyTree, add: Callable[[Array], int]) -> list[int
         case Dense():
             return [_DENSE, add(operands)]
         case BlockLayout():
-            return [_BLOCKS, add(operands[0]), mask.block_size]
+            return [_BLOCKS, add(operands[0]), mask.query_block, mask.key_block]
+        case Selected():
+            return [_SELECTED, add(operands), mask.query_block, mask.key_block]
         case AnchorIndices():
             return [_ANCHOR_INDICES, add(operands), int(mask.side == "key")]
     raise AssertionError(mask)

@@ -35,7 +35,8 @@ from attnlab._src.implementations.pallas_gpu.call import (
 from attnlab._src.implementations.pallas_gpu.logits import Rules
 from attnlab._src.implementations.pallas_gpu.operands import Place
 from attnlab._src.implementations.pallas_gpu.steps import Steps
-from attnlab._src.implementations.schedule import Tiles, fit
+from attnlab._src.implementations.schedule import Tiles
+from attnlab._src.implementations.sizes import fit
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.types import Array, AttentionInputs, PyTree
 

@@ -35,7 +35,7 @@ from attnlab._src.implementations.pallas_tpu.steps import (
     by_key,
     by_query,
 )
-from attnlab._src.implementations.schedule import fit
+from attnlab._src.implementations.sizes import fit
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.types import Array, AttentionInputs, Implementation
 from attnlab._src.types import ArrayLike as ArrayLike

@@ -32,7 +32,8 @@ from attnlab._src.implementations.pallas_tpu.logits import Part, Rules
 from attnlab._src.implementations.pallas_tpu.memory import bytes_needed, segment_of
 from attnlab._src.implementations.pallas_tpu.operands import Place
 from attnlab._src.implementations.pallas_tpu.steps import Step, by_key, run_if
-from attnlab._src.implementations.schedule import Tiles, fit
+from attnlab._src.implementations.schedule import Tiles
+from attnlab._src.implementations.sizes import fit
 from attnlab._src.implementations.tile import scaled
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.types import Array, AttentionInputs, PyTree

@@ -19,7 +19,8 @@ from attnlab._src.implementations.pallas_tpu.comparison import Given, comparison
 from attnlab._src.implementations.pallas_tpu.logits import Part, Rules
 from attnlab._src.implementations.pallas_tpu.operands import Place
 from attnlab._src.implementations.pallas_tpu.steps import Step, by_query, run_if
-from attnlab._src.implementations.schedule import Tiles, fit
+from attnlab._src.implementations.schedule import Tiles
+from attnlab._src.implementations.sizes import fit
 from attnlab._src.masks.planning import plan_of
 from attnlab._src.types import Array, AttentionInputs
 

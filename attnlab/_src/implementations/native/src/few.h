@@ -167,18 +167,17 @@ struct Few {
     first = first / kWidth * kWidth;
   }
 
-  // Pointers to keys (or values) [at, at + kWidth) of the tile: to zeros for dead slots,
-  // to the last slot beyond the end of the tile. Prefetches the next ones if `is_far`.
+  // Pointers to keys (or values) [at, at + kWidth) of the tile: to the last slot beyond
+  // the end of the tile. Prefetches the next ones if `is_far`.
   template <class T>
   void slots(const T* x, int64_t at, int64_t kh, int64_t size, const T** out) const {
-    const bool* lives = living(c, c.living_keys, b, kh, s0 + at);
     const T* const start = x + c.key_at(b, s0 + at, kh, size);
     const int64_t stride = c.K * size, last = count - 1 - at;
     const int64_t following = is_far ? least(c.S - s0 - at, 2 * kWidth) : 0;
     for (int64_t i = kWidth; i < following; ++i) fetch_ahead(start + i * stride, size);
     for (int64_t i = 0; i < kWidth; ++i) {
       const int64_t slot = least(i, last);
-      out[i] = !lives || lives[slot] ? start + slot * stride : (const T*)nothing;
+      out[i] = start + slot * stride;
     }
   }
 

@@ -46,13 +46,12 @@ Work<E>& work() {
 }
 
 // Loads a panel's rows of x, times `scale`, as [kLanes][stride]. Lanes that are not in
-// use, and dead queries, become zeros.
+// use become zeros.
 void load_rows(const Problem& c, const Array& x, const Panel& p, int64_t size,
                int64_t stride, float scale, float* rows) {
-  const bool* lives = living(c, c.living_queries, p.b, p.n, p.t0);
   for (int i = 0; i < kLanes; ++i) {
     float* row = rows + i * stride;
-    const int64_t read = i < p.lanes && (!lives || lives[i]) ? size : 0;
+    const int64_t read = i < p.lanes ? size : 0;
     if (read) load_floats(x, c.query_at(p.b, p.t0 + i, p.n, size), size, row);
     memset(row + read, 0, (stride - read) * 4);
   }

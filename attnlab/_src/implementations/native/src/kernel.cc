@@ -65,15 +65,18 @@ void run_forward(const Problem& c) {
     run_few(c, true);
     return parallel(c.call, c.B, [&](int64_t b) { merge_slices(c, b); });
   }
-  // Units go head by head, so that a head's packed keys are reused. Within a head, the
-  // last query blocks come first: under a causal mask they take longest.
-  const int64_t heads = c.B * c.N;
-  const int64_t few = most(least(heads * c.rows / kUnits, kMostRows), 1);
+  // Units go key head by key head, and within a unit all query heads of a key head come
+  // one after another, so that packed keys are reused. Within a head, the last query
+  // blocks come first: under a causal mask they take longest.
+  const int64_t heads = c.B * c.K;
+  const int64_t few =
+      most(least(c.B * c.N * c.rows / kUnits, kMostRows) / c.group, 1);
   const int64_t parts = (c.rows + few - 1) / few;
   parallel(c.call, heads * parts, [&](int64_t unit) {
     const int64_t head = unit / parts, part = parts - 1 - unit % parts;
     for (int64_t r = part * few; r < least((part + 1) * few, c.rows); ++r)
-      forward_rows<E>(c, head / c.N, head % c.N, r);
+      for (int64_t g = 0; g < c.group; ++g)
+        forward_rows<E>(c, head / c.K, head % c.K * c.group + g, r);
   });
 }
 

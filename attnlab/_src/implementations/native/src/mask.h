@@ -3,6 +3,8 @@
 #ifndef ATTNLAB_MASK_H_
 #define ATTNLAB_MASK_H_
 
+#include <algorithm>
+
 #include "problem.h"
 
 namespace attnlab {
@@ -18,14 +20,17 @@ enum MaskCode {
   kFlags,          // argument: booleans along queries, or along keys
   kDocuments,      // arguments: ids of queries, of keys
   kDense,          // argument: booleans
-  kBlocks,         // argument: key blocks of each query block; block size
+  kBlocks,         // argument: key blocks of each query block; queries, keys in a block
   kAnchorIndices,  // argument: positions; side
+  kSelected,       // argument: key blocks of each query; queries, keys in a block
   kBits,           // argument: words of 32 queries for each key
   kAnd,            // count, parts
   kOr,             // count, parts
   kNot,            // part
   kPerHead,        // count, length of each part, parts
 };
+
+constexpr int64_t kLongestCompared = 64;
 
 INLINE int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
@@ -137,34 +142,60 @@ struct Mask {
 
   const int64_t* blocks(const int64_t* code, uint32_t* out) const {
     Operand x(c.arg(code[0]));
-    const int64_t size = code[1];
-    const int64_t entries = x.array.dims[4], each = x.array.dims[5];
+    const int64_t queries = code[1], entries = x.array.dims[4];
     const int32_t* table = x.as<int32_t>(panel.b, panel.n);
-    const int32_t* listed[kLanes];
+    const int32_t* lists[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      int64_t block = floor_div(panel.positions[i], size);
-      listed[i] = block >= 0 && block < entries ? table + block * each : nullptr;
+      int64_t block = floor_div(panel.positions[i], queries);
+      lists[i] = block >= 0 && block < entries ? table + block * x.array.dims[5] : nullptr;
     }
+    listed(lists, x.array.dims[5], code[2], out);
+    return code + 3;
+  }
+
+  const int64_t* selected(const int64_t* code, uint32_t* out) const {
+    Operand x(c.arg(code[0]));
+    const int64_t queries = code[1];
+    const int32_t* lists[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      // Queries of a block have equal lists. In a shard blocks may begin elsewhere: see
+      // Selected.bounds.
+      const bool follows = i && panel.lane(i) / queries == panel.lane(i - 1) / queries;
+      lists[i] = follows && c.T % (2 * queries) == 0
+                     ? lists[i - 1]
+                     : x.as<int32_t>(panel.b, panel.n, panel.lane(i));
+    }
+    listed(lists, x.payload, code[2], out);
+    return code + 3;
+  }
+
+  // Which lanes list the block, of `size` keys, of each key.
+  void listed(const int32_t* const* lists, int64_t each, int64_t size,
+              uint32_t* out) const {
     int64_t last = -1;
     uint32_t word = 0;
     for (int64_t k = 0; k < count; ++k) {
       int64_t block = keys[k] < 0 ? -1 : keys[k] / size;
-      if (block < 0) {
-        out[k] = 0;
-        continue;
-      }
-      if (block != last) {
+      if (block >= 0 && block != last) {
         last = block;
+        const int32_t* known = nullptr;
+        bool found = false;
         word = each_lane([&](int i) {
-          if (listed[i] == nullptr) return false;
-          for (int64_t r = 0; r < each; ++r)
-            if (listed[i][r] == block) return true;
-          return false;
+          if (lists[i] != known) {  // lanes in a row may share a list
+            known = lists[i];
+            found = known != nullptr && is_listed(known, each, (int32_t)block);
+          }
+          return found;
         });
       }
-      out[k] = word;
+      out[k] = block < 0 ? 0 : word;
     }
-    return code + 2;
+  }
+
+  // Long lists are sorted: see _LONGEST_COMPARED in masks/lists.py.
+  static bool is_listed(const int32_t* list, int64_t each, int32_t block) {
+    if (each > kLongestCompared) return std::binary_search(list, list + each, block);
+    return std::find(list, list + each, block) != list + each;
   }
 
   const int64_t* anchor_indices(const int64_t* code, uint32_t* out) const {
@@ -204,6 +235,8 @@ struct Mask {
         return documents(code, out);
       case kBlocks:
         return blocks(code, out);
+      case kSelected:
+        return selected(code, out);
       case kAnchorIndices:
         return anchor_indices(code, out);
       case kBits: {

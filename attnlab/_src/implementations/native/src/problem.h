@@ -202,7 +202,6 @@ struct Problem {
   // Indices of arguments, or -1. `words` is the first of dropout's two.
   int64_t words;
   int64_t d_lse;
-  int64_t living_queries, living_keys;
   int64_t head_scale;
   int num_modifiers;
   Modifier* modifiers;
@@ -221,10 +220,9 @@ struct Problem {
     drop_below = p[4], block_q = p[5], block_k = p[6], slices = p[7], wanted = p[8];
     num_params = p[9], first_param = p[10], first_param_gradient = p[11];
     words = p[12], d_lse = p[13];
-    living_queries = p[14], living_keys = p[15];
-    head_scale = p[16];
-    num_modifiers = (int)p[17];
-    p += 18;
+    head_scale = p[14];
+    num_modifiers = (int)p[15];
+    p += 16;
     for (int i = 0; i < num_modifiers; ++i, p += 5) {
       // `storage` is uninitialised memory; Modifier is trivially copyable.
       Modifier m = {(ModifierKind)p[0], Operand(c.args[p[1]]), p[2], p[3], p[4]};
@@ -251,17 +249,6 @@ struct Problem {
     return ((b * S + s) * K + k) * size;
   }
 };
-
-// Whether each slot of a head, from `first` on, is alive: a query that sees some key,
-// or a key that some query sees. Null: all are. The contents of dead slots, possibly
-// NaN, must not affect any result.
-INLINE const bool* living(const Problem& c, int64_t argument, int64_t b, int64_t head,
-                          int64_t first) {
-  if (argument < 0) return nullptr;
-  const Array& x = c.arg(argument);  // [B or 1, heads or 1, length]
-  const int64_t row = (x.dims[0] == 1 ? 0 : b) * x.dims[1] + (x.dims[1] == 1 ? 0 : head);
-  return (const bool*)x.data + row * x.dims[2] + first;
-}
 
 // A panel: up to kLanes consecutive queries of one head, one per lane.
 struct Panel {

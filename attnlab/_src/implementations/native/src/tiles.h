@@ -62,13 +62,12 @@ INLINE void fetch_ahead(const Array& x, int64_t at, int64_t size) {
     fetch_ahead((const uint16_t*)x.data + at, size);
 }
 
-// Packs keys and values [s0, s0 + count) of one head. Dead slots, keys or values that
-// are not finite, and rows up to the next multiple of kRows become zeros.
+// Packs keys and values [s0, s0 + count) of one head. Keys or values that are not
+// finite, and rows up to the next multiple of kRows become zeros.
 void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t count,
                bool backward, Keys<float>& k) {
   (void)backward;
   const Array &key = c.arg(1), &value = c.arg(2);
-  const bool* lives = living(c, c.living_keys, b, kh, s0);
   uint8_t any = 0;
   for (int64_t i = 0; i < up(count, kRows); ++i) {
     float* r = k.rows + i * k.stride;
@@ -77,7 +76,7 @@ void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t coun
       fetch_ahead(key, c.key_at(b, s0 + i + kAhead, kh, c.P), c.P);
       fetch_ahead(value, c.key_at(b, s0 + i + kAhead, kh, c.D), c.D);
     }
-    if (i < count && (!lives || lives[i])) {
+    if (i < count) {
       load_floats(key, c.key_at(b, s0 + i, kh, c.P), c.P, r);
       for (int64_t p = c.P; p < k.stride; ++p) r[p] = 0;
       load_floats(value, c.key_at(b, s0 + i, kh, c.D), c.D, v);
@@ -131,14 +130,12 @@ void pack_keys(const Problem& c, int64_t b, int64_t kh, int64_t s0, int64_t coun
                bool backward, Keys<Pair>& k) {
   const uint16_t* key = (const uint16_t*)c.arg(1).data + c.key_at(b, s0, kh, c.P);
   const uint16_t* value = (const uint16_t*)c.arg(2).data + c.key_at(b, s0, kh, c.D);
-  const bool* lives = living(c, c.living_keys, b, kh, s0);
   bool keys[kKeys], values[kKeys];  // which are copied
   uint8_t any = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const bool alive = !lives || lives[i];
-    keys[i] = alive && are_finite(key + i * c.K * c.P, c.P);
-    values[i] = alive && are_finite(value + i * c.K * c.D, c.D);
-    k.lost[i] = !alive ? 0 : (keys[i] ? 0 : kLostKey) | (values[i] ? 0 : kLostValue);
+    keys[i] = are_finite(key + i * c.K * c.P, c.P);
+    values[i] = are_finite(value + i * c.K * c.D, c.D);
+    k.lost[i] = (keys[i] ? 0 : kLostKey) | (values[i] ? 0 : kLostValue);
     any |= k.lost[i];
   }
   k.lost[kKeys] = any;

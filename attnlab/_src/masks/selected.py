@@ -1,0 +1,190 @@
+"""Lists of keys, or of blocks of keys, that are chosen for the queries of a call."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from attnlab._src import arguments
+from attnlab._src.masks.base import Mask
+from attnlab._src.masks.geometry import Blocks
+from attnlab._src.masks.intervals import namespace
+from attnlab._src.masks.layouts import BlockLayout
+from attnlab._src.masks.lists import bounds_of_lists, listed_in, searchable
+from attnlab._src.masks.planning import index_blocks
+from attnlab._src.masks.rule import Bounds
+from attnlab._src.masks.structural import size_argument
+from attnlab._src.types import Array, ArrayLike, Operand, PyTree, Tile, pytree, static
+
+
+@pytree
+class Selected(Mask):
+    """Each query sees the blocks of keys that are listed for it.
+
+    ``indices [..., ceil(T / query_block), R]`` lists key blocks for blocks of the
+    queries of a call; -1 = none. As an operand there is a list for each query.
+    """
+
+    indices: ArrayLike
+    query_block: int = static()
+    key_block: int = static()
+
+    @property
+    def block_multiples(self) -> tuple[int, int]:
+        """See :class:`Mask`."""
+        return self.query_block, self.key_block
+
+    def operands(self, query_length: int, key_length: int) -> PyTree:
+        """See :class:`Mask`."""
+        rows, size = self.indices.shape[-2], self.query_block
+        if rows != -(-query_length // size):
+            raise ValueError(
+                f"mask: {self!r}: lists for {rows} blocks of {size} queries do not fit "
+                f"T={query_length}; it needs {-(-query_length // size)}"
+            )
+        lists = searchable(self.indices)
+        lists = lists[None] if lists.ndim == 2 else lists
+        if size > 1:
+            lists = namespace(lists).repeat(lists, size, axis=-2)
+        return Operand(lists[..., :query_length, None, :], payload=1)
+
+    def visible(self, tile: Tile, operands: PyTree) -> Array:
+        """See :class:`Mask`."""
+        return listed_in(operands[:, 0], tile.key_positions // self.key_block)
+
+    def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
+        """See :class:`Mask`."""
+        query = rows if rows.side == "query" else cols
+        lists = operands[:, :, :, 0]
+        xp, length = namespace(lists), query.length
+        # Equal lists follow one another, from a multiple of this number on; also in a
+        # shard, which may consist of two runs of queries.
+        alike = 1 if length % (2 * self.query_block) else self.query_block
+        alike = math.gcd(alike, query.size)
+        if short := query.count * query.size - length:
+            padding = [(0, 0), (0, 0), (0, short), (0, 0)]
+            lists = xp.pad(lists, padding, constant_values=-1)
+        lists = lists[:, :, ::alike]
+        shape = *lists.shape[:2], query.count, query.size // alike * lists.shape[3]
+        # The lists are those of slots, whatever the positions of the queries.
+        slots = index_blocks("query", length, query.size)
+        return bounds_of_lists(
+            [lists.reshape(shape)],
+            (query.size, self.key_block),
+            slots if rows is query else rows,
+            slots if cols is query else cols,
+            exact=alike == query.size,
+        )
+
+    def __repr__(self) -> str:
+        sizes = ""
+        if self.block_multiples != (1, 1):
+            sizes = f", query_block={self.query_block}, key_block={self.key_block}"
+        return f"selected({arguments.describe(self.indices)}{sizes})"
+
+
+def selected(indices: ArrayLike, *, query_block: int = 1, key_block: int = 1) -> Mask:
+    """Each query sees the keys that were selected for it.
+
+    The lists are for the queries of one call, first to last, whatever their positions;
+    keys are listed by position. Indices are data: others of the same shape do not
+    recompile, and the model may compute them within ``jit``, as :mod:`attnlab.select`
+    does. No gradient flows through a selection.
+
+    Args:
+        indices: integers ``[rows, R]``, ``[heads, rows, R]`` or ``[*batch, heads, rows,
+            R]``, with a row for each query block, T / query_block rounded up: the R key
+            blocks that its queries see; -1 = none. A block may be listed twice, in any
+            order; one beyond the keys is an error where its number is known, and is not
+            there within ``jit``. ``heads`` is 1, N, or K: then the query heads that
+            share a key head share its lists.
+        query_block: queries that share a list.
+        key_block: keys in a block; 1: single keys are listed.
+
+    Raises:
+        TypeError: if indices are no integers.
+        ValueError: if there are too few axes, or a size is not positive.
+
+    Example:
+        >>> mask = selected(np.array([[0, 2], [1, -1]]))
+        >>> print(mask.to_dense(2, 3).astype(int)[0, 0])
+        [[1 0 1]
+         [0 1 0]]
+        >>> mask = selected(np.array([[1], [0]]), query_block=1, key_block=2)
+        >>> print(mask.to_dense(2, 4).astype(int)[0, 0])
+        [[0 0 1 1]
+         [1 1 0 0]]
+
+    References:
+        Yuan et al., "Native Sparse Attention", 2025, section 3.3.2, equation 12; Lu et
+        al., "MoBA", 2025, section 2.2, equation 2.
+    """
+    indices = arguments.integers("indices", indices)
+    if indices.ndim < 2:
+        raise ValueError(f"indices: expected [..., rows, R], got shape {indices.shape}")
+    sizes = (
+        size_argument(name, size, 1)
+        for name, size in (("query_block", query_block), ("key_block", key_block))
+    )
+    if indices.shape[-1] == 0:
+        # Nothing is listed: one entry of -1 means the same.
+        padding = [(0, 0)] * (indices.ndim - 1) + [(0, 1)]
+        indices = namespace(indices).pad(indices, padding, constant_values=-1)
+    return Selected(indices, *sizes)
+
+
+def fitted(mask: Mask, heads: int, key_heads: Sequence[int], key_length: Any) -> Mask:
+    """The mask, in which lists for each key head are those of its query heads.
+
+    Args:
+        mask: any mask.
+        heads: N, of all devices.
+        key_heads: what K may be: that of this device, and that of all.
+        key_length: S.
+
+    Raises:
+        ValueError: if there are lists for another number of heads; or if lists whose
+            numbers are known here hold blocks that are not there.
+    """
+
+    def is_layout(part: Any) -> bool:
+        return isinstance(part, (BlockLayout, Selected))
+
+    def spread(part: Any) -> Any:
+        if not is_layout(part):
+            return part
+        _check_numbers(part, key_length)
+        lists = part.rows if isinstance(part, BlockLayout) else part.indices
+        given = lists.shape[-3] if lists.ndim > 2 else 1
+        if given in (1, heads):
+            return part
+        if given not in key_heads or heads % given:
+            raise ValueError(
+                f"mask: {part!r} lists blocks for {given} heads; expected 1, "
+                f"{heads} (query heads) or {key_heads[-1]} (key heads)"
+            )
+
+        def repeat(lists: ArrayLike) -> ArrayLike:
+            return namespace(lists).repeat(lists, heads // given, axis=-3)
+
+        return jax.tree.map(repeat, part)
+
+    return jax.tree.map(spread, mask, is_leaf=is_layout)
+
+
+def _check_numbers(part: BlockLayout | Selected, key_length: Any) -> None:
+    lists = part.rows if isinstance(part, BlockLayout) else part.indices
+    drawn = isinstance(part, BlockLayout) and part.name == "random_blocks"
+    unknown = isinstance(lists, (jax.core.Tracer, jax.ShapeDtypeStruct))
+    if drawn or unknown or not isinstance(key_length, int):
+        return
+    numbers, count = np.asarray(lists), -(-key_length // part.key_block)
+    least, most = numbers.min(initial=0), numbers.max(initial=-1)
+    if least < -1 or most >= count:
+        raise ValueError(
+            f"mask: {part!r}: indices: expected numbers of {count} blocks of "
+            f"{part.key_block} keys (S={key_length}), or -1 for none, got "
+            f"{least if least < -1 else most}"
+        )

@@ -1,0 +1,1 @@
+"""Which blocks of keys, or which keys, each query should see."""

@@ -1,0 +1,72 @@
+"""What choosing blocks and choosing keys share: places, chunks of rows, the best."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnlab._src import arguments
+from attnlab._src.types import Array, ArrayLike
+
+#: Greatest number of logits that are held at once, 64 MiB in float32.
+MOST_LOGITS = 2**24
+
+
+class Queries(NamedTuple):
+    """Where the queries of a call are.
+
+    Attributes:
+        positions: ``[B or 1, T]``; -1 = empty.
+        offset: ``[B or 1]``, the position of the first query; None where positions are
+            given one by one.
+    """
+
+    positions: Array
+    offset: ArrayLike | None
+
+
+def queries_at(
+    batch: tuple[int, ...],
+    t: int,
+    offset: int | ArrayLike,
+    given: ArrayLike | None,
+) -> Queries:
+    """Of an offset, or of positions that are given."""
+    total = math.prod(batch)
+    if given is not None:
+        places = jnp.asarray(arguments.integers("query_positions", given))
+        places = places.astype(jnp.int32).reshape(-1, t)
+        return Queries(jnp.broadcast_to(places, (total, t)), None)
+    first = arguments.integers("query_offset", offset).reshape(-1)
+    slots = np.arange(t, dtype=np.int32)
+    return Queries(jnp.asarray(first)[:, None] + slots[None], first)
+
+
+def in_chunks(chunk: Callable[[Array, int], Array], rows: int, logits: int) -> Array:
+    """``[B, heads, rows, ...]`` of ``chunk(first, size)``, each ``logits`` a row."""
+    most = max(MOST_LOGITS // max(logits, 1), 1)
+    if rows <= most:
+        return chunk(jnp.int32(0), rows)
+    # The last chunk begins earlier, so that all have one size.
+    count = -(-rows // most)
+    starts = np.minimum(np.arange(count, dtype=np.int32) * most, rows - most)
+    found = lax.map(lambda first: chunk(first, most), jnp.asarray(starts))
+    found = jnp.moveaxis(found, 0, 2)
+    kept = np.concatenate([
+        np.arange(n * most, (n + 1) * most)[n * most - start :]
+        for n, start in enumerate(starts.tolist())
+    ])
+    found = found.reshape(*found.shape[:2], count * most, *found.shape[4:])
+    return found if len(kept) == count * most else found[:, :, kept]
+
+
+def greatest(x: Array, count: int) -> Array:
+    """Indices of the greatest entries, ascending; -1 instead of those of -inf."""
+    found = min(count, x.shape[-1])
+    values, places = lax.top_k(x, found)
+    places = jnp.where(values > -jnp.inf, places, -1).astype(jnp.int32)
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, count - found)]
+    return jnp.sort(jnp.pad(places, padding, constant_values=-1), -1)

@@ -1,0 +1,108 @@
+"""The keys that an indexer scores best for each query."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnlab._src import arguments
+from attnlab._src.masks.base import Mask, as_mask
+from attnlab._src.masks.planning import dense_visible, normalise_tree
+from attnlab._src.ops.selection.common import greatest, in_chunks, queries_at
+from attnlab._src.types import Array, ArrayLike, accumulation_dtype
+
+
+def top_keys(
+    query: Array,
+    key: Array,
+    weights: Array,
+    count: int,
+    *,
+    mask: Mask | ArrayLike | None = None,
+    query_offset: int | ArrayLike = 0,
+    query_positions: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
+) -> Array:
+    """The keys that an indexer scores best for each query.
+
+    The indexer is a small attention of J heads with one key head:
+    ``sum over j of weights[j] * relu(query[j] . key)``.
+
+    Args:
+        query: ``[*batch, T, J, H]``.
+        key: ``[*batch, S, H]``.
+        weights: ``[*batch, T, J]``.
+        count: keys for each query; -1 where the mask shows fewer.
+        mask: which query may attend to which key; all may if not given.
+        query_offset: position of the first query.
+        query_positions: ``[T]`` or ``[*batch, T]``, -1 = empty slot.
+        key_positions: ``[S]`` or ``[*batch, S]``, -1 = empty slot; slot numbers if not
+            given.
+
+    Returns:
+        int32 ``[*batch, 1, T, count]``: positions of keys, each list ascending, for
+        :func:`attnlab.masks.selected`. Of equal keys the first slot is taken. No
+        gradient flows through it.
+
+    Raises:
+        ValueError: if shapes do not fit.
+
+    References:
+        DeepSeek-AI, "DeepSeek-V3.2-Exp", 2025, section 1, equations 1 and 2.
+    """
+    arguments.sizes(1, count=count)
+    batch = query.shape[:-3]
+    (t, small, size), s = query.shape[-3:], key.shape[-2]
+    for name, x, wanted in (
+        ("key", key, (*batch, s, size)),
+        ("weights", weights, (*batch, t, small)),
+    ):
+        if x.shape != wanted:
+            raise ValueError(
+                f"{name}: expected shape {wanted} with a query of shape "
+                f"{query.shape}, got {x.shape}"
+            )
+    query, key, weights = map(jnp.asarray, lax.stop_gradient((query, key, weights)))
+    total = math.prod(batch)
+    query = query.reshape(total, t, small, size)
+    key, weights = key.reshape(total, s, size), weights.reshape(total, t, small)
+    at = queries_at(batch, t, query_offset, query_positions)
+    slots = jnp.arange(s, dtype=jnp.int32)[None]
+    places = slots
+    if key_positions is not None:
+        places = jnp.asarray(arguments.integers("key_positions", key_positions))
+        places = jnp.broadcast_to(places, (*batch, s)).reshape(total, s)
+    mask = as_mask(mask)
+    operands = normalise_tree(mask.operands(t, s), batch, "mask")
+    dtype = accumulation_dtype(query.dtype)
+
+    def chunk(first: Array, size: int) -> Array:
+        part = functools.partial(
+            lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1
+        )
+        found = jnp.einsum(
+            "btjh,bsh->btjs", part(query), key, preferred_element_type=dtype
+        )
+        found = jnp.einsum(
+            "btjs,btj->bts", jax.nn.relu(found), part(weights).astype(dtype)
+        )
+        own = jax.tree.map(lambda x: _rows_of(x, first, size), operands)
+        rows = part(at.positions)[:, None, :, None]
+        seen = dense_visible(mask, own, rows, places[:, None, None]).any(1)
+        found = jnp.where(seen & ~jnp.isnan(found), found, -jnp.inf)
+        return greatest(found[:, None], count)
+
+    chosen = in_chunks(chunk, t, total * s * small)
+    if key_positions is not None:
+        held = jnp.broadcast_to(places, (total, s))[:, None, None]
+        held = jnp.take_along_axis(held, jnp.maximum(chosen, 0), -1)
+        chosen = jnp.sort(jnp.where(chosen < 0, -1, held), -1)
+    return chosen.reshape(*batch, *chosen.shape[1:])
+
+
+def _rows_of(x: Array, first: Array, size: int) -> Array:
+    """Some queries of an operand ``[B, N, T, S, *payload]``."""
+    x = jnp.asarray(x)
+    return x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, first, size, 2)

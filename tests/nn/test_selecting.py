@@ -1,0 +1,175 @@
+"""Modules that select blocks, against their papers' equations in NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import masks, nn
+
+T, FEATURES, N, K, H, BLOCK = 23, 16, 4, 2, 4, 4
+
+
+def inputs(length=T):
+    return np.random.default_rng(0).normal(size=(2, length, FEATURES)) * 0.5
+
+
+def heads(linear, x):
+    kernel, bias = (
+        np.asarray(p[...], np.float64) for p in (linear.kernel, linear.bias)
+    )
+    return np.einsum("btf,fnh->btnh", x, kernel) + bias
+
+
+def out(layer, x):
+    kernel = np.asarray(layer.out.kernel[...], np.float64)
+    return np.einsum("btnh,nhf->btf", x, kernel) + np.asarray(layer.out.bias[...])
+
+
+def attend(query, key, value, shown):
+    """One query, the keys that it sees; zeros where it sees none."""
+    if not shown.any():
+        return np.zeros(value.shape[-1])
+    logits = key[shown] @ query / np.sqrt(H)
+    weights = np.exp(logits - logits.max())
+    return weights @ value[shown] / weights.sum()
+
+
+def means_of(x, block, weights=None):
+    """The blocks of ``[T, H]`` as one each; the last one may be short."""
+    parts = [x[i : i + block] for i in range(0, len(x), block)]
+    if weights is None:
+        return np.stack([part.mean(0) for part in parts])
+    return np.stack([(weights[: len(part)] * part).sum(0) for part in parts])
+
+
+def mixture(layer, x):
+    """MoBA, equations 2 to 6, for each query of each head."""
+    query, key, value = (heads(p, x) for p in (layer.query, layer.key, layer.value))
+    found = np.zeros(query.shape)
+    for b, n, t in np.ndindex(2, N, T):
+        keys, values = key[b, :, n // (N // K)], value[b, :, n // (N // K)]
+        gates = means_of(keys, BLOCK) @ query[b, t, n]
+        gates[t // BLOCK] = np.inf
+        gates[t // BLOCK + 1 :] = -np.inf
+        best = np.argsort(-gates, kind="stable")[: layer.count]
+        best = best[gates[best] > -np.inf]
+        places = np.arange(T)
+        shown = np.isin(places // BLOCK, best) & (places <= t)
+        found[b, t, n] = attend(query[b, t, n], keys, values, shown)
+    return out(layer, found)
+
+
+def native_sparse(layer, x):
+    """NSA, equations 5 and 7 to 12, with blocks that do not overlap."""
+    query, key, value = (heads(p, x) for p in (layer.query, layer.key, layer.value))
+    gates = x @ np.asarray(layer.gates.kernel[...], np.float64)
+    gates = 1 / (1 + np.exp(-gates - np.asarray(layer.gates.bias[...])))
+    gates = gates.reshape(2, T, N, 3)
+    learned = [np.asarray(p[...], np.float64) for p in layer.compress]
+    blocks, group, places = -(-T // BLOCK), N // K, np.arange(T)
+    found = np.zeros(query.shape)
+    for b, k, t in np.ndindex(2, K, T):
+        means = means_of(key[b, :, k], BLOCK, learned[0][:, k])
+        values = means_of(value[b, :, k], BLOCK, learned[1][:, k])
+        passed = (np.arange(blocks) + 1) * BLOCK - 1 <= t
+        importance = np.zeros(blocks)
+        for n in range(k * group, (k + 1) * group):
+            if passed.any():
+                logits = means[passed] @ query[b, t, n] / np.sqrt(H)
+                weights = np.exp(logits - logits.max())
+                importance[passed] += weights / weights.sum()
+        importance[0] = np.inf
+        importance[max(t // BLOCK - 1, 0) : t // BLOCK + 1] = np.inf
+        importance[t // BLOCK + 1 :] = -np.inf
+        best = np.argsort(-importance, kind="stable")[: layer.count]
+        best = best[importance[best] > -np.inf]
+        chosen = np.isin(places // BLOCK, best) & (places <= t)
+        near = (places <= t) & (places > t - layer.window)
+        for n in range(k * group, (k + 1) * group):
+            q = query[b, t, n]
+            parts = (
+                attend(q, means, values, passed),
+                attend(q, key[b, :, K + k], value[b, :, K + k], chosen),
+                attend(q, key[b, :, 2 * K + k], value[b, :, 2 * K + k], near),
+            )
+            found[b, t, n] = sum(
+                g * p for g, p in zip(gates[b, t, n], parts, strict=True)
+            )
+    return out(layer, found)
+
+
+def make_mixture(**options):
+    return nn.MixtureOfBlocks(
+        FEATURES, N, num_key_heads=K, block_size=BLOCK, count=3, rngs=nnx.Rngs(1),
+        **options,
+    )  # fmt: skip
+
+
+def make_native(**options):
+    layer = nn.NativeSparseAttention(
+        FEATURES, N, num_key_heads=K, block_size=BLOCK, count=4, window=6,
+        rngs=nnx.Rngs(1), **options,
+    )  # fmt: skip
+    rng = np.random.default_rng(3)
+    for p in layer.compress:
+        p[...] = jnp.asarray(rng.normal(size=p.shape) / BLOCK, jnp.float32)
+    return layer
+
+
+LAYERS = {"mixture": (make_mixture, mixture), "native": (make_native, native_sparse)}
+layers = pytest.mark.parametrize("name", LAYERS)
+
+
+@layers
+def test_equals_the_equations(name):
+    make, wanted = LAYERS[name]
+    layer, x = make(), inputs()
+    found = layer(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, wanted(layer, x), rtol=2e-4, atol=2e-5)
+
+
+@layers
+def test_prefill_and_steps_equal_the_whole(name):
+    layer, x = LAYERS[name][0](position=nn.Rotary()), jnp.asarray(inputs(), jnp.float32)
+    whole, cache = layer(x), layer.make_cache(2, T + 2)
+    step = nnx.jit(lambda layer, x, cache: layer.decode(x, cache))
+    first, cache = step(layer, x[:, :9], cache)
+    rest = []
+    for t in range(9, T):
+        one, cache = step(layer, x[:, t : t + 1], cache)
+        rest.append(one)
+    found = jnp.concatenate([first, *rest], 1)
+    np.testing.assert_allclose(found, whole, rtol=2e-4, atol=2e-5)
+
+
+@layers
+def test_every_parameter_has_a_gradient(name):
+    layer, x = LAYERS[name][0](), jnp.asarray(inputs(), jnp.float32)
+    gradients = nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer)
+    for path, gradient in nnx.to_flat_state(gradients):
+        values = np.asarray(gradient[...])
+        assert np.isfinite(values).all(), path
+        # A bias of keys adds the same to all logits of a query of one branch.
+        assert np.abs(values).max() > (0 if path[:2] != ("key", "bias") else -1), path
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"cache: a query may select any position"):
+        make_mixture(cache=nn.CachePolicy(window=8))
+    with pytest.raises(TypeError, match=r"mask: the branches have masks of their own"):
+        make_native(mask=masks.full())
+    x = jnp.asarray(inputs(8), jnp.float32)
+    ids = masks.documents(np.zeros(8, int))
+    with pytest.raises(NotImplementedError, match=r"mask: attention is causal"):
+        make_native()(x, mask=ids)
+    with pytest.raises(NotImplementedError, match=r"with_stats: three branches"):
+        make_native().with_stats(x)
+
+
+def test_documents_see_their_own_blocks_only():
+    layer, x = make_mixture(), jnp.asarray(inputs(16), jnp.float32)
+    ids = np.repeat([0, 1], 8)  # documents that are whole blocks
+    found = layer(x, mask=masks.documents(ids))
+    apart = jnp.concatenate([layer(x[:, :8]), layer(x[:, 8:])], 1)
+    np.testing.assert_allclose(found, apart, rtol=2e-4, atol=2e-5)
