@@ -457,9 +457,8 @@ def test_a_long_layout_is_built_and_planned_in_linear_memory():
 
 
 @pytest.mark.parametrize("layout", ["same", "far", "none", "twice"])
-@pytest.mark.parametrize("sizes", [(8, 6), (16, 24), (1, 2), (2, 4), (3, 5)])
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("slots", [False, True])
+@pytest.mark.parametrize("sizes", [(8, 6), (1, 2), (3, 5)])
+@pytest.mark.parametrize(("traced", "slots"), [(False, True), (True, False)])
 def test_plans_of_lists_that_are_finer_than_they(layout, sizes, traced, slots):
     """Lists that are longer than a row of the plan become flags of its cells."""
     rows = dict(

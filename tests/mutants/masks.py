@@ -109,7 +109,7 @@ MUTANTS = (
     ),
     Mutant(
         "layout-askew",
-        "masks/layouts.py",
+        "masks/lists.py",
         "+ (not (aligned and rows.starts_at_zero))",
         "+ 0 * (not (aligned and rows.starts_at_zero))",
         "Where blocks do not fit a layout's, a plan leaves out the last of these.",
@@ -134,8 +134,8 @@ MUTANTS = (
     Mutant(
         "full-is-never-told",
         "masks/planning.py",
-        "certain = merge(certain)\n",
-        "certain = merge(certain)._replace(hi=merge(certain).lo)\n",
+        "certain = merge(certain)",
+        "certain = merge(certain._replace(hi=certain.lo))",
         "No block is full: the mask is evaluated everywhere.",
         (f"{_PLANS}test_structural_plans_are_tight[causal-sizes0]",),
     ),

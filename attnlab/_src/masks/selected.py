@@ -24,7 +24,8 @@ class Selected(Mask):
     """Each query sees the blocks of keys that are listed for it.
 
     ``indices [..., ceil(T / query_block), R]`` lists key blocks for blocks of the
-    queries of a call; -1 = none. As an operand there is a list for each query.
+    queries of a call; -1 = none. There are two operands, each with a list for each
+    query: as they are given, and as they can be searched.
     """
 
     indices: ArrayLike
@@ -44,20 +45,22 @@ class Selected(Mask):
                 f"mask: {self!r}: lists for {rows} blocks of {size} queries do not fit "
                 f"T={query_length}; it needs {-(-query_length // size)}"
             )
-        lists = searchable(self.indices)
-        lists = lists[None] if lists.ndim == 2 else lists
+        lists = self.indices[None] if self.indices.ndim == 2 else self.indices
+        # What is not read is not computed: some kernels take lists in any order.
+        kinds = lists, searchable(lists)
         if size > 1:
-            lists = namespace(lists).repeat(lists, size, axis=-2)
-        return Operand(lists[..., :query_length, None, :], payload=1)
+            kinds = [namespace(x).repeat(x, size, axis=-2) for x in kinds]
+        return tuple(Operand(x[..., :query_length, None, :], 1) for x in kinds)
 
     def visible(self, tile: Tile, operands: PyTree) -> Array:
         """See :class:`Mask`."""
-        return listed_in(operands[:, 0], tile.key_positions // self.key_block)
+        _, lists = operands
+        return listed_in(lists[:, 0], tile.key_positions // self.key_block)
 
     def bounds(self, rows: Blocks, cols: Blocks, operands: PyTree) -> Bounds:
         """See :class:`Mask`."""
         query = rows if rows.side == "query" else cols
-        lists = operands[:, :, :, 0]
+        lists = operands[0][:, :, :, 0]
         xp, length = namespace(lists), query.length
         # Equal lists follow one another, from a multiple of this number on; also in a
         # shard, which may consist of two runs of queries.

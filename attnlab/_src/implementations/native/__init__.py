@@ -16,6 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from attnlab._src.implementations.native import load
+from attnlab._src.implementations.native.listed import ENOUGH_QUERIES, lists_of, rows_of
 from attnlab._src.implementations.native.program import (
     FLOATS,
     MOST_MODIFIERS,
@@ -29,7 +30,6 @@ from attnlab._src.implementations.native.program import (
 )
 from attnlab._src.implementations.tile import may_round
 from attnlab._src.masks.base import Mask
-from attnlab._src.masks.planning import plan_of
 from attnlab._src.masks.rule import visible_pairs
 from attnlab._src.operands import cut
 from attnlab._src.scores.pairwise import Mlp
@@ -52,10 +52,10 @@ _BLOCK_K = 64
 #: queries, else the least.
 _BLOCKS_Q = (128, 64, 32)
 _UNITS = 16
-#: Least number of queries or keys in a block, for masks that are made of such blocks.
-_LEAST = 16
 #: Least number of keys in a slice, and greatest number of slices of a backward pass.
 _SLICE, _MOST_SLICES = 512, 8
+#: The number of the pass in which each query has a list of its own (``src/problem.h``).
+_LISTED = 2
 #: Up to so many queries, vectors run along the keys; and greatest number of slices of
 #: keys in such a forward pass.
 _FEW_QUERIES, _MOST_FORWARD_SLICES = 4, 64
@@ -118,9 +118,9 @@ class Native(Implementation):
         sizes, block_k = _BLOCKS_Q, _BLOCK_K
         if (multiples := inputs.mask.block_multiples) is not None:
             of_queries, of_keys = multiples
-            fit = (n for n in (*_BLOCKS_Q, _LEAST) if of_queries % n == 0)
+            fit = (n for n in (*_BLOCKS_Q, ENOUGH_QUERIES) if of_queries % n == 0)
             sizes = tuple(fit) or _BLOCKS_Q
-            fit = (n for n in (_BLOCK_K, 32, _LEAST) if of_keys % n == 0)
+            fit = (n for n in (_BLOCK_K, 32, 16) if of_keys % n == 0)
             block_k = next(fit, _BLOCK_K)
         size = next((n for n in sizes if s.B * s.N * -(-s.T // n) >= _UNITS), sizes[-1])
         return max(min(size, s.T), 1), max(min(block_k, s.S), 1)
@@ -128,8 +128,7 @@ class Native(Implementation):
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.extend.Implementation`."""
         s = inputs.sizes
-        plan = plan_of(inputs, self.block_sizes(inputs), cols=False)
-        call = _Call(inputs, plan)
+        call = _Call(inputs, rows_of(inputs, self.block_sizes(inputs)))
         output = jax.ShapeDtypeStruct((s.B, s.T, s.N, s.D), jnp.float32)
         lse = jax.ShapeDtypeStruct((s.B, s.T, s.N), jnp.float32)
         few = _few_queries(inputs)
@@ -150,7 +149,7 @@ class Native(Implementation):
         """See :class:`attnlab.extend.Implementation`."""
         s = inputs.sizes
         want = jax.tree.unflatten(jax.tree.structure(inputs), list(wanted))
-        plan = plan_of(inputs, self.block_sizes(inputs), cols=False)
+        plan = rows_of(inputs, self.block_sizes(inputs))
         apart = s.B if _few_queries(inputs) else s.B * s.K
         slices = max(min(-(-s.S // _SLICE), -(-_UNITS // apart), _MOST_SLICES), 1)
         rows = -(-s.T // plan.block_q)
@@ -281,6 +280,11 @@ class _Call:
         inputs, plan = self.inputs, self.plan
         code = score_code(inputs.score)
         assert code is not None
+        mask, operands = inputs.mask, inputs.mask_operands
+        which, lists = int(_few_queries(inputs)), (-1, -1)
+        if (listed := lists_of(inputs)) is not None:
+            which, lists = _LISTED, (self.add(listed.lists), listed.key_block)
+            mask, operands = listed.mask, listed.operands
         params = [
             self.add(x.astype(jnp.float32)) for x in jax.tree.leaves(inputs.pair_params)
         ]
@@ -303,7 +307,7 @@ class _Call:
         program = [
             *code,
             may_round(inputs),
-            _few_queries(inputs),
+            which,
             below,
             plan.block_q,
             plan.block_k,
@@ -315,9 +319,10 @@ class _Call:
             words,
             d_lse,
             -1 if inputs.head_scale is None else self.add(inputs.head_scale),
+            *lists,
             len(inputs.modifiers),
             *modifiers,
-            *mask_program(inputs.mask, inputs.mask_operands, self.buffers, self.bits),
+            *mask_program(mask, operands, self.buffers, self.bits),
         ]
         call = jax.ffi.ffi_call(name, results)
         return call(

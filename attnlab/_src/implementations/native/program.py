@@ -158,6 +158,15 @@ def _structure(mask: Mask) -> list[int]:
     return []
 
 
+def is_structural(mask: Mask) -> bool:
+    """Whether the kernel evaluates a mask from positions alone."""
+    if exactly(mask, And, Or):
+        return all(map(is_structural, mask.parts))
+    if exactly(mask, Not):
+        return is_structural(mask.part)
+    return exactly(mask, Full, Window, Anchor, Chunked)
+
+
 def _data(mask: Mask, operands: PyTree, add: Callable[[Array], int]) -> list[int]:
     """The program of a mask with operands."""
     match mask:
@@ -171,7 +180,7 @@ def _data(mask: Mask, operands: PyTree, add: Callable[[Array], int]) -> list[int
         case BlockLayout():
             return [_BLOCKS, add(operands[0]), mask.query_block, mask.key_block]
         case Selected():
-            return [_SELECTED, add(operands), mask.query_block, mask.key_block]
+            return [_SELECTED, add(operands[1]), mask.query_block, mask.key_block]
         case AnchorIndices():
             return [_ANCHOR_INDICES, add(operands), int(mask.side == "key")]
     raise AssertionError(mask)

@@ -82,6 +82,7 @@ def top_blocks(
             taken whatever their scores.
 
     Example:
+        >>> from attnlab.select import pool
         >>> x = jnp.eye(4)[:, None]  # four keys, or queries, of size 4
         >>> key = pool(x, 2)
         >>> top_blocks(x, key, 1, key_block=2, local=0)[0].ravel()

@@ -15,6 +15,7 @@
 #include "few.h"
 #include "forward.h"
 #include "kernel.h"
+#include "listed.h"
 
 #ifndef ATTNLAB_ISA
 #error "ATTNLAB_ISA names the instruction set"
@@ -35,18 +36,23 @@ void parallel(const Call& call, int64_t count, F&& f) {
       [](void* context, int64_t unit) { (*static_cast<F*>(context))(unit); }, &f);
 }
 
+// Calls f with a number of the keys' type.
+template <class F>
+void of_type(const Problem& c, F f) {
+  const Type type = c.arg(1).type;
+  type == Type::f32 ? f(0.0f) : type == Type::bf16 ? f(Half{}) : f(Float16{});
+}
+
 // Runs a forward or backward pass for each slice of the keys of each example.
 template <int kComparison>
 void each_slice(const Problem& c, bool forward) {
-  const Type type = c.arg(1).type;
   parallel(c.call, c.B * c.slices, [&](int64_t unit) {
     const int64_t b = unit / c.slices, slice = unit % c.slices;
-    const auto pass = [&](auto element) {
+    of_type(c, [&](auto element) {
       typedef decltype(element) T;
       forward ? few_forward<kComparison, T>(c, b, slice)
               : few_backward<kComparison, T>(c, b, slice);
-    };
-    type == Type::f32 ? pass(0.0f) : type == Type::bf16 ? pass(Half{}) : pass(Float16{});
+    });
   });
 }
 
@@ -61,7 +67,17 @@ void run_few(const Problem& c, bool forward) {
 
 template <class E>
 void run_forward(const Problem& c) {
-  if (c.few) {
+  if (c.pass == kListed) {
+    const int64_t parts = (c.T + kListedQueries - 1) / kListedQueries;
+    return parallel(c.call, c.B * c.K * parts, [&](int64_t unit) {
+      const int64_t head = unit / parts, t0 = (parts - 1 - unit % parts) * kListedQueries;
+      of_type(c, [&](auto element) {
+        listed_forward<decltype(element)>(c, head / c.K, head % c.K, t0,
+                                          least(t0 + kListedQueries, c.T));
+      });
+    });
+  }
+  if (c.pass == kFew) {
     run_few(c, true);
     return parallel(c.call, c.B, [&](int64_t b) { merge_slices(c, b); });
   }
@@ -92,8 +108,15 @@ void run_backward(const Problem& c) {
     memset(a.data, 0, size);
   });
   const int64_t heads = c.B * c.K;
-  if (c.few)
+  if (c.pass == kFew)
     run_few(c, false);
+  else if (c.pass == kListed)
+    parallel(c.call, heads * c.slices, [&](int64_t unit) {
+      of_type(c, [&](auto element) {
+        listed_backward<decltype(element)>(c, unit % heads / c.K, unit % heads % c.K,
+                                           unit / heads);
+      });
+    });
   else
     parallel(c.call, heads * c.slices, [&](int64_t unit) {
       const int64_t head = unit % heads;

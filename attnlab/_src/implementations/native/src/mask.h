@@ -46,6 +46,11 @@ struct Mask {
     keys = c.key_positions.as<int32_t>(panel.b, 0, 0, s0);
     for (int j = 0; j < 2; ++j) positions[j] = load<vi>(panel.positions + j * kWidth);
   }
+  // For keys at any positions; the program must read nothing else of them.
+  Mask(const Problem& c, const Panel& panel, const int32_t* keys, int64_t count)
+      : c(c), panel(panel), s0(0), count(count), keys(keys) {
+    for (int j = 0; j < 2; ++j) positions[j] = load<vi>(panel.positions + j * kWidth);
+  }
 
   static INLINE uint32_t bits(vi low, vi high) {
     return to_bits(low) | to_bits(high) << kWidth;

@@ -175,6 +175,7 @@ struct Operand {
 
 enum Score { kInner, kAdditive, kMlp };
 enum Activation { kRelu, kTanh, kSigmoid, kSilu, kGelu };
+enum Pass { kPanels, kFew, kListed };  // forward.h and backward.h, few.h, listed.h
 enum ModifierKind { kSoftCap, kAlibi, kRelative, kBias };
 enum { kWantQuery = 1, kWantKey = 2, kWantValue = 4, kWantParams = 8 };
 
@@ -193,7 +194,8 @@ struct Problem {
   // Examples, queries, keys, query heads, key heads, sizes of a key and a value; N / K.
   int64_t B, T, S, N, K, P, D, group;
   int score, activation;
-  bool narrow_products, few;  // products of bfloat16 are allowed; few.h runs
+  bool narrow_products;  // products of bfloat16 are allowed
+  Pass pass;
   int64_t drop_below;  // a 24-bit hash below it drops an entry; -1: no dropout
   int64_t block_q, block_k, slices, wanted;
   int64_t rows;   // number of query blocks
@@ -203,6 +205,7 @@ struct Problem {
   int64_t words;
   int64_t d_lse;
   int64_t head_scale;
+  int64_t lists, list_block;  // of kListed: lists of blocks of so many keys
   int num_modifiers;
   Modifier* modifiers;
   const int64_t* mask;
@@ -216,13 +219,14 @@ struct Problem {
     group = N / K;
     const int64_t* p = c.program;
     score = (int)p[0], activation = (int)p[1];
-    narrow_products = p[2] != 0, few = p[3] != 0;
+    narrow_products = p[2] != 0, pass = (Pass)p[3];
     drop_below = p[4], block_q = p[5], block_k = p[6], slices = p[7], wanted = p[8];
     num_params = p[9], first_param = p[10], first_param_gradient = p[11];
     words = p[12], d_lse = p[13];
     head_scale = p[14];
-    num_modifiers = (int)p[15];
-    p += 16;
+    lists = p[15], list_block = p[16];
+    num_modifiers = (int)p[17];
+    p += 18;
     for (int i = 0; i < num_modifiers; ++i, p += 5) {
       // `storage` is uninitialised memory; Modifier is trivially copyable.
       Modifier m = {(ModifierKind)p[0], Operand(c.args[p[1]]), p[2], p[3], p[4]};
