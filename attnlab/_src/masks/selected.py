@@ -1,5 +1,6 @@
 """Lists of keys, or of blocks of keys, that are chosen for the queries of a call."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,9 @@ class Selected(Mask):
     indices: ArrayLike
     query_block: int = static()
     key_block: int = static()
+    #: How many query heads there are, if those that share a key head have equal lists;
+    #: 0: not known. It says nothing of another number (mapped axes may become heads).
+    grouped: int = static(default=0)
 
     @property
     def block_multiples(self) -> tuple[int, int]:
@@ -138,12 +142,19 @@ def selected(indices: ArrayLike, *, query_block: int = 1, key_block: int = 1) ->
     return Selected(indices, *sizes)
 
 
-def fitted(mask: Mask, heads: int, key_heads: Sequence[int], key_length: Any) -> Mask:
+def fitted(
+    mask: Mask,
+    heads: int,
+    own_heads: int,
+    key_heads: Sequence[int],
+    key_length: Any,
+) -> Mask:
     """The mask, in which lists for each key head are those of its query heads.
 
     Args:
         mask: any mask.
         heads: N, of all devices.
+        own_heads: N, of this device.
         key_heads: what K may be: that of this device, and that of all.
         key_length: S.
 
@@ -172,7 +183,10 @@ def fitted(mask: Mask, heads: int, key_heads: Sequence[int], key_length: Any) ->
         def repeat(lists: ArrayLike) -> ArrayLike:
             return namespace(lists).repeat(lists, heads // given, axis=-3)
 
-        return jax.tree.map(repeat, part)
+        part = jax.tree.map(repeat, part)
+        if isinstance(part, Selected):
+            part = dataclasses.replace(part, grouped=own_heads)
+        return part
 
     return jax.tree.map(spread, mask, is_leaf=is_layout)
 

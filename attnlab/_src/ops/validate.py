@@ -333,7 +333,7 @@ def check(
         mask = of_own_heads(mask, whole, first, heads)
     key_heads = key.shape[-2]
     all_key_heads = placement.all_heads(key_heads)
-    mask = fitted(mask, whole, (key_heads, all_key_heads), key.shape[-3])
+    mask = fitted(mask, whole, heads, (key_heads, all_key_heads), key.shape[-3])
     args = Arguments(
         query,
         key,

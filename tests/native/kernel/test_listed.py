@@ -1,5 +1,7 @@
 """The pass in which each query has a list of keys of its own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,12 +39,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(name):
     found, block, more = CASES[name]
-    options = dict(query_offset=S - T, precision="highest")
+    options: dict[str, Any] = dict(query_offset=S - T, precision="highest")
     options["mask"] = more(masks.selected(found, key_block=block))
-    x, rng = inputs(), np.random.default_rng(1)
-    above = jnp.asarray(rng.normal(size=x[3].shape), jnp.float32)
-    wanted = both_ways(*x[:3], above, implementation="reference", **options)
-    for one, other in zip(both_ways(*x[:3], above, **options), wanted, strict=True):
+    q, k, v, above = inputs()
+    wanted = both_ways(q, k, v, above, implementation="reference", **options)
+    for one, other in zip(both_ways(q, k, v, above, **options), wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
 
 
@@ -56,6 +57,20 @@ def test_nan_reaches_those_who_list_it():
         mask = masks.selected(found)
         output = call(q, key, value, mask=mask, implementation="native")
         np.testing.assert_array_equal(np.isnan(output).any(-1), sees)
+
+
+def test_mapped_lists_of_the_same_keys():
+    """A mapped axis becomes heads that share a key head, with lists that differ."""
+    q, k, v, _ = inputs()
+    several = jnp.stack([q, 2 * q]), np.stack([lists(K, 9), lists(K, 9)[:, :, ::-1]])
+
+    def call(q, found):
+        mask = masks.selected(found)
+        return attention(q, k, v, mask=mask, implementation="native")
+
+    found = jax.jit(jax.vmap(call))(*several)
+    for i, wanted in enumerate(map(jax.jit(call), *several)):
+        np.testing.assert_allclose(found[i], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_where_it_is_taken(monkeypatch):

@@ -56,6 +56,8 @@ _UNITS = 16
 _SLICE, _MOST_SLICES = 512, 8
 #: The number of the pass in which each query has a list of its own (``src/problem.h``).
 _LISTED = 2
+#: Greatest size of the query gradients of all slices, in bytes, if there are several.
+_MOST_SCRATCH = 2**30
 #: Up to so many queries, vectors run along the keys; and greatest number of slices of
 #: keys in such a forward pass.
 _FEW_QUERIES, _MOST_FORWARD_SLICES = 4, 64
@@ -154,6 +156,7 @@ class Native(Implementation):
         slices = max(min(-(-s.S // _SLICE), -(-_UNITS // apart), _MOST_SLICES), 1)
         rows = -(-s.T // plan.block_q)
         kept = math.ceil(plan.block_q / 32) * 32 * math.ceil(s.P / 8) * 8
+        slices = max(min(slices, _MOST_SCRATCH // (4 * s.B * s.N * rows * kept)), 1)
 
         results: list[jax.ShapeDtypeStruct] = []
 

@@ -28,7 +28,7 @@ class Lists(NamedTuple):
     """Lists of keys, one for each query, and what else a mask hides.
 
     Attributes:
-        lists: ``[B or 1, N or 1, T, 1, R]``, blocks of keys.
+        lists: ``[B or 1, N or K or 1, T, 1, R]``, blocks of keys.
         key_block: keys in a block.
         mask: shows those of the listed keys that are visible.
         operands: its operands.
@@ -55,6 +55,10 @@ def lists_of(inputs: AttentionInputs) -> Lists | None:
     lists, _ = own[at]
     rest = (*parts[:at], *parts[at + 1 :])
     others = (*own[:at], *own[at + 1 :])
+    if chosen.grouped == inputs.sizes.N:
+        # One list for each key head: XLA then does not repeat them.
+        b, _, *rows = lists.shape
+        lists = lists.reshape(b, inputs.sizes.K, -1, *rows)[:, :, 0]
     few = _COST * lists.shape[-1] * chosen.key_block <= inputs.sizes.S
     if not few or chosen.query_block >= ENOUGH_QUERIES:
         return None

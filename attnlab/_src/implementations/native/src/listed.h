@@ -40,7 +40,9 @@ struct Listed {
   }
 
   const int32_t* list_of(int64_t n, int64_t t) const {
-    return lists.as<int32_t>(b, n, t);
+    // There is a list for each query head, for each key head, or for all.
+    const bool shared = lists.array.dims[1] == c.K;
+    return lists.as<int32_t>(b, shared ? n / c.group : n, t);
   }
 
   // Calls f(n, heads) for each run of heads from n on whose lists for query t are equal.
