@@ -154,6 +154,17 @@ def test_every_parameter_has_a_gradient(name):
         assert np.abs(values).max() > (0 if path[:2] != ("key", "bias") else -1), path
 
 
+def test_a_layer_takes_lists_for_its_key_heads():
+    lists = np.random.default_rng(0).integers(0, 8, (K, 8, 3))
+    x, found = jnp.asarray(inputs(8), jnp.float32), []
+    for mask in (lists, np.repeat(lists, N // K, 0)):
+        layer = nn.MultiHeadAttention(
+            FEATURES, N, num_key_heads=K, mask=masks.selected(mask), rngs=nnx.Rngs(1)
+        )
+        found.append(layer(x))
+    np.testing.assert_allclose(*found, rtol=1e-6, atol=1e-6)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"cache: a query may select any position"):
         make_mixture(cache=nn.CachePolicy(window=8))

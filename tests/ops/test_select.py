@@ -198,6 +198,16 @@ def test_errors_name_the_argument(options, message):
         select.top_blocks(jnp.ones((1, 8, 4, 2)), given.pop("key"), **given)
 
 
+def test_numbers_are_checked_only_where_they_are_of_slots():
+    """A layout may be longer than the queries, and positions than the keys."""
+    x, layout = jnp.ones((1, 8, 2, 4)), np.array([[0], [1], [3]])
+    attention(x, x, x, mask=masks.blocks(layout, 4))
+    places = dict(query_positions=np.arange(8) + 4, key_positions=np.arange(8) + 4)
+    attention(x, x, x, mask=masks.blocks(layout[1:], 4), **places)
+    with pytest.raises(ValueError, match=r"numbers of 2 blocks of 4 keys .* got 3"):
+        attention(x, x, x, mask=masks.blocks(layout[1:], 4))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

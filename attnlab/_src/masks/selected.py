@@ -32,9 +32,8 @@ class Selected(Mask):
     indices: ArrayLike
     query_block: int = static()
     key_block: int = static()
-    #: How many query heads there are, if those that share a key head have equal lists;
-    #: 0: not known. It says nothing of another number (mapped axes may become heads).
-    grouped: int = static(default=0)
+    #: Whether query heads that share a key head surely have equal lists.
+    grouped: bool = static(default=False)
 
     @property
     def block_multiples(self) -> tuple[int, int]:
@@ -131,7 +130,7 @@ def selected(indices: ArrayLike, *, query_block: int = 1, key_block: int = 1) ->
     indices = arguments.integers("indices", indices)
     if indices.ndim < 2:
         raise ValueError(f"indices: expected [..., rows, R], got shape {indices.shape}")
-    sizes = (
+    query_size, key_size = (
         size_argument(name, size, 1)
         for name, size in (("query_block", query_block), ("key_block", key_block))
     )
@@ -139,24 +138,22 @@ def selected(indices: ArrayLike, *, query_block: int = 1, key_block: int = 1) ->
         # Nothing is listed: one entry of -1 means the same.
         padding = [(0, 0)] * (indices.ndim - 1) + [(0, 1)]
         indices = namespace(indices).pad(indices, padding, constant_values=-1)
-    return Selected(indices, *sizes)
+    return Selected(indices, query_size, key_size)
 
 
 def fitted(
     mask: Mask,
     heads: int,
-    own_heads: int,
     key_heads: Sequence[int],
-    key_length: Any,
+    lengths: tuple[Any, Any] | None,
 ) -> Mask:
     """The mask, in which lists for each key head are those of its query heads.
 
     Args:
         mask: any mask.
         heads: N, of all devices.
-        own_heads: N, of this device.
         key_heads: what K may be: that of this device, and that of all.
-        key_length: S.
+        lengths: T and S, if positions are slot numbers; else None.
 
     Raises:
         ValueError: if there are lists for another number of heads; or if lists whose
@@ -169,7 +166,8 @@ def fitted(
     def spread(part: Any) -> Any:
         if not is_layout(part):
             return part
-        _check_numbers(part, key_length)
+        if lengths is not None:
+            _check_numbers(part, *lengths)
         lists = part.rows if isinstance(part, BlockLayout) else part.indices
         given = lists.shape[-3] if lists.ndim > 2 else 1
         if given in (1, heads):
@@ -185,17 +183,26 @@ def fitted(
 
         part = jax.tree.map(repeat, part)
         if isinstance(part, Selected):
-            part = dataclasses.replace(part, grouped=own_heads)
+            part = dataclasses.replace(part, grouped=True)
         return part
 
     return jax.tree.map(spread, mask, is_leaf=is_layout)
 
 
-def _check_numbers(part: BlockLayout | Selected, key_length: Any) -> None:
+def _check_numbers(
+    part: BlockLayout | Selected, query_length: Any, key_length: Any
+) -> None:
+    """Raises a ValueError if lists that are known here hold blocks that are not there.
+
+    Layouts that are longer than the queries are left out: they may be for all lengths.
+    """
     lists = part.rows if isinstance(part, BlockLayout) else part.indices
     drawn = isinstance(part, BlockLayout) and part.name == "random_blocks"
     unknown = isinstance(lists, (jax.core.Tracer, jax.ShapeDtypeStruct))
-    if drawn or unknown or not isinstance(key_length, int):
+    known = isinstance(query_length, int) and isinstance(key_length, int)
+    if drawn or unknown or not known:
+        return
+    if lists.shape[-2] > -(-query_length // part.query_block):
         return
     numbers, count = np.asarray(lists), -(-key_length // part.key_block)
     least, most = numbers.min(initial=0), numbers.max(initial=-1)

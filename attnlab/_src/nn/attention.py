@@ -342,7 +342,11 @@ class MultiHeadAttention(nnx.Module):
         names = "query_offset", "query_positions", "key_positions"
         seen: dict[str, Any] = {"mask": mask, **dict(zip(names, where, strict=True))}
         query, key, value = zero_hidden(
-            query, *memory, num_heads=self.num_heads, **seen
+            query,
+            *memory,
+            num_heads=self.num_heads,
+            num_key_heads=self.num_key_heads,
+            **seen,
         )
         at = positions_of(query, *where[:2]), positions_of(key, 0, where[2])
         query = self._placed(project(by.query, query), self.query_norm, at[0])

@@ -184,6 +184,7 @@ class Block(nnx.Module):
             slots,
             slots,
             num_heads=self.attention.num_heads,
+            num_key_heads=self.attention.num_key_heads,
             mask=mask,
             query_positions=positions,
             key_positions=positions,

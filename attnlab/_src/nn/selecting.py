@@ -176,17 +176,10 @@ class NativeSparseAttention(MultiHeadAttention):
         return super()._output(query, heads)
 
     def _attend(
-        self,
-        query: Array,
-        memory: KeyValue,
-        score: Score,
-        *,
-        rngs: nnx.Rngs | None,
-        stats: bool = False,
-        **options: Any,
+        self, query: Array, memory: KeyValue, score: Score, **options: Any
     ) -> AttentionResult:
         """The outputs of the branches, one after another: ``[*batch, T, N, 3 * D]``."""
-        if stats:
+        if options.get("stats"):
             raise NotImplementedError(
                 "with_stats: three branches have no weights in common"
             )
@@ -231,7 +224,7 @@ class NativeSparseAttention(MultiHeadAttention):
         )
         see = super()._attend
         found = [
-            see(query, memory, score, rngs=rngs, **{**options, "mask": seen, **more})
+            see(query, memory, score, **{**options, "mask": seen, **more})
             for memory, seen, more in branches
         ]
         return found[0]._replace(output=jnp.concatenate([x.output for x in found], -1))

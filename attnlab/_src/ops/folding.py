@@ -17,6 +17,7 @@ from attnlab._src.implementations.tile import modifiers_read_head
 from attnlab._src.masks.base import And, Mask, Not, Or
 from attnlab._src.masks.per_head import PerHead
 from attnlab._src.masks.planning import reads_head
+from attnlab._src.masks.selected import Selected
 from attnlab._src.ops.choice import chosen_name
 from attnlab._src.types import Array, AttentionInputs, PyTree
 
@@ -115,13 +116,17 @@ class IntoHeads(NamedTuple):
         """The mask, in which each head keeps its part of ``per_head``."""
 
         def one(mask: PyTree) -> PyTree:
+            if isinstance(mask, Selected):
+                return dataclasses.replace(mask, grouped=False)
             if not exactly(mask, PerHead):
                 return mask
             order = np.asarray(mask.order).reshape(self.key_heads, 1, self.group)
             spread = np.repeat(order, self.size, 1).reshape(-1)
             return dataclasses.replace(mask, which=tuple(spread.tolist()))
 
-        return jax.tree.map(one, mask, is_leaf=lambda m: exactly(m, PerHead))
+        return jax.tree.map(
+            one, mask, is_leaf=lambda m: exactly(m, PerHead) or isinstance(m, Selected)
+        )
 
     def _by_token(self, mark: bool, x: Array) -> Array:
         return self._one(mark, x, 2)

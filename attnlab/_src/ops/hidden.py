@@ -17,6 +17,7 @@ def zero_hidden(
     query: Array,
     *memory: Array,
     num_heads: int,
+    num_key_heads: int | None = None,
     mask: Mask | ArrayLike | None = None,
     query_offset: int | ArrayLike = 0,
     query_positions: ArrayLike | None = None,
@@ -31,6 +32,7 @@ def zero_hidden(
         query: ``[*batch, T, features]``.
         *memory: ``[*batch, S, features]``: arrays that make keys and values.
         num_heads: N; a slot is hidden if it is hidden for every head.
+        num_key_heads: K; N if not given.
         mask: as of :func:`attnlab.attention`, like the further arguments.
         query_offset: position of the first query.
         query_positions: ``[T]`` or ``[*batch, T]``; -1 = empty.
@@ -40,12 +42,14 @@ def zero_hidden(
         TypeError, ValueError: as :func:`attnlab.attention` does.
     """
 
-    def heads(x: Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*x.shape[:-1], num_heads, 1), jnp.float32)
+    def heads(x: Array, count: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*x.shape[:-1], count, 1), jnp.float32)
 
-    keys = heads(memory[0] if memory else query)
+    # A layer with several keys for each key head has more than divide N.
+    key_heads = math.gcd(num_heads, num_key_heads or num_heads)
+    keys = heads(memory[0] if memory else query, key_heads)
     args, _ = check(
-        heads(query),
+        heads(query, num_heads),
         keys,
         keys,
         mask=mask,

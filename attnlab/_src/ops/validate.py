@@ -333,7 +333,10 @@ def check(
         mask = of_own_heads(mask, whole, first, heads)
     key_heads = key.shape[-2]
     all_key_heads = placement.all_heads(key_heads)
-    mask = fitted(mask, whole, heads, (key_heads, all_key_heads), key.shape[-3])
+    offset = _as_offset(options.get("query_offset", 0), query.shape[-3])
+    at_slots = offset is query_positions is key_positions is None
+    lengths = (query.shape[-3], key.shape[-3]) if at_slots else None
+    mask = fitted(mask, whole, (key_heads, all_key_heads), lengths)
     args = Arguments(
         query,
         key,
@@ -343,7 +346,7 @@ def check(
         modifiers,
         sinks,
         dropout_rng if dropout_rate > 0 else None,
-        _as_offset(options.get("query_offset", 0), query.shape[-3]),
+        offset,
         query_positions,
         key_positions,
     )

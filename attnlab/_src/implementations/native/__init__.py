@@ -156,7 +156,8 @@ class Native(Implementation):
         slices = max(min(-(-s.S // _SLICE), -(-_UNITS // apart), _MOST_SLICES), 1)
         rows = -(-s.T // plan.block_q)
         kept = math.ceil(plan.block_q / 32) * 32 * math.ceil(s.P / 8) * 8
-        slices = max(min(slices, _MOST_SCRATCH // (4 * s.B * s.N * rows * kept)), 1)
+        scratch = max(4 * s.B * s.N * rows * kept, 1)
+        slices = max(min(slices, _MOST_SCRATCH // scratch), 1)
 
         results: list[jax.ShapeDtypeStruct] = []
 

@@ -55,7 +55,7 @@ def lists_of(inputs: AttentionInputs) -> Lists | None:
     lists, _ = own[at]
     rest = (*parts[:at], *parts[at + 1 :])
     others = (*own[:at], *own[at + 1 :])
-    if chosen.grouped == inputs.sizes.N:
+    if chosen.grouped:
         # One list for each key head: XLA then does not repeat them.
         b, _, *rows = lists.shape
         lists = lists.reshape(b, inputs.sizes.K, -1, *rows)[:, :, 0]
