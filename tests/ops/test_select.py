@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from attnlab import attention, masks, scores, select
-from attnlab._src.ops.selection import common
+from attnlab._src.ops.selection import blocks as of_blocks
+from attnlab._src.ops.selection import keys as of_keys
 
 
 def greatest(values, count):
@@ -58,7 +59,7 @@ def wanted_blocks(logits, shown, count, sizes, at, heads, by, first, local):
 def test_blocks_equal_a_dense_choice(
     sizes, mask, by, each, taken, score, at_once, monkeypatch
 ):
-    monkeypatch.setattr(common, "MOST_LOGITS", at_once)
+    monkeypatch.setattr(of_blocks, "MOST_LOGITS", at_once)
     rng, (t, at, n, k) = np.random.default_rng(0), (17, 8, 4, 2)
     blocks = -(-(t + at) // sizes[1])
     query = jnp.asarray(rng.normal(size=(2, t, n, 8)), jnp.float32)
@@ -101,7 +102,7 @@ def test_blocks_equal_a_dense_choice(
 @pytest.mark.parametrize("at_once", [2**24, 300])
 @pytest.mark.parametrize("placed", [False, True])
 def test_keys_equal_a_dense_choice(at_once, placed, monkeypatch):
-    monkeypatch.setattr(common, "MOST_LOGITS", at_once)
+    monkeypatch.setattr(of_keys, "MOST_LOGITS", at_once)
     rng, (t, s, j) = np.random.default_rng(0), (13, 19, 3)
     query, key = rng.normal(size=(2, t, j, 4)), rng.normal(size=(2, s, 4))
     key[:, 5] = key[:, 4]  # equal keys: the first one is taken

@@ -2,11 +2,10 @@
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from attnlab._src import arguments
@@ -17,7 +16,15 @@ from attnlab._src.masks.planning import (
     normalise_tree,
     position_blocks,
 )
-from attnlab._src.ops.selection.common import Queries, greatest, in_chunks, queries_at
+from attnlab._src.ops.selection.common import (
+    MOST_LOGITS,
+    Places,
+    Queries,
+    given_places,
+    greatest,
+    in_chunks,
+    queries_at,
+)
 from attnlab._src.scores.inner import ScaledDot
 from attnlab._src.types import (
     Array,
@@ -95,9 +102,8 @@ def top_blocks(
     arguments.sizes(1, count=count, key_block=key_block, query_block=query_block)
     if by not in ("mean", "weights"):
         raise ValueError(f"by: expected 'mean' or 'weights', got {by!r}")
-    batch = _check_sides(query, key)
-    (t, heads, _), (blocks, key_heads, _) = query.shape[-3:], key.shape[-3:]
-    at = queries_at(batch, t, query_offset, query_positions)
+    _check_sides(query, key)
+    (heads, _), (blocks, key_heads, _) = query.shape[-2:], key.shape[-3:]
     arguments.sizes(0, first=first, local=local)
     s = blocks * key_block if key_length is None else key_length
     if -(-s // key_block) != blocks:
@@ -105,19 +111,58 @@ def top_blocks(
             f"key_length: expected what makes {blocks} blocks of {key_block} keys, got "
             f"{key_length}"
         )
-    _check_taken(count, first, local, (query_block, key_block), blocks, at)
-    query, key = lax.stop_gradient((jnp.asarray(query), jnp.asarray(key)))
+    group = heads if each_head else key_heads
+    how = _How(count, query_block, key_block, first, local, group, by, s, MOST_LOGITS)
+    places = given_places(query_offset, query_positions)
+    _check_taken(how, blocks, at_zero=all(x is None for x in places))
+    score = ScaledDot() if score is None else score
+    return _top_blocks((query, key, places), score, as_mask(mask), how)
+
+
+class _How(NamedTuple):
+    """The settings of a choice: structure.
+
+    Attributes:
+        count: blocks for each block of queries.
+        query_block: queries in a block.
+        key_block: keys in a block.
+        first: how many first blocks are taken.
+        local: how many last ones, up to that of the query itself.
+        group: how many heads choose.
+        by: what is compared, "mean" or "weights".
+        key_length: S.
+        most: greatest number of logits at once.
+    """
+
+    count: int
+    query_block: int
+    key_block: int
+    first: int
+    local: int
+    group: int
+    by: str
+    key_length: int
+    most: int
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _top_blocks(
+    arrays: tuple[Array, Array, Places], score: Score, mask: Mask, how: _How
+) -> Array:
+    query, key, places = arrays
+    count, query_block, key_block, first, local, group, by, s, most = how
+    batch, (t, heads, _), blocks = query.shape[:-3], query.shape[-3:], key.shape[-3]
+    at = queries_at(batch, t, *places)
+    query, key = lax.stop_gradient((query, key))
     query = query.reshape(math.prod(batch), *query.shape[-3:])
     key = key.reshape(math.prod(batch), *key.shape[-3:])
-    score, scale = (ScaledDot() if score is None else score).without_scale(
-        query.shape[-1]
-    )
+    score, scale = score.without_scale(query.shape[-1])
     query, key = score.project_query(query), score.project_key(key)
     dtype = accumulation_dtype(query.dtype)
     # One factor, or one for each head.
     scale = jnp.asarray(scale, dtype).reshape(1, 1, -1, 1)
-    rows, group = -(-t // query_block), heads if each_head else key_heads
-    plan = _plan(as_mask(mask), batch, (t, s), (query_block, key_block), at)
+    rows = -(-t // query_block)
+    plan = _plan(mask, batch, (t, s), (query_block, key_block), at)
 
     def together(x: Array) -> Array:
         """Sums ``[B, N, q, ...]`` over query heads that choose together."""
@@ -171,7 +216,7 @@ def top_blocks(
         return greatest(found, count)
 
     held = len(query) * blocks * (group if of_mean else heads * query_block)
-    chosen = in_chunks(chunk, rows, held)
+    chosen = in_chunks(chunk, rows, most // max(held, 1))
     return chosen.reshape(*batch, *chosen.shape[1:])
 
 
@@ -196,19 +241,12 @@ def _pairs(score: Score, query: Array, key: Array) -> Array:
     return jax.vmap(compare, (None, 0, 0))(params, query, key).astype(dtype)
 
 
-def _check_taken(
-    count: int,
-    first: int,
-    local: int,
-    sizes: tuple[int, int],
-    blocks: int,
-    at: Queries,
-) -> None:
+def _check_taken(how: _How, blocks: int, at_zero: bool) -> None:
     """Raises a ValueError if more blocks than ``count`` may be taken unasked."""
-    query_block, key_block = sizes
-    aligned = isinstance(at.offset, np.ndarray) and not at.offset.any()
+    count, query_block, key_block, first, local, *_ = how
     own = -(-query_block // key_block)
-    if query_block > 1 and not (aligned and max(sizes) % min(sizes) == 0):
+    fits = query_block % key_block == 0 or key_block % query_block == 0
+    if query_block > 1 and not (at_zero and fits):
         own = (query_block - 1) // key_block + 2
     taken = min(first + (own + local - 1 if local else 0), blocks)
     if count < taken:
@@ -219,8 +257,8 @@ def _check_taken(
         )
 
 
-def _check_sides(query: Array, key: Array) -> tuple[int, ...]:
-    """The batch axes of ``[*batch, T, N, H]`` and ``[*batch, blocks, K, H]``."""
+def _check_sides(query: Array, key: Array) -> None:
+    """Raises unless they are ``[*batch, T, N, H]`` and ``[*batch, blocks, K, H]``."""
     for name, x in (("query", query), ("key", key)):
         if x.ndim < 3:
             raise ValueError(
@@ -231,7 +269,6 @@ def _check_sides(query: Array, key: Array) -> tuple[int, ...]:
             f"key: expected the batch axes {query.shape[:-3]} of the query, and a "
             f"number of heads that divides its {query.shape[-2]}, got shape {key.shape}"
         )
-    return query.shape[:-3]
 
 
 def _plan(

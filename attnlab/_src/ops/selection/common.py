@@ -28,26 +28,39 @@ class Queries(NamedTuple):
     offset: ArrayLike | None
 
 
+#: The position of the first query, None if it is 0; or all positions, or None.
+Places = tuple[ArrayLike | None, ArrayLike | None]
+
+
+def given_places(offset: int | ArrayLike, positions: ArrayLike | None) -> Places:
+    """Where queries are, checked.
+
+    Raises:
+        TypeError: if they are no integers.
+        ValueError: if an integer that is known here does not fit 32 bits.
+    """
+    if positions is not None:
+        return None, arguments.integers("query_positions", positions)
+    if isinstance(offset, int) and offset == 0:
+        return None, None  # structure: plans of other masks are known, then
+    return arguments.integers("query_offset", offset), None
+
+
 def queries_at(
-    batch: tuple[int, ...],
-    t: int,
-    offset: int | ArrayLike,
-    given: ArrayLike | None,
+    batch: tuple[int, ...], t: int, offset: ArrayLike | None, given: ArrayLike | None
 ) -> Queries:
-    """Of an offset, or of positions that are given."""
-    total = math.prod(batch)
+    """The queries of T slots; arguments as of :data:`Places`."""
     if given is not None:
-        places = jnp.asarray(arguments.integers("query_positions", given))
-        places = places.astype(jnp.int32).reshape(-1, t)
-        return Queries(jnp.broadcast_to(places, (total, t)), None)
-    first = arguments.integers("query_offset", offset).reshape(-1)
+        places = jnp.asarray(given).reshape(-1, t)
+        return Queries(jnp.broadcast_to(places, (math.prod(batch), t)), None)
+    first = np.zeros(1, np.int32) if offset is None else offset.reshape(-1)
     slots = np.arange(t, dtype=np.int32)
     return Queries(jnp.asarray(first)[:, None] + slots[None], first)
 
 
-def in_chunks(chunk: Callable[[Array, int], Array], rows: int, logits: int) -> Array:
-    """``[B, heads, rows, ...]`` of ``chunk(first, size)``, each ``logits`` a row."""
-    most = max(MOST_LOGITS // max(logits, 1), 1)
+def in_chunks(chunk: Callable[[Array, int], Array], rows: int, most: int) -> Array:
+    """``[B, heads, rows, ...]`` of ``chunk(first, size)``, at most so many rows."""
+    most = max(most, 1)
     if rows <= most:
         return chunk(jnp.int32(0), rows)
     # The last chunk begins earlier, so that all have one size.

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,13 @@ from jax import lax
 from attnlab._src import arguments
 from attnlab._src.masks.base import Mask, as_mask
 from attnlab._src.masks.planning import dense_visible, normalise_tree
-from attnlab._src.ops.selection.common import greatest, in_chunks, queries_at
+from attnlab._src.ops.selection.common import (
+    MOST_LOGITS,
+    given_places,
+    greatest,
+    in_chunks,
+    queries_at,
+)
 from attnlab._src.types import Array, ArrayLike, accumulation_dtype
 
 
@@ -64,17 +71,29 @@ def top_keys(
                 f"{name}: expected shape {wanted} with a query of shape "
                 f"{query.shape}, got {x.shape}"
             )
-    query, key, weights = map(jnp.asarray, lax.stop_gradient((query, key, weights)))
+    if key_positions is not None:
+        key_positions = arguments.integers("key_positions", key_positions)
+    places = *given_places(query_offset, query_positions), key_positions
+    arrays = query, key, weights, places
+    return _top_keys(arrays, as_mask(mask), count, MOST_LOGITS)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _top_keys(
+    arrays: tuple[Array, Array, Array, Any], mask: Mask, count: int, most: int
+) -> Array:
+    """See :func:`top_keys`; ``most`` is the greatest number of logits at once."""
+    query, key, weights, (offset, query_positions, key_positions) = arrays
+    query, key, weights = lax.stop_gradient((query, key, weights))
+    batch = query.shape[:-3]
+    (t, small, size), s = query.shape[-3:], key.shape[-2]
     total = math.prod(batch)
     query = query.reshape(total, t, small, size)
     key, weights = key.reshape(total, s, size), weights.reshape(total, t, small)
-    at = queries_at(batch, t, query_offset, query_positions)
-    slots = jnp.arange(s, dtype=jnp.int32)[None]
-    places = slots
+    at = queries_at(batch, t, offset, query_positions)
+    places = jnp.arange(s, dtype=jnp.int32)[None]
     if key_positions is not None:
-        places = jnp.asarray(arguments.integers("key_positions", key_positions))
-        places = jnp.broadcast_to(places, (*batch, s)).reshape(total, s)
-    mask = as_mask(mask)
+        places = jnp.broadcast_to(key_positions, (*batch, s)).reshape(total, s)
     operands = normalise_tree(mask.operands(t, s), batch, "mask")
     dtype = accumulation_dtype(query.dtype)
 
@@ -94,7 +113,7 @@ def top_keys(
         found = jnp.where(seen & ~jnp.isnan(found), found, -jnp.inf)
         return greatest(found[:, None], count)
 
-    chosen = in_chunks(chunk, t, total * s * small)
+    chosen = in_chunks(chunk, t, most // max(total * s * small, 1))
     if key_positions is not None:
         held = jnp.broadcast_to(places, (total, s))[:, None, None]
         held = jnp.take_along_axis(held, jnp.maximum(chosen, 0), -1)
