@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from attnlab import attention, masks
 from attnlab._src.masks import liveness, planning
+from attnlab._src.nn.anchors import Rows
 from attnlab._src.ops import prepare
 from tests.grid import in_turn
 
@@ -475,6 +476,18 @@ def test_plans_of_lists_that_are_finer_than_they(layout, sizes, traced, slots):
     planned = lambda rows: make(rows).plan(40, 48, block_size=sizes)
     plan = (jax.jit(planned) if traced else planned)(rows)
     check_plan(plan, dense(make(rows), 40, 48), *sizes)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (8, 2), (2, 4)])
+def test_some_rows_of_lists_that_queries_share(sizes):
+    """Among the anchors' rows, equal lists do not follow one another."""
+    lists = np.random.default_rng(0).integers(0, 6, (6, 1))
+    slots = (0, 5, 9, 14, 18, 19, 21, 23)
+    mask = masks.selected(lists, query_block=4, key_block=4)
+    rows = Rows(mask, slots, 24)
+    plan = jax.jit(lambda: rows.plan(8, 24, block_size=sizes))()
+    wanted = dense(mask, 24, 24)[:, :, np.asarray(slots)]
+    check_plan(plan, wanted, *sizes)
 
 
 def test_a_key_block_that_many_see_joins_runs():

@@ -17,7 +17,16 @@ from attnlab._src.masks.lists import bounds_of_lists, listed_in, searchable
 from attnlab._src.masks.planning import index_blocks
 from attnlab._src.masks.rule import Bounds
 from attnlab._src.masks.structural import size_argument
-from attnlab._src.types import Array, ArrayLike, Operand, PyTree, Tile, pytree, static
+from attnlab._src.types import (
+    Array,
+    ArrayLike,
+    Intervals,
+    Operand,
+    PyTree,
+    Tile,
+    pytree,
+    static,
+)
 
 
 @pytree
@@ -65,24 +74,30 @@ class Selected(Mask):
         query = rows if rows.side == "query" else cols
         lists = operands[0][:, :, :, 0]
         xp, length = namespace(lists), query.length
-        # Equal lists follow one another, from a multiple of this number on; also in a
-        # shard, which may consist of two runs of queries.
-        alike = 1 if length % (2 * self.query_block) else self.query_block
-        alike = math.gcd(alike, query.size)
         if short := query.count * query.size - length:
-            padding = [(0, 0), (0, 0), (0, short), (0, 0)]
-            lists = xp.pad(lists, padding, constant_values=-1)
-        lists = lists[:, :, ::alike]
-        shape = *lists.shape[:2], query.count, query.size // alike * lists.shape[3]
+            lists = xp.pad(lists, [(0, 0), (0, 0), (0, short), (0, 0)], mode="edge")
+        lead, each = lists.shape[:2], lists.shape[3]
+        # Some queries stand for those that follow them, if their lists are equal. They
+        # may differ: a shard, or some rows of a mask, begins anywhere.
+        alike = math.gcd(self.query_block, query.size)
+        several = lists.reshape(*lead, query.count, -1, alike, each)
+        same = (several == several[..., :1, :]).all((3, 4, 5))
         # The lists are those of slots, whatever the positions of the queries.
         slots = index_blocks("query", length, query.size)
-        return bounds_of_lists(
-            [lists.reshape(shape)],
+        possible, certain = bounds_of_lists(
+            [several[..., 0, :].reshape(*lead, query.count, -1)],
             (query.size, self.key_block),
             slots if rows is query else rows,
             slots if cols is query else cols,
             exact=alike == query.size,
         )
+        if alike == 1:
+            return possible, certain
+        unknown = ~(same if rows is query else same.all(-1, keepdims=True))[..., None]
+        lo = xp.where(unknown, 0, possible.lo)
+        hi = xp.where(unknown, cols.count, possible.hi)
+        stop = xp.where(unknown, certain.lo, certain.hi)
+        return Intervals(lo, hi), Intervals(certain.lo, stop)
 
     def __repr__(self) -> str:
         sizes = ""

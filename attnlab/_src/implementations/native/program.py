@@ -180,7 +180,7 @@ def _data(mask: Mask, operands: PyTree, add: Callable[[Array], int]) -> list[int
         case BlockLayout():
             return [_BLOCKS, add(operands[0]), mask.query_block, mask.key_block]
         case Selected():
-            return [_SELECTED, add(operands[1]), mask.query_block, mask.key_block]
+            return [_SELECTED, add(operands[1]), mask.key_block]
         case AnchorIndices():
             return [_ANCHOR_INDICES, add(operands), int(mask.side == "key")]
     raise AssertionError(mask)

@@ -22,7 +22,7 @@ enum MaskCode {
   kDense,          // argument: booleans
   kBlocks,         // argument: key blocks of each query block; queries, keys in a block
   kAnchorIndices,  // argument: positions; side
-  kSelected,       // argument: key blocks of each query; queries, keys in a block
+  kSelected,       // argument: key blocks of each query; keys in a block
   kBits,           // argument: words of 32 queries for each key
   kAnd,            // count, parts
   kOr,             // count, parts
@@ -160,18 +160,14 @@ struct Mask {
 
   const int64_t* selected(const int64_t* code, uint32_t* out) const {
     Operand x(c.arg(code[0]));
-    const int64_t queries = code[1];
     const int32_t* lists[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      // Queries of a block have equal lists. In a shard blocks may begin elsewhere: see
-      // Selected.bounds.
-      const bool follows = i && panel.lane(i) / queries == panel.lane(i - 1) / queries;
-      lists[i] = follows && c.T % (2 * queries) == 0
-                     ? lists[i - 1]
-                     : x.as<int32_t>(panel.b, panel.n, panel.lane(i));
+      const int32_t* own = x.as<int32_t>(panel.b, panel.n, panel.lane(i));
+      const bool same = i && std::equal(own, own + x.payload, lists[i - 1]);
+      lists[i] = same ? lists[i - 1] : own;
     }
-    listed(lists, x.payload, code[2], out);
-    return code + 3;
+    listed(lists, x.payload, code[1], out);
+    return code + 2;
   }
 
   // Which lanes list the block, of `size` keys, of each key.
