@@ -81,7 +81,9 @@ class Selected(Mask):
         # may differ: a shard, or some rows of a mask, begins anywhere.
         alike = math.gcd(self.query_block, query.size)
         several = lists.reshape(*lead, query.count, -1, alike, each)
-        same = (several == several[..., :1, :]).all((3, 4, 5))
+        # Not by comparing each with the first: where XLA knows that they are equal, it
+        # would compute ``all`` of that many booleans while it compiles.
+        same = (several.max(4) == several.min(4)).all((3, 4))
         # The lists are those of slots, whatever the positions of the queries.
         slots = index_blocks("query", length, query.size)
         possible, certain = bounds_of_lists(
