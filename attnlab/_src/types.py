@@ -353,7 +353,7 @@ class Implementation:
     partitionable: ClassVar[bool] = True
     #: Letters of the axes whose sizes may be symbolic (``jax.export``).
     symbolic: ClassVar[str] = ""
-    #: Whether it applies ``living`` itself; otherwise dead slots are zeroed beforehand.
+    #: Whether dead slots may hold NaN; otherwise they are zeroed beforehand.
     reads_raw: ClassVar[bool] = False
 
     def unsupported(self, inputs: AttentionInputs) -> tuple[str, ...]:
