@@ -19,6 +19,9 @@ from attnlab._src.nn.decoding import greedy as greedy
 from attnlab._src.nn.decoding import sample as sample
 from attnlab._src.nn.drop_in import attention_fn as attention_fn
 from attnlab._src.nn.embedding import Embedding as Embedding
+from attnlab._src.nn.indexed import IndexedAttention as IndexedAttention
+from attnlab._src.nn.indexed import IndexedKeyValue as IndexedKeyValue
+from attnlab._src.nn.indexed import IndexLoss as IndexLoss
 from attnlab._src.nn.layers import FeedForward as FeedForward
 from attnlab._src.nn.layers import GatedFeedForward as GatedFeedForward
 from attnlab._src.nn.layers import NoResidual as NoResidual
@@ -99,6 +102,9 @@ __all__ = [
     "EncoderDecoder",
     "FeedForward",
     "GatedFeedForward",
+    "IndexLoss",
+    "IndexedAttention",
+    "IndexedKeyValue",
     "KeyValue",
     "LSTMState",
     "Learned",

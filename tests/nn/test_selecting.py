@@ -1,5 +1,8 @@
 """Modules that select blocks, against their papers' equations in NumPy."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -99,6 +102,32 @@ def native_sparse(layer, x):
     return out(layer, found)
 
 
+def indexed(layer, x):
+    """DeepSeek-V3.2-Exp, equations 1 and 2."""
+    query, key, value = (heads(p, x) for p in (layer.query, layer.key, layer.value))
+    small, index, weights = (
+        np.tensordot(x, np.asarray(p.kernel[...], np.float64), 1)
+        for p in (layer.index_query, layer.index_key, layer.index_weights)
+    )
+    found, places = np.zeros(query.shape), np.arange(T)
+    for b, t in np.ndindex(2, T):
+        scores = np.maximum(small[b, t] @ index[b, :, 0].T, 0).T @ weights[b, t]
+        scores[t + 1 :] = -np.inf
+        best = np.argsort(-scores, kind="stable")[: min(layer.count, t + 1)]
+        shown = np.isin(places, best)
+        for n in range(N):
+            k = n // (N // K)
+            found[b, t, n] = attend(query[b, t, n], key[b, :, k], value[b, :, k], shown)
+    return out(layer, found)
+
+
+def make_indexed(**options):
+    return nn.IndexedAttention(
+        FEATURES, N, num_key_heads=K, count=6, index_heads=3, index_size=4,
+        rngs=nnx.Rngs(1), **options,
+    )  # fmt: skip
+
+
 def make_mixture(**options):
     return nn.MixtureOfBlocks(
         FEATURES, N, num_key_heads=K, block_size=BLOCK, count=3, rngs=nnx.Rngs(1),
@@ -117,7 +146,11 @@ def make_native(**options):
     return layer
 
 
-LAYERS = {"mixture": (make_mixture, mixture), "native": (make_native, native_sparse)}
+LAYERS = {
+    "mixture": (make_mixture, mixture),
+    "native": (make_native, native_sparse),
+    "indexed": (make_indexed, indexed),
+}
 layers = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -146,12 +179,62 @@ def test_prefill_and_steps_equal_the_whole(name):
 @layers
 def test_every_parameter_has_a_gradient(name):
     layer, x = LAYERS[name][0](), jnp.asarray(inputs(), jnp.float32)
-    gradients = nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer)
+    layer.set_attributes(learn="selected", raise_if_not_found=False)
+
+    def loss(layer):
+        found, losses = nnx.capture(layer, nn.IndexLoss)(x)
+        return (found**2).sum() + sum(jax.tree.leaves(losses))
+
+    gradients = nnx.grad(loss)(layer)
     for path, gradient in nnx.to_flat_state(gradients):
         values = np.asarray(gradient[...])
         assert np.isfinite(values).all(), path
         # A bias of keys adds the same to all logits of a query of one branch.
         assert np.abs(values).max() > (0 if path[:2] != ("key", "bias") else -1), path
+
+
+@pytest.mark.parametrize("learn", ["all", "selected"])
+def test_the_indexer_learns_by_its_own_loss_only(learn):
+    layer, x = make_indexed(learn=learn), jnp.asarray(inputs(), jnp.float32)
+
+    def split(layer):
+        found, losses = nnx.capture(layer, nn.IndexLoss)(x)
+        return jnp.stack([(found**2).sum(), *jax.tree.leaves(losses)])
+
+    structure, state = nnx.split(layer)
+    gradients = jax.jacrev(lambda state: split(nnx.merge(structure, state)))(state)
+    for path, gradient in nnx.to_flat_state(gradients):
+        of_output, of_loss = (np.abs(np.asarray(x)).max() for x in gradient[...])
+        if "index" in str(path[0]):
+            assert of_output == 0 < of_loss, path
+        else:
+            assert of_loss == 0, path
+    if learn == "all":  # nothing is chosen
+        dense = nn.MultiHeadAttention(
+            FEATURES, N, num_key_heads=K, mask=masks.causal(), rngs=nnx.Rngs(1)
+        )
+        found, _ = nnx.capture(layer, nn.IndexLoss)(x)
+        np.testing.assert_allclose(found, dense(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_losses_of_indexers_leave_a_stack(scan):
+    blocks = nn.make_blocks(
+        2, features=FEATURES, num_heads=N, mask=masks.causal(), rngs=nnx.Rngs(0),
+        attention=functools.partial(nn.IndexedAttention, count=3, learn="selected"),
+    )  # fmt: skip
+    stack = nn.Stack(blocks, remat=True, scan=scan)
+
+    def loss(stack, x):
+        _, losses = nnx.capture(stack, nn.IndexLoss)(x)
+        return sum(x.sum() for x in jax.tree.leaves(losses))
+
+    x = jnp.asarray(inputs(8), jnp.float32)
+    found, gradients = nnx.jit(nnx.value_and_grad(loss))(stack, x)
+    assert found > 0
+    for path, gradient in nnx.to_flat_state(gradients):
+        if "index_key" in path:
+            assert np.abs(np.asarray(gradient[...])).max() > 0, path
 
 
 def test_a_layer_takes_lists_for_its_key_heads():
@@ -170,7 +253,14 @@ def test_what_does_not_fit_is_refused():
         make_mixture(cache=nn.CachePolicy(window=8))
     with pytest.raises(TypeError, match=r"mask: the branches have masks of their own"):
         make_native(mask=masks.full())
-    x = jnp.asarray(inputs(8), jnp.float32)
+    with pytest.raises(ValueError, match=r"learn: expected None, 'all' or 'selected'"):
+        make_indexed(learn="dense")
+    layer, x = make_indexed(), jnp.asarray(inputs(8), jnp.float32)
+    with pytest.raises(TypeError, match=r"memory: expected an IndexedKeyValue"):
+        layer.attend(x, nn.KeyValue(*layer.project(x)[:2]))
+    plain = nn.full_cache(2, 8, K, FEATURES // N)
+    with pytest.raises(ValueError, match=r"index: expected keys of an indexer"):
+        layer.decode(x, plain)
     ids = masks.documents(np.zeros(8, int))
     with pytest.raises(NotImplementedError, match=r"mask: attention is causal"):
         make_native()(x, mask=ids)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import attention, masks, scores, select
+from attnlab import attention, masks, modifiers, scores, select
 from attnlab._src.ops.selection import blocks as of_blocks
+from attnlab._src.ops.selection import indexing as of_indexers
 from attnlab._src.ops.selection import keys as of_keys
 
 
@@ -128,6 +129,82 @@ def test_keys_equal_a_dense_choice(at_once, placed, monkeypatch):
         held = np.take_along_axis(places[:, None], np.maximum(wanted, 0), -1)
         wanted = np.sort(np.where(wanted < 0, -1, held), -1)
     np.testing.assert_array_equal(found[:, 0], wanted)
+
+
+@pytest.mark.parametrize("at_once", [2**24, 300])
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_loss_of_an_indexer(listed, placed, at_once, monkeypatch):
+    """DeepSeek-V3.2-Exp, equations 3 and 4, in NumPy."""
+    monkeypatch.setattr(of_indexers, "MOST_LOGITS", at_once)
+    rng, (t, s, at, n, k) = np.random.default_rng(0), (7, 12, 4, 4, 2)
+    made = [
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((2, t, 3, 5), (2, s, 5), (2, t, 3), (2, t, n, 8), (2, s, k, 8))
+    ]
+    indexer: Any = tuple(made[:3])
+    query, key = made[3:]
+    places = np.stack([rng.permutation(s) for _ in range(2)]) if placed else None
+    held = np.tile(np.arange(s), (2, 1)) if places is None else places
+    where = {"query_offset": at, "key_positions": places}
+    mask = masks.causal() & masks.sliding_window(6, 0)
+    options = {"sinks": jnp.ones(n), "modifiers": (modifiers.soft_cap(2.0),)}
+    chosen = select.top_keys(*indexer, count=4, mask=mask, **where) if listed else None
+
+    def loss(indexer, query, key):
+        return select.index_loss(
+            indexer, query, key, chosen=chosen, mask=mask, **where, **options
+        )
+
+    wanted = np.zeros((2, t))
+    small, index, weights, wide, keys = (np.asarray(x, np.float64) for x in made)
+    for b, i in np.ndindex(2, t):
+        there = (held[b] <= i + at) & (held[b] >= i + at - 6)
+        if chosen is not None:
+            there &= np.isin(held[b], np.asarray(chosen[b, 0, i]))
+        logits = np.einsum("nh,snh->ns", wide[b, i], keys[b].repeat(n // k, 1))
+        seen = np.exp(2 * np.tanh(logits / np.sqrt(8) / 2))[:, there]
+        share = (seen / (seen.sum(1, keepdims=True) + np.e)).sum(0)
+        share /= share.sum()
+        scores = (np.maximum(small[b, i] @ index[b].T, 0).T @ weights[b, i])[there]
+        share_own = np.exp(scores) / np.exp(scores).sum()
+        wanted[b, i] = (share * np.log(share / share_own)).sum()
+    found = loss(indexer, query, key)
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
+
+    total = lambda *args: loss(*args).sum()
+    own, *others = jax.grad(total, (0, 1, 2))(indexer, query, key)
+    assert not any(np.asarray(x).any() for x in others)
+    for i, gradient in enumerate(own):
+        step = jnp.asarray(rng.normal(size=gradient.shape), jnp.float32)
+        moved = [
+            total(tuple(x + d * step if i == j else x for j, x in enumerate(indexer)),
+                  query, key)
+            for d in (1e-3, -1e-3)  # small: a ReLU bends
+        ]  # fmt: skip
+        slope = (moved[0] - moved[1]) / 2e-3
+        np.testing.assert_allclose((gradient * step).sum(), slope, rtol=1e-2, atol=1e-2)
+
+
+def test_an_indexer_of_queries_that_see_nothing_has_no_loss():
+    rng = np.random.default_rng(0)
+    indexer: Any = tuple(
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((3, 2, 4), (3, 4), (3, 2))
+    )
+    x = jnp.asarray(rng.normal(size=(3, 1, 4)), jnp.float32)
+    mask = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 1]], bool)
+    chosen = select.top_keys(*indexer, count=2, mask=mask)
+    for lists in (None, chosen):
+        total = lambda i, lists=lists: select.index_loss(
+            i, x, x, chosen=lists, mask=mask
+        )
+        found, back = jax.vjp(total, indexer)
+        (gradient,) = back(jnp.ones(3))
+        assert found[1] == 0
+        assert found[0] > 0
+        assert all(np.isfinite(g).all() for g in gradient)
+        assert not gradient[0][1].any()
 
 
 def test_equal_blocks_too_few_blocks_and_what_is_no_number():

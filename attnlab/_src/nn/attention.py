@@ -207,10 +207,9 @@ class MultiHeadAttention(nnx.Module):
         for name, x in (("key", key), ("value", value)):
             check_features(name, x, getattr(self, name))
         key, value = zero_empty(key, positions), zero_empty(value, positions)
-        where = positions_of(key, 0, positions)
-        keys = self._placed(project(self.key, key), self.key_norm, where)
-        keys = project_key(as_arrays(self.score), keys, self.precision)
-        return KeyValue(keys, project(self.value, value))
+        memory = self._memory(self, key, value, positions_of(key, 0, positions))
+        keys = project_key(as_arrays(self.score), memory.key, self.precision)
+        return memory._replace(key=keys)
 
     def attend(
         self,
@@ -226,11 +225,12 @@ class MultiHeadAttention(nnx.Module):
         """As a call, but attends to keys and values that :meth:`project` returned."""
         check_features("query", query, self.query)
         where = positions_of(query, query_offset, query_positions)
-        heads = project(self.query, zero_empty(query, query_positions))
+        query = zero_empty(query, query_positions)
         found = self._attend(
-            self._placed(heads, self.query_norm, where),
+            self._placed(project(self.query, query), self.query_norm, where),
             memory,
             projected_keys(as_arrays(self.score)),
+            inputs=query,
             mask=self.mask if mask is None else self.mask & mask,
             query_offset=query_offset,
             query_positions=query_positions,
@@ -259,10 +259,10 @@ class MultiHeadAttention(nnx.Module):
             positions = cache.next_positions(x.shape[1])
         new = self.project(x, positions=positions)
         check_type(cache, new.value.dtype)
-        following, view = cache.append(*new, positions)
+        following, view = cache.append(*new[:2], positions, *new[2:])
         output = self.attend(
             x,
-            KeyValue(*view[:2]),
+            new._replace(**{name: getattr(view, name) for name in new._fields}),
             mask=cache.mask(),
             query_positions=positions,
             key_positions=view.positions,
@@ -349,10 +349,15 @@ class MultiHeadAttention(nnx.Module):
             **seen,
         )
         at = positions_of(query, *where[:2]), positions_of(key, 0, where[2])
-        query = self._placed(project(by.query, query), self.query_norm, at[0])
-        key = self._placed(project(by.key, key), self.key_norm, at[1])
-        values = KeyValue(key, project(by.value, value))
-        return self._attend(query, values, as_arrays(self.score), **seen, **options)
+        heads = self._placed(project(by.query, query), self.query_norm, at[0])
+        memory_of = self._memory(by, key, value, at[1])
+        score = as_arrays(self.score)
+        return self._attend(heads, memory_of, score, inputs=query, **seen, **options)
+
+    def _memory(self, by: Any, key: Array, value: Array, positions: Array) -> KeyValue:
+        """Keys and values by the projections of ``by``; the score projects no keys."""
+        keys = self._placed(project(by.key, key), self.key_norm, positions)
+        return KeyValue(keys, project(by.value, value))
 
     def _output(self, query: Array, heads: Array) -> Array:
         """Outputs ``[*batch, T, out_features]`` from the inputs and from the heads."""
@@ -369,17 +374,20 @@ class MultiHeadAttention(nnx.Module):
         memory: KeyValue,
         score: Score,
         *,
+        inputs: Array,
         rngs: nnx.Rngs | None,
         stats: bool = False,
         **options: Any,
     ) -> AttentionResult:
+        """Attends with projected queries; ``inputs`` are what they are made from."""
         rate, rng = 0.0, None
         if self.rngs is not None and not self.deterministic:
             rate = self.dropout_rate
             rng = self.rngs() if rngs is None else rngs.dropout()
         return attend(
             query,
-            *memory,
+            memory.key,
+            memory.value,
             stats=stats,
             score=score,
             modifiers=(*self.position.modifiers(query), *self.modifiers),

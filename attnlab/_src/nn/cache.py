@@ -36,11 +36,13 @@ class View(NamedTuple):
         key: ``[B, S, K, P]``.
         value: ``[B, S, K, D]``.
         positions: ``[B, S]``, -1 marks an empty slot.
+        index: ``[B, S, P]``, keys of an indexer, or None.
     """
 
     key: Array
     value: Array
     positions: Array
+    index: Array | None = None
 
 
 @pytree
@@ -55,6 +57,7 @@ class Cache:
         value: ``[B, slots, K, D]``.
         positions: ``[B, slots]`` int32: position in each slot, -1 marks an empty slot.
         length: ``[B]`` int32: one past the greatest position written so far.
+        index: ``[B, slots, P]``, keys of an indexer, or None.
         anchors: number of first positions that are never overwritten.
         window: number of slots of the ring after the anchors; None: there is no ring.
     """
@@ -63,6 +66,7 @@ class Cache:
     value: Array
     positions: Array
     length: Array
+    index: Array | None
     anchors: int = static()
     window: int | None = static()
 
@@ -80,7 +84,7 @@ class Cache:
         return causal() & (recent | prefix(self.anchors)) if self.anchors else recent
 
     def append(
-        self, key: Array, value: Array, positions: Array
+        self, key: Array, value: Array, positions: Array, index: Array | None = None
     ) -> tuple["Cache", View]:
         """Adds T tokens.
 
@@ -88,6 +92,7 @@ class Cache:
             key: ``[B, T, K, P]``.
             value: ``[B, T, K, D]``.
             positions: ``[B, T]``, ascending in each example; -1 marks padding.
+            index: ``[B, T, P]``, keys of an indexer, if the cache keeps them.
 
         Returns:
             The next cache, and the keys and values for the T queries, old and new ones,
@@ -96,8 +101,13 @@ class Cache:
         Raises:
             TypeError: if positions are not integers.
             ValueError: if a position (not traced) does not fit a full cache, or is not
-                below the greatest int32.
+                below the greatest int32; or if ``index`` does not fit the cache.
         """
+        if (index is None) != (self.index is None):
+            raise ValueError(
+                "index: expected keys of an indexer for a cache that keeps them, and "
+                "only then; the layer's make_cache makes one"
+            )
         positions = jnp.asarray(arguments.integers("positions", positions))
         lost = self.overflows(positions)
         if not isinstance(lost, jax.core.Tracer) and lost.any():
@@ -119,16 +129,15 @@ class Cache:
             # Mapped over examples, not indexed by them: sharded caches are not sent.
             return jax.vmap(set_slots)(into, slots, new.astype(into.dtype))
 
-        held = (self.key, self.value, self.positions)
-        new = (key, value, positions)
-        written = View(*(write(*pair) for pair in zip(held, new, strict=True)))
+        held = View(self.key, self.value, self.positions, self.index)
+        new = View(key, value, positions, index)
+        written = jax.tree.map(write, held, new)
         following = dataclasses.replace(self, length=last, **written._asdict())
         if self.window is None or key.shape[1] == 1:
             return following, written
         # Late keys overwrite slots that early queries of this call attend to.
-        pairs = zip(held, new, strict=True)
-        return following, View(
-            *(jnp.concatenate([a, b.astype(a.dtype)], 1) for a, b in pairs)
+        return following, jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], 1), held, new
         )
 
     def _slots(self, positions: Array, last: Array) -> Array:
@@ -168,6 +177,7 @@ def _empty(
         jnp.zeros((batch, slots, num_heads, value_size), dtype),
         jnp.full((batch, slots), -1, jnp.int32),
         jnp.zeros((batch,), jnp.int32),
+        None,
         anchors=anchors,
         window=window,
     )

@@ -176,7 +176,7 @@ class Projections(NamedTuple):
 def heads_projection(
     inputs: Sequence[int],
     outputs: Sequence[int],
-    axes: Sequence[str],
+    axes: Sequence[str | None],
     *,
     kernel_init: Initializer = GLOROT,
     bias_init: Initializer = ZEROS,

@@ -65,7 +65,7 @@ class MixtureOfBlocks(MultiHeadAttention):
         """
         mask = causal() if mask is None else mask
         super().__init__(in_features, num_heads, mask=mask, rngs=rngs, **options)
-        _check_cache(self)
+        check_cache(self)
         self.block_size, self.count = block_size, count
 
     def _attend(
@@ -85,7 +85,7 @@ class MixtureOfBlocks(MultiHeadAttention):
             **_places(keys, options),
         )
         mask &= selected(chosen, key_block=self.block_size)
-        memory = KeyValue(keys, memory.value)
+        memory = memory._replace(key=keys)
         return super()._attend(query, memory, score, mask=mask, **options)
 
 
@@ -153,7 +153,7 @@ class NativeSparseAttention(MultiHeadAttention):
             rngs=rngs,
             **options,
         )
-        _check_cache(self)
+        check_cache(self)
         self.block_size, self.count = block_size, count
         self.first, self.local, self.window = first, local, window
         heads = self.num_key_heads // 3
@@ -246,7 +246,8 @@ def _of_branches(in_features: int, num_heads: int, **options: Any) -> Projection
     return parts._replace(key=three(parts.key), value=three(parts.value))
 
 
-def _check_cache(layer: MultiHeadAttention) -> None:
+def check_cache(layer: MultiHeadAttention) -> None:
+    """Raises a ValueError if the layer's caches drop positions."""
     if layer.cache != KEEP_ALL:
         raise ValueError(
             "cache: a query may select any position, so all must be kept, got "

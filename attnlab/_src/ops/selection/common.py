@@ -76,6 +76,12 @@ def in_chunks(chunk: Callable[[Array, int], Array], rows: int, most: int) -> Arr
     return found if len(kept) == count * most else found[:, :, kept]
 
 
+def rows_of(x: ArrayLike, first: Array, size: int) -> Array:
+    """Some queries of an operand ``[B, N, T, S, *payload]``."""
+    x = jnp.asarray(x)
+    return x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, first, size, 2)
+
+
 def greatest(x: Array, count: int) -> Array:
     """Indices of the greatest entries, ascending; -1 instead of those of -inf."""
     found = min(count, x.shape[-1])

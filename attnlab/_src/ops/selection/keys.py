@@ -17,8 +17,12 @@ from attnlab._src.ops.selection.common import (
     greatest,
     in_chunks,
     queries_at,
+    rows_of,
 )
 from attnlab._src.types import Array, ArrayLike, accumulation_dtype
+
+#: Queries ``[*batch, T, J, H]``, keys ``[*batch, S, H]``, weights ``[*batch, T, J]``.
+Indexer = tuple[Array, Array, Array]
 
 
 def top_keys(
@@ -60,8 +64,20 @@ def top_keys(
         DeepSeek-AI, "DeepSeek-V3.2-Exp", 2025, section 1, equations 1 and 2.
     """
     arguments.sizes(1, count=count)
-    batch = query.shape[:-3]
-    (t, small, size), s = query.shape[-3:], key.shape[-2]
+    check_indexer(query, key, weights)
+    if key_positions is not None:
+        key_positions = arguments.integers("key_positions", key_positions)
+    places = *given_places(query_offset, query_positions), key_positions
+    arrays = query, key, weights, places
+    return _top_keys(arrays, as_mask(mask), count, MOST_LOGITS)
+
+
+def check_indexer(query: Array, key: Array, weights: Array) -> None:
+    """Raises a ValueError unless the shapes are those of :data:`Indexer`."""
+    if query.ndim < 3:
+        raise ValueError(f"query: expected [*batch, T, J, H], got shape {query.shape}")
+    batch, (t, small, size) = query.shape[:-3], query.shape[-3:]
+    s = key.shape[-2] if key.ndim > 1 else "S"
     for name, x, wanted in (
         ("key", key, (*batch, s, size)),
         ("weights", weights, (*batch, t, small)),
@@ -71,11 +87,13 @@ def top_keys(
                 f"{name}: expected shape {wanted} with a query of shape "
                 f"{query.shape}, got {x.shape}"
             )
-    if key_positions is not None:
-        key_positions = arguments.integers("key_positions", key_positions)
-    places = *given_places(query_offset, query_positions), key_positions
-    arrays = query, key, weights, places
-    return _top_keys(arrays, as_mask(mask), count, MOST_LOGITS)
+
+
+def indexed(query: Array, key: Array, weights: Array) -> Array:
+    """Scores ``[B, T, S]`` of an indexer with one batch axis."""
+    dtype = accumulation_dtype(query.dtype)
+    found = jnp.einsum("btjh,bsh->btjs", query, key, preferred_element_type=dtype)
+    return jnp.einsum("btjs,btj->bts", jax.nn.relu(found), weights.astype(dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -95,19 +113,13 @@ def _top_keys(
     if key_positions is not None:
         places = jnp.broadcast_to(key_positions, (*batch, s)).reshape(total, s)
     operands = normalise_tree(mask.operands(t, s), batch, "mask")
-    dtype = accumulation_dtype(query.dtype)
 
     def chunk(first: Array, size: int) -> Array:
         part = functools.partial(
             lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1
         )
-        found = jnp.einsum(
-            "btjh,bsh->btjs", part(query), key, preferred_element_type=dtype
-        )
-        found = jnp.einsum(
-            "btjs,btj->bts", jax.nn.relu(found), part(weights).astype(dtype)
-        )
-        own = jax.tree.map(lambda x: _rows_of(x, first, size), operands)
+        found = indexed(part(query), key, part(weights))
+        own = jax.tree.map(lambda x: rows_of(x, first, size), operands)
         rows = part(at.positions)[:, None, :, None]
         seen = dense_visible(mask, own, rows, places[:, None, None]).any(1)
         found = jnp.where(seen & ~jnp.isnan(found), found, -jnp.inf)
@@ -119,9 +131,3 @@ def _top_keys(
         held = jnp.take_along_axis(held, jnp.maximum(chosen, 0), -1)
         chosen = jnp.sort(jnp.where(chosen < 0, -1, held), -1)
     return chosen.reshape(*batch, *chosen.shape[1:])
-
-
-def _rows_of(x: Array, first: Array, size: int) -> Array:
-    """Some queries of an operand ``[B, N, T, S, *payload]``."""
-    x = jnp.asarray(x)
-    return x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, first, size, 2)
