@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -154,7 +155,19 @@ _ORDER = os.environ.get("ATTNLAB_ORDER")
 _TOO_LATE = "the time is over: see ATTNLAB_UNTIL"
 
 
+#: Names of tests that are slow; see the file.
+LONG = frozenset(
+    line
+    for line in pathlib.Path(__file__).with_name("long.txt").read_text().splitlines()
+    if not line.startswith("#")
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid in LONG:
+            item.add_marker(pytest.mark.slow)
     if _ORDER is not None:
         items.sort(key=lambda x: hashlib.sha256(f"{_ORDER} {x.path}".encode()).digest())
 

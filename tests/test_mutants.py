@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from tests.conftest import LONG
 from tests.mutants import MUTANTS
 from tests.mutants.mutant import ROOT
 
@@ -25,3 +26,13 @@ def test_the_old_text_occurs_once_and_the_tests_are_there(mutant):
         function = re.escape(name.partition("[")[0])
         source = (ROOT / file).read_text(encoding="utf-8")
         assert re.search(rf"^def {function}\(", source, re.MULTILINE), test
+
+
+def test_long_tests_are_there_and_no_mutant_needs_them():
+    needed = [test for mutant in MUTANTS for test in mutant.tests]
+    assert not [n for n in LONG if n in needed or n.partition("[")[0] in needed]
+    for name in LONG:
+        file, _, test = name.partition("::")
+        function = re.escape(test.partition("[")[0])
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *def {function}\(", source, re.MULTILINE), name

@@ -89,8 +89,9 @@ class IndexedAttention(MultiHeadAttention):
             count: keys that a query attends to.
             index_heads: J, the number of the indexer's heads.
             index_size: size of its heads and of its keys.
-            learn: what the indexer learns from. None: nothing. "all": attention to all
-                that the mask shows; nothing is chosen. "selected": attention to the
+            learn: what the indexer learns from, while the module is in training (see
+                ``nnx.Module.train`` and ``eval``). None: nothing. "all": attention to
+                all that the mask shows; nothing is chosen. "selected": attention to the
                 chosen keys.
             mask: what a query may choose from; causal if not given.
             rngs: as of :class:`MultiHeadAttention`.
@@ -163,11 +164,12 @@ class IndexedAttention(MultiHeadAttention):
         indexer = small, memory.index, weights
         # Keys of a cache are projected by the score.
         keys, score = score.project_key(memory.key), projected_keys(score)
+        learn = None if self.deterministic else self.learn
         chosen, seen = None, mask
-        if self.learn != "all":
+        if learn != "all":
             chosen = top_keys(*indexer, self.count, mask=mask, **where)
             seen = mask & selected(chosen)
-        if self.learn is not None:
+        if learn is not None:
             lost = index_loss(
                 indexer,
                 query,
