@@ -5,9 +5,8 @@ value length, ``N`` query heads, ``K`` key/value heads (``N % K == 0``), ``H`` h
 of query and key, ``P`` projected head size (what the comparison sees), ``D`` head size
 of value and output.
 
-An **operand** is an array that belongs to a score, a modifier or a mask. Internally it
-is ``[B, N, T, S, *payload]``, each of the first four axes full or 1, so that any kernel
-can cut the tile that it needs.
+An **operand** is an array of a score, a modifier or a mask, ``[B, N, T, S, *payload]``,
+each of the first four axes full or 1, so that a kernel can cut the tile that it needs.
 """
 
 import dataclasses
@@ -322,8 +321,7 @@ class AttentionResult(NamedTuple):
             -inf where a query may attend to nothing.
         weights: None; or ``[B, N, T, S]``, all of them; or ``[B, N, T, k]``, the
             greatest of each query, in descending order. After dropout.
-        indices: None, or ``[B, N, T, k]`` int32: the key slots of ``weights``, -1
-            where a query sees fewer than k keys.
+        indices: None, or ``[B, N, T, k]`` int32: key slots of ``weights``, -1 = none.
     """
 
     output: Array
@@ -372,12 +370,14 @@ class Implementation:
         """Blocks of keys that each block of queries computes, ``[Bp, Np, rows]``."""
         return plan.rows.per_row()
 
-    def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
-        """Output ``[B, T, N, D]`` and log-sum-exp ``[B, T, N]``.
+    def keys_listed(self, inputs: AttentionInputs) -> int | None:
+        """Keys in the list of a query, where queries are computed without a plan."""
 
-        Both are in the accumulation type; a query that sees nothing has 0 and -inf.
-        Unless ``differentiable``, both passes are traced when a program is lowered,
-        once for all equal calls, and see no manual mesh axes.
+    def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
+        """Output ``[B, T, N, D]``, log-sum-exp ``[B, T, N]``, in the accumulation type.
+
+        A query that sees nothing has 0 and -inf. Unless ``differentiable``, both passes
+        are traced at lowering, once for all equal calls, and see no manual mesh axes.
         """
         raise NotImplementedError
 

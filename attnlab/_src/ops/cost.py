@@ -28,7 +28,8 @@ class Cost(NamedTuple):
         exact: False where only shapes of the mask's data are known: then pairs, blocks
             and everything that follows from them are upper bounds.
         pairs: visible query-key pairs, all heads and examples.
-        pairs_executed: pairs that the implementation computes.
+        pairs_executed: pairs that the implementation computes: of live blocks, or of
+            the lists of single queries, hidden ones included.
         blocks_full: live blocks that need no mask, all heads and examples.
         blocks_partial: live blocks that need it.
         blocks_total: blocks, dead ones included.
@@ -39,7 +40,7 @@ class Cost(NamedTuple):
         bytes_least: bytes if query, key and value are read once and the output is
             written once.
         bytes_moved: bytes that the forward pass moves: it reads keys and values again
-            for each block of queries that sees them.
+            for each block of queries that sees them, or for each query with a list.
         temporary_forward: peak bytes beside inputs and outputs, as the compiler reports
             them; None if the platform is not the default backend's.
         temporary_backward: the same for forward and backward together.
@@ -132,8 +133,11 @@ def cost(
     plan, pairs = _count(known, shapes, blocks, exact)
     full, partial = (_total(x.per_row(), sizes) for x in plan.rows)
     nq, nk = -(-sizes.T // plan.block_q), -(-sizes.S // plan.block_k)
-    moved_blocks = _total(chosen.blocks_executed(plan), sizes)
-    executed = moved_blocks * plan.block_k * plan.block_q
+    keys_read = _total(chosen.blocks_executed(plan), sizes) * plan.block_k
+    executed = keys_read * plan.block_q
+    listed = chosen.keys_listed(inputs)
+    if listed is not None:
+        keys_read = executed = sizes.B * sizes.N * sizes.T * listed
     if not exact:
         pairs = min(executed, sizes.B * sizes.N * sizes.T * sizes.S)
     forward, backward = _flops_per_pair(args, inputs)
@@ -144,7 +148,7 @@ def cost(
     item = np.dtype(inputs.query.dtype).itemsize
     queries = sizes.B * sizes.T * sizes.N * (sizes.P + sizes.D)
     keys = sizes.B * sizes.S * sizes.K * (sizes.P + sizes.D)
-    moved = moved_blocks * plan.block_k * (sizes.P + sizes.D)
+    moved = keys_read * (sizes.P + sizes.D)
     return Cost(
         describe(args, inputs),
         chosen.name,

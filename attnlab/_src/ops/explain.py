@@ -26,6 +26,8 @@ class Explanation(NamedTuple):
         platform: the platform that attention would run on.
         implementation: the name of the implementation that would run.
         block_sizes: (queries, keys) in a block of its plan, forward.
+        keys_listed: keys in the list of a query, where each query is computed alone,
+            without a plan; else None.
         candidates: the block sizes that it chose from, with their costs for this plan,
             in any unit; empty where a rule gives the sizes.
         passed_over: for each other implementation, every reason why it does not run.
@@ -40,24 +42,24 @@ class Explanation(NamedTuple):
     platform: str
     implementation: str
     block_sizes: tuple[int, int]
+    keys_listed: int | None
     candidates: dict[tuple[int, int], float]
     passed_over: dict[str, tuple[str, ...]]
     crossover: str | None = None
     mesh: MeshCost | None = None
 
     def __str__(self) -> str:
-        lines = [
-            self.inputs,
-            f"on {self.platform}: {self.implementation}, blocks of "
-            f"{self.block_sizes[0]} queries x {self.block_sizes[1]} keys",
-        ]
+        how = f"blocks of {self.block_sizes[0]} queries x {self.block_sizes[1]} keys"
+        if self.keys_listed is not None:
+            how = f"each query alone, with the {self.keys_listed} keys of its list"
+        lines = [self.inputs, f"on {self.platform}: {self.implementation}, {how}"]
         chosen = self.candidates.get(self.block_sizes)
         others = [
             f"{q} x {k} ({cost / chosen:.2f}x)"
             for (q, k), cost in self.candidates.items()
             if chosen and (q, k) != self.block_sizes
         ]
-        if others:
+        if others and self.keys_listed is None:
             lines.append(f"  costs of other blocks: {', '.join(others)}")
         if self.crossover is not None:
             lines.append(self.crossover)
@@ -118,6 +120,7 @@ def crossover(
         and inputs.query.dtype == np.float32
         and inputs.index_positions
         and s.T == s.S > 0
+        and chosen.keys_listed(inputs) is None
     )
     if not fits or exactly(mask, Full) or not known or not alike:
         return None
@@ -199,6 +202,7 @@ def explain(
         platform,
         chosen.name,
         chosen.block_sizes(inputs),
+        chosen.keys_listed(inputs),
         chosen.candidates(inputs),
         passed_over(inputs, name, platform),
         crossover(args.mask, inputs, chosen),

@@ -21,6 +21,8 @@ from benchmarks.studies.machinery.models.language_models import (
 FIXED = ("full", "window", "window+anchor", "random")
 MIXTURE, NATIVE, INDEXED = "mixture of blocks", "native sparse", "indexed"
 CHOSEN = (MIXTURE, NATIVE, INDEXED)
+#: Layers whose weights tell what they choose.
+TOLD = (nn.MixtureOfBlocks, nn.IndexedAttention)
 #: Of an indexer.
 HEADS, SIZE = 4, 32
 
@@ -50,7 +52,7 @@ def reach(length: int) -> Reach:
     return Reach(max(unit // 2, 1), 6, 3, 3 * unit // 4, 3 * unit)
 
 
-def layer(pattern: str, length: int, learn: str | None = None) -> Callable[..., Any]:
+def layer(pattern: str, length: int, learn: Any = None) -> Callable[..., Any]:
     """A function that makes attention layers, for ``attention=``."""
     sizes = reach(length)
     if pattern == MIXTURE:

@@ -26,7 +26,7 @@ from benchmarks.studies.selection.layers import (
     CHOSEN,
     FIXED,
     INDEXED,
-    MIXTURE,
+    TOLD,
     compared,
     copy,
     layer,
@@ -107,8 +107,7 @@ class Task(Patterns):
         """As of other patterns; and what layers select, by distance."""
         found = super().on_test(model)
         attention = model.stack.each()[0].attention
-        kinds = [layer(name, self.budget.length).func for name in (MIXTURE, INDEXED)]
-        if isinstance(attention, tuple(kinds)):
+        if isinstance(attention, TOLD):
             layers = selected(model, jnp.asarray(self.test[0].tokens[:1]))
             found["selected"] = [
                 {name: np.asarray(x).tolist() for name, x in each._asdict().items()}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import attention, masks, modifiers
+from attnlab import attention, cost, explain, masks, modifiers
 from attnlab._src.implementations.native import listed, load
 from tests.native.kernel.test_running import arrays, both_ways
 
@@ -102,3 +102,17 @@ def test_where_it_is_taken(monkeypatch):
     assert not takes(few, key_positions=np.arange(S))
     shared = masks.selected(lists(1, 4, 16)[:, :, ::16], query_block=16, key_block=16)
     assert not takes(shared)
+
+
+def test_cost_and_explain_count_what_lists_hold():
+    q, k, v, _ = inputs()
+    mask = masks.selected(lists(K, 9))
+    options: dict[str, Any] = dict(mask=mask, implementation="native")
+    found = cost(q, k, v, **options)
+    assert found.pairs_executed == 2 * N * T * 9 >= found.pairs > 0
+    assert "each query alone, with the 9 keys of its list" in str(
+        explain(q, k, v, **options)
+    )
+    soft = explain(q, k, v, modifiers=[modifiers.soft_cap(3.0)], **options)
+    assert soft.keys_listed is None
+    assert "blocks of" in str(soft)

@@ -16,7 +16,12 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from attnlab._src.implementations.native import load
-from attnlab._src.implementations.native.listed import ENOUGH_QUERIES, lists_of, rows_of
+from attnlab._src.implementations.native.listed import (
+    ENOUGH_QUERIES,
+    keys_listed,
+    lists_of,
+    rows_of,
+)
 from attnlab._src.implementations.native.program import (
     FLOATS,
     MOST_MODIFIERS,
@@ -126,6 +131,10 @@ class Native(Implementation):
             block_k = next(fit, _BLOCK_K)
         size = next((n for n in sizes if s.B * s.N * -(-s.T // n) >= _UNITS), sizes[-1])
         return max(min(size, s.T), 1), max(min(block_k, s.S), 1)
+
+    def keys_listed(self, inputs: AttentionInputs) -> int | None:
+        """See :class:`attnlab.extend.Implementation`."""
+        return keys_listed(inputs)
 
     def forward(self, inputs: AttentionInputs) -> tuple[Array, Array]:
         """See :class:`attnlab.extend.Implementation`."""

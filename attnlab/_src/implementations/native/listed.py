@@ -40,8 +40,17 @@ class Lists(NamedTuple):
     operands: PyTree
 
 
-def lists_of(inputs: AttentionInputs) -> Lists | None:
-    """The lists of a mask, where ``src/listed.h`` can compute it, and costs less."""
+class _Found(NamedTuple):
+    """A mask of lists, its operand, and the rest of the mask with its operands."""
+
+    mask: Any
+    lists: Any
+    rest: tuple[Any, ...]
+    operands: tuple[PyTree, ...]
+
+
+def _find(inputs: AttentionInputs) -> _Found | None:
+    """The lists of a mask; None where other blocks than these are computed."""
     mask, operands = inputs.mask, inputs.mask_operands
     parts: tuple[Any, ...] = (mask,)
     own: PyTree = (operands,)
@@ -51,19 +60,35 @@ def lists_of(inputs: AttentionInputs) -> Lists | None:
     plain = inputs.score.is_inner_product and not inputs.modifiers
     if at is None or not plain or inputs.dropout_words is not None:
         return None
-    chosen: Any = parts[at]
-    lists, _ = own[at]
-    rest = (*parts[:at], *parts[at + 1 :])
-    others = (*own[:at], *own[at + 1 :])
+    found = _Found(
+        parts[at],
+        own[at][0],
+        (*parts[:at], *parts[at + 1 :]),
+        (*own[:at], *own[at + 1 :]),
+    )
+    few = _COST * found.lists.shape[-1] * found.mask.key_block <= inputs.sizes.S
+    if not few or found.mask.query_block >= ENOUGH_QUERIES:
+        return None
+    structural = all(map(is_structural, found.rest))
+    return found if inputs.position_kinds[1] == "index" and structural else None
+
+
+def keys_listed(inputs: AttentionInputs) -> int | None:
+    """Keys in the list of a query, where :func:`lists_of` finds lists."""
+    found = _find(inputs)
+    return None if found is None else found.lists.shape[-1] * found.mask.key_block
+
+
+def lists_of(inputs: AttentionInputs) -> Lists | None:
+    """The lists of a mask, where ``src/listed.h`` can compute it, and costs less."""
+    found = _find(inputs)
+    if found is None:
+        return None
+    chosen, lists, rest, others = found
     if chosen.grouped:
         # One list for each key head: XLA then does not repeat them.
         b, _, *rows = lists.shape
         lists = lists.reshape(b, inputs.sizes.K, -1, *rows)[:, :, 0]
-    few = _COST * lists.shape[-1] * chosen.key_block <= inputs.sizes.S
-    if not few or chosen.query_block >= ENOUGH_QUERIES:
-        return None
-    if inputs.position_kinds[1] != "index" or not all(map(is_structural, rest)):
-        return None
     if len(rest) == 1:
         return Lists(lists, chosen.key_block, rest[0], others[0])
     more: tuple[Mask, PyTree] = (And(rest), others) if rest else (Full(), ())
@@ -72,7 +97,7 @@ def lists_of(inputs: AttentionInputs) -> Lists | None:
 
 def rows_of(inputs: AttentionInputs, sizes: tuple[int, int]) -> Plan:
     """The plan by rows; of nothing, where the kernel reads lists and no plan."""
-    if lists_of(inputs) is None:
+    if _find(inputs) is None:
         return plan_of(inputs, sizes, cols=False)
     s = inputs.sizes
     none = Intervals(*[np.zeros((1, 1, -(-s.T // sizes[0]), 0), np.int32)] * 2)
