@@ -22,7 +22,7 @@ from benchmarks.studies.machinery.record import Json
 from benchmarks.studies.machinery.training import Run
 from benchmarks.studies.recall.puzzles import Recall
 from benchmarks.studies.recall.study import half_width
-from benchmarks.studies.selection.layers import CHOSEN, FIXED, copy, layer, loss
+from benchmarks.studies.selection.layers import CHOSEN, FIXED, NATIVE, copy, layer, loss
 
 SIZES = Sizes(features=64, heads=4, layers=3)
 #: The base model reads short texts with full attention; every run continues it.
@@ -44,7 +44,7 @@ class Puzzle:
         self.distances = ((1, 16), (17, 100)) if quick else DISTANCES
         self.patterns = (*FIXED, *CHOSEN)
         if quick:
-            self.patterns = ("full", "window", *CHOSEN)
+            self.patterns = ("full", NATIVE)
 
     def data(self, length: int, rows: int) -> Recall:
         """The puzzle as training data."""

@@ -26,6 +26,7 @@ from benchmarks.studies.selection.layers import (
     CHOSEN,
     FIXED,
     INDEXED,
+    MIXTURE,
     TOLD,
     compared,
     copy,
@@ -54,7 +55,7 @@ class Task(Patterns):
 
     def patterns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the patterns, and of those of quick forms."""
-        return (*FIXED, *CHOSEN), ("full", "window", *CHOSEN)
+        return (*FIXED, *CHOSEN), ("full", "window", MIXTURE, INDEXED)
 
     def masks(self, pattern: str, seed: int = 0) -> list[Mask]:
         """The mask of each layer; of those that choose, what they choose from."""
