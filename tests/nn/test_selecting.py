@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnlab import masks, nn
 
@@ -73,8 +74,8 @@ def native_sparse(layer, x):
     blocks, group, places = -(-T // BLOCK), N // K, np.arange(T)
     found = np.zeros(query.shape)
     for b, k, t in np.ndindex(2, K, T):
-        means = means_of(key[b, :, k], BLOCK, learned[0][:, k])
-        values = means_of(value[b, :, k], BLOCK, learned[1][:, k])
+        means = means_of(key[b, :, 3 * k], BLOCK, learned[0][:, k])
+        values = means_of(value[b, :, 3 * k], BLOCK, learned[1][:, k])
         passed = (np.arange(blocks) + 1) * BLOCK - 1 <= t
         importance = np.zeros(blocks)
         for n in range(k * group, (k + 1) * group):
@@ -93,8 +94,8 @@ def native_sparse(layer, x):
             q = query[b, t, n]
             parts = (
                 attend(q, means, values, passed),
-                attend(q, key[b, :, K + k], value[b, :, K + k], chosen),
-                attend(q, key[b, :, 2 * K + k], value[b, :, 2 * K + k], near),
+                attend(q, key[b, :, 3 * k + 1], value[b, :, 3 * k + 1], chosen),
+                attend(q, key[b, :, 3 * k + 2], value[b, :, 3 * k + 2], near),
             )
             found[b, t, n] = sum(
                 g * p for g, p in zip(gates[b, t, n], parts, strict=True)
@@ -274,3 +275,34 @@ def test_documents_see_their_own_blocks_only():
     found = layer(x, mask=masks.documents(ids))
     apart = jnp.concatenate([layer(x[:, :8]), layer(x[:, 8:])], 1)
     np.testing.assert_allclose(found, apart, rtol=2e-4, atol=2e-5)
+
+
+@layers
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_heads_that_devices_divide_stay_where_they_are(name, kind):
+    layer = LAYERS[name][0]()
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+    structure, state = nnx.split(layer)
+    rules = {"heads": "model", "key_heads": "model"}
+
+    def put(variable):
+        names = variable.get_metadata().get("out_sharding") or ()
+        spec = PartitionSpec(*map(rules.get, names))
+        return variable.replace(
+            jax.device_put(variable[...], NamedSharding(mesh, spec))
+        )
+
+    x, run = (
+        jnp.asarray(inputs(), jnp.float32),
+        jax.jit(lambda state, x: nnx.merge(structure, state)(x)),
+    )
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(put, state, is_leaf=is_variable)
+        given = placed, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        program = run.lower(*given).compile()
+        found = jax.device_get(program(*given))
+    np.testing.assert_allclose(found, layer(x), rtol=2e-4, atol=2e-5)
+    text = program.as_text()
+    assert "all-to-all" not in text
+    assert "collective-permute" not in text

@@ -121,24 +121,6 @@ def test_patterns_lm(quick):
 
 
 @SLOW
-def test_selection(quick):
-    found = results(quick("selection"), "selection")
-    rows = {row["pattern"]: row for row in found["models"]}
-    assert set(rows) == {"full", "window", "mixture of blocks", "indexed"}
-    # 128 positions: blocks of one key, or lists of six.
-    assert rows["mixture of blocks"]["keys_seen"] == pytest.approx(6, abs=0.2)
-    assert rows["indexed"]["keys_seen"] == pytest.approx(6, abs=0.2)
-    for name in ("mixture of blocks", "indexed"):
-        for layer in rows[name]["selected"]:
-            assert sum(layer["keys"]) == pytest.approx(1, abs=1e-4)
-            assert 0 < layer["alike"] <= 1 + 1e-6
-    assert [layer["alike"] for layer in rows["indexed"]["selected"]] == (
-        pytest.approx([1, 1])
-    )
-    assert set(found["recall"]) == {"full", "native sparse"}
-
-
-@SLOW
 def test_recall(quick):
     found = results(quick("recall"), "recall")
     for puzzle in ("reach", "recall"):

@@ -196,7 +196,11 @@ def fitted(
             )
 
         def repeat(lists: ArrayLike) -> ArrayLike:
-            return namespace(lists).repeat(lists, heads // given, axis=-3)
+            # No repeat, which JAX refuses where heads are divided by explicit axes.
+            *lead, rows, count = lists.shape
+            shape = (*lead, heads // given, rows, count)
+            wide = namespace(lists).broadcast_to(lists[..., None, :, :], shape)
+            return wide.reshape(*lead[:-1], heads, rows, count)
 
         part = jax.tree.map(repeat, part)
         if isinstance(part, Selected):

@@ -191,8 +191,7 @@ class NativeSparseAttention(MultiHeadAttention):
                 "apart; give no mask"
             )
         keys, score = score.project_key(memory.key), projected_keys(score)
-        key, *keys = jnp.split(keys, 3, axis=-2)
-        value, *values = jnp.split(memory.value, 3, axis=-2)
+        (key, *keys), (value, *values) = map(_branches, (keys, memory.value))
         means = KeyValue(
             *(
                 _pooled(x, size, options, weights[...])
@@ -244,6 +243,16 @@ def _of_branches(in_features: int, num_heads: int, **options: Any) -> Projection
         return heads_projection(one.in_features, (3 * heads, size), axes, **options)
 
     return parts._replace(key=three(parts.key), value=three(parts.value))
+
+
+def _branches(x: Array) -> list[Array]:
+    """``[*batch, S, 3 * K, size]`` as three of K heads.
+
+    Heads of a key head are neighbours: devices that divide key heads have all three.
+    """
+    *lead, heads, size = x.shape
+    apart = x.reshape(*lead, heads // 3, 3, size)
+    return [apart[..., i, :] for i in range(3)]
 
 
 def check_cache(layer: MultiHeadAttention) -> None:

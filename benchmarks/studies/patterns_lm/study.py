@@ -88,8 +88,8 @@ class Task:
         """
         self.context, self.causal = context.dividing(budget.rows), causal
         self.data, self.budget, self.base = data, budget, base
-        names, quick = self.patterns()
-        self.names = tuple(n for n in names if not context.quick or n in quick)
+        names = CAUSAL if causal else (*PATTERNS, OWN)
+        self.names = tuple(n for n in names if not context.quick or n in QUICK_PATTERNS)
         self.test = self._stretches(self.data.test).all()
         dev_batches = self._stretches(self.data.dev).all()
         self._evaluate = MeanLoss(loss, dev_batches, self.context.mesh)
@@ -97,10 +97,6 @@ class Task:
     @property
     def kind(self) -> str:
         return "causal" if self.causal else "masked"
-
-    def patterns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of the patterns, and of those of quick forms."""
-        return CAUSAL if self.causal else (*PATTERNS, OWN), QUICK_PATTERNS
 
     def _stretches(self, stream: np.ndarray, seed: int = 0) -> Stretches:
         return Stretches(
@@ -117,6 +113,7 @@ class Task:
         train = self._stretches(self.data.train, seed)
         steps = self.budget.steps
         mask = self.masks(pattern, seed)
+        own = anchors_of_own(self.budget.length) if pattern == OWN else 0
         config: Json = {
             "pattern": pattern,
             "masks": [repr(m) for m in mask],
@@ -131,13 +128,20 @@ class Task:
             config["base"] = base.config
 
             def begin(model: nnx.Module) -> None:
-                self.copy(self.context.model(base), model)
+                copy_parameters(self.context.model(base), model)
 
         return Run(
             name=f"{self.kind}/{name}",
             config=config,
-            make_model=lambda: self.model(pattern, mask, seed),
-            loss=self.loss,
+            make_model=lambda: language_model(
+                train.vocabulary_size,
+                self.budget.sizes,
+                mask,
+                causal=self.causal,
+                own_projections=own,
+                rngs=nnx.Rngs(seed),
+            ),
+            loss=loss,
             batch_at=train.batch_at,
             optimiser=adam(rate, steps=steps, warmup=max(steps // 10, 1)),
             steps=steps,
@@ -146,22 +150,6 @@ class Task:
             seed=seed,
             begin=begin,
             measure=lambda model, _: self.on_test(model),
-        )
-
-    #: What training minimises.
-    loss = staticmethod(loss)
-    #: How a run's model begins as that of its base.
-    copy = staticmethod(copy_parameters)
-
-    def model(self, pattern: str, mask: list[Mask], seed: int) -> nnx.Module:
-        """A new model."""
-        return language_model(
-            self.data.vocabulary.size + (not self.causal),
-            self.budget.sizes,
-            mask,
-            causal=self.causal,
-            own_projections=anchors_of_own(self.budget.length) if pattern == OWN else 0,
-            rngs=nnx.Rngs(seed),
         )
 
     def base_run(self, seed: int) -> Run:

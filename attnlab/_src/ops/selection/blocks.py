@@ -23,6 +23,7 @@ from attnlab._src.ops.selection.common import (
     given_places,
     greatest,
     in_chunks,
+    on_any_mesh,
     queries_at,
 )
 from attnlab._src.scores.inner import ScaledDot
@@ -116,7 +117,11 @@ def top_blocks(
     places = given_places(query_offset, query_positions)
     _check_taken(how, blocks, at_zero=all(x is None for x in places))
     score = ScaledDot() if score is None else score
-    return _top_blocks((query, key, places), score, as_mask(mask), how)
+    run = functools.partial(_top_blocks, how=how)
+    # Rows are not sharded where they are blocks of queries, nor blocks of keys.
+    rows = -3 if each_head and query_block == 1 else None
+    run = on_any_mesh(run, query if each_head else key, -2, rows, None)
+    return run((query, key, places), score, as_mask(mask))
 
 
 class _How(NamedTuple):

@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab._src import arguments
 from attnlab._src.types import Array, ArrayLike
@@ -56,6 +58,28 @@ def queries_at(
     first = np.zeros(1, np.int32) if offset is None else offset.reshape(-1)
     slots = np.arange(t, dtype=np.int32)
     return Queries(jnp.asarray(first)[:, None] + slots[None], first)
+
+
+def on_any_mesh(
+    function: Callable[..., Array], query: Array, *axes: int | None
+) -> Callable[..., Array]:
+    """A function whose result is sharded as a query is, where a mesh has explicit axes.
+
+    The compiler shards the arrays in between.
+
+    Args:
+        function: of arrays.
+        query: ``[*batch, T, heads, H]``.
+        axes: for each axis of the result after the batch, the axis of the query that it
+            is sharded as, counted from the end; None: not sharded.
+    """
+    sharding = jax.typeof(query).sharding
+    if not sharding.mesh.explicit_axes:
+        return function
+    spec = [*sharding.spec, *[None] * query.ndim][: query.ndim]
+    placed = PartitionSpec(*spec[:-3], *(a if a is None else spec[a] for a in axes))
+    out_sharding = NamedSharding(sharding.mesh, placed)
+    return jax.sharding.auto_axes(function, out_sharding=out_sharding)
 
 
 def in_chunks(chunk: Callable[[Array, int], Array], rows: int, most: int) -> Array:

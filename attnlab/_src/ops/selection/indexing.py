@@ -16,6 +16,7 @@ from attnlab._src.ops.selection.common import (
     MOST_LOGITS,
     given_places,
     in_chunks,
+    on_any_mesh,
     queries_at,
     rows_of,
 )
@@ -90,7 +91,8 @@ def index_loss(
         key_positions = arguments.integers("key_positions", key_positions)
     places = *given_places(query_offset, query_positions), key_positions
     arrays = _Arrays(tuple(indexer), query, key, chosen, places)
-    return _index_loss(arrays, as_mask(mask), logits, MOST_LOGITS)
+    run = functools.partial(_index_loss, most=MOST_LOGITS)
+    return on_any_mesh(run, query, -3)(arrays, as_mask(mask), logits)
 
 
 class _Arrays(NamedTuple):
@@ -103,7 +105,7 @@ class _Arrays(NamedTuple):
     places: Any
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnames="most")
 def _index_loss(arrays: _Arrays, mask: Mask, logits: Logits, most: int) -> Array:
     """See :func:`index_loss`; ``most`` is the greatest number of logits at once."""
     (offset, query_positions, key_positions), chosen = arrays.places, arrays.chosen

@@ -16,6 +16,7 @@ from attnlab._src.ops.selection.common import (
     given_places,
     greatest,
     in_chunks,
+    on_any_mesh,
     queries_at,
     rows_of,
 )
@@ -69,7 +70,8 @@ def top_keys(
         key_positions = arguments.integers("key_positions", key_positions)
     places = *given_places(query_offset, query_positions), key_positions
     arrays = query, key, weights, places
-    return _top_keys(arrays, as_mask(mask), count, MOST_LOGITS)
+    run = functools.partial(_top_keys, count=count, most=MOST_LOGITS)
+    return on_any_mesh(run, query, None, -3, None)(arrays, as_mask(mask))
 
 
 def check_indexer(query: Array, key: Array, weights: Array) -> None:
@@ -96,7 +98,7 @@ def indexed(query: Array, key: Array, weights: Array) -> Array:
     return jnp.einsum("btjs,btj->bts", jax.nn.relu(found), weights.astype(dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnames=("count", "most"))
 def _top_keys(
     arrays: tuple[Array, Array, Array, Any], mask: Mask, count: int, most: int
 ) -> Array:
