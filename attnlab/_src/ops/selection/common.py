@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,8 @@ def on_any_mesh(
     spec = [*sharding.spec, *[None] * query.ndim][: query.ndim]
     placed = PartitionSpec(*spec[:-3], *(a if a is None else spec[a] for a in axes))
     out_sharding = NamedSharding(sharding.mesh, placed)
-    return jax.sharding.auto_axes(function, out_sharding=out_sharding)
+    run: Any = jax.sharding.auto_axes(function, out_sharding=out_sharding)
+    return run
 
 
 def in_chunks(chunk: Callable[[Array, int], Array], rows: int, most: int) -> Array:
