@@ -61,6 +61,7 @@ nitpick_ignore = [
         "nn.recurrent.decoders.Memory",
         "nn.weights.loading.M",
         "ops.across.Sharded",
+        "ops.selection.indexing.Logits",
         "ops.validate.Options",
         "pytrees._T",
     )
