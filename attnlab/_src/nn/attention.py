@@ -350,9 +350,9 @@ class MultiHeadAttention(nnx.Module):
         )
         at = positions_of(query, *where[:2]), positions_of(key, 0, where[2])
         heads = self._placed(project(by.query, query), self.query_norm, at[0])
-        memory_of = self._memory(by, key, value, at[1])
+        projected = self._memory(by, key, value, at[1])
         score = as_arrays(self.score)
-        return self._attend(heads, memory_of, score, inputs=query, **seen, **options)
+        return self._attend(heads, projected, score, inputs=query, **seen, **options)
 
     def _memory(self, by: Any, key: Array, value: Array, positions: Array) -> KeyValue:
         """Keys and values by the projections of ``by``; the score projects no keys."""

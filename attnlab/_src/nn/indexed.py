@@ -106,7 +106,6 @@ class IndexedAttention(MultiHeadAttention):
         _check_learn(learn)
         self.count, self.learn = count, learn
         into = {
-            "kernel_init": nnx.initializers.xavier_uniform(),
             "use_bias": False,
             "dtype": options.get("dtype"),
             "param_dtype": options.get("param_dtype", jnp.float32),

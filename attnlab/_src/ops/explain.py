@@ -26,8 +26,6 @@ class Explanation(NamedTuple):
         platform: the platform that attention would run on.
         implementation: the name of the implementation that would run.
         block_sizes: (queries, keys) in a block of its plan, forward.
-        keys_listed: keys in the list of a query, where each query is computed alone,
-            without a plan; else None.
         candidates: the block sizes that it chose from, with their costs for this plan,
             in any unit; empty where a rule gives the sizes.
         passed_over: for each other implementation, every reason why it does not run.
@@ -36,17 +34,19 @@ class Explanation(NamedTuple):
             comparable was measured.
         mesh: what each device has and what devices send, within
             :func:`attnlab.sharding.use`; else None.
+        keys_listed: keys in the list of a query, where each query is computed alone,
+            without a plan; else None.
     """
 
     inputs: str
     platform: str
     implementation: str
     block_sizes: tuple[int, int]
-    keys_listed: int | None
     candidates: dict[tuple[int, int], float]
     passed_over: dict[str, tuple[str, ...]]
     crossover: str | None = None
     mesh: MeshCost | None = None
+    keys_listed: int | None = None
 
     def __str__(self) -> str:
         how = f"blocks of {self.block_sizes[0]} queries x {self.block_sizes[1]} keys"
@@ -202,9 +202,9 @@ def explain(
         platform,
         chosen.name,
         chosen.block_sizes(inputs),
-        chosen.keys_listed(inputs),
         chosen.candidates(inputs),
         passed_over(inputs, name, platform),
         crossover(args.mask, inputs, chosen),
         None if place is None else mesh_cost(args, inputs, place),
+        chosen.keys_listed(inputs),
     )

@@ -83,6 +83,18 @@ def on_any_mesh(
     return run
 
 
+def keys_at(batch: tuple[int, ...], s: int, given: ArrayLike | None) -> Array:
+    """Positions ``[B or 1, S]`` of keys; slot numbers if not given."""
+    if given is None:
+        return jnp.arange(s, dtype=jnp.int32)[None]
+    return jnp.broadcast_to(given, (*batch, s)).reshape(math.prod(batch), s)
+
+
+def cut(first: Array, size: int) -> Callable[[Array], Array]:
+    """A function that takes some rows of ``[B, rows, ...]``."""
+    return lambda x: lax.dynamic_slice_in_dim(x, first, size, 1)
+
+
 def in_chunks(chunk: Callable[[Array, int], Array], rows: int, most: int) -> Array:
     """``[B, heads, rows, ...]`` of ``chunk(first, size)``, at most so many rows."""
     most = max(most, 1)

@@ -14,8 +14,10 @@ from attnlab._src.masks.planning import dense_visible, normalise_tree
 from attnlab._src.ops.attention import attend
 from attnlab._src.ops.selection.common import (
     MOST_LOGITS,
+    cut,
     given_places,
     in_chunks,
+    keys_at,
     on_any_mesh,
     queries_at,
     rows_of,
@@ -117,9 +119,7 @@ def _index_loss(arrays: _Arrays, mask: Mask, logits: Logits, most: int) -> Array
         x.reshape(total, *x.shape[len(batch) :]) for x in arrays.indexer
     )
     at = queries_at(batch, t, offset, query_positions)
-    where = jnp.arange(s, dtype=jnp.int32)[None]
-    if key_positions is not None:
-        where = jnp.broadcast_to(key_positions, (*batch, s)).reshape(total, s)
+    where = keys_at(batch, s, key_positions)
 
     def weights_of(query: Array, key: Array, **places: Any) -> Any:
         """``[B, N, T, S]``."""
@@ -127,9 +127,7 @@ def _index_loss(arrays: _Arrays, mask: Mask, logits: Logits, most: int) -> Array
         return attend(query, key, key[..., :1], **options, **places, **logits).weights
 
     def of_all(first: Array, size: int) -> Array:
-        part = functools.partial(
-            lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1
-        )
+        part = cut(first, size)
         rows, columns = part(at.positions)[:, None, :, None], where[:, None, None]
         own = jax.tree.map(lambda x: rows_of(x, first, size), operands)
         seen = dense_visible(mask, own, rows, columns)
@@ -144,9 +142,7 @@ def _index_loss(arrays: _Arrays, mask: Mask, logits: Logits, most: int) -> Array
         return _divergence(found, scores, seen.any(1))[:, None]
 
     def of_chosen(first: Array, size: int) -> Array:
-        part = functools.partial(
-            lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1
-        )
+        part = cut(first, size)
         rows = jnp.broadcast_to(part(at.positions), (total, size))
         own = [x[:, :, None] for x in (*map(part, (query, small, weights)), rows)]
         lists, held = part(slots), jnp.broadcast_to(where, (total, s))

@@ -13,9 +13,11 @@ from attnlab._src.masks.base import Mask, as_mask
 from attnlab._src.masks.planning import dense_visible, normalise_tree
 from attnlab._src.ops.selection.common import (
     MOST_LOGITS,
+    cut,
     given_places,
     greatest,
     in_chunks,
+    keys_at,
     on_any_mesh,
     queries_at,
     rows_of,
@@ -111,15 +113,11 @@ def _top_keys(
     query = query.reshape(total, t, small, size)
     key, weights = key.reshape(total, s, size), weights.reshape(total, t, small)
     at = queries_at(batch, t, offset, query_positions)
-    places = jnp.arange(s, dtype=jnp.int32)[None]
-    if key_positions is not None:
-        places = jnp.broadcast_to(key_positions, (*batch, s)).reshape(total, s)
+    places = keys_at(batch, s, key_positions)
     operands = normalise_tree(mask.operands(t, s), batch, "mask")
 
     def chunk(first: Array, size: int) -> Array:
-        part = functools.partial(
-            lax.dynamic_slice_in_dim, start_index=first, slice_size=size, axis=1
-        )
+        part = cut(first, size)
         found = indexed(part(query), key, part(weights))
         own = jax.tree.map(lambda x: rows_of(x, first, size), operands)
         rows = part(at.positions)[:, None, :, None]
