@@ -198,12 +198,16 @@ def test_every_parameter_has_a_gradient(name):
 def test_the_indexer_learns_by_its_own_loss_only(learn):
     layer, x = make_indexed(learn=learn), jnp.asarray(inputs(), jnp.float32)
 
-    def split(layer):
+    def split(layer, x):
         found, losses = nnx.capture(layer, nn.IndexLoss)(x)
         return jnp.stack([(found**2).sum(), *jax.tree.leaves(losses)])
 
     structure, state = nnx.split(layer)
-    gradients = jax.jacrev(lambda state: split(nnx.merge(structure, state)))(state)
+    gradients, (of_output, of_loss) = jax.jacrev(
+        lambda state, x: split(nnx.merge(structure, state), x), (0, 1)
+    )(state, x)
+    assert of_output.any()
+    assert not of_loss.any()  # nothing before the layer learns from it
     for path, gradient in nnx.to_flat_state(gradients):
         of_output, of_loss = (np.abs(np.asarray(x)).max() for x in gradient[...])
         if "index" in str(path[0]):
@@ -281,6 +285,7 @@ def test_documents_see_their_own_blocks_only():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_heads_that_devices_divide_stay_where_they_are(name, kind):
     layer = LAYERS[name][0]()
+    layer.set_attributes(learn="selected", raise_if_not_found=False)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
     structure, state = nnx.split(layer)
     rules = {"heads": "model", "key_heads": "model"}
@@ -292,17 +297,19 @@ def test_heads_that_devices_divide_stay_where_they_are(name, kind):
             jax.device_put(variable[...], NamedSharding(mesh, spec))
         )
 
-    x, run = (
-        jnp.asarray(inputs(), jnp.float32),
-        jax.jit(lambda state, x: nnx.merge(structure, state)(x)),
-    )
+    def loss(state, x):
+        found, losses = nnx.capture(nnx.merge(structure, state), nn.IndexLoss)(x)
+        return (found**2).mean() + sum(jax.tree.leaves(losses))
+
+    x, run = jnp.asarray(inputs(), jnp.float32), jax.jit(jax.grad(loss))
     is_variable = lambda x: isinstance(x, nnx.Variable)
     with jax.set_mesh(mesh):
         placed = jax.tree.map(put, state, is_leaf=is_variable)
         given = placed, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
         program = run.lower(*given).compile()
         found = jax.device_get(program(*given))
-    np.testing.assert_allclose(found, layer(x), rtol=2e-4, atol=2e-5)
+    for one, other in zip(*map(jax.tree.leaves, (found, run(state, x))), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
     text = str(program.as_text())
     assert "all-to-all" not in text
     assert "collective-permute" not in text
