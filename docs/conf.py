@@ -61,7 +61,6 @@ nitpick_ignore = [
         "nn.recurrent.decoders.Memory",
         "nn.weights.loading.M",
         "ops.across.Sharded",
-        "ops.selection.indexing.Logits",
         "ops.validate.Options",
         "pytrees._T",
     )

@@ -260,6 +260,12 @@ def test_what_does_not_fit_is_refused():
         make_native(mask=masks.full())
     with pytest.raises(ValueError, match=r"learn: expected None, 'all' or 'selected'"):
         make_indexed(learn="dense")
+    with pytest.raises(ValueError, match=r"index_heads: expected at least 1, got 0"):
+        nn.IndexedAttention(8, 2, count=2, index_heads=0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"block_size: expected at least 1, got 0"):
+        nn.MixtureOfBlocks(8, 2, block_size=0, count=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"window: expected at least 1, got 0"):
+        nn.NativeSparseAttention(8, 2, window=0, rngs=nnx.Rngs(0))
     layer, x = make_indexed(), jnp.asarray(inputs(8), jnp.float32)
     with pytest.raises(TypeError, match=r"memory: expected an IndexedKeyValue"):
         layer.attend(x, nn.KeyValue(*layer.project(x)[:2]))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnlab import attention, masks, modifiers, scores, select
 from attnlab._src.ops.selection import blocks as of_blocks
@@ -205,6 +206,35 @@ def test_an_indexer_of_queries_that_see_nothing_has_no_loss():
         assert found[0] > 0
         assert all(np.isfinite(g).all() for g in gradient)
         assert not gradient[0][1].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            dict(chosen=np.zeros((1, 6, 2), int)),
+            r"chosen: .* \(1, 1, 6\) .* got",
+        ),
+        (dict(chosen=np.zeros((1, 1, 6, 0), int)), r"chosen: .* at least 1, got"),
+        (dict(indexer=(1, 2)), r"indexer: expected queries, keys and weights, got 2"),
+        (dict(query=jnp.ones((1, 5, 2, 4))), r"indexer: expected queries for \(1, 5\)"),
+        (dict(modifiers=3), r"modifiers: expected a sequence, got 3"),
+    ],
+)
+def test_errors_of_the_loss_name_the_argument(options, message):
+    x = jnp.ones((1, 6, 2, 4))
+    given = dict(indexer=(x, jnp.ones((1, 6, 4)), jnp.ones((1, 6, 2))), query=x, key=x)
+    with pytest.raises((TypeError, ValueError), match=message):
+        select.index_loss(**(given | options))
+
+
+def test_pools_of_lengths_that_explicit_axes_divide():
+    mesh = jax.make_mesh((4,), ("length",), axis_types=(AxisType.Explicit,))
+    x = jnp.arange(2 * 24 * 3.0).reshape(2, 24, 1, 3)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "length")))
+        found = jax.jit(select.pool, static_argnums=1)(placed, 4)
+    np.testing.assert_allclose(found, select.pool(x, 4))
 
 
 def test_equal_blocks_too_few_blocks_and_what_is_no_number():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from attnlab._src import arguments
 from attnlab._src.masks.base import Mask, as_mask
 from attnlab._src.masks.selected import selected
 from attnlab._src.masks.structural import causal
@@ -98,12 +99,14 @@ class IndexedAttention(MultiHeadAttention):
             **options: further arguments of :class:`MultiHeadAttention`.
 
         Raises:
-            ValueError: if the cache policy drops positions, or ``learn`` is unknown.
+            ValueError: if the cache policy drops positions, ``learn`` is unknown, or a
+                size is less than 1.
         """
         mask = causal() if mask is None else mask
         super().__init__(in_features, num_heads, mask=mask, rngs=rngs, **options)
         check_cache(self)
         _check_learn(learn)
+        arguments.sizes(count=count, index_heads=index_heads, index_size=index_size)
         self.count, self.learn = count, learn
         into = {
             "use_bias": False,

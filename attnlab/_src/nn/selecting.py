@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab._src import arguments
 from attnlab._src.masks.base import Mask, as_mask
 from attnlab._src.masks.selected import selected
 from attnlab._src.masks.structural import causal, sliding_window
@@ -61,11 +62,12 @@ class MixtureOfBlocks(MultiHeadAttention):
             **options: further arguments of :class:`MultiHeadAttention`.
 
         Raises:
-            ValueError: if the cache policy drops positions.
+            ValueError: if the cache policy drops positions, or a size is too small.
         """
         mask = causal() if mask is None else mask
         super().__init__(in_features, num_heads, mask=mask, rngs=rngs, **options)
         check_cache(self)
+        arguments.sizes(block_size=block_size, count=count)
         self.block_size, self.count = block_size, count
 
     def _attend(
@@ -141,7 +143,7 @@ class NativeSparseAttention(MultiHeadAttention):
 
         Raises:
             TypeError: if a mask is given.
-            ValueError: if the cache policy drops positions.
+            ValueError: if the cache policy drops positions, or a size is too small.
         """
         if options.get("mask") is not None:
             raise TypeError("mask: the branches have masks of their own")
@@ -154,6 +156,8 @@ class NativeSparseAttention(MultiHeadAttention):
             **options,
         )
         check_cache(self)
+        arguments.sizes(block_size=block_size, count=count, window=window)
+        arguments.sizes(0, first=first, local=local)
         self.block_size, self.count = block_size, count
         self.first, self.local, self.window = first, local, window
         heads = self.num_key_heads // 3

@@ -2,14 +2,15 @@
 
 import functools
 import math
-from typing import Any, NamedTuple, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from attnlab._src import arguments
-from attnlab._src.masks.base import Mask, as_mask
+from attnlab._src.masks.base import Mask
 from attnlab._src.masks.planning import dense_visible, normalise_tree
 from attnlab._src.ops.attention import attend
 from attnlab._src.ops.selection.common import (
@@ -23,15 +24,8 @@ from attnlab._src.ops.selection.common import (
     rows_of,
 )
 from attnlab._src.ops.selection.keys import Indexer, check_indexer, indexed
+from attnlab._src.ops.validate import check
 from attnlab._src.types import Array, ArrayLike, Modifier, Score, accumulation_dtype
-
-
-class Logits(TypedDict, total=False):
-    """What the logits of an attention depend on; see :func:`attnlab.attention`."""
-
-    score: Score | None
-    modifiers: tuple[Modifier, ...]
-    sinks: ArrayLike | None
 
 
 def index_loss(
@@ -44,7 +38,9 @@ def index_loss(
     query_offset: int | ArrayLike = 0,
     query_positions: ArrayLike | None = None,
     key_positions: ArrayLike | None = None,
-    **logits: Unpack[Logits],
+    score: Score | None = None,
+    modifiers: Sequence[Modifier] = (),
+    sinks: ArrayLike | None = None,
 ) -> Array:
     """How far an indexer is from the attention that it chooses keys for.
 
@@ -65,19 +61,37 @@ def index_loss(
         query_positions: ``[T]`` or ``[*batch, T]``, -1 = empty slot.
         key_positions: ``[S]`` or ``[*batch, S]``, -1 = empty slot; slot numbers if not
             given.
-        **logits: ``score``, ``modifiers`` and ``sinks`` of the attention.
+        score: of the attention, as of :func:`attnlab.attention`.
+        modifiers: of its logits.
+        sinks: ``[N]``, its sinks.
 
     Returns:
         ``[*batch, T]``, float32 (float64 for float64); 0 for a query that sees no key.
 
     Raises:
-        ValueError: if shapes do not fit.
+        TypeError, ValueError: on arguments that do not fit, naming the argument.
 
     References:
         DeepSeek-AI, "DeepSeek-V3.2-Exp", 2025, section 2.1, equations 3 (all keys) and
         4 (those chosen).
     """
+    if len(indexer) != 3:
+        raise ValueError(
+            f"indexer: expected queries, keys and weights, got {len(indexer)} arrays"
+        )
     check_indexer(*indexer)
+    args, _ = check(
+        query,
+        key,
+        key,
+        mask=mask,
+        score=score,
+        modifiers=modifiers,
+        sinks=sinks,
+        query_offset=query_offset,
+        query_positions=query_positions,
+        key_positions=key_positions,
+    )
     batch, (t, s) = query.shape[:-3], (query.shape[-3], key.shape[-3])
     sides = indexer[0].shape[:-2], indexer[1].shape[:-1]
     if sides != ((*batch, t), (*batch, s)):
@@ -85,16 +99,20 @@ def index_loss(
             f"indexer: expected queries for {(*batch, t)} and keys for {(*batch, s)}, "
             f"as of the attention, got {sides[0]} and {sides[1]}"
         )
-    if chosen is not None and chosen.shape[:-1] != (*batch, 1, t):
+    if chosen is not None and (
+        chosen.shape[:-1] != (*batch, 1, t) or chosen.shape[-1] < 1
+    ):
         raise ValueError(
-            f"chosen: expected shape {(*batch, 1, t)} and a count, got {chosen.shape}"
+            f"chosen: expected shape {(*batch, 1, t)} and a count of at least 1, got "
+            f"{chosen.shape}"
         )
     if key_positions is not None:
         key_positions = arguments.integers("key_positions", key_positions)
     places = *given_places(query_offset, query_positions), key_positions
     arrays = _Arrays(tuple(indexer), query, key, chosen, places)
+    logits = {"score": args.score, "modifiers": args.modifiers, "sinks": args.sinks}
     run = functools.partial(_index_loss, most=MOST_LOGITS)
-    return on_any_mesh(run, query, -3)(arrays, as_mask(mask), logits)
+    return on_any_mesh(run, query, -3)(arrays, args.mask, logits)
 
 
 class _Arrays(NamedTuple):
@@ -108,7 +126,7 @@ class _Arrays(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="most")
-def _index_loss(arrays: _Arrays, mask: Mask, logits: Logits, most: int) -> Array:
+def _index_loss(arrays: _Arrays, mask: Mask, logits: Any, most: int) -> Array:
     """See :func:`index_loss`; ``most`` is the greatest number of logits at once."""
     (offset, query_positions, key_positions), chosen = arrays.places, arrays.chosen
     query, key, logits = lax.stop_gradient((arrays.query, arrays.key, logits))

@@ -1,10 +1,12 @@
 """Blocks of keys as one key each."""
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
 
 from attnlab._src import arguments
+from attnlab._src.ops.selection.common import on_any_mesh
 from attnlab._src.types import Array, accumulation_dtype
 
 
@@ -44,26 +46,11 @@ def pool(
     if x.ndim < 3:
         raise ValueError(f"x: expected [*batch, S, K, H], got shape {x.shape}")
     batch, (s, heads, size) = x.shape[:-3], x.shape[-3:]
-    if where is None:
-        where = jnp.ones((*batch, s), bool)
-    elif where.shape != (*batch, s):
+    if where is not None and where.shape != (*batch, s):
         raise ValueError(f"where: expected shape {(*batch, s)}, got {where.shape}")
-    count = -(-s // block_size)
-    short = [(0, count * block_size - s)]
-
-    def blocks(x: Array, more: int) -> Array:
-        x = jnp.pad(x, [(0, 0)] * len(batch) + short + [(0, 0)] * more)
-        return x.reshape(*batch, count, block_size, *x.shape[len(batch) + 1 :])
-
-    there = blocks(where, 0)[..., None, None]
-    wide = blocks(x, 2).astype(accumulation_dtype(x.dtype))
-    if isinstance(how, str) and how == "max":
-        wide = jnp.where(there, wide, jnp.finfo(wide.dtype).min).max(-3)
-        return jnp.where(there.any(-3), wide, 0).astype(x.dtype)
-    wide = jnp.where(there, wide, 0)
-    if isinstance(how, str) and how == "mean":
-        total = jnp.maximum(there.sum(-3, dtype=jnp.int32), 1)
-        return (wide.sum(-3) / total.astype(wide.dtype)).astype(x.dtype)
+    if isinstance(how, str) and how in ("mean", "max"):
+        run = functools.partial(_pool, block_size=block_size, how=how)
+        return on_any_mesh(run, x, None, -2, -1)(x, where)
     shape = getattr(how, "shape", None)
     if shape not in (
         (block_size,),
@@ -74,7 +61,38 @@ def pool(
             f"how: expected 'mean', 'max', or weights [{block_size}] or [{block_size}, "
             f"{heads}, 1 or {size}], got {how if shape is None else shape}"
         )
-    weights = jnp.asarray(how, wide.dtype)
+    run = functools.partial(_pool, block_size=block_size, how="sum")
+    return on_any_mesh(run, x, None, -2, -1)(x, where, how)
+
+
+def _pool(
+    x: Array,
+    where: Array | None,
+    weights: Array | None = None,
+    *,
+    block_size: int,
+    how: str,
+) -> Array:
+    """See :func:`pool`; ``how`` is "mean", "max", or "sum" of weighted keys."""
+    batch, s = x.shape[:-3], x.shape[-3]
+    count = -(-s // block_size)
+    short = [(0, count * block_size - s)]
+
+    def blocks(x: Array, more: int) -> Array:
+        x = jnp.pad(x, [(0, 0)] * len(batch) + short + [(0, 0)] * more)
+        return x.reshape(*batch, count, block_size, *x.shape[len(batch) + 1 :])
+
+    there = blocks(jnp.ones((*batch, s), bool) if where is None else where, 0)
+    there = there[..., None, None]
+    wide = blocks(x, 2).astype(accumulation_dtype(x.dtype))
+    if how == "max":
+        wide = jnp.where(there, wide, jnp.finfo(wide.dtype).min).max(-3)
+        return jnp.where(there.any(-3), wide, 0).astype(x.dtype)
+    wide = jnp.where(there, wide, 0)
+    if weights is None:
+        total = jnp.maximum(there.sum(-3, dtype=jnp.int32), 1)
+        return (wide.sum(-3) / total.astype(wide.dtype)).astype(x.dtype)
+    weights = jnp.asarray(weights, wide.dtype)
     weights = weights.reshape(block_size, *(weights.shape[1:] or (1, 1)))
     weights = weights.reshape(*[1] * (len(batch) + 1), *weights.shape)
     return (wide * weights).sum(-3).astype(x.dtype)
