@@ -26,6 +26,7 @@ from attnlab._src.implementations.native.program import (
     FLOATS,
     MOST_MODIFIERS,
     Buffers,
+    header,
     mask_program,
     modifier_code,
     modifier_gradient,
@@ -317,26 +318,24 @@ class _Call:
             before, after = getattr(modifier, "reach", (0, 0))
             argument = self.add(modifier_operand(modifier, operand))
             modifiers += [kind, argument, before, after, place]
-        program = [
-            *code,
-            may_round(inputs),
-            which,
-            below,
-            plan.block_q,
-            plan.block_k,
-            slices,
-            wanted,
-            len(params),
-            params[0] if params else -1,
-            param_gradient,
-            words,
-            d_lse,
-            -1 if inputs.head_scale is None else self.add(inputs.head_scale),
-            *lists,
-            len(inputs.modifiers),
-            *modifiers,
-            *mask_program(mask, operands, self.buffers, self.bits),
-        ]
+        scales = inputs.head_scale
+        start = header(
+            score=code,
+            narrow=may_round(inputs),
+            kind=which,
+            drop_below=below,
+            blocks=(plan.block_q, plan.block_k),
+            slices=slices,
+            wanted=wanted,
+            params=params,
+            param_gradient=param_gradient,
+            words=words,
+            d_lse=d_lse,
+            head_scale=-1 if scales is None else self.add(scales),
+            lists=lists,
+            modifiers=modifiers,
+        )
+        program = [*start, *mask_program(mask, operands, self.buffers, self.bits)]
         call = jax.ffi.ffi_call(name, results)
         return call(
             *self.buffers.arrays,

@@ -14,8 +14,13 @@ import jax
 #: The names of the handlers, for ``jax.ffi.ffi_call``.
 FORWARD = "attnlab_forward"
 BACKWARD = "attnlab_backward"
+CHOOSE = "attnlab_choose"
 
-_SYMBOLS = {FORWARD: "AttnlabForward", BACKWARD: "AttnlabBackward"}
+_SYMBOLS = {
+    FORWARD: "AttnlabForward",
+    BACKWARD: "AttnlabBackward",
+    CHOOSE: "AttnlabChoose",
+}
 _LOCK = threading.Lock()
 
 

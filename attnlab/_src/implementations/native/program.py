@@ -3,7 +3,7 @@
 The integers are those of the enumerations in ``src/problem.h`` and ``src/mask.h``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,49 @@ def modifier_operand(modifier: Modifier, operand: Array) -> Array:
     if isinstance(modifier, Bias) and operand.dtype in FLOATS:
         return operand
     return operand.astype(jnp.float32)
+
+
+def header(
+    *,
+    score: tuple[int, int] = (_INNER, 0),
+    narrow: bool = False,
+    kind: int = 0,
+    drop_below: int = -1,
+    blocks: tuple[int, int] = (1, 1),
+    slices: int = 1,
+    wanted: int = 0,
+    params: Sequence[int] = (),
+    param_gradient: int = -1,
+    words: int = -1,
+    d_lse: int = -1,
+    head_scale: int = -1,
+    lists: tuple[int, int] = (-1, -1),
+    modifiers: Sequence[int] = (),
+) -> list[int]:
+    """A program without its mask; ``Problem`` in ``src/problem.h`` explains it.
+
+    Args:
+        score: codes of score and activation.
+        narrow: whether products of bfloat16 are allowed.
+        kind: of the pass.
+        drop_below: dropout: a 24-bit hash below it drops an entry; -1: none.
+        blocks: queries and keys in a block of the plan.
+        slices: of the keys.
+        wanted: flags of the gradients that are wanted.
+        params: indices of the score's parameters, in a row.
+        param_gradient: index of the result of the first one's gradient.
+        words: index of the first of dropout's two words.
+        d_lse: index of the gradient of the log-sum-exp.
+        head_scale: index of the factors of heads.
+        lists: index of the lists of keys, and keys in a block.
+        modifiers: five numbers for each modifier.
+    """
+    first = params[0] if params else -1
+    return [
+        *(*score, int(narrow), kind, drop_below, *blocks, slices, wanted),
+        *(len(params), first, param_gradient, words, d_lse, head_scale, *lists),
+        *(len(modifiers) // 5, *modifiers),
+    ]
 
 
 def mask_program(

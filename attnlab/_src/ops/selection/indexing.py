@@ -13,6 +13,7 @@ from attnlab._src import arguments
 from attnlab._src.masks.base import Mask
 from attnlab._src.masks.planning import dense_visible, normalise_tree
 from attnlab._src.ops.attention import attend
+from attnlab._src.ops.selection.best_keys import indexed
 from attnlab._src.ops.selection.common import (
     MOST_LOGITS,
     cut,
@@ -23,7 +24,7 @@ from attnlab._src.ops.selection.common import (
     queries_at,
     rows_of,
 )
-from attnlab._src.ops.selection.keys import Indexer, check_indexer, indexed
+from attnlab._src.ops.selection.keys import Indexer, check_indexer
 from attnlab._src.ops.validate import check
 from attnlab._src.types import Array, ArrayLike, Modifier, Score, accumulation_dtype
 

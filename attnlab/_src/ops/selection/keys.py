@@ -6,23 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from attnlab._src import arguments
+from attnlab._src.implementations.native.choosing import Choice
 from attnlab._src.masks.base import Mask, as_mask
-from attnlab._src.masks.planning import dense_visible, normalise_tree
+from attnlab._src.masks.planning import normalise_tree
+from attnlab._src.ops.selection.best_keys import best_keys
 from attnlab._src.ops.selection.common import (
     MOST_LOGITS,
-    cut,
     given_places,
-    greatest,
-    in_chunks,
     keys_at,
     on_any_mesh,
     queries_at,
-    rows_of,
 )
-from attnlab._src.types import Array, ArrayLike, accumulation_dtype
+from attnlab._src.pytrees import skeleton
+from attnlab._src.types import Array, ArrayLike
 
 #: Queries ``[*batch, T, J, H]``, keys ``[*batch, S, H]``, weights ``[*batch, T, J]``.
 Indexer = tuple[Array, Array, Array]
@@ -93,20 +91,12 @@ def check_indexer(query: Array, key: Array, weights: Array) -> None:
             )
 
 
-def indexed(query: Array, key: Array, weights: Array) -> Array:
-    """Scores ``[B, T, S]`` of an indexer with one batch axis."""
-    dtype = accumulation_dtype(query.dtype)
-    found = jnp.einsum("btjh,bsh->btjs", query, key, preferred_element_type=dtype)
-    return jnp.einsum("btjs,btj->bts", jax.nn.relu(found), weights.astype(dtype))
-
-
 @functools.partial(jax.jit, static_argnames=("count", "most"))
 def _top_keys(
     arrays: tuple[Array, Array, Array, Any], mask: Mask, count: int, most: int
 ) -> Array:
     """See :func:`top_keys`; ``most`` is the greatest number of logits at once."""
     query, key, weights, (offset, query_positions, key_positions) = arrays
-    query, key, weights = lax.stop_gradient((query, key, weights))
     batch = query.shape[:-3]
     (t, small, size), s = query.shape[-3:], key.shape[-2]
     total = math.prod(batch)
@@ -115,17 +105,8 @@ def _top_keys(
     at = queries_at(batch, t, offset, query_positions)
     places = keys_at(batch, s, key_positions)
     operands = normalise_tree(mask.operands(t, s), batch, "mask")
-
-    def chunk(first: Array, size: int) -> Array:
-        part = cut(first, size)
-        found = indexed(part(query), key, part(weights))
-        own = jax.tree.map(lambda x: rows_of(x, first, size), operands)
-        rows = part(at.positions)[:, None, :, None]
-        seen = dense_visible(mask, own, rows, places[:, None, None]).any(1)
-        found = jnp.where(seen & ~jnp.isnan(found), found, -jnp.inf)
-        return greatest(found[:, None], count)
-
-    chosen = in_chunks(chunk, t, most // max(total * s * small, 1))
+    choice = Choice(query, key, weights, at.positions, places, skeleton(mask), operands)
+    chosen = best_keys(choice, count, most)[:, None]
     if key_positions is not None:
         held = jnp.broadcast_to(places, (total, s))[:, None, None]
         held = jnp.take_along_axis(held, jnp.maximum(chosen, 0), -1)

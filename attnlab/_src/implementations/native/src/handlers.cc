@@ -93,6 +93,12 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
   return run(&Kernel::backward, pool, args, rets, program, keep_scale, logit_scale);
 }
 
+ffi::Error choose(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                  ffi::Span<const int64_t> program, double keep_scale,
+                  double logit_scale) {
+  return run(&Kernel::choose, pool, args, rets, program, keep_scale, logit_scale);
+}
+
 }  // namespace
 }  // namespace attnlab
 
@@ -111,6 +117,7 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args,
 
 ATTNLAB_HANDLER(AttnlabForward, attnlab::forward);
 ATTNLAB_HANDLER(AttnlabBackward, attnlab::backward);
+ATTNLAB_HANDLER(AttnlabChoose, attnlab::choose);
 
 // The chosen instruction set; "" if ATTNLAB_NATIVE_ISA names one that cannot run.
 ATTNLAB_EXPORT const char* attnlab_isa() { return attnlab::chosen().isa.name; }

@@ -12,6 +12,7 @@
 // lane sees are skipped.
 
 #include "backward.h"
+#include "choosing.h"
 #include "few.h"
 #include "forward.h"
 #include "kernel.h"
@@ -156,9 +157,18 @@ void backward(const Call& call) {
   pairs(c) ? run_backward<Pair>(c) : run_backward<float>(c);
 }
 
+// The last panels come first: under a causal mask they take longest.
+void choose(const Call& call) {
+  const Problem c(call, nullptr);
+  const int64_t panels = (c.T + kLanes - 1) / kLanes;
+  parallel(call, c.B * panels, [&](int64_t unit) {
+    choose_keys(c, unit / panels, (panels - 1 - unit % panels) * kLanes);
+  });
+}
+
 }  // namespace
 
-extern const Kernel kernel = {forward, backward};
+extern const Kernel kernel = {forward, backward, choose};
 
 }  // namespace ATTNLAB_ISA
 }  // namespace attnlab

@@ -30,8 +30,8 @@ struct Parallel {
   void (*run)(void* pool, int64_t count, void (*body)(void*, int64_t), void* context);
 };
 
-// One forward or backward pass. __init__.py orders the arguments and results and writes
-// the program, with program.py; `Problem` (problem.h) reads it.
+// One pass. __init__.py and choosing.py order the arguments and results and write the
+// program, with program.py; `Problem` (problem.h) reads it.
 struct Call {
   const Array* args;
   const Array* rets;
@@ -44,6 +44,7 @@ struct Call {
 struct Kernel {
   void (*forward)(const Call&);
   void (*backward)(const Call&);
+  void (*choose)(const Call&);  // the keys of an indexer, for each query
 };
 
 // build.py defines ATTNLAB_ISAS(X): X(isa) for each instruction set, the lowest first.
