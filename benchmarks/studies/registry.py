@@ -13,6 +13,7 @@ from benchmarks.studies.next_word.study import study as next_word
 from benchmarks.studies.patterns_lm.study import study as patterns_lm
 from benchmarks.studies.recall.study import study as recall
 from benchmarks.studies.scores.study import study as scores
+from benchmarks.studies.selection.study import study as selection
 from benchmarks.studies.translate.study import study as translate
 
 #: A study returns its page, or None if ``--only`` left out runs that it needs.
@@ -29,4 +30,5 @@ STUDIES: dict[str, Study] = {
     "recall": recall,
     "ablations": ablations,
     "next-word": next_word,
+    "selection": selection,
 }

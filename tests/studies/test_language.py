@@ -24,7 +24,8 @@ from benchmarks.studies.machinery.models.language_models import (
     layer_masks,
     losses_and_hits,
 )
-from benchmarks.studies.patterns_lm.study import close_rows, interval
+from benchmarks.studies.machinery.models.long_contexts import close_rows
+from benchmarks.studies.machinery.page import interval
 from tests.grid import few
 
 STREAM = np.arange(100, 1000, dtype=np.int32)

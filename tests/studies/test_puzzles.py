@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.studies.machinery.context import Context
-from benchmarks.studies.recall import puzzles
-from benchmarks.studies.recall.puzzles import (
+from benchmarks.studies.machinery.data import puzzles
+from benchmarks.studies.machinery.data.puzzles import (
     CLOSE,
     EMPTY,
     FILLERS,
@@ -19,7 +19,8 @@ from benchmarks.studies.recall.puzzles import (
     draw_list,
     value,
 )
-from benchmarks.studies.recall.study import Task, half_width
+from benchmarks.studies.machinery.page import half_width
+from benchmarks.studies.recall.study import Task
 
 
 def test_recall_has_one_answer():

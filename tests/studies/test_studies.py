@@ -12,9 +12,10 @@ from attnlab._src.implementations.measured import read
 from benchmarks.studies import __main__ as script
 from benchmarks.studies.ablations import changes
 from benchmarks.studies.machinery.check import committed, numbers
+from benchmarks.studies.machinery.data.puzzles import VALUES
+from benchmarks.studies.machinery.models.long_contexts import PARTS
 from benchmarks.studies.next_word.study import MODELS
 from benchmarks.studies.patterns_lm import study as patterns_lm
-from benchmarks.studies.recall.puzzles import VALUES
 from tests.grid import few
 
 SLOW = pytest.mark.slow
@@ -115,9 +116,27 @@ def test_patterns_lm(quick):
     )
     assert {row["pattern"] for row in found["causal"]} < set(patterns_lm.CAUSAL)
     for row in found["masked"]:
-        assert len(row["by_position"]) == patterns_lm.PARTS
+        assert len(row["by_position"]) == PARTS
         useful, executed = row["attention_flops_per_token"]
         assert 0 < useful <= executed
+
+
+@SLOW
+def test_selection(quick):
+    found = results(quick("selection"), "selection")
+    rows = {row["pattern"]: row for row in found["models"]}
+    assert set(rows) == {"full", "window", "mixture of blocks", "indexed"}
+    # 128 positions: blocks of one key, or lists of six.
+    assert rows["mixture of blocks"]["keys_seen"] == pytest.approx(6, abs=0.2)
+    assert rows["indexed"]["keys_seen"] == pytest.approx(6, abs=0.2)
+    for name in ("mixture of blocks", "indexed"):
+        for layer in rows[name]["selected"]:
+            assert sum(layer["keys"]) == pytest.approx(1, abs=1e-4)
+            assert 0 < layer["alike"] <= 1 + 1e-6
+    assert [layer["alike"] for layer in rows["indexed"]["selected"]] == (
+        pytest.approx([1, 1])
+    )
+    assert set(found["recall"]) == {"base", "full", "native sparse"}
 
 
 @SLOW

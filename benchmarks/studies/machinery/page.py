@@ -84,6 +84,17 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, float(spread * stats.t.ppf(0.975, len(values) - 1))
 
 
+def half_width(share: float, count: int) -> float:
+    """Half the 95 % interval of a share, with two successes and two failures added.
+
+    References:
+        Agresti and Coull, "Approximate is better than exact for interval estimation of
+        binomial proportions", 1998.
+    """
+    share = (share * count + 2) / (count + 4)
+    return float(1.96 * np.sqrt(share * (1 - share) / (count + 4)))
+
+
 def shown(value: tuple[float, float | None], digits: int = 3) -> str:
     """``3.214 ± 0.012``."""
     mean, half = value

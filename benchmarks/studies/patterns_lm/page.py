@@ -73,12 +73,6 @@ def beside_paper(rows: Sequence[Json]) -> str:
     )
 
 
-def tokens(budget: Budget) -> str:
-    """How many tokens a run is trained on, and the length of its contexts, as text."""
-    read = budget.steps * budget.rows * budget.length
-    return f"{read:,} subwords in contexts of {budget.length:,}"
-
-
 def _points(pairs: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
     return [(x, y) for x, y in pairs]
 
@@ -150,8 +144,8 @@ def page(
             "rates": ", ".join(f"{s.rate:g} ({kind})" for kind, s in swept.items()),
             "swept": pattern,
             "tried": tried,
-            "reads": tokens(budget),
-            "base_reads": tokens(base),
+            "reads": budget.reads(),
+            "base_reads": base.reads(),
             "bases": ", ".join(f"{kind} {shown(loss)}" for kind, loss in bases.items()),
             "documents": ", ".join(
                 f"{n} {part}" for part, n in counts["documents"].items()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.studies.machinery.data.puzzles import VALUES
 from benchmarks.studies.machinery.page import Page, cost_of, lines, table
 from benchmarks.studies.machinery.record import Json
-from benchmarks.studies.recall.puzzles import VALUES
 
 #: The two puzzles by name, as titles.
 TITLES = {"reach": "one pair", "recall": "eight pairs"}

@@ -3,31 +3,29 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from attnlab._src.masks.graph import reach, reach_through
 from attnlab.masks import Mask
 from benchmarks.studies.machinery.context import Context
+from benchmarks.studies.machinery.data.puzzles import KEYS, VALUES, ListOps, Recall
 from benchmarks.studies.machinery.data.stretches import Stretch
 from benchmarks.studies.machinery.evaluation import MeanLoss
 from benchmarks.studies.machinery.models.language_models import (
     PATTERNS,
     Sizes,
+    hits_of_rows,
     language_model,
     layer_masks,
     loss,
-    losses_and_hits,
 )
 from benchmarks.studies.machinery.optimisers import adam
-from benchmarks.studies.machinery.page import Page
+from benchmarks.studies.machinery.page import Page, half_width
 from benchmarks.studies.machinery.parallel import over_batch
 from benchmarks.studies.machinery.record import Json, fingerprint
 from benchmarks.studies.machinery.training import Run, Trained
 from benchmarks.studies.recall.page import page
-from benchmarks.studies.recall.puzzles import KEYS, VALUES, ListOps, Recall
 
 SIZES = Sizes(features=64, heads=4, layers=3)
 LENGTH, ROWS, STEPS, RATE = 256, 32, 1500, 2e-3
@@ -126,7 +124,7 @@ class Task:
 
     def accuracy(self, model: Any) -> list[float]:
         """Share of right answers in :meth:`tests`, for each range of distances."""
-        counts = over_batch(_counts, self.context.mesh)
+        counts = over_batch(hits_of_rows, self.context.mesh)
         found = []
         for batches in self.tests().values():
             rows = np.concatenate([np.asarray(counts(model, b)) for b in batches])
@@ -158,23 +156,6 @@ class Task:
             float(np.mean(x)) * (1 - guess) + guess for x in (both, alone)
         )
         return expected, most
-
-
-def _counts(model: Any, batch: Stretch) -> jax.Array:
-    """``[B, 2]``: numbers of right answers and of questions."""
-    _, hits = losses_and_hits(model, batch)
-    return jnp.stack([hits.sum(1), batch.counted.sum(1)], 1)
-
-
-def half_width(share: float, count: int) -> float:
-    """Half the 95 % interval of a share, with two successes and two failures added.
-
-    References:
-        Agresti and Coull, "Approximate is better than exact for interval estimation of
-        binomial proportions", 1998.
-    """
-    share = (share * count + 2) / (count + 4)
-    return float(1.96 * np.sqrt(share * (1 - share) / (count + 4)))
 
 
 def recall_rows(task: Task, found: dict[str, Trained]) -> list[Json]:

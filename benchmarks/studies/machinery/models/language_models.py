@@ -58,6 +58,11 @@ class Budget(NamedTuple):
         """As JSON, for the config of a run."""
         return self._asdict() | {"sizes": self.sizes._asdict()}
 
+    def reads(self) -> str:
+        """How many tokens a run is trained on, and the length of its contexts."""
+        read = self.steps * self.rows * self.length
+        return f"{read:,} subwords in contexts of {self.length:,}"
+
     def read(self, context: Context) -> Addresses:
         """Reads the documents."""
         return context.addresses(
@@ -198,6 +203,12 @@ def losses_and_hits(model: Any, batch: Stretch) -> tuple[jax.Array, jax.Array]:
     found = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     hits = (logits.argmax(-1) == batch.labels).astype(jnp.float32)
     return jnp.where(batch.counted, found, 0), jnp.where(batch.counted, hits, 0)
+
+
+def hits_of_rows(model: Any, batch: Stretch) -> jax.Array:
+    """``[B, 2]``: for each row the numbers of right predictions and of labels."""
+    _, hits = losses_and_hits(model, batch)
+    return jnp.stack([hits.sum(1), batch.counted.sum(1)], 1)
 
 
 def loss(model: Any, batch: Stretch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
