@@ -28,7 +28,7 @@ CHOSEN = (MIXTURE, NATIVE, INDEXED)
 #: Layers whose weights tell what they choose.
 TOLD = (nn.MixtureOfBlocks, nn.IndexedAttention)
 #: The share of the steps in which an indexer learns from attention to all.
-FIRST = 0.25
+FIRST = 0.1
 #: Of an indexer.
 HEADS, SIZE = 4, 32
 

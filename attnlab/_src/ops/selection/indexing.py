@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from attnlab._src import arguments
 from attnlab._src.masks.base import Mask
@@ -116,6 +117,10 @@ def index_loss(
     return on_any_mesh(run, query, -3)(arrays, args.mask, logits)
 
 
+#: Names what the backward pass of chosen keys keeps of the forward pass.
+_SHARE = "attnlab_share_of_keys"
+
+
 class _Arrays(NamedTuple):
     """Arguments of :func:`index_loss`."""
 
@@ -186,9 +191,12 @@ def _index_loss(arrays: _Arrays, mask: Mask, logits: Any, most: int) -> Array:
         slots = listed if key_positions is None else _slots_of(where, listed)
         sizes = key.shape[2] * key.shape[3], heads, small.shape[2], keys.shape[-1]
         held, chunk = listed.shape[-1] * max(sizes), of_chosen
-    # A chunk is computed again backward: its logits are not kept.
+    # A chunk is computed again backward: its logits are not kept. The weights of chosen
+    # keys are, as they are no larger than the lists.
+    policies = jax.checkpoint_policies
+    kept = policies.save_only_these_names(_SHARE) if chosen is not None else None
     found = in_chunks(
-        jax.checkpoint(chunk, static_argnums=1),
+        jax.checkpoint(chunk, static_argnums=1, policy=kept),
         t,
         most // max(total * held, 1),
     )
@@ -198,9 +206,12 @@ def _index_loss(arrays: _Arrays, mask: Mask, logits: Any, most: int) -> Array:
 def _divergence(weights: Array, scores: Array, seen: Array) -> Array:
     """``[B, T]``, of weights ``[B, N, T, S]`` and scores ``[B, T, S]`` of seen keys."""
     dtype = accumulation_dtype(scores.dtype)
-    share = weights.astype(dtype).sum(1)
+    # A product: on CPUs XLA computes a sum over an axis in the middle twenty times
+    # slower. Heads that devices divide stay where they are.
+    ones, heads = jnp.ones(weights.shape[1], dtype), weights.astype(dtype)
+    share = jnp.einsum("n,bnts->bts", ones, heads, precision="highest")
     share /= jnp.maximum(share.sum(-1, keepdims=True), jnp.finfo(dtype).tiny)
-    share = lax.stop_gradient(share)
+    share = checkpoint_name(lax.stop_gradient(share), _SHARE)
     scores = jnp.where(seen, scores, -jnp.inf)
     top = scores.max(-1, keepdims=True, initial=jnp.finfo(dtype).min)
     # Where nothing is seen, log(1) stands for the logarithm of no sum.
