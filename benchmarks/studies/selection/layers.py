@@ -164,7 +164,7 @@ def with_first_part(
     References:
         DeepSeek-V3.2-Exp, 2025, section 2.1 ("dense warm-up", "sparse training").
     """
-    first = max(round(FIRST * run.steps), 1)
+    first = max(round(FIRST * run.steps), 2)
 
     def part(steps: int, **changes: Any) -> Run:
         return dataclasses.replace(
