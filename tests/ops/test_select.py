@@ -217,6 +217,10 @@ def test_an_indexer_of_queries_that_see_nothing_has_no_loss():
         ),
         (dict(chosen=np.zeros((1, 1, 6, 0), int)), r"chosen: .* at least 1, got"),
         (dict(indexer=(1, 2)), r"indexer: expected queries, keys and weights, got 2"),
+        (
+            dict(indexer=[jnp.ones((1, 6, 0, 4)), jnp.ones((1, 6, 4)), jnp.ones(0)]),
+            r"query: expected at least one head of the indexer, got shape",
+        ),
         (dict(query=jnp.ones((1, 5, 2, 4))), r"indexer: expected queries for \(1, 5\)"),
         (dict(modifiers=3), r"modifiers: expected a sequence, got 3"),
     ],
@@ -226,6 +230,14 @@ def test_errors_of_the_loss_name_the_argument(options, message):
     given = dict(indexer=(x, jnp.ones((1, 6, 4)), jnp.ones((1, 6, 2))), query=x, key=x)
     with pytest.raises((TypeError, ValueError), match=message):
         select.index_loss(**(given | options))
+
+
+def test_the_loss_has_no_forward_mode():
+    x, one = jnp.ones((1, 6, 2, 4)), jnp.ones((1, 6, 2))
+    loss = lambda w: select.index_loss((x, jnp.ones((1, 6, 4)), w), x, x).sum()
+    message = r"forward mode .* of select\.index_loss"
+    with pytest.raises(NotImplementedError, match=message):
+        jax.jvp(loss, (one,), (one,))
 
 
 def test_pools_of_lengths_that_explicit_axes_divide():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from attnlab import nn
 from attnlab._src.nn.parameters import as_arrays
 from benchmarks.studies.machinery.data.stretches import Stretch
+from benchmarks.studies.machinery.models.language_models import blocks_of
 
 
 class Inside(NamedTuple):
@@ -32,22 +33,12 @@ def inside(model: Any, batch: Stretch) -> jax.Array:
     """``[B, layers, 5]``: the numbers of :class:`Inside`."""
     is_causal = isinstance(model, nn.Decoder)
     part = model if is_causal else model.encoder
-    x = part.embedding(jnp.asarray(batch.tokens))
     rows = []
-    for block in part.stack.each():
-        read: list[jax.Array] = []
-
-        def listen(y: jax.Array, read: list[jax.Array] = read) -> jax.Array:
-            read.append(y)
-            return jnp.zeros_like(y)
-
-        block.attention_residual(x, listen)
-        weights: Any = block.attention.with_stats(read[0], top_k="all").weights
-        logits = _logits(block.attention, read[0])
-        after = block(x)
+    for block, before, read, after in blocks_of(part, jnp.asarray(batch.tokens)):
+        weights: Any = block.attention.with_stats(read, top_k="all").weights
+        logits = _logits(block.attention, read)
         found = [_deviation(logits, is_causal), *_shape_of(weights, is_causal)]
-        rows.append([*found, _cosine(x, after)])
-        x = after
+        rows.append([*found, _cosine(before, after)])
     return jnp.stack([jnp.stack(row, -1) for row in rows], 1)
 
 

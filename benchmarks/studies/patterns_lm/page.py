@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.studies.machinery.models.language_models import OWN, Budget
+from benchmarks.studies.machinery.models.long_contexts import COLUMNS, cells
 from benchmarks.studies.machinery.page import Page, cost_of, lines, shown, table
 from benchmarks.studies.machinery.record import Json
 from benchmarks.studies.machinery.sweep import Sweep
@@ -14,10 +15,7 @@ FAR = 0.25
 PAPER = {"full": 64.2, "window+random": 62.7, "random": 60.1, "window": 58.3}
 
 
-HEADER = (
-    "pattern, density, seeds, dev loss, test loss, against full, accuracy %, s a step, "
-    "speed, attention MFLOP a token, parameters"
-)
+HEADER = f"pattern, density, {COLUMNS}, attention MFLOP a token, parameters"
 
 
 def table_of(rows: Sequence[Json]) -> str:
@@ -28,13 +26,7 @@ def table_of(rows: Sequence[Json]) -> str:
             [
                 row["pattern"],
                 f"{row['density']:.1%}",
-                row["seeds"],
-                shown(row["dev_loss"]),
-                shown(row["test_loss"]),
-                shown(row["against_full"]),
-                shown(row["test_accuracy"], 1),
-                row["seconds_per_step"],
-                f"{row['speed_against_full']:.2f}x",
+                *cells(row),
                 row["attention_flops_per_token"][0] / 1e6,
                 row["parameters"],
             ]

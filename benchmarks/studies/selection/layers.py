@@ -15,6 +15,7 @@ from benchmarks.studies.machinery.context import Context
 from benchmarks.studies.machinery.data.stretches import Stretch
 from benchmarks.studies.machinery.models.language_models import (
     UNITS,
+    blocks_of,
     copy_parameters,
     losses_and_hits,
 )
@@ -210,19 +211,8 @@ class Selected(NamedTuple):
 
 def selected(model: nn.Decoder, tokens: jax.Array) -> list[Selected]:
     """For each layer, on one text ``[1, T]``; the first quarter is left out."""
-    x = model.embedding(tokens)
-    found = []
-    for block in model.stack.each():
-        read: list[jax.Array] = []
-
-        def listen(y: jax.Array, read: list[jax.Array] = read) -> jax.Array:
-            read.append(y)
-            return jnp.zeros_like(y)
-
-        block.attention_residual(x, listen)
-        found.append(_selected(block.attention, read[0]))
-        x = block(x)
-    return found
+    blocks = blocks_of(model, tokens)
+    return [_selected(passed.block.attention, passed.read) for passed in blocks]
 
 
 def _selected(attention: Any, x: jax.Array) -> Selected:

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.studies.machinery.models.language_models import Budget
+from benchmarks.studies.machinery.models.long_contexts import COLUMNS, cells
 from benchmarks.studies.machinery.page import Page, cost_of, lines, shown, table
 from benchmarks.studies.machinery.record import Json
 from benchmarks.studies.selection.layers import BOUNDS, CHOSEN, FIXED
 
 HEADER = (
-    "pattern, keys a query, seeds, dev loss, test loss, against full, accuracy %, "
-    "s a step, speed, attention MFLOP a token, choosing MFLOP a token, parameters"
+    f"pattern, keys a query, {COLUMNS}, attention MFLOP a token, "
+    "choosing MFLOP a token, parameters"
 )
 
 
@@ -21,13 +22,7 @@ def _models(rows: Sequence[Json]) -> str:
             [
                 row["pattern"],
                 round(row["keys_seen"]),
-                row["seeds"],
-                shown(row["dev_loss"]),
-                shown(row["test_loss"]),
-                shown(row["against_full"]),
-                shown(row["test_accuracy"], 1),
-                row["seconds_per_step"],
-                f"{row['speed_against_full']:.2f}x",
+                *cells(row),
                 row["attention_flops_per_token"] / 1e6,
                 row["choosing_flops_per_token"] / 1e6,
                 row["parameters"],

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab._src.exact import exactly
 from attnlab._src.implementations.native import load
 from attnlab._src.implementations.native.program import (
     FLOATS,
@@ -15,8 +14,7 @@ from attnlab._src.implementations.native.program import (
     mask_program,
     unknown,
 )
-from attnlab._src.masks.base import And, Mask, Not, Or
-from attnlab._src.masks.per_head import PerHead
+from attnlab._src.masks.base import Mask
 from attnlab._src.types import Array, PyTree
 
 
@@ -45,22 +43,13 @@ class Choice(NamedTuple):
 def can_choose(choice: Choice) -> bool:
     """Whether the kernel is there and knows the types and the mask."""
     arrays = choice.query, choice.key, choice.weights
-    alike = all(x.shape[1] == 1 for x in jax.tree.leaves(choice.operands))
+    heads = [x.shape[1] for x in jax.tree.leaves(choice.operands)]
     return (
         load.why_not() is None
         and all(x.dtype in FLOATS for x in arrays)
         and unknown(choice.mask) == 0
-        and alike
-        and not _differs_by_head(choice.mask)
+        and max([*heads, choice.mask.head_count]) == 1
     )
-
-
-def _differs_by_head(mask: Mask) -> bool:
-    if exactly(mask, And, Or):
-        return any(map(_differs_by_head, mask.parts))
-    if exactly(mask, Not):
-        return _differs_by_head(mask.part)
-    return exactly(mask, PerHead)
 
 
 def chosen_keys(choice: Choice, count: int) -> Array:

@@ -27,6 +27,7 @@ from attnlab._src.ops.selection.common import (
 )
 from attnlab._src.ops.selection.keys import Indexer, check_indexer
 from attnlab._src.ops.validate import check
+from attnlab._src.reverse import reverse_only
 from attnlab._src.types import Array, ArrayLike, Modifier, Score, accumulation_dtype
 
 
@@ -140,7 +141,8 @@ def _index_loss(arrays: _Arrays, mask: Mask, logits: Any, most: int) -> Array:
     (t, heads), s = query.shape[-3:-1], key.shape[-3]
     query, key = (x.reshape(total, *x.shape[-3:]) for x in (query, key))
     small, keys, weights = (
-        x.reshape(total, *x.shape[len(batch) :]) for x in arrays.indexer
+        x.reshape(total, *x.shape[len(batch) :])
+        for x in reverse_only(arrays.indexer, "select.index_loss")
     )
     at = queries_at(batch, t, offset, query_positions)
     where = keys_at(batch, s, key_positions)

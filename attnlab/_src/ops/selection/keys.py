@@ -79,6 +79,10 @@ def check_indexer(query: Array, key: Array, weights: Array) -> None:
     if query.ndim < 3:
         raise ValueError(f"query: expected [*batch, T, J, H], got shape {query.shape}")
     batch, (t, small, size) = query.shape[:-3], query.shape[-3:]
+    if small < 1:
+        raise ValueError(
+            f"query: expected at least one head of the indexer, got shape {query.shape}"
+        )
     s = key.shape[-2] if key.ndim > 1 else "S"
     for name, x, wanted in (
         ("key", key, (*batch, s, size)),

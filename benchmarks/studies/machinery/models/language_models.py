@@ -1,7 +1,7 @@
 """Language models that read long contexts through sparse patterns."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -191,6 +191,38 @@ def copy_parameters(source: nnx.Module, target: nnx.Module) -> None:
             for name in ("query", "key", "value"):
                 own = getattr(module.anchors, name)
                 nnx.update(own, copied(getattr(module, name)))
+
+
+class Passed(NamedTuple):
+    """A block of a model, and what passed through it, ``[B, T, features]``.
+
+    Attributes:
+        block: the block.
+        before: what it was given.
+        read: what its attention read of it.
+        after: what it made.
+    """
+
+    block: nn.Block
+    before: jax.Array
+    read: jax.Array
+    after: jax.Array
+
+
+def blocks_of(model: Any, tokens: jax.Array) -> Iterator[Passed]:
+    """Passes tokens ``[B, T]`` through an encoder or decoder, block by block."""
+    x = model.embedding(tokens)
+    for block in model.stack.each():
+        read: list[jax.Array] = []
+
+        def listen(y: jax.Array, read: list[jax.Array] = read) -> jax.Array:
+            read.append(y)
+            return jnp.zeros_like(y)
+
+        block.attention_residual(x, listen)
+        after = block(x)
+        yield Passed(block, x, read[0], after)
+        x = after
 
 
 def losses_and_hits(model: Any, batch: Stretch) -> tuple[jax.Array, jax.Array]:

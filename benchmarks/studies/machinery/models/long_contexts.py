@@ -25,7 +25,7 @@ from benchmarks.studies.machinery.models.language_models import (
     losses_and_hits,
 )
 from benchmarks.studies.machinery.optimisers import adam
-from benchmarks.studies.machinery.page import interval
+from benchmarks.studies.machinery.page import interval, shown
 from benchmarks.studies.machinery.parallel import over_batch
 from benchmarks.studies.machinery.record import Json, fingerprint
 from benchmarks.studies.machinery.training import Run, Trained
@@ -298,3 +298,20 @@ def compared(runs: Runs, seconds: Mapping[str, float]) -> dict[str, Json]:
             "tokens": [t.summary["tokens"] for t in of.values()],
         }
     return rows
+
+
+#: Columns of tables, for :func:`cells`.
+COLUMNS = "seeds, dev loss, test loss, against full, accuracy %, s a step, speed"
+
+
+def cells(row: Json) -> list[object]:
+    """The cells of :data:`COLUMNS`, of a row of :func:`compared`."""
+    return [
+        row["seeds"],
+        shown(row["dev_loss"]),
+        shown(row["test_loss"]),
+        shown(row["against_full"]),
+        shown(row["test_accuracy"], 1),
+        row["seconds_per_step"],
+        f"{row['speed_against_full']:.2f}x",
+    ]
